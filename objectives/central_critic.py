@@ -1,0 +1,264 @@
+"""Advantages from a centralised critic: pooling what agents share while training, then GAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from tensordict import NestedKey, TensorDictBase, unravel_key
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
+from torch import Tensor, nn
+from torchrl.modules import ValueNorm
+from torchrl.objectives.value import MultiAgentGAE
+
+from torchrl_trpo.suggest import nearest
+
+
+class CentralCriticValueEstimator(MultiAgentGAE):
+    r"""Generalised advantage estimation with a centralised critic :math:`V(s)` or :math:`V(s, u^{-i})`.
+
+    Writes into ``central_key``, at ``t`` and at ``t+1``, what a critic may read while training (Hu et al. 2023,
+    arXiv:2210.13708, on centralised critics): for each agent the concatenation of
+
+    - the global state (``state_key``), if the environment has one;
+    - all agents' observations (``observation_keys``);
+    - optionally the actions of all *other* agents (``action_keys``): at ``t+1`` those of ``t+1``, recorded where the
+      episode goes on, drawn from ``actor_network`` where the rollout or episode ends;
+    - optionally the agent's index, one-hot (``agent_one_hot``).
+
+    Agent ``i``'s value never depends on agent ``i``'s own action. The value network reads ``central_key``, here and in
+    ``loss_critic``. Then GAE (Schulman et al. 2016, arXiv:1506.02438, equation 16) as
+    :class:`~torchrl.objectives.value.MultiAgentGAE` computes it: team rewards and done flags ``[*B, T, 1]`` are
+    broadcast to the agents, steps that were truncated but not terminated are bootstrapped.
+
+    Keyword Args:
+        gamma: the discount.
+        lmbda: GAE's :math:`\lambda`.
+        value_network: the critic, from ``central_key`` ``[*B, T, n_agents, F]`` to values ``[*B, T, n_agents, 1]``.
+        observation_keys: the agents' observations, each ``[*B, T, n_g, *F_g]`` with the ``n_g`` agents of its group.
+        central_key: where the pooled input is written, ``[*B, T, n_agents, F]``. The agents are those of the
+            observation in the same group (of the first one, for a root key).
+        state_key: the global state, ``[*B, T, S]``. Default: none.
+        action_keys: the agents' actions, each ``[*B, T, n_g, A_g]``, to pool those of the others. Default: not pooled.
+        actor_network: the policy, needed with ``action_keys`` alone: for the actions after the last step.
+        agent_one_hot: whether to add the agent's index. Default: False.
+        team_reward: ``"mean"`` or ``"sum"``: replaces the agents' rewards by one for the team. Default: rewards as
+            they are.
+        value_norm: a :class:`~torchrl.modules.ValueNorm`: the critic outputs normalised values, which are denormalised
+            here. Give the same one to the loss, which normalises the targets. Default: raw values.
+        **kwargs: keywords of :class:`~torchrl.objectives.value.MultiAgentGAE`.
+
+    Raises:
+        ValueError: if nothing is pooled, ``action_keys`` come without ``actor_network``, or ``team_reward`` is unknown.
+        KeyError: when called on data without one of the entries.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule as Mod
+        >>> observations, central = ("agents", "observation"), ("agents", "central")
+        >>> critic = Mod(torch.nn.Linear(2 * 3, 1), in_keys=[central], out_keys=[("agents", "state_value")])
+        >>> estimator = CentralCriticValueEstimator(
+        ...     gamma=0.99, lmbda=0.95, value_network=critic, observation_keys=[observations], central_key=central
+        ... )
+        >>> estimator.set_keys(value=("agents", "state_value"))
+        >>> data = TensorDict({"agents": {"observation": torch.randn(4, 5, 2, 3)}}, [4, 5])
+        >>> data["next"] = TensorDict({"agents": {"observation": torch.randn(4, 5, 2, 3)}}, [4, 5])
+        >>> data["next", "reward"] = torch.randn(4, 5, 1)  # one reward for the team
+        >>> data["next", "done"] = data["next", "terminated"] = torch.zeros(4, 5, 1, dtype=torch.bool)
+        >>> estimator(data)["advantage"].shape
+        torch.Size([4, 5, 2, 1])
+    """
+
+    value_norm: ValueNorm | None
+
+    def __init__(
+        self,
+        *,
+        gamma: float | Tensor,
+        lmbda: float | Tensor,
+        value_network: TensorDictModule,
+        observation_keys: Sequence[NestedKey],
+        central_key: NestedKey,
+        state_key: NestedKey | None = None,
+        action_keys: Sequence[NestedKey] | None = None,
+        actor_network: ProbabilisticTensorDictSequential | None = None,
+        agent_one_hot: bool = False,
+        team_reward: Literal["mean", "sum"] | None = None,
+        value_norm: ValueNorm | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(gamma=gamma, lmbda=lmbda, value_network=value_network, **kwargs)
+        self.observation_keys = [unravel_key(key) for key in observation_keys]
+        self.central_key = unravel_key(central_key)
+        self.state_key = None if state_key is None else unravel_key(state_key)
+        self.action_keys = [unravel_key(key) for key in action_keys or ()]
+        if not self.observation_keys:
+            raise ValueError("observation_keys is empty; name at least one, such as [('agents', 'observation')].")
+        if self.action_keys and actor_network is None:
+            raise ValueError(
+                "action_keys need actor_network: the others' actions after the last step are drawn from the policy."
+            )
+        if team_reward not in (None, "mean", "sum"):
+            raise ValueError(f"team_reward: {team_reward!r}. {nearest(team_reward, ['mean', 'sum', None])}")
+        self.__dict__["actor_network"] = actor_network  # not a submodule: its parameters are the policy's
+        self.agent_one_hot = agent_one_hot
+        self.team_reward = team_reward
+        self.value_norm = value_norm
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What :meth:`forward` reads."""
+        pooled = [*self.observation_keys, *self.action_keys, *([self.state_key] if self.state_key else [])]
+        read = [key for key in super().in_keys if key not in (self.central_key, ("next", *_path(self.central_key)))]
+        return list(dict.fromkeys([*read, *pooled, *[("next", *_path(k)) for k in pooled if k not in self.action_keys]]))
+
+    @dispatch
+    def forward(
+        self,
+        tensordict: TensorDictBase,
+        *,
+        params: TensorDictBase | None = None,
+        target_params: TensorDictBase | None = None,
+        time_dim: int | None = None,
+    ) -> TensorDictBase:
+        """Pools, evaluates the critic and writes advantages and value targets.
+
+        Args:
+            tensordict: the data, ``[*B, T]``; written to.
+
+        Keyword Args:
+            params: the critic's parameters, instead of the value network's own.
+            target_params: the critic's parameters for the values at ``t+1``.
+            time_dim: the time dimension. Default: the one named "time", or the last.
+
+        Returns:
+            The same tensordict, with ``central_key`` at ``t`` and ``t+1``, the value, ``advantage`` and ``value_target``
+            ``[*B, T, n_agents, 1]``.
+        """
+        self.pool(tensordict, time_dim=time_dim)
+        return super().forward(tensordict, params=params, target_params=target_params, time_dim=time_dim)
+
+    def value_estimate(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> Tensor:
+        """The value target alone, ``[*B, T, n_agents, 1]``.
+
+        Args:
+            tensordict: the data, ``[*B, T]``; ``central_key`` is written to it.
+            *args: as for :meth:`MultiAgentGAE.value_estimate`.
+            **kwargs: as for :meth:`MultiAgentGAE.value_estimate`.
+        """
+        self.pool(tensordict, time_dim=kwargs.get("time_dim"))
+        return super().value_estimate(tensordict, *args, **kwargs)
+
+    @torch.no_grad()
+    def pool(self, tensordict: TensorDictBase, time_dim: int | None = None) -> TensorDictBase:
+        """Writes ``central_key`` at ``t`` and ``t+1``.
+
+        Args:
+            tensordict: the data, ``[*B, T]``; written to.
+            time_dim: the time dimension. Default: the one named "time", or the last.
+
+        Returns:
+            The same tensordict.
+        """
+        actions = next_actions = None
+        if self.action_keys:
+            actions = [_entry(tensordict, key) for key in self.action_keys]
+            next_actions = self._next_actions(tensordict, actions, self._get_time_dim(time_dim, tensordict))
+        tensordict.set(self.central_key, self._pool(tensordict, tensordict.batch_dims, actions))
+        following = tensordict.get("next")
+        following.set(self.central_key, self._pool(following, tensordict.batch_dims, next_actions))
+        return tensordict
+
+    def _pool(self, data: TensorDictBase, batch_dims: int, actions: list[Tensor] | None) -> Tensor:
+        observations = [_entry(data, key) for key in self.observation_keys]
+        for key, value in zip(self.observation_keys, observations, strict=True):
+            if value.ndim < batch_dims + 2:
+                raise ValueError(f"{key!r} has shape {tuple(value.shape)}; legal: [*B, T, n_agents, ...].")
+        own = [key for key in self.observation_keys if key[:-1] == self.central_key[:-1]] or self.observation_keys
+        n_agents = observations[self.observation_keys.index(own[0])].shape[batch_dims]
+        shared = [value.flatten(batch_dims) for value in observations]
+        if self.state_key is not None:
+            shared.insert(0, _entry(data, self.state_key).flatten(batch_dims))
+        pooled = torch.cat(shared, -1).unsqueeze(-2)  # [*B, T, 1, F]
+        pooled = pooled.expand(*pooled.shape[:-2], n_agents, pooled.shape[-1])
+        parts = [pooled]
+        for key, action in zip(self.action_keys, actions or (), strict=True):
+            parts.append(self._others(key, action, n_agents, own[0]))
+        if self.agent_one_hot:
+            identity = torch.eye(n_agents, dtype=pooled.dtype, device=pooled.device)
+            parts.append(identity.expand(*pooled.shape[:-1], n_agents))
+        return pooled if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _others(self, key: NestedKey, action: Tensor, n_agents: int, own: NestedKey) -> Tensor:
+        """All actions of a group, of the agent's own group all but its own: ``[*B, T, n_agents, F]``."""
+        action = action.to(torch.get_default_dtype())
+        if key[:-1] != own[:-1]:
+            return action.flatten(-2).unsqueeze(-2).expand(*action.shape[:-2], n_agents, -1)
+        index = torch.arange(n_agents, device=action.device)
+        others = (index.unsqueeze(-1) + 1 + index[:-1]) % n_agents  # row i: every agent but i
+        others = others.sort(-1).values
+        return action[..., others, :].flatten(-2)
+
+    def _next_actions(self, tensordict: TensorDictBase, actions: list[Tensor], time_dim: int) -> list[Tensor]:
+        drawn = self.actor_network(tensordict.get("next").select(*self.actor_network.in_keys))
+        done = _entry(tensordict, ("next", *_path(self.tensor_keys.done)))
+        ends = done.flatten(tensordict.batch_dims).any(-1)
+        ends = ends.index_fill(time_dim, torch.tensor([ends.shape[time_dim] - 1], device=ends.device), True)
+        following = []
+        for key, action in zip(self.action_keys, actions, strict=True):
+            mask = ends.reshape(*ends.shape, *[1] * (action.ndim - ends.ndim))
+            following.append(torch.where(mask, drawn.get(key), action.roll(-1, time_dim)))
+        return following
+
+    def _call_value_nets(self, data: TensorDictBase, *args: Any, value_key: NestedKey, **kwargs: Any) -> Any:
+        value, next_value, valid = super()._call_value_nets(data, *args, value_key=value_key, **kwargs)
+        if self.value_norm is not None:
+            value, next_value = self.value_norm.denormalize(value), self.value_norm.denormalize(next_value)
+            data.set(value_key, value)
+            data.set(("next", value_key), next_value)
+        return value, next_value, valid
+
+    def _prepare_signals(
+        self, reward: Tensor, done: Tensor, terminated: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.team_reward is not None and reward.ndim == value.ndim:
+            team = reward.mean if self.team_reward == "mean" else reward.sum
+            reward = team(self.agent_dim, keepdim=True).expand_as(value)
+        return super()._prepare_signals(reward, done, terminated, value)
+
+
+class TeamCritic(nn.Module):
+    """Evaluates a value network once for the whole team, for a pooled input that is the same for all agents.
+
+    Args:
+        network: from ``[*B, T, F]`` to ``[*B, T, 1]``.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, central: Tensor) -> Tensor:
+        """The team's value, repeated for each agent.
+
+        Args:
+            central: the pooled input, ``[*B, T, n_agents, F]``.
+
+        Returns:
+            The values, ``[*B, T, n_agents, 1]``.
+        """
+        value = self.network(central[..., 0, :])
+        return value.unsqueeze(-2).expand(*central.shape[:-1], value.shape[-1])
+
+
+def _path(key: NestedKey) -> tuple[str, ...]:
+    return key if isinstance(key, tuple) else (key,)
+
+
+def _entry(data: TensorDictBase, key: NestedKey) -> Tensor:
+    value = data.get(key, None)
+    if value is None:
+        raise KeyError(f"{key!r} is not in the data. {nearest(key, data.keys(True, True))}")
+    return value

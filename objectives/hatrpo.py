@@ -1,0 +1,176 @@
+"""HATRPO: trust-region steps agent by agent, each seeing what the agents before it have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import dispatch
+from torch import Tensor, nn
+from torchrl.modules.models.multiagent import MultiAgentNetBase
+from torchrl.objectives import LossModule
+
+from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
+from torchrl_trpo.objectives.trpo import TRPOLoss
+
+
+class HATRPOSequentialObjective(LossModule):
+    r"""The sequential surrogate of HATRPO (Kuba et al. 2022, arXiv:2109.11251, algorithm 1; Zhong et al. 2024).
+
+    Agents are solved in an order :math:`i_1, \dots, i_n`. Agent :math:`i_m` maximises, within its own trust region,
+
+    .. math::
+        L^{i_m}(\theta) = \mathbb{E}\Big[ M^m\, \frac{\pi_\theta^{i_m}(u|o)}{\pi_k^{i_m}(u|o)}\, \hat A^{i_m} \Big], \quad
+        M^1 = 1, \quad M^{m+1} = M^m\, \frac{\pi_{new}^{i_m}(u|o)}{\pi_k^{i_m}(u|o)}
+
+    which gives each update a monotonic-improvement bound for cooperative teams. Only the agent that is being solved is
+    evaluated, so an update costs :math:`O(n)`.
+
+    Args:
+        losses: one :class:`TRPOLoss` whose parameters are per agent, or a mapping ``{group: TRPOLoss}`` for groups with
+            different spaces; every agent of every group is one step of the sequence. Agents are numbered through the
+            groups in the mapping's order.
+
+    Keyword Args:
+        agent_order: ``"random"`` (drawn anew at every update from torch's generator, as the paper asks), ``"fixed"``
+            (by index), or a sequence that names every agent index once.
+
+    Raises:
+        TypeError: if ``losses`` holds anything but ``TRPOLoss``.
+        ValueError: if a group's agents share their policy, or ``agent_order`` is not an order of the agents.
+
+    Examples:
+        >>> objective = HATRPOSequentialObjective(loss)  # doctest: +SKIP
+        >>> updater = TrustRegionUpdater(objective, max_kl=0.01)  # doctest: +SKIP
+        >>> stats = updater.step(data)  # doctest: +SKIP
+        >>> stats["order"]  # order[m] is the agent that was solved m-th  # doctest: +SKIP
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Has no keys of its own: the losses' are read."""
+
+    def __init__(
+        self,
+        losses: TRPOLoss | Mapping[str, TRPOLoss],
+        *,
+        agent_order: Literal["random", "fixed"] | Sequence[int] = "random",
+    ) -> None:
+        super().__init__()
+        groups = {"agents": losses} if isinstance(losses, TRPOLoss) else dict(losses)
+        self.losses = nn.ModuleDict(groups)
+        self._agents: list[tuple[str, int]] = []
+        for group, loss in groups.items():
+            self._agents += [(group, agent) for agent in range(_count_agents(group, loss))]
+        self.agent_order = self._check_order(agent_order)
+
+    @property
+    def n_agents(self) -> int:
+        """The number of agents, of all groups together."""
+        return len(self._agents)
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What :meth:`forward` reads."""
+        return list(dict.fromkeys(key for loss in self.losses.values() for key in loss.in_keys))
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """What :meth:`forward` returns."""
+        return ["loss_objective", "kl"]
+
+    def set_keys(self, **kwargs: NestedKey) -> None:
+        """Sets the keys of the loss; with several groups, set them on each group's own loss.
+
+        Args:
+            **kwargs: as for :meth:`TRPOLoss.set_keys`.
+
+        Raises:
+            ValueError: if there are several groups.
+        """
+        if len(self.losses) > 1:
+            raise ValueError(f"the groups {list(self.losses)} have keys of their own: call losses[group].set_keys(...).")
+        next(iter(self.losses.values())).set_keys(**kwargs)
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        r"""Evaluates the sequential surrogate at the current parameters; nothing else changes.
+
+        Agents are taken in ``agent_order``, by index when that is ``"random"``; ``M`` is held constant.
+
+        Args:
+            tensordict: the data, ``[*B, T]``.
+
+        Returns:
+            ``loss_objective`` (gradient): :math:`-\sum_m L^{i_m}(\theta)`; ``kl`` (log only): each agent's mean KL in
+            nats from its policy at ``θ_k`` of the data, ``[n_agents]``, NaN where the data has no distribution
+            parameters.
+        """
+        ratios: list[Tensor] = []
+        terms: list[Tensor] = []
+        divergences: list[Tensor] = []
+        for loss in self.losses.values():
+            ratio, weighted_advantage, kl = loss.surrogate_terms(tensordict)  # [N, n], [N, n], [n]
+            ratios.append(ratio)
+            terms.append(weighted_advantage)
+            divergences.append(kl)
+        ratio, term = torch.cat(ratios, -1), torch.cat(terms, -1)
+        order = list(range(self.n_agents)) if self.agent_order == "random" else list(self.agent_order)
+        ratio, term = ratio[:, order], term[:, order]
+        after = ratio.detach().cumprod(-1)
+        factor = torch.cat([torch.ones_like(after[:, :1]), after[:, :-1]], -1)  # M^1 ... M^n
+        return TensorDict({"loss_objective": -(factor * ratio * term).sum(), "kl": torch.cat(divergences)})
+
+    def trust_regions(self, tensordict: TensorDictBase) -> Iterator[PolicyTrustRegion]:
+        """The sequence of one update: each agent's subproblem, with the factor that those before it leave.
+
+        Args:
+            tensordict: the data, ``[*B, T]``.
+
+        Yields:
+            One subproblem per agent; it must be solved and written before the next is drawn.
+        """
+        rows = {group: loss.policy_rows(tensordict) for group, loss in self.losses.items()}
+        for group, loss in self.losses.items():
+            if loss.trust_region == "shared" and rows[group].log_prob[0].numel() > 1:
+                raise ValueError(_shared_message(group))
+        factor = torch.ones_like(next(iter(rows.values())).log_prob.flatten(1)[:, 0])  # M, [N]
+        order = torch.randperm(self.n_agents).tolist() if self.agent_order == "random" else self.agent_order
+        for index in order:
+            group, agent = self._agents[index]
+            region = self.losses[group].policy_region(rows[group], agent=agent, index=index, factor=factor)
+            yield region
+            factor = factor * region.ratio().flatten()
+
+    def _check_order(self, order: str | Sequence[int]) -> Literal["random"] | tuple[int, ...]:
+        if order == "random":
+            return "random"
+        if order == "fixed":
+            return tuple(range(self.n_agents))
+        if isinstance(order, str) or sorted(order) != list(range(self.n_agents)):
+            raise ValueError(
+                f"agent_order: {order!r}. Legal: 'random', 'fixed', or a sequence that names each of the "
+                f"{self.n_agents} agents 0 to {self.n_agents - 1} once."
+            )
+        return tuple(order)
+
+
+def _count_agents(group: str, loss: TRPOLoss) -> int:
+    if not isinstance(loss, TRPOLoss):
+        raise TypeError(f"losses must be a TRPOLoss or a mapping to TRPOLoss; {group!r} is {type(loss).__name__}.")
+    if loss.trust_region == "shared" and any(
+        isinstance(module, MultiAgentNetBase) and module.n_agents > 1 for module in loss.actor_network.modules()
+    ):
+        raise ValueError(_shared_message(group))
+    return loss.n_regions  # a group of one agent has one region
+
+
+def _shared_message(group: str) -> str:
+    return (
+        f"HATRPO updates the agents one after the other, but the policy of group {group!r} has one set of parameters for "
+        "all its agents. Give each agent its own: MultiAgentMLP(..., share_params=False). For shared parameters use "
+        "TRPOLoss with TrustRegionUpdater directly (MATRPO or ITRPO)."
+    )

@@ -1,0 +1,434 @@
+"""The TRPO objective: PPO's unclipped surrogate with an exact KL, solved by a trust-region step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection, unravel_key
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
+from torch import Tensor
+from torch import distributions as D
+from torchrl.modules import ValueNorm
+from torchrl.modules.models.multiagent import MultiAgentNetBase
+from torchrl.objectives import PPOLoss, ValueEstimators
+from torchrl.objectives.utils import _sum_td_features
+
+from torchrl_trpo.divergence import entropy, has_exact_entropy, kl_divergence
+from torchrl_trpo.objectives.policy_region import PolicyTrustRegion, distribution_keys, single_agent_network
+from torchrl_trpo.objectives.policy_rows import PolicyRows, clear_masked
+from torchrl_trpo.suggest import nearest
+
+
+class TRPOLoss(PPOLoss):
+    r"""Trust-region policy optimisation, for one agent or several (Schulman et al. 2015, arXiv:1502.05477).
+
+    The surrogate that :class:`~torchrl_trpo.TrustRegionUpdater` maximises, at samples :math:`(o, u)` of :math:`\pi_k`,
+    within a mean KL divergence :math:`\delta` (equation 14 of the paper):
+
+    .. math::
+        L(\theta) = \mathbb{E}\Big[ \frac{\pi_\theta(u|o)}{\pi_k(u|o)} \hat A \Big] + c_H\, \mathbb{E}[H(\pi_\theta)],
+        \qquad \overline{KL}(\pi_k \,\|\, \pi_\theta) \le \delta
+
+    It is a :class:`~torchrl.objectives.PPOLoss`: keys, value estimation, critic loss, reductions and masks are those of
+    TorchRL. The critic is trained with :meth:`loss_critic` and any optimiser; the policy only through the updater.
+
+    Args:
+        actor_network: the policy, a ``ProbabilisticTensorDictSequential`` (such as ``ProbabilisticActor``).
+        critic_network: the value network; without one, the data must bring the advantage.
+
+    Keyword Args:
+        trust_region: ``"shared"``: one region for all parameters; surrogate and KL are means over samples and agents.
+            ``"per_agent"``: the parameters are stacked on a leading agent dimension, as
+            ``MultiAgentMLP(share_params=False)`` keeps them; each agent is a region of its own, with its own KL, step
+            length and accept decision, all solved in one batched pass. Default: inferred from the actor.
+        agent_dim: the agent dimension of the advantage ``[*B, T, n_agents, 1]``; it follows the batch dimensions.
+        entropy_coeff: the weight :math:`c_H` of the entropy. Default: 0.
+        value_norm: a :class:`~torchrl.modules.ValueNorm` that the critic's targets are normalised with. If the value
+            estimator has the same one, the critic outputs normalised values; otherwise raw values, as in ``MAPPOLoss``.
+        **kwargs: keywords of :class:`~torchrl.objectives.PPOLoss`.
+
+    Output keys of :meth:`forward`:
+
+    - ``loss_objective`` (gradient): :math:`-\mathbb{E}[ratio \cdot \hat A]`; ``loss_entropy`` (gradient);
+      ``loss_critic`` (gradient, with a critic).
+    - ``kl`` (log only): the exact mean KL in nats from the policy that collected the data, whose distribution
+      parameters are read from the data; left out when the data has none.
+    - ``ESS`` (log only): the effective sample size of the ratios, as a share of the rows.
+    - ``kl_approx``, ``entropy``, ``explained_variance``, ... (log only): as in ``PPOLoss``.
+
+    Raises:
+        ValueError: if ``trust_region`` is unknown, or is ``"per_agent"`` and a parameter is not stacked.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict.nn import TensorDictModule as Mod
+        >>> from torchrl.modules import IndependentNormal, MultiAgentMLP, NormalParamExtractor, ProbabilisticActor
+        >>> from torchrl_trpo import TrustRegionUpdater
+        >>> net = MultiAgentMLP(3, 4, n_agents=2, centralized=False, share_params=False, num_cells=8, depth=1)
+        >>> net = torch.nn.Sequential(net, NormalParamExtractor())
+        >>> loc_scale = [("agents", "loc"), ("agents", "scale")]
+        >>> actor = ProbabilisticActor(
+        ...     Mod(net, in_keys=[("agents", "observation")], out_keys=loc_scale),
+        ...     in_keys=loc_scale, out_keys=[("agents", "action")],
+        ...     distribution_class=IndependentNormal, return_log_prob=True,
+        ... )
+        >>> data = TensorDict({"agents": TensorDict({"observation": torch.randn(5, 7, 2, 3)}, [5, 7, 2])}, [5, 7])
+        >>> data = actor(data).detach()
+        >>> data["advantage"] = torch.randn(5, 7, 2, 1)
+        >>> loss = TRPOLoss(actor)
+        >>> loss.trust_region
+        'per_agent'
+        >>> stats = TrustRegionUpdater(loss, max_kl=0.01).step(data)
+        >>> bool((stats["kl"] <= 0.01).all()), stats.batch_size
+        (True, torch.Size([2]))
+    """
+
+    default_value_estimator = ValueEstimators.MAGAE
+    value_norm: ValueNorm | None
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential | None = None,
+        critic_network: TensorDictModule | None = None,
+        *,
+        trust_region: Literal["shared", "per_agent"] | None = None,
+        agent_dim: int = -2,
+        entropy_coeff: float | Mapping[NestedKey, float] = 0.0,
+        value_norm: ValueNorm | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(actor_network, critic_network, entropy_coeff=entropy_coeff, **kwargs)
+        self.value_norm = value_norm
+        self.agent_dim = agent_dim
+        self.trust_region, self.n_regions = self._resolve_trust_region(trust_region)
+        self._data_has_distribution = False
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """What :meth:`forward` returns; ``kl`` is among them once data with distribution parameters was seen."""
+        if self._out_keys is not None:
+            return self._out_keys
+        keys = ["loss_objective", "kl_approx", "ESS"]
+        keys += ["kl"] if self._data_has_distribution else []
+        keys += ["entropy", "loss_entropy"] if self.entropy_bonus else []
+        if self._has_critic:
+            keys += ["loss_critic"]
+            keys += ["value_clip_fraction"] if self.clip_value else []
+            keys += ["explained_variance"] if self.log_explained_variance else []
+        return keys
+
+    @out_keys.setter
+    def out_keys(self, values: list[NestedKey]) -> None:
+        self._out_keys = values
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Evaluates the objective at the current parameters; nothing else changes.
+
+        Args:
+            tensordict: the data, ``[*B, T]``.
+
+        Returns:
+            The losses and log entries that the class docstring lists, without batch dimensions.
+        """
+        tensordict = tensordict.clone(False)
+        advantage = self.normalized_advantage(tensordict)
+        log_weight, dist, kl_approx, log_is_weight = self._log_weight(tensordict, adv_shape=advantage.shape[:-1])
+        if log_is_weight is not None:
+            log_weight = log_weight + log_is_weight
+        out = TensorDict({"loss_objective": -log_weight.exp() * self._advantage_like(advantage, log_weight)})
+        out.set("kl_approx", kl_approx.detach().mean())
+        with torch.no_grad():
+            rows = log_weight.flatten()
+            out.set("ESS", (2 * rows.logsumexp(0) - (2 * rows).logsumexp(0)).exp() / rows.numel())
+            kl = self._kl_from_collection(tensordict, dist)
+            if kl is not None:
+                out.set("kl", self._reduce_loss(kl.unsqueeze(-1), tensordict, reduction="mean"))
+        if self.entropy_bonus:
+            bonus = self._get_entropy(dist, adv_shape=advantage.shape[:-1])
+            if is_tensor_collection(bonus):
+                out.set("composite_entropy", bonus.detach())
+                out.set("entropy", _sum_td_features(bonus).detach().mean())
+            else:
+                out.set("entropy", bonus.detach().mean())
+            out.set("loss_entropy", self._weighted_loss_entropy(bonus))
+        if self._has_critic:
+            loss_critic, value_clip_fraction, explained_variance = self.loss_critic(tensordict)
+            out.set("loss_critic", loss_critic)
+            if value_clip_fraction is not None:
+                out.set("value_clip_fraction", value_clip_fraction)
+            if explained_variance is not None:
+                out.set("explained_variance", explained_variance)
+        out = out.named_apply(
+            lambda name, value: (
+                self._reduce_loss(value, tensordict).squeeze(-1) if name.startswith("loss_") else value
+            )
+        )
+        networks = ("actor_network_params", "critic_network_params")
+        self._clear_weakrefs(tensordict, out, *networks, *(f"target_{name}" for name in networks))
+        return out
+
+    def trust_regions(self, tensordict: TensorDictBase) -> Iterator[PolicyTrustRegion]:
+        """The subproblem of one update, for the updater: one region, or all agents' in one batch.
+
+        Args:
+            tensordict: the data, ``[*B, T]``.
+
+        Yields:
+            The batched subproblem.
+        """
+        yield self.policy_region(self.policy_rows(tensordict))
+
+    def policy_region(
+        self, rows: PolicyRows, *, agent: int | None = None, index: int = 0, factor: Tensor | None = None
+    ) -> PolicyTrustRegion:
+        """The trust-region subproblem at the current parameters.
+
+        Args:
+            rows: the batch, from :meth:`policy_rows`.
+
+        Keyword Args:
+            agent: solve only this agent of stacked parameters, at one agent's cost. Default: all.
+            index: the row of the statistics when ``agent`` is given.
+            factor: what the surrogate's rows are multiplied with, ``[N]``. Default: 1.
+
+        Returns:
+            The subproblem.
+        """
+        agent_slice = None if self.trust_region == "shared" else slice(None)
+        network, indices = self.actor_network, range(self.n_regions)
+        if agent is not None:
+            indices = range(index, index + 1)
+            if self.trust_region == "per_agent":
+                agent_slice = slice(agent, agent + 1)
+                network, rows = single_agent_network(network), rows.of_agent(agent)
+        return PolicyTrustRegion(
+            network,
+            self._actor_parameters(),
+            rows if factor is None else rows.with_factor(factor),
+            indices=indices,
+            agent_slice=agent_slice,
+            entropy_coeff=self.entropy_coeff if self._entropy_counts() else None,
+            max_importance_ratio=self.max_importance_ratio,
+        )
+
+    def policy_rows(self, tensordict: TensorDictBase) -> PolicyRows:
+        """Reads from a batch what the policy update needs, flattened to ``N`` rows; the batch is not modified.
+
+        Args:
+            tensordict: the data, ``[*B, T]``.
+
+        Returns:
+            The rows; those that a loss mask excludes weigh 0, and their content cannot spread.
+
+        Raises:
+            KeyError: if an entry is missing.
+            ValueError: if the advantage or the agent dimension does not fit the log-probabilities.
+        """
+        tensordict = tensordict.clone(False)
+        advantage = self.normalized_advantage(tensordict)
+        log_prob = _entry(tensordict, self.tensor_keys.sample_log_prob, "sample_log_prob").unsqueeze(-1)
+        self._check_agent_dim(log_prob, tensordict.batch_size)
+        rows = TensorDict(
+            {
+                "log_prob": log_prob,
+                "advantage": self._advantage_like(advantage, log_prob).expand_as(log_prob),
+                "action": _entry(tensordict, self.tensor_keys.action, "action"),
+                "inputs": {key: _entry(tensordict, key, "actor in_keys") for key in self.actor_network.in_keys},
+            },
+            batch_size=tensordict.batch_size,
+        )
+        rows = rows.reshape(-1).detach()
+        inputs = rows.get("inputs")
+        per_agent = self.trust_region == "per_agent"
+        mask = self._row_mask(tensordict, log_prob)
+        if mask is None:
+            weight = log_prob.new_full((1,), 1 / max(rows.numel() if per_agent else log_prob.numel(), 1))
+        else:
+            mask = mask.reshape(rows["log_prob"].shape)
+            inputs = inputs.named_apply(lambda key, value: clear_masked(key, value, mask), nested_keys=True)
+            rows = rows.exclude("inputs").named_apply(
+                lambda key, value: clear_masked(("rows", key), value, mask), nested_keys=True
+            )
+            total = mask.sum(0, keepdim=True) if per_agent else mask.sum()
+            weight = mask / total.clamp_min(1).to(log_prob.dtype)
+        return PolicyRows(
+            inputs=inputs,
+            action=rows.get("action"),
+            log_prob=rows.get("log_prob"),
+            advantage=rows.get("advantage"),
+            weight=weight,
+            factor=log_prob.new_ones(1),
+        )
+
+    def surrogate_terms(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
+        """The surrogate at the current parameters, taken apart for a sequential objective.
+
+        Args:
+            tensordict: the data, ``[*B, T]``.
+
+        Returns:
+            The ratios ``[N, n]`` (gradient), the advantages times the rows' weights ``[N, n]``, and each agent's mean KL
+            from the policy that collected the data ``[n]`` in nats, NaN when the data has no distribution parameters.
+        """
+        rows = self.policy_rows(tensordict)
+        with self._actor_parameters().to_module(self.actor_network, preserve_module_state=False):
+            dist = self.actor_network.get_dist(rows.inputs.copy())
+        counts = rows.weight > 0
+        ratio = torch.where(counts, (dist.log_prob(rows.action).unsqueeze(-1) - rows.log_prob).exp(), 1.0)
+        with torch.no_grad():
+            kl = self._kl_from_collection(tensordict.reshape(-1), dist)
+            kl = torch.full_like(rows.log_prob, torch.nan) if kl is None else kl.unsqueeze(-1)
+            kl = (rows.weight * torch.where(counts, kl, 0.0)).flatten(1).sum(0)
+        return ratio.flatten(1), (rows.weight * rows.advantage).flatten(1), kl
+
+    def normalized_advantage(self, tensordict: TensorDictBase) -> Tensor:
+        """The advantage of a batch, computed by the value estimator if missing, normalised if the loss does so.
+
+        Args:
+            tensordict: the data, ``[*B, T]``; a missing advantage and value target are written into it.
+
+        Returns:
+            The advantage, ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``).
+
+        Raises:
+            KeyError: if there is neither an advantage nor a critic to compute it with.
+            ValueError: if the advantage misses its last dimension of size 1.
+        """
+        key = self.tensor_keys.advantage
+        advantage = tensordict.get(key, None)
+        missing = advantage is None
+        if missing:
+            if self.critic_network is None and self._value_estimator is None:
+                raise KeyError(
+                    f"the advantage {key!r} is not in the data, and the loss has no critic to compute it with. Give "
+                    "TRPOLoss a critic_network, compute the advantage first, or name its key with set_keys(advantage=...)."
+                    f" {nearest(key, tensordict.keys(True, True))}"
+                )
+            params = self._cached_critic_network_params_detached if self.critic_network is not None else None
+            target_params = self.target_critic_network_params if params is not None else None
+            self.value_estimator(tensordict, params=params, target_params=target_params)
+            advantage = tensordict.get(key)
+        if advantage.ndim <= tensordict.batch_dims or advantage.shape[-1] != 1:
+            raise ValueError(
+                f"the advantage {key!r} has shape {tuple(advantage.shape)} in data of batch size "
+                f"{tuple(tensordict.batch_size)}: its last dimension must be 1, [*B, T, 1] or [*B, T, n_agents, 1]. "
+                "Use advantage.unsqueeze(-1)."
+            )
+        return self._maybe_normalize_advantage(advantage, tensordict, update_norm=missing)
+
+    def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> Any:
+        for key, name in [(self.tensor_keys.sample_log_prob, "sample_log_prob"), (self.tensor_keys.action, "action")]:
+            _entry(tensordict, key, name)
+        return super()._log_weight(tensordict, adv_shape=adv_shape)
+
+    def _critic_loss_inputs(
+        self, target_return: Tensor, state_value: Tensor, old_state_value: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        norm = self.value_norm
+        if norm is None:
+            return target_return, state_value, old_state_value
+        norm.update(target_return)
+        # A critic whose values the estimator denormalises outputs normalised values already.
+        if getattr(self._value_estimator, "value_norm", None) is not norm:
+            state_value = norm.normalize(state_value)
+        old_state_value = None if old_state_value is None else norm.normalize(old_state_value)
+        return norm.normalize(target_return.detach()), state_value, old_state_value
+
+    def _get_entropy(self, dist: D.Distribution, adv_shape: torch.Size) -> Tensor | TensorDict:
+        # Without sampling where possible: the parent's estimate would differ from call to call.
+        if has_exact_entropy(dist):
+            return entropy(dist).unsqueeze(-1)
+        return super()._get_entropy(dist, adv_shape)
+
+    def _entropy_counts(self) -> bool:
+        if not self.entropy_bonus:
+            return False
+        if self._entropy_coeff_map is not None:
+            raise NotImplementedError("the policy update takes one entropy_coeff for all action heads, not a mapping.")
+        # The coefficient may be scheduled; it is read from the device only after it has changed.
+        version = (id(self.entropy_coeff), self.entropy_coeff._version)
+        if self.__dict__.get("_cache_entropy_coeff", (None,))[0] != version:
+            self.__dict__["_cache_entropy_coeff"] = (version, bool(self.entropy_coeff != 0))
+        return self.__dict__["_cache_entropy_coeff"][1]
+
+    def _kl_from_collection(self, tensordict: TensorDictBase, dist: D.Distribution) -> Tensor | None:
+        keys = distribution_keys(self.actor_network)
+        self._data_has_distribution = all(tensordict.get(key, None) is not None for key in keys)
+        if not self._data_has_distribution:
+            return None
+        return kl_divergence(self.actor_network.build_dist_from_params(tensordict.select(*keys)), dist)
+
+    def _advantage_like(self, advantage: Tensor, log_prob: Tensor) -> Tensor:
+        """Checks the advantage ``[*B, T, *A, 1]`` against log-probabilities of that shape; a team's is broadcast."""
+        if advantage.ndim == log_prob.ndim - 1 and advantage.shape[:-1] == log_prob.shape[:-2]:
+            advantage = advantage.unsqueeze(-2)
+        try:
+            fits = torch.broadcast_shapes(advantage.shape, log_prob.shape) == log_prob.shape
+        except RuntimeError:
+            fits = False
+        if not fits or advantage.ndim != log_prob.ndim:
+            raise ValueError(
+                f"the advantage {self.tensor_keys.advantage!r} has shape {tuple(advantage.shape)}, which does not fit "
+                f"log-probabilities of shape {tuple(log_prob.shape[:-1])}. Legal: {tuple(log_prob.shape)}, or "
+                f"{(*log_prob.shape[:-2], 1)} for a whole team."
+            )
+        return advantage
+
+    def _row_mask(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
+        masks = [tensordict.get(key, None) for key in self._loss_mask_keys()]
+        masks = [self._expand_loss_mask(mask, like) for mask in masks if mask is not None]
+        return torch.stack(masks).all(0) if masks else None
+
+    def _check_agent_dim(self, log_prob: Tensor, batch_size: torch.Size) -> None:
+        if self.trust_region == "shared":
+            return
+        agent_dim = log_prob.ndim + self.agent_dim if self.agent_dim < 0 else self.agent_dim
+        if agent_dim != len(batch_size) or log_prob.ndim != agent_dim + 2 or log_prob.shape[agent_dim] != self.n_regions:
+            raise ValueError(
+                f"the policy has parameters for {self.n_regions} agents, but the log-probability has shape "
+                f"{tuple(log_prob.shape[:-1])} in data of batch size {tuple(batch_size)}, with agent_dim="
+                f"{self.agent_dim}. Legal: {(*batch_size, self.n_regions)}, agents right after the batch dimensions."
+            )
+
+    def _actor_parameters(self) -> TensorDictBase:
+        return self.actor_network_params if self.functional else TensorDict.from_module(self.actor_network)
+
+    def _resolve_trust_region(self, trust_region: str | None) -> tuple[Literal["shared", "per_agent"], int]:
+        """The kind of region, and the number of regions."""
+        if trust_region not in (None, "shared", "per_agent"):
+            raise ValueError(f"trust_region: {trust_region!r}. {nearest(trust_region, ['shared', 'per_agent', None])}")
+        if trust_region == "shared":
+            return "shared", 1
+        trained = {key: value for key, value in self._actor_parameters().items(True, True) if value.requires_grad}
+        unshared = [m for m in self.actor_network.modules() if isinstance(m, MultiAgentNetBase) and not m.share_params]
+        if trust_region is None and not unshared:
+            return "shared", 1
+        first = next(iter(trained.values()))
+        n_agents = unshared[0].n_agents if unshared else (first.shape[0] if first.ndim else 0)
+        shared = {key: value for key, value in trained.items() if value.ndim == 0 or value.shape[0] != n_agents}
+        if not shared:
+            return "per_agent", n_agents
+        if trust_region is None:
+            return "shared", 1
+        key, value = next(iter(shared.items()))
+        raise ValueError(
+            f"trust_region='per_agent' needs every policy parameter stacked on a leading dimension of {n_agents} agents, "
+            f"but {key!r} has shape {tuple(value.shape)}. Build the policy from MultiAgentMLP(share_params=False), or "
+            "use trust_region='shared'."
+        )
+
+
+def _entry(tensordict: TensorDictBase, key: NestedKey | list[NestedKey], role: str) -> Any:
+    """An entry that must be there, or for a list of keys the TensorDict of them."""
+    if isinstance(key, list):
+        return tensordict.select(*(_entry(tensordict, k, role) is not None and k for k in key))
+    value = tensordict.get(key, None)
+    if value is None:
+        raise KeyError(
+            f"{role}: {unravel_key(key)!r} is not in the data. {nearest(key, tensordict.keys(True, True))} "
+            f"Name another entry with set_keys, or change the policy's keys."
+        )
+    return value

@@ -1,0 +1,22 @@
+"""Error messages that name the nearest legal choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(given: object, legal: Iterable[object]) -> str:
+    """Describes the legal values for an error message, nearest names first.
+
+    Args:
+        given: the value that is not legal.
+        legal: the legal values.
+
+    Returns:
+        ``"Did you mean 'x'? Legal: 'x', 'y'."``, without the question when nothing is near.
+    """
+    names = [str(value) for value in legal]
+    close = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5)
+    question = f"Did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
+    return f"{question}Legal: {', '.join(repr(name) for name in names) or 'nothing'}."

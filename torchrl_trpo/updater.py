@@ -1,0 +1,224 @@
+"""The trust-region policy update: gradient, conjugate gradient, step length, line search, one write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from torchrl_trpo.conjugate_gradient import conjugate_gradient
+from torchrl_trpo.line_search import backtrack
+from torchrl_trpo.suggest import nearest
+
+
+class TrustRegionProblem(Protocol):
+    """One or several independent trust-region subproblems at the current parameters ``θ_k``.
+
+    ``n`` regions of ``P`` parameters each; improvements and divergences are measured from ``θ_k``.
+    """
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Which rows of the statistics these regions are, ``n`` numbers."""
+
+    @property
+    def parameters(self) -> Tensor:
+        """The current parameters ``θ_k``, ``[n, P]``."""
+
+    def gradient(self) -> Tensor:
+        """The gradient of the surrogate at ``θ_k``, ``[n, P]``."""
+
+    def fisher_product(self, subsample: float) -> Callable[[Tensor], Tensor]:
+        """The product with ``F``, from ``[n, P]`` to ``[n, P]``, on a share ``subsample`` of the rows."""
+
+    def evaluate(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """``L(θ) − L(θ_k)`` and the mean ``KL(π_k ‖ π_θ)`` in nats, each ``[n]``, at ``parameters`` ``[n, P]``."""
+
+    def write(self, parameters: Tensor, accepted: Tensor) -> None:
+        """Writes ``parameters`` ``[n, P]`` where ``accepted`` ``[n]``; leaves the others untouched to the bit."""
+
+
+class TrustRegionObjective(Protocol):
+    """What :class:`TrustRegionUpdater` drives: ``TRPOLoss``, ``HATRPOSequentialObjective``, or your own."""
+
+    def trust_regions(self, tensordict: TensorDictBase) -> Iterable[TrustRegionProblem]:
+        """The subproblems of one update, each solved and written before the next is asked for."""
+
+
+class TrustRegionUpdater:
+    r"""Takes trust-region steps on the policy of an objective.
+
+    For each region, with the surrogate :math:`L`, its gradient :math:`g` and the Fisher matrix :math:`F` at the current
+    parameters :math:`\theta_k` (Schulman et al. 2015, arXiv:1502.05477, section 6 and appendix C):
+
+    .. math::
+        x \approx (F + \lambda I)^{-1} g, \qquad
+        \beta = \sqrt{2\delta / x^\top (F + \lambda I) x}, \qquad
+        \theta_{k+1} = \theta_k + \alpha^j \beta x
+
+    with the smallest :math:`j \le L_{max}` for which the surrogate improves by at least
+    :math:`\kappa\, \alpha^j \beta\, g^\top x` and the mean KL divergence from :math:`\pi_k` stays within
+    :math:`\delta`. If there is none, or anything is not finite, :math:`\theta_k` is kept to the last bit.
+    :math:`x^\top (F + \lambda I) x` comes from the residual of the conjugate gradient, without another product.
+
+    Settings are plain attributes: change them between steps for a schedule (``updater.max_kl = 0.005``).
+
+    Args:
+        objective: a ``TRPOLoss`` or ``HATRPOSequentialObjective``, or anything with their ``trust_regions`` method.
+
+    Keyword Args:
+        max_kl: the radius :math:`\delta`, the mean KL of an agent's joint action, in nats. Default: 0.01.
+        damping: :math:`\lambda`, added to the diagonal of :math:`F`. Default: 0.1.
+        cg_iters: the number of conjugate-gradient steps. Default: 10.
+        cg_tol: the relative residual at which they stop to matter. Default: 1e-6.
+        backtrack_coeff: :math:`\alpha`, the factor between tries of the line search. Default: 0.8.
+        max_backtracks: :math:`L_{max}`, the number of tries after the first. Default: 10.
+        accept_ratio: :math:`\kappa`, the share of the predicted improvement that must be reached. Default: 0.5.
+        fisher_subsample: the share of the rows, drawn anew for each region, that :math:`F` is estimated on. Gradient,
+            surrogate and KL checks always use all rows. Default: 1.0.
+
+    Raises:
+        TypeError: if the objective has no ``trust_regions``, or a setting is not a number.
+        ValueError: if a setting is outside its range.
+
+    Examples:
+        >>> updater = TrustRegionUpdater(loss, max_kl=0.01)  # doctest: +SKIP
+        >>> stats = updater.step(data)  # doctest: +SKIP
+        >>> stats["accepted"], stats["kl"]  # doctest: +SKIP
+    """
+
+    _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+        "max_kl": ("a positive number", lambda v: 0 < v < math.inf),
+        "damping": ("a number of at least 0", lambda v: 0 <= v < math.inf),
+        "cg_iters": ("a whole number of at least 1", lambda v: v >= 1 and v == int(v)),
+        "cg_tol": ("a number of at least 0", lambda v: 0 <= v < math.inf),
+        "backtrack_coeff": ("a number between 0 and 1, both excluded", lambda v: 0 < v < 1),
+        "max_backtracks": ("a whole number of at least 0", lambda v: v >= 0 and v == int(v)),
+        "accept_ratio": ("a number of at least 0 and below 1", lambda v: 0 <= v < 1),
+        "fisher_subsample": ("a number above 0 and at most 1", lambda v: 0 < v <= 1),
+    }
+
+    def __init__(
+        self,
+        objective: TrustRegionObjective,
+        *,
+        max_kl: float = 0.01,
+        damping: float = 0.1,
+        cg_iters: int = 10,
+        cg_tol: float = 1e-6,
+        backtrack_coeff: float = 0.8,
+        max_backtracks: int = 10,
+        accept_ratio: float = 0.5,
+        fisher_subsample: float = 1.0,
+    ) -> None:
+        if not callable(getattr(objective, "trust_regions", None)):
+            raise TypeError(
+                f"objective must have a method trust_regions(tensordict), as TRPOLoss and HATRPOSequentialObjective "
+                f"have; got {type(objective).__name__}."
+            )
+        self.objective = objective
+        self.max_kl = max_kl
+        self.damping = damping
+        self.cg_iters = cg_iters
+        self.cg_tol = cg_tol
+        self.backtrack_coeff = backtrack_coeff
+        self.max_backtracks = max_backtracks
+        self.accept_ratio = accept_ratio
+        self.fisher_subsample = fisher_subsample
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._RANGES:
+            legal, is_legal = self._RANGES[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be {legal}, got {value!r} of type {type(value).__name__}.")
+            if not is_legal(value):
+                raise ValueError(f"{name} must be {legal}, got {value!r}.")
+        super().__setattr__(name, value)
+
+    def step(self, tensordict: TensorDictBase) -> TensorDict:
+        """Updates the policy once on a batch; the batch is not modified.
+
+        Args:
+            tensordict: the collected data, ``[*B, T]``, with advantages or what the objective needs to compute them.
+
+        Returns:
+            Statistics with batch size ``[n_regions]``, all detached. In a sequential update one row per agent in agent
+            index order; in others one row per region.
+
+            - ``accepted`` (bool): whether the step was taken.
+            - ``kl`` (nats) and ``improvement`` of the surrogate, of the parameters kept: 0 when rejected.
+            - ``expected_improvement``: what the linear model predicts for the full step.
+            - ``step_fraction``: the ``α^j`` taken, 0 when rejected.
+            - ``grad_norm``: the Euclidean norm of the surrogate's gradient.
+            - ``cg_residual``: ``‖g − (F + λI)x‖ / ‖g‖``.
+            - ``order``: ``order[m]`` is the region that was solved m-th.
+        """
+        order: list[int] = []
+        solved: list[TensorDict] = []
+        for problem in self.objective.trust_regions(tensordict):
+            solved.append(self._solve(problem))
+            order.extend(problem.indices)
+        stats = torch.cat(solved)
+        stats = stats[sorted(range(len(order)), key=order.__getitem__)]
+        return stats.set("order", torch.tensor(order, device=stats["kl"].device))
+
+    def _solve(self, problem: TrustRegionProblem) -> TensorDict:
+        gradient = problem.gradient()  # [n, P]
+        scale = gradient.abs().amax(-1, keepdim=True)  # the step does not depend on the gradient's length
+        g = gradient / torch.where(scale > 0, scale, 1.0)
+        fisher = problem.fisher_product(self.fisher_subsample)
+        solution = conjugate_gradient(
+            lambda v: fisher(v) + self.damping * v, g, iterations=self.cg_iters, tol=self.cg_tol
+        )
+        del fisher  # frees its graph before the line search
+        x = solution.solution
+        xFx = (x * (g - solution.residual)).sum(-1, keepdim=True)  # xᵀ(F + λI)x, [n, 1]
+        full_step = torch.where(xFx > 0, (2 * self.max_kl / xFx).sqrt(), 0.0) * x
+        expected = (gradient * full_step).sum(-1)
+        theta = problem.parameters
+        search = backtrack(
+            lambda fraction: problem.evaluate(theta + fraction.unsqueeze(-1) * full_step),
+            expected,
+            max_kl=self.max_kl,
+            backtrack_coeff=self.backtrack_coeff,
+            max_backtracks=self.max_backtracks,
+            accept_ratio=self.accept_ratio,
+        )
+        problem.write(theta + search.fraction.unsqueeze(-1) * full_step, search.accepted)
+        return TensorDict(
+            {
+                "accepted": search.accepted,
+                "kl": search.kl,
+                "improvement": search.improvement,
+                "expected_improvement": expected,
+                "step_fraction": search.fraction,
+                "grad_norm": scale.squeeze(-1) * g.norm(dim=-1),
+                "cg_residual": solution.relative_residual,
+            },
+            batch_size=search.accepted.shape,
+        )
+
+    def state_dict(self) -> dict[str, float]:
+        """The settings by name."""
+        return {name: getattr(self, name) for name in self._RANGES}
+
+    def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
+        """Takes over settings saved by :meth:`state_dict`.
+
+        Args:
+            state_dict: the settings by name.
+
+        Raises:
+            KeyError: if a setting is missing or unknown.
+        """
+        for name in state_dict:
+            if name not in self._RANGES:
+                raise KeyError(f"{name!r} is not a setting of the updater. {nearest(name, self._RANGES)}")
+        for name in self._RANGES:
+            if name not in state_dict:
+                raise KeyError(f"the setting {name!r} is missing from the state_dict, which has {list(state_dict)}.")
+            setattr(self, name, state_dict[name])
