@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.modules import ValueNorm
 from torchrl.objectives.value import MultiAgentGAE
 
@@ -112,7 +112,9 @@ class CentralCriticValueEstimator(MultiAgentGAE):
         """What :meth:`forward` reads."""
         pooled = [*self.observation_keys, *self.action_keys, *([self.state_key] if self.state_key else [])]
         read = [key for key in super().in_keys if key not in (self.central_key, ("next", *_path(self.central_key)))]
-        return list(dict.fromkeys([*read, *pooled, *[("next", *_path(k)) for k in pooled if k not in self.action_keys]]))
+        return list(
+            dict.fromkeys([*read, *pooled, *[("next", *_path(k)) for k in pooled if k not in self.action_keys]])
+        )
 
     @dispatch
     def forward(
@@ -134,8 +136,8 @@ class CentralCriticValueEstimator(MultiAgentGAE):
             time_dim: the time dimension. Default: the one named "time", or the last.
 
         Returns:
-            The same tensordict, with ``central_key`` at ``t`` and ``t+1``, the value, ``advantage`` and ``value_target``
-            ``[*B, T, n_agents, 1]``.
+            The same tensordict, with ``central_key`` at ``t`` and ``t+1``, and the value, ``advantage`` and
+            ``value_target``, each ``[*B, T, n_agents, 1]``.
         """
         self.pool(tensordict, time_dim=time_dim)
         return super().forward(tensordict, params=params, target_params=target_params, time_dim=time_dim)
@@ -227,30 +229,6 @@ class CentralCriticValueEstimator(MultiAgentGAE):
             team = reward.mean if self.team_reward == "mean" else reward.sum
             reward = team(self.agent_dim, keepdim=True).expand_as(value)
         return super()._prepare_signals(reward, done, terminated, value)
-
-
-class TeamCritic(nn.Module):
-    """Evaluates a value network once for the whole team, for a pooled input that is the same for all agents.
-
-    Args:
-        network: from ``[*B, T, F]`` to ``[*B, T, 1]``.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, central: Tensor) -> Tensor:
-        """The team's value, repeated for each agent.
-
-        Args:
-            central: the pooled input, ``[*B, T, n_agents, F]``.
-
-        Returns:
-            The values, ``[*B, T, n_agents, 1]``.
-        """
-        value = self.network(central[..., 0, :])
-        return value.unsqueeze(-2).expand(*central.shape[:-1], value.shape[-1])
 
 
 def _path(key: NestedKey) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from tensordict.nn import dispatch
 from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import LossModule
-
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.trpo import TRPOLoss
 
@@ -23,8 +22,8 @@ class HATRPOSequentialObjective(LossModule):
     Agents are solved in an order :math:`i_1, \dots, i_n`. Agent :math:`i_m` maximises, within its own trust region,
 
     .. math::
-        L^{i_m}(\theta) = \mathbb{E}\Big[ M^m\, \frac{\pi_\theta^{i_m}(u|o)}{\pi_k^{i_m}(u|o)}\, \hat A^{i_m} \Big], \quad
-        M^1 = 1, \quad M^{m+1} = M^m\, \frac{\pi_{new}^{i_m}(u|o)}{\pi_k^{i_m}(u|o)}
+        L^{i_m}(\theta) = \mathbb{E}\Big[ M^m\, \frac{\pi_\theta^{i_m}(u|o)}{\pi_k^{i_m}(u|o)}\, \hat A^{i_m} \Big],
+        \quad M^1 = 1, \quad M^{m+1} = M^m\, \frac{\pi_{new}^{i_m}(u|o)}{\pi_k^{i_m}(u|o)}
 
     which gives each update a monotonic-improvement bound for cooperative teams. Only the agent that is being solved is
     evaluated, so an update costs :math:`O(n)`.
@@ -92,7 +91,9 @@ class HATRPOSequentialObjective(LossModule):
             ValueError: if there are several groups.
         """
         if len(self.losses) > 1:
-            raise ValueError(f"the groups {list(self.losses)} have keys of their own: call losses[group].set_keys(...).")
+            raise ValueError(
+                f"the groups {list(self.losses)} have keys of their own: call losses[group].set_keys(...)."
+            )
         next(iter(self.losses.values())).set_keys(**kwargs)
 
     @dispatch
@@ -170,7 +171,7 @@ def _count_agents(group: str, loss: TRPOLoss) -> int:
 
 def _shared_message(group: str) -> str:
     return (
-        f"HATRPO updates the agents one after the other, but the policy of group {group!r} has one set of parameters for "
-        "all its agents. Give each agent its own: MultiAgentMLP(..., share_params=False). For shared parameters use "
-        "TRPOLoss with TrustRegionUpdater directly (MATRPO or ITRPO)."
+        f"HATRPO updates the agents one after the other, but the policy of group {group!r} has one set of parameters "
+        "for all its agents. Give each agent its own: MultiAgentMLP(..., share_params=False). For shared parameters "
+        "use TRPOLoss with TrustRegionUpdater directly (MATRPO or ITRPO)."
     )

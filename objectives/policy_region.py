@@ -3,60 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
-from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 from torch import distributions as D
-from torchrl.modules.models.multiagent import MultiAgentNetBase
+from torchrl_trpo.objectives.policy_network import distribution_keys, slice_agents
+from torchrl_trpo.objectives.policy_rows import PolicyRows
 
 from torchrl_trpo.divergence import entropy, kl_divergence
 from torchrl_trpo.fisher import fisher_product, output_hessian_product
-from torchrl_trpo.objectives.policy_rows import PolicyRows
 from torchrl_trpo.vectors import flatten, unflatten
-
-
-def distribution_keys(network: ProbabilisticTensorDictSequential) -> list[NestedKey]:
-    """The keys of the distribution's parameters that a policy writes, such as ``("agents", "loc")``.
-
-    Args:
-        network: the policy.
-    """
-    for module in reversed(list(network.modules())):
-        if isinstance(module, ProbabilisticTensorDictModule):
-            return list(module.in_keys)
-    raise ValueError(f"the policy must end in a probabilistic module, but has none:\n{network}")
-
-
-def single_agent_network(network: ProbabilisticTensorDictSequential) -> ProbabilisticTensorDictSequential:
-    """A copy of a multi-agent policy for the parameters and observations of one agent.
-
-    The copy expects parameters stacked ``[1, ...]`` and observations ``[*B, 1, F]``, so that evaluating one agent costs
-    one agent's share, not all agents'. It shares the parameters of the original.
-
-    Args:
-        network: the policy, with parameters stacked on a leading agent dimension.
-    """
-    shared = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}
-    single = deepcopy(network, memo=shared)
-    for module in single.modules():
-        if isinstance(module, MultiAgentNetBase):
-            module.n_agents = 1
-    return single
-
-
-def _slice_agents(parameters: TensorDictBase, agents: slice) -> TensorDict:
-    """Slices stacked parameters, keeping the batch size of each level as the network's modules expect it."""
-    sliced = {
-        key: _slice_agents(value, agents) if is_tensor_collection(value) else value[agents]
-        for key, value in parameters.items()
-    }
-    batch_size = [len(range(*agents.indices(size))) for size in parameters.batch_size[:1]] + list(
-        parameters.batch_size[1:]
-    )
-    return TensorDict(sliced, batch_size=batch_size)
 
 
 class PolicyTrustRegion:
@@ -103,7 +61,7 @@ class PolicyTrustRegion:
                 keys.setdefault(id(value), []).append(key)
         self._keys = list(keys.values())
         # Views on the storage of the live parameters: read at θ_k, written once by an accepted step.
-        self._stateless = parameters.data if agent_slice is None else _slice_agents(parameters.data, agent_slice)
+        self._stateless = parameters.data if agent_slice is None else slice_agents(parameters.data, agent_slice)
         self._live = [self._stateless.get(names[0]) for names in self._keys]
         self._leaves = [value.clone().requires_grad_() for value in self._live]
         with torch.enable_grad():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
+
+from torchrl_trpo.suggest import nearest
 
 
 @dataclass(frozen=True)
@@ -68,18 +72,97 @@ def has_agent_dim(key: NestedKey, value: Tensor, n_agents: int) -> bool:
         value: the entry.
         n_agents: the number of agents.
     """
-    return isinstance(key, tuple) and value.ndim > 1 and value.shape[1] == n_agents
+    return isinstance(key, tuple) and len(key) > 1 and value.ndim > 1 and value.shape[1] == n_agents
 
 
-def clear_masked(key: NestedKey, value: Tensor, mask: Tensor) -> Tensor:
-    """Zeros what a mask excludes, so that padding, NaNs included, cannot spread into sums or gradients.
+def flatten_rows(
+    batch_size: torch.Size,
+    *,
+    inputs: Mapping[NestedKey, Tensor],
+    action: Tensor | TensorDictBase,
+    log_prob: Tensor,
+    advantage: Tensor,
+    mask: Tensor | None,
+    per_agent: bool,
+) -> PolicyRows:
+    """Flattens the batch dimensions ``*B`` of a batch to ``N`` rows.
 
     Args:
-        key: the entry's key.
-        value: the entry, ``[N, ...]``.
-        mask: which rows count, bool ``[N, *A, 1]``.
+        batch_size: the batch dimensions ``*B``.
+
+    Keyword Args:
+        inputs: what the policy reads, by key, each ``[*B, ...]``.
+        action: the actions, ``[*B, *A, action_dim]``.
+        log_prob: the log-probabilities as collected, ``[*B, *A, 1]``.
+        advantage: the advantages, broadcastable to ``log_prob``.
+        mask: which entries count, bool ``[*B, *A, 1]``, or None for all. The others weigh 0, and their content is
+            cleared, so that padding, NaNs included, cannot spread into sums or gradients.
+        per_agent: whether each agent is a region of its own, with a mean of its own.
+
+    Returns:
+        The rows.
     """
+    values = {"log_prob": log_prob, "advantage": advantage.expand_as(log_prob), "action": action}
+    rows = TensorDict({**values, "inputs": dict(inputs)}, batch_size=batch_size).reshape(-1).detach()
+    if mask is None:
+        weight = log_prob.new_full((1,), 1 / max(rows.numel() if per_agent else log_prob.numel(), 1))
+    else:
+        mask = mask.reshape(rows["log_prob"].shape)
+        rows = rows.named_apply(lambda key, value: _clear_masked(key, value, mask), nested_keys=True)
+        total = mask.sum(0, keepdim=True) if per_agent else mask.sum()
+        weight = mask / total.clamp_min(1).to(log_prob.dtype)
+    rows.set("advantage", rows.get("advantage") + _non_finite(rows))
+    return PolicyRows(**{key: rows.get(key) for key in (*values, "inputs")}, weight=weight, factor=log_prob.new_ones(1))
+
+
+def entry(tensordict: TensorDictBase, key: NestedKey | list[NestedKey], role: str) -> Any:
+    """An entry that must be there; for a list of keys, a TensorDict of them.
+
+    Args:
+        tensordict: the data.
+        key: the entry's key, or keys.
+        role: what the key is called where it is set, for the message.
+
+    Returns:
+        The entry.
+
+    Raises:
+        KeyError: if it is not there.
+    """
+    for name in key if isinstance(key, list) else [key]:
+        if tensordict.get(name, None) is None:
+            raise KeyError(
+                f"{role}: {name!r} is not in the data. {nearest(name, tensordict.keys(True, True))} "
+                "Name another entry with set_keys, or change the network's keys."
+            )
+    return tensordict.select(*key) if isinstance(key, list) else tensordict.get(key)
+
+
+def _non_finite(rows: TensorDict) -> Tensor:
+    """NaN where anything that belongs to a row is not finite, else 0, ``[N, *A, 1]``.
+
+    An infinite observation or log-probability may leave the surrogate finite: saturated, or with a ratio of 0.
+    """
+    log_prob = rows.get("log_prob")
+    spread = torch.zeros_like(log_prob)
+    for key, value in rows.items(True, True):
+        if value.is_floating_point():
+            leading = _leading_dims(key, value, log_prob)
+            found = (0 * value).reshape(*value.shape[:leading], -1).sum(-1)
+            spread = spread + found.reshape(*found.shape, *[1] * (spread.ndim - leading))
+    return spread
+
+
+def _clear_masked(key: NestedKey, value: Tensor, mask: Tensor) -> Tensor:
     keep = mask.squeeze(-1)  # [N, *A]
-    if keep.ndim > 1 and not has_agent_dim(key, value, keep.shape[1]):
+    if keep.ndim > _leading_dims(key, value, mask):
         keep = keep.any(dim=1)
     return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)), value, torch.zeros_like(value))
+
+
+def _leading_dims(key: NestedKey, value: Tensor, like: Tensor) -> int:
+    """How many dimensions of an entry of the rows are rows and agents, where ``like`` is ``[N, *A, 1]``: 1 or 2."""
+    if like.ndim == 2:
+        return 1
+    is_input = isinstance(key, tuple) and key[0] == "inputs"
+    return 1 if is_input and not has_agent_dim(key[1:], value, like.shape[1]) else 2

@@ -6,18 +6,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor
 from torch import distributions as D
 from torchrl.modules import ValueNorm
-from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import PPOLoss, ValueEstimators
 from torchrl.objectives.utils import _sum_td_features
+from torchrl_trpo.objectives.policy_network import distribution_keys, resolve_trust_region, single_agent_network
+from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
+from torchrl_trpo.objectives.policy_rows import PolicyRows, entry, flatten_rows
 
 from torchrl_trpo.divergence import entropy, has_exact_entropy, kl_divergence
-from torchrl_trpo.objectives.policy_region import PolicyTrustRegion, distribution_keys, single_agent_network
-from torchrl_trpo.objectives.policy_rows import PolicyRows, clear_masked
 from torchrl_trpo.suggest import nearest
 
 
@@ -102,7 +102,9 @@ class TRPOLoss(PPOLoss):
         super().__init__(actor_network, critic_network, entropy_coeff=entropy_coeff, **kwargs)
         self.value_norm = value_norm
         self.agent_dim = agent_dim
-        self.trust_region, self.n_regions = self._resolve_trust_region(trust_region)
+        self.trust_region, self.n_regions = resolve_trust_region(
+            trust_region, self.actor_network, self._actor_parameters()
+        )
         self._data_has_distribution = False
 
     @property
@@ -162,9 +164,7 @@ class TRPOLoss(PPOLoss):
             if explained_variance is not None:
                 out.set("explained_variance", explained_variance)
         out = out.named_apply(
-            lambda name, value: (
-                self._reduce_loss(value, tensordict).squeeze(-1) if name.startswith("loss_") else value
-            )
+            lambda name, value: self._reduce_loss(value, tensordict).squeeze(-1) if name.startswith("loss_") else value
         )
         networks = ("actor_network_params", "critic_network_params")
         self._clear_weakrefs(tensordict, out, *networks, *(f"target_{name}" for name in networks))
@@ -203,7 +203,8 @@ class TRPOLoss(PPOLoss):
             indices = range(index, index + 1)
             if self.trust_region == "per_agent":
                 agent_slice = slice(agent, agent + 1)
-                network, rows = single_agent_network(network), rows.of_agent(agent)
+                network = single_agent_network(network, agent, self.n_regions)
+                rows = rows.of_agent(agent)
         return PolicyTrustRegion(
             network,
             self._actor_parameters(),
@@ -221,46 +222,22 @@ class TRPOLoss(PPOLoss):
             tensordict: the data, ``[*B, T]``.
 
         Returns:
-            The rows; those that a loss mask excludes weigh 0, and their content cannot spread.
-
-        Raises:
-            KeyError: if an entry is missing.
-            ValueError: if the advantage or the agent dimension does not fit the log-probabilities.
+            The rows; those that a loss mask excludes weigh 0, and their content cannot spread. Missing entries and
+            shapes that do not fit are errors.
         """
         tensordict = tensordict.clone(False)
         advantage = self.normalized_advantage(tensordict)
-        log_prob = _entry(tensordict, self.tensor_keys.sample_log_prob, "sample_log_prob").unsqueeze(-1)
+        keys = self.tensor_keys
+        log_prob = entry(tensordict, keys.sample_log_prob, "sample_log_prob").unsqueeze(-1)
         self._check_agent_dim(log_prob, tensordict.batch_size)
-        rows = TensorDict(
-            {
-                "log_prob": log_prob,
-                "advantage": self._advantage_like(advantage, log_prob).expand_as(log_prob),
-                "action": _entry(tensordict, self.tensor_keys.action, "action"),
-                "inputs": {key: _entry(tensordict, key, "actor in_keys") for key in self.actor_network.in_keys},
-            },
-            batch_size=tensordict.batch_size,
-        )
-        rows = rows.reshape(-1).detach()
-        inputs = rows.get("inputs")
-        per_agent = self.trust_region == "per_agent"
-        mask = self._row_mask(tensordict, log_prob)
-        if mask is None:
-            weight = log_prob.new_full((1,), 1 / max(rows.numel() if per_agent else log_prob.numel(), 1))
-        else:
-            mask = mask.reshape(rows["log_prob"].shape)
-            inputs = inputs.named_apply(lambda key, value: clear_masked(key, value, mask), nested_keys=True)
-            rows = rows.exclude("inputs").named_apply(
-                lambda key, value: clear_masked(("rows", key), value, mask), nested_keys=True
-            )
-            total = mask.sum(0, keepdim=True) if per_agent else mask.sum()
-            weight = mask / total.clamp_min(1).to(log_prob.dtype)
-        return PolicyRows(
-            inputs=inputs,
-            action=rows.get("action"),
-            log_prob=rows.get("log_prob"),
-            advantage=rows.get("advantage"),
-            weight=weight,
-            factor=log_prob.new_ones(1),
+        return flatten_rows(
+            tensordict.batch_size,
+            inputs={key: entry(tensordict, key, "the actor's in_keys") for key in self.actor_network.in_keys},
+            action=entry(tensordict, keys.action, "action"),
+            log_prob=log_prob,
+            advantage=self._advantage_like(advantage, log_prob),
+            mask=self._row_mask(tensordict, log_prob),
+            per_agent=self.trust_region == "per_agent",
         )
 
     def surrogate_terms(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,8 +247,9 @@ class TRPOLoss(PPOLoss):
             tensordict: the data, ``[*B, T]``.
 
         Returns:
-            The ratios ``[N, n]`` (gradient), the advantages times the rows' weights ``[N, n]``, and each agent's mean KL
-            from the policy that collected the data ``[n]`` in nats, NaN when the data has no distribution parameters.
+            The ratios ``[N, n]`` (gradient), the advantages times the rows' weights ``[N, n]``, and each agent's mean
+            KL from the policy that collected the data ``[n]`` in nats, NaN when the data has no distribution
+            parameters.
         """
         rows = self.policy_rows(tensordict)
         with self._actor_parameters().to_module(self.actor_network, preserve_module_state=False):
@@ -304,8 +282,8 @@ class TRPOLoss(PPOLoss):
             if self.critic_network is None and self._value_estimator is None:
                 raise KeyError(
                     f"the advantage {key!r} is not in the data, and the loss has no critic to compute it with. Give "
-                    "TRPOLoss a critic_network, compute the advantage first, or name its key with set_keys(advantage=...)."
-                    f" {nearest(key, tensordict.keys(True, True))}"
+                    "TRPOLoss a critic_network, compute the advantage first, or name its key with "
+                    f"set_keys(advantage=...). {nearest(key, tensordict.keys(True, True))}"
                 )
             params = self._cached_critic_network_params_detached if self.critic_network is not None else None
             target_params = self.target_critic_network_params if params is not None else None
@@ -321,7 +299,7 @@ class TRPOLoss(PPOLoss):
 
     def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> Any:
         for key, name in [(self.tensor_keys.sample_log_prob, "sample_log_prob"), (self.tensor_keys.action, "action")]:
-            _entry(tensordict, key, name)
+            entry(tensordict, key, name)
         return super()._log_weight(tensordict, adv_shape=adv_shape)
 
     def _critic_loss_inputs(
@@ -386,7 +364,11 @@ class TRPOLoss(PPOLoss):
         if self.trust_region == "shared":
             return
         agent_dim = log_prob.ndim + self.agent_dim if self.agent_dim < 0 else self.agent_dim
-        if agent_dim != len(batch_size) or log_prob.ndim != agent_dim + 2 or log_prob.shape[agent_dim] != self.n_regions:
+        if (
+            agent_dim != len(batch_size)
+            or log_prob.ndim != agent_dim + 2
+            or log_prob.shape[agent_dim] != self.n_regions
+        ):
             raise ValueError(
                 f"the policy has parameters for {self.n_regions} agents, but the log-probability has shape "
                 f"{tuple(log_prob.shape[:-1])} in data of batch size {tuple(batch_size)}, with agent_dim="
@@ -395,40 +377,3 @@ class TRPOLoss(PPOLoss):
 
     def _actor_parameters(self) -> TensorDictBase:
         return self.actor_network_params if self.functional else TensorDict.from_module(self.actor_network)
-
-    def _resolve_trust_region(self, trust_region: str | None) -> tuple[Literal["shared", "per_agent"], int]:
-        """The kind of region, and the number of regions."""
-        if trust_region not in (None, "shared", "per_agent"):
-            raise ValueError(f"trust_region: {trust_region!r}. {nearest(trust_region, ['shared', 'per_agent', None])}")
-        if trust_region == "shared":
-            return "shared", 1
-        trained = {key: value for key, value in self._actor_parameters().items(True, True) if value.requires_grad}
-        unshared = [m for m in self.actor_network.modules() if isinstance(m, MultiAgentNetBase) and not m.share_params]
-        if trust_region is None and not unshared:
-            return "shared", 1
-        first = next(iter(trained.values()))
-        n_agents = unshared[0].n_agents if unshared else (first.shape[0] if first.ndim else 0)
-        shared = {key: value for key, value in trained.items() if value.ndim == 0 or value.shape[0] != n_agents}
-        if not shared:
-            return "per_agent", n_agents
-        if trust_region is None:
-            return "shared", 1
-        key, value = next(iter(shared.items()))
-        raise ValueError(
-            f"trust_region='per_agent' needs every policy parameter stacked on a leading dimension of {n_agents} agents, "
-            f"but {key!r} has shape {tuple(value.shape)}. Build the policy from MultiAgentMLP(share_params=False), or "
-            "use trust_region='shared'."
-        )
-
-
-def _entry(tensordict: TensorDictBase, key: NestedKey | list[NestedKey], role: str) -> Any:
-    """An entry that must be there, or for a list of keys the TensorDict of them."""
-    if isinstance(key, list):
-        return tensordict.select(*(_entry(tensordict, k, role) is not None and k for k in key))
-    value = tensordict.get(key, None)
-    if value is None:
-        raise KeyError(
-            f"{role}: {unravel_key(key)!r} is not in the data. {nearest(key, tensordict.keys(True, True))} "
-            f"Name another entry with set_keys, or change the policy's keys."
-        )
-    return value

@@ -36,9 +36,9 @@ def backtrack(
 ) -> LineSearchResult:
     """Finds the largest of the steps ``α^j`` that improves enough within the trust region.
 
-    ``j`` is the smallest in ``0..max_backtracks`` with ``improvement ≥ κ α^j expected`` and ``0 ≤ kl ≤ max_kl`` (a KL
-    below zero by rounding counts as zero). Regions decide independently; one that has accepted keeps its step while others go on. NaNs compare as false
-    and are never accepted. The one wait for the device per try is the question whether all regions have decided.
+    ``j`` is the smallest in ``0..max_backtracks`` with ``improvement ≥ κ α^j expected`` and ``kl ≤ max_kl``. Regions
+    decide independently; one that has accepted keeps its step while others go on. What is not finite is never
+    accepted. The one wait for the device per try is the question whether all regions have decided.
 
     Args:
         evaluate: maps fractions ``[n]`` of the full step to the improvement ``[n]`` over the current parameters, and
@@ -65,7 +65,8 @@ def backtrack(
         new_improvement, new_kl = evaluate(candidate)
         enough = new_improvement >= accept_ratio * share * expected_improvement
         inside = new_kl <= max_kl
-        now = possible & ~accepted & enough & inside
+        finite = new_improvement.isfinite() & new_kl.isfinite()
+        now = possible & ~accepted & enough & inside & finite
         fraction = torch.where(now, candidate, fraction)
         improvement = torch.where(now, new_improvement, improvement)
         kl = torch.where(now, new_kl.clamp_min(0), kl)

@@ -168,16 +168,7 @@ class TrustRegionUpdater:
 
     def _solve(self, problem: TrustRegionProblem) -> TensorDict:
         gradient = problem.gradient()  # [n, P]
-        scale = gradient.abs().amax(-1, keepdim=True)  # the step does not depend on the gradient's length
-        g = gradient / torch.where(scale > 0, scale, 1.0)
-        fisher = problem.fisher_product(self.fisher_subsample)
-        solution = conjugate_gradient(
-            lambda v: fisher(v) + self.damping * v, g, iterations=self.cg_iters, tol=self.cg_tol
-        )
-        del fisher  # frees its graph before the line search
-        x = solution.solution
-        xFx = (x * (g - solution.residual)).sum(-1, keepdim=True)  # xᵀ(F + λI)x, [n, 1]
-        full_step = torch.where(xFx > 0, (2 * self.max_kl / xFx).sqrt(), 0.0) * x
+        full_step, relative_residual = self._full_step(problem, gradient)
         expected = (gradient * full_step).sum(-1)
         theta = problem.parameters
         search = backtrack(
@@ -196,11 +187,23 @@ class TrustRegionUpdater:
                 "improvement": search.improvement,
                 "expected_improvement": expected,
                 "step_fraction": search.fraction,
-                "grad_norm": scale.squeeze(-1) * g.norm(dim=-1),
-                "cg_residual": solution.relative_residual,
+                "grad_norm": gradient.norm(dim=-1),
+                "cg_residual": relative_residual,
             },
             batch_size=search.accepted.shape,
         )
+
+    def _full_step(self, problem: TrustRegionProblem, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The step ``β x`` to the trust region's border in the quadratic model, and the residual of ``x``."""
+        scale = gradient.abs().amax(-1, keepdim=True)
+        g = gradient / torch.where(scale > 0, scale, 1.0)  # the step does not depend on the gradient's length
+        fisher = problem.fisher_product(self.fisher_subsample)
+        x, residual, relative_residual, _ = conjugate_gradient(
+            lambda v: fisher(v) + self.damping * v, g, iterations=self.cg_iters, tol=self.cg_tol
+        )
+        xFx = (x * (g - residual)).sum(-1, keepdim=True)  # xᵀ(F + λI)x, [n, 1]
+        step_length = torch.where(xFx > 0, (2 * self.max_kl / xFx).sqrt(), 0.0)
+        return step_length * x, relative_residual
 
     def state_dict(self) -> dict[str, float]:
         """The settings by name."""

@@ -1,0 +1,129 @@
+"""What the objectives need to know about a policy network: its regions, its distribution, one agent's share."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Literal
+
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
+from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
+from torch import Tensor
+from torchrl.modules.models.multiagent import MultiAgentNetBase
+
+from torchrl_trpo.suggest import nearest
+
+
+def resolve_trust_region(
+    trust_region: str | None, network: ProbabilisticTensorDictSequential, parameters: TensorDictBase
+) -> tuple[Literal["shared", "per_agent"], int]:
+    """The kind of trust region of a policy, and the number of regions.
+
+    Args:
+        trust_region: ``"shared"``, ``"per_agent"``, or None to infer it.
+        network: the policy.
+        parameters: its parameters and buffers.
+
+    Returns:
+        The kind and the number.
+
+    Raises:
+        ValueError: if the kind is unknown, or ``"per_agent"`` and a parameter is not stacked per agent.
+    """
+    if trust_region not in {None, "shared", "per_agent"}:
+        raise ValueError(f"trust_region: {trust_region!r}. {nearest(trust_region, ['shared', 'per_agent', None])}")
+    unshared = [m for m in network.modules() if isinstance(m, MultiAgentNetBase) and not m.share_params]
+    if trust_region == "shared" or (trust_region is None and not unshared):
+        return "shared", 1
+    trained = {key: value for key, value in parameters.items(True, True) if value.requires_grad}
+    first = next(iter(trained.values()))
+    n_agents = unshared[0].n_agents if unshared else (first.shape[0] if first.ndim else 0)
+    common = [key for key, value in trained.items() if value.ndim == 0 or value.shape[0] != n_agents]
+    if not common:
+        return "per_agent", n_agents
+    if trust_region is None:
+        return "shared", 1  # partly shared: only one region holds all of it
+    raise ValueError(
+        f"trust_region='per_agent' needs every policy parameter stacked on a leading dimension of {n_agents} agents, "
+        f"but {common[0]!r} has shape {tuple(trained[common[0]].shape)}. Build the policy from "
+        "MultiAgentMLP(share_params=False), or use trust_region='shared'."
+    )
+
+
+def distribution_keys(network: ProbabilisticTensorDictSequential) -> list[NestedKey]:
+    """The keys of the distribution's parameters that a policy writes, such as ``("agents", "loc")``.
+
+    Args:
+        network: the policy.
+
+    Returns:
+        The keys.
+
+    Raises:
+        ValueError: if the policy has no probabilistic module.
+    """
+    for module in reversed(list(network.modules())):
+        if isinstance(module, ProbabilisticTensorDictModule):
+            return list(module.in_keys)
+    raise ValueError(f"the policy must end in a probabilistic module, but has none:\n{network}")
+
+
+def single_agent_network(
+    network: ProbabilisticTensorDictSequential, agent: int, n_agents: int
+) -> ProbabilisticTensorDictSequential:
+    """A copy of a multi-agent policy for the parameters and observations of one agent.
+
+    The copy expects parameters stacked ``[1, ...]`` and observations ``[*B, 1, F]``, so that evaluating one agent costs
+    one agent's share, not all agents'. It shares the parameters of the original.
+
+    Args:
+        network: the policy, with parameters stacked on a leading agent dimension.
+        agent: the agent.
+        n_agents: the number of agents of the policy.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: if the agents' networks read each other's observations.
+    """
+    shared = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}
+    single = deepcopy(network, memo=shared)
+    for module in single.modules():
+        if isinstance(module, MultiAgentNetBase):
+            if module.centralized:
+                raise ValueError(
+                    "agents are updated one at a time, but the policy is a MultiAgentNet with centralized=True: an "
+                    "agent's actions depend on all observations. Use centralized=False."
+                )
+            module.n_agents = 1
+        elif isinstance(module, ProbabilisticTensorDictModule):
+            # Bounds that differ between agents, [n_agents, A], as an action spec gives them.
+            module.distribution_kwargs = {
+                name: value[..., agent : agent + 1, :] if _is_per_agent(value, n_agents) else value
+                for name, value in module.distribution_kwargs.items()
+            }
+    return single
+
+
+def slice_agents(parameters: TensorDictBase, agents: slice) -> TensorDict:
+    """Slices stacked parameters, keeping the batch size of each level as the network's modules expect it.
+
+    Args:
+        parameters: the parameters of all agents, each ``[n_agents, ...]``.
+        agents: which agents.
+
+    Returns:
+        Views on the agents' parameters.
+    """
+    sliced = {
+        key: slice_agents(value, agents) if is_tensor_collection(value) else value[agents]
+        for key, value in parameters.items()
+    }
+    batch_size = [len(range(*agents.indices(size))) for size in parameters.batch_size[:1]] + list(
+        parameters.batch_size[1:]
+    )
+    return TensorDict(sliced, batch_size=batch_size)
+
+
+def _is_per_agent(value: object, n_agents: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 1 and value.shape[-2] == n_agents

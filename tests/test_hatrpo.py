@@ -1,0 +1,254 @@
+"""The sequential update: order, factor, cost, groups."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torchrl.modules import TanhNormal
+from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
+
+from tests.cases import (
+    ACTION,
+    GROUP,
+    LOG_PROB,
+    bits,
+    dense_fisher,
+    dense_gradient,
+    dense_surrogate,
+    distribution,
+    flat_parameters,
+    make_actor,
+    make_data,
+    make_single,
+    region_mean,
+    same_bits,
+    single_data,
+    textbook_kl,
+)
+from torchrl_trpo import TrustRegionUpdater
+
+
+def test_sequence_and_factor_against_a_hand_calculation():
+    """Agent 1 first with M = 1, then agent 0 with M = π_new(1)/π_k(1): each step by the dense formulas."""
+    actor = make_actor(n_agents=2)
+    data, damping, max_kl = make_data(actor, n_agents=2), 0.1, 0.01
+    theta = flat_parameters(actor, 2)
+    old = distribution(actor, theta, data)
+    damped = dense_fisher(actor, data, True) + damping * torch.eye(theta.shape[1], dtype=torch.float64)
+    updater = TrustRegionUpdater(
+        HATRPOSequentialObjective(TRPOLoss(actor), agent_order=[1, 0]), max_kl=max_kl, cg_iters=60, cg_tol=1e-13
+    )
+    stats = updater.step(data)
+    assert stats["order"].tolist() == [1, 0]
+
+    current, factor = theta.clone(), torch.ones(5, 8, 1, dtype=torch.float64)
+    for agent in [1, 0]:
+        leaf = current.clone().requires_grad_()
+        surrogate = dense_surrogate(actor, data, True, leaf, factor)
+        (g,) = torch.autograd.grad(surrogate[agent], leaf)
+        g = g[agent]
+        x = torch.linalg.solve(damped[agent], g)
+        step = (2 * max_kl / (x @ damped[agent] @ x)).sqrt() * x * stats["step_fraction"][agent]
+        current[agent] += step
+        ratio = (distribution(actor, current, data).log_prob(data[ACTION]) - data[LOG_PROB]).exp()
+        factor = factor * ratio[..., agent : agent + 1].detach()
+    torch.testing.assert_close(flat_parameters(actor, 2), current, rtol=1e-7, atol=1e-10)
+    assert not torch.allclose(factor, torch.ones_like(factor), atol=1e-3)
+    kl = region_mean(textbook_kl(old, distribution(actor, current, data)), True)
+    torch.testing.assert_close(stats["kl"], kl)
+
+
+def test_the_factor_changes_what_the_second_agent_does():
+    """MARLlib's HATRPO is not sequential with its default settings."""
+    actor = make_actor(n_agents=2)
+    twin, data = deepcopy(actor), make_data(actor, n_agents=2)
+    TrustRegionUpdater(HATRPOSequentialObjective(TRPOLoss(actor), agent_order=[0, 1])).step(data)
+    TrustRegionUpdater(TRPOLoss(twin)).step(data)
+    sequential, simultaneous = flat_parameters(actor, 2), flat_parameters(twin, 2)
+    torch.testing.assert_close(sequential[0], simultaneous[0])
+    assert not torch.allclose(sequential[1], simultaneous[1], rtol=1e-3)
+
+
+def test_one_agent_is_trpo():
+    actor = make_actor(n_agents=1)
+    twin, data = deepcopy(actor), make_data(actor, n_agents=1)
+    stats = TrustRegionUpdater(HATRPOSequentialObjective(TRPOLoss(actor))).step(data)
+    expected = TrustRegionUpdater(TRPOLoss(twin)).step(data)
+    torch.testing.assert_close(flat_parameters(actor), flat_parameters(twin))
+    torch.testing.assert_close(stats["kl"], expected["kl"])
+
+
+def test_random_orders_come_from_torchs_generator():
+    objective = HATRPOSequentialObjective(TRPOLoss(actor := make_actor()))
+    updater, data = TrustRegionUpdater(objective), make_data(actor)
+    orders = [tuple(updater.step(data)["order"].tolist()) for _ in range(12)]
+    assert len(set(orders)) > 1
+    assert all(sorted(order) == [0, 1, 2] for order in orders)
+
+
+def test_statistics_are_in_agent_order():
+    """Row i is agent i whatever the order: here only agent 2 has advantages."""
+    actor = make_actor()
+    data = make_data(actor)
+    data["advantage"][..., :2, :] = 0
+    stats = TrustRegionUpdater(HATRPOSequentialObjective(TRPOLoss(actor), agent_order=[2, 0, 1])).step(data)
+    assert stats["accepted"].tolist() == [False, False, True]
+    assert stats["order"].tolist() == [2, 0, 1]
+
+
+def test_a_rejected_agent_keeps_its_bits_and_the_others_go_on():
+    actor = make_actor()
+    data = make_data(actor)
+    data["advantage"][..., 1, :] = torch.nan
+    before = bits(actor)
+    stats = TrustRegionUpdater(HATRPOSequentialObjective(TRPOLoss(actor))).step(data)
+    assert stats["accepted"].tolist() == [True, False, True]
+    for new, old in zip(actor.parameters(), before, strict=True):
+        assert torch.equal(new[1], old[1])
+        assert not torch.equal(new[0], old[0])
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the operations of all matrix products."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if (count := flop_registry.get(function._overloadpacket)) is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def flops_of_an_update(n_agents):
+    actor = make_actor(n_agents=n_agents)
+    updater = TrustRegionUpdater(HATRPOSequentialObjective(TRPOLoss(actor)), max_backtracks=0)
+    data = make_data(actor, n_agents=n_agents)
+    with FlopCounter() as counter:
+        updater.step(data)
+    return counter.total
+
+
+def test_cost_is_linear_in_the_number_of_agents():
+    """Evaluating all agents to update one makes HATRPO cost O(n²); here 16 agents cost four times 4 agents."""
+    assert flops_of_an_update(16) == 4 * flops_of_an_update(4) > 0
+
+
+def test_bounds_that_differ_between_agents():
+    """TorchRL's action specs give bounds [n_agents, A] to the distribution; an agent is evaluated with its own."""
+    high = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+    actor = make_actor("tanh_normal", n_agents=2, low=-high, high=high)
+    twin, data = deepcopy(actor), make_data(actor, n_agents=2)
+    data["advantage"][..., 0, :] = 0  # then the second agent's factor is 1, and its step that of TRPO
+    TrustRegionUpdater(HATRPOSequentialObjective(TRPOLoss(actor), agent_order="fixed")).step(data)
+    TrustRegionUpdater(TRPOLoss(twin)).step(data)
+    torch.testing.assert_close(flat_parameters(actor, 2), flat_parameters(twin, 2))
+    assert TanhNormal is actor[-1].distribution_class
+
+
+def test_groups_share_one_sequence():
+    """Teams whose agents differ in observation and action sizes: every agent of every group is one step."""
+    drones = make_actor("normal", n_agents=2, n_obs=3)
+    car, _ = make_single(n_obs=5)
+    data = make_data(drones, n_agents=2, n_obs=3)
+    data.update(single_data(car, n_obs=5).exclude("next"))
+    data["car_advantage"] = torch.randn(5, 8, 1, dtype=torch.float64)
+    losses = {"drones": TRPOLoss(drones), "car": TRPOLoss(car)}
+    losses["car"].set_keys(advantage="car_advantage")
+    objective = HATRPOSequentialObjective(losses, agent_order=[2, 0, 1])
+    twin = deepcopy(objective)
+    stats = TrustRegionUpdater(objective).step(data)
+    assert stats.batch_size == (3,)
+    assert stats["accepted"].all()
+    assert stats["order"].tolist() == [2, 0, 1]
+    # The car went first and changed what the drones do.
+    TrustRegionUpdater(HATRPOSequentialObjective(twin.losses["drones"], agent_order="fixed")).step(data)
+    alone = torch.cat([p.flatten() for p in twin.losses["drones"].parameters()])
+    after_car = torch.cat([p.flatten() for p in losses["drones"].parameters()])
+    assert not torch.allclose(alone, after_car, rtol=1e-3)
+
+
+def test_forward_is_the_sequential_surrogate():
+    actor = make_actor()
+    data = make_data(actor)
+    objective = HATRPOSequentialObjective(TRPOLoss(actor), agent_order=[2, 0, 1])
+    TrustRegionUpdater(objective).step(data)
+    old = TensorDict({key: data[GROUP, key] for key in ("loc", "scale")})
+    theta = flat_parameters(actor, 3)
+    dist = distribution(actor, theta, data)
+    ratio = (dist.log_prob(data[ACTION]) - data[LOG_PROB]).exp()  # [5, 8, 3]
+    advantage, expected, factor = data["advantage"].squeeze(-1), 0.0, 1.0
+    for agent in [2, 0, 1]:
+        expected = expected + (factor * ratio[..., agent] * advantage[..., agent]).mean()
+        factor = factor * ratio[..., agent]
+    first, second = objective(data), objective(data)
+    torch.testing.assert_close(first["loss_objective"], -expected)
+    kl = region_mean(textbook_kl(actor[-1].distribution_class(**old), dist), True)
+    torch.testing.assert_close(first["kl"], kl)
+    assert (first["kl"] > 0).all()
+    assert (first == second).all()
+    assert set(first.keys()) == set(objective.out_keys)
+    first["loss_objective"].backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in actor.parameters())
+
+
+def test_deepcopy_and_state_dict():
+    objective = HATRPOSequentialObjective(TRPOLoss(actor := make_actor()))
+    twin, data = deepcopy(objective), make_data(actor)
+    TrustRegionUpdater(objective).step(data)
+    assert same_bits(twin, bits(twin))
+    twin.load_state_dict(objective.state_dict())
+    assert same_bits(twin, bits(objective))
+
+
+def test_a_shared_policy_is_an_error_that_says_what_to_do():
+    with pytest.raises(ValueError, match=r"agents.*share_params=False.*MATRPO"):
+        HATRPOSequentialObjective(TRPOLoss(make_actor(share_params=True)))
+    policy, _ = make_single()  # a plain network: found out when the data has several agents
+    objective = HATRPOSequentialObjective(TRPOLoss(policy))
+    data = single_data(policy, batch=(5, 8, 3))
+    data.batch_size = (5, 8)
+    data["advantage"] = torch.randn(5, 8, 3, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"share_params=False"):
+        TrustRegionUpdater(objective).step(data)
+
+
+@pytest.mark.parametrize("order", ["sorted", [0, 1], [0, 1, 1], [1, 2, 3]])
+def test_bad_orders(order):
+    with pytest.raises(ValueError, match=r"agent_order.*'random', 'fixed'.*3 agents"):
+        HATRPOSequentialObjective(TRPOLoss(make_actor()), agent_order=order)
+
+
+def test_other_losses_are_refused():
+    with pytest.raises(TypeError, match="TRPOLoss"):
+        HATRPOSequentialObjective({"cars": torch.nn.Linear(1, 1)})
+
+
+def test_policies_that_read_each_others_observations_are_refused():
+    actor = make_actor()
+    data = make_data(actor)
+    for module in actor.modules():
+        if hasattr(module, "centralized"):
+            module.centralized = True
+    with pytest.raises(ValueError, match="centralized=False"):
+        TrustRegionUpdater(HATRPOSequentialObjective(TRPOLoss(actor))).step(data)
+
+
+def test_keys_are_set_on_the_groups():
+    objective = HATRPOSequentialObjective(TRPOLoss(make_actor()))
+    objective.set_keys(advantage="other")
+    assert objective.losses["agents"].tensor_keys.advantage == "other"
+    with pytest.raises(ValueError, match=r"losses\[group\]"):
+        HATRPOSequentialObjective({"a": TRPOLoss(make_actor()), "b": TRPOLoss(make_actor())}).set_keys(advantage="x")
+
+
+def test_gradient_of_the_first_agent_is_the_policy_gradient():
+    actor = make_actor()
+    data = make_data(actor)
+    stats = TrustRegionUpdater(HATRPOSequentialObjective(TRPOLoss(deepcopy(actor)), agent_order="fixed")).step(data)
+    torch.testing.assert_close(stats["grad_norm"][0], dense_gradient(actor, data, True)[0].norm())

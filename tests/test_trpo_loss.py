@@ -1,0 +1,433 @@
+"""The objective as a TorchRL loss: values, gradients, keys, masks, and that forward changes nothing."""
+
+from __future__ import annotations
+
+import warnings
+from copy import deepcopy
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.modules import PopArtValueNorm, ProbabilisticActor, TanhNormal
+from torchrl.objectives import PPOLoss
+from torchrl.objectives.value import MultiAgentGAE
+from torchrl_trpo.objectives import TRPOLoss
+
+from tests.cases import (
+    ACTION,
+    DISTRIBUTIONS,
+    GROUP,
+    LOG_PROB,
+    OBSERVATION,
+    bits,
+    dense_gradient,
+    distribution,
+    flat_parameters,
+    make_actor,
+    make_data,
+    make_single,
+    same_bits,
+    single_data,
+    textbook_kl,
+)
+from torchrl_trpo import TrustRegionUpdater, entropy, kl_divergence
+
+SHARING = pytest.mark.parametrize("share_params", [True, False], ids=["shared", "per_agent"])
+
+
+def moved(actor, amount=0.1):
+    """The same policy after a change of its parameters."""
+    for parameter in actor.parameters():
+        parameter.data += amount * torch.randn_like(parameter)
+    return actor
+
+
+# ------------------------------------------------------------------ values and gradients
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_losses_and_gradients_are_those_of_ppo(reduction):
+    actor, critic = make_single()
+    data = single_data(actor)
+    ours = TRPOLoss(actor, critic, reduction=reduction, entropy_coeff=0.01)
+    theirs = PPOLoss(deepcopy(actor), deepcopy(critic), reduction=reduction, entropy_coeff=0.01)
+    moved_by = [0.05 * torch.randn_like(p) for p in ours.parameters()]
+    results = []
+    for loss in (ours, theirs):
+        loss.value_estimator = MultiAgentGAE(gamma=0.99, lmbda=0.95, value_network=loss.critic_network)
+        for parameter, change in zip(loss.parameters(), moved_by, strict=True):
+            parameter.data += change
+        out = loss(data.clone())
+        sum(out[key].sum() for key in out.keys() if key.startswith("loss_")).backward()
+        results.append((out.detach(), [parameter.grad for parameter in loss.parameters()]))
+    (our_out, our_grads), (their_out, their_grads) = results
+    for key in their_out.keys():
+        torch.testing.assert_close(our_out[key], their_out[key])
+    for a, b in zip(our_grads, their_grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@SHARING
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_kl_is_exact_and_of_the_joint_action(kind, share_params):
+    """HARL's discrete KL is 4 to 17 times too large; sb3-contrib and omnisafe average over action dimensions."""
+    actor = make_actor(kind, share_params=share_params)
+    data, loss = make_data(actor), TRPOLoss(actor)
+    old = distribution(actor, flat_parameters(actor), data)
+    moved(actor)
+    new = distribution(actor, flat_parameters(actor), data)
+    torch.testing.assert_close(loss(data)["kl"], textbook_kl(old, new).mean())
+    assert loss(data)["kl"] > 1e-3
+
+
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_kl_of_a_policy_from_itself_is_zero_with_zero_gradient(kind):
+    actor = make_actor(kind)
+    data = make_data(actor)
+    theta = flat_parameters(actor).requires_grad_()
+    kl = kl_divergence(distribution(actor, theta.detach(), data), distribution(actor, theta, data)).mean()
+    (slope,) = torch.autograd.grad(kl, theta)
+    assert kl.abs() < 1e-12
+    assert slope.abs().max() < 1e-12
+    assert TRPOLoss(actor)(data)["kl"].abs() < 1e-12
+
+
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_the_surrogates_gradient_is_the_policy_gradient(kind):
+    """At θ_k: ∇L = mean[∇log π(u|o) Â]."""
+    actor = make_actor(kind, share_params=True)
+    data = make_data(actor)
+    theta = flat_parameters(actor).requires_grad_()
+    log_prob = distribution(actor, theta, data).log_prob(data[ACTION])
+    (expected,) = torch.autograd.grad((log_prob * data["advantage"].squeeze(-1)).mean(), theta)
+    torch.testing.assert_close(dense_gradient(actor, data, False), expected)
+    loss = TRPOLoss(actor)
+    loss(data)["loss_objective"].backward()
+    actual = torch.cat([p.grad.flatten() for p in loss.actor_network_params.values(True, True)])
+    torch.testing.assert_close(-actual, expected[0])
+
+
+def test_effective_sample_size():
+    actor = make_actor()
+    data, loss = make_data(actor), TRPOLoss(actor)
+    torch.testing.assert_close(loss(data)["ESS"].item(), 1.0)
+    moved(actor, 0.3)
+    ratio = (distribution(actor, flat_parameters(actor), data).log_prob(data[ACTION]) - data[LOG_PROB]).exp()
+    torch.testing.assert_close(loss(data)["ESS"], ratio.sum() ** 2 / (ratio**2).sum() / ratio.numel())
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-2.0, 0.5)])
+def test_the_entropy_of_a_squashed_normal_is_an_integral(low, high):
+    """By quadrature, against the integral of −p log p over the action interval."""
+    loc = torch.tensor([[-1.0], [0.0], [0.7]], dtype=torch.float64)
+    scale = torch.tensor([[0.3], [1.0], [0.6]], dtype=torch.float64)
+    dist = TanhNormal(loc, scale, low=low, high=high, event_dims=1)
+    grid = torch.linspace(low + 1e-9, high - 1e-9, 400_001, dtype=torch.float64)
+    log_p = TanhNormal(loc, scale, low=low, high=high, event_dims=0).log_prob(grid)  # [3, grid]
+    expected = torch.trapezoid(-log_p.exp() * log_p, grid)
+    torch.testing.assert_close(entropy(dist), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_entropy_counts_in_the_policy_update():
+    """With no advantage at all, the step raises the entropy; and the logged improvement is that of the surrogate."""
+    for kind in ("normal", "tanh_normal", "categorical"):
+        actor = make_actor(kind, share_params=True)
+        data = make_data(actor)
+        data["advantage"] *= 0
+        loss = TRPOLoss(actor, entropy_coeff=0.5)
+        before = loss(data)["entropy"]
+        stats = TrustRegionUpdater(loss).step(data)
+        gain = loss(data)["entropy"] - before
+        assert gain > 1e-4
+        torch.testing.assert_close(stats["improvement"][0], 0.5 * gain)
+        loss.entropy_coeff = 0.0  # a schedule takes effect at once
+        assert not TrustRegionUpdater(loss).step(data)["accepted"].any()
+
+
+# ------------------------------------------------------------------ a TorchRL loss
+
+
+def test_out_keys_are_what_forward_returns():
+    actor, critic = make_single()
+    for keywords in ({}, {"entropy_bonus": False}, {"log_explained_variance": False}, {"clip_value": 0.2}):
+        loss = TRPOLoss(actor, critic, **keywords)
+        data = single_data(actor)
+        loss.value_estimator(data)
+        assert set(loss(data).keys()) == set(loss.out_keys)
+        without = data.exclude("loc", "scale")
+        assert set(loss(without).keys()) == set(loss.out_keys)
+        assert "kl" not in loss.out_keys
+    loss = TRPOLoss(actor)
+    assert set(loss(data).keys()) == set(loss.out_keys)
+    assert "loss_critic" not in loss.out_keys
+
+
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_forward_changes_nothing(kind):
+    """MARLlib's loss function moves parameters."""
+    actor = make_actor(kind)
+    data, loss = make_data(actor), TRPOLoss(actor, entropy_coeff=0.1)
+    copy, before, generator = data.clone(), bits(loss), torch.get_rng_state()
+    first = loss(data)
+    assert torch.equal(generator, torch.get_rng_state()), "no randomness is drawn"
+    assert (first == loss(data)).all()
+    assert same_bits(loss, before)
+    assert set(data.keys(True, True)) == set(copy.keys(True, True))
+    assert (data == copy).all()
+
+
+def test_dispatch():
+    actor, critic = make_single()
+    data = single_data(actor)
+    loss = TRPOLoss(actor, critic)
+    loss.make_value_estimator(gamma=0.9, lmbda=0.9)
+    values = loss(
+        observation=data["observation"],
+        action=data["action"],
+        action_log_prob=data["action_log_prob"],
+        next_observation=data["next", "observation"],
+        next_reward=data["next", "reward"],
+        next_done=data["next", "done"],
+        next_terminated=data["next", "terminated"],
+    )
+    expected = loss(data.exclude("loc", "scale"))
+    for key, value in zip(loss.out_keys, values, strict=True):
+        torch.testing.assert_close(value, expected[key])
+
+
+def test_set_keys():
+    actor, critic = make_single()
+    data = single_data(actor)
+    loss = TRPOLoss(actor, critic)
+    loss.set_keys(advantage="a", value_target="v", reward="r", sample_log_prob="old", action="u")
+    for old, new in [("action", "u"), ("action_log_prob", "old"), (("next", "reward"), ("next", "r"))]:
+        data.rename_key_(old, new)
+    loss.value_estimator(data)
+    assert {"a", "v"} <= set(data.keys())
+    assert loss(data)["loss_critic"].isfinite()
+    assert TrustRegionUpdater(loss).step(data)["accepted"].all()
+
+
+def test_a_missing_advantage_is_computed():
+    actor, critic = make_single()
+    data = single_data(actor)
+    loss = TRPOLoss(actor, critic)
+    with_advantage = loss.value_estimator(data.clone())
+    torch.testing.assert_close(loss(data)["loss_objective"], loss(with_advantage)["loss_objective"])
+    stats = TrustRegionUpdater(loss).step(data)
+    assert stats["accepted"].all()
+    assert "advantage" not in data.keys()
+
+
+def test_copies_and_state_dicts():
+    actor, critic = make_single()
+    loss = TRPOLoss(actor, critic)
+    twin = deepcopy(loss)
+    data = loss.value_estimator(single_data(actor))
+    TrustRegionUpdater(loss).step(data)
+    assert not same_bits(twin, bits(loss))
+    twin.load_state_dict(loss.state_dict())
+    assert same_bits(twin, bits(loss))
+    assert (twin(data) == loss(data)).all()
+    single = loss.to(torch.float32)
+    assert all(p.dtype == torch.float32 for p in single.parameters())
+    loss.reset_parameters_recursive()
+
+
+def test_the_collecting_policy_is_the_one_that_is_updated():
+    """Parameters are written in place: the collector's policy needs no copy."""
+    actor = make_actor()
+    data, before = make_data(actor), bits(actor)
+    TrustRegionUpdater(TRPOLoss(actor)).step(data)
+    assert not same_bits(actor, before)
+
+
+def test_not_functional():
+    actor, critic = make_single()
+    data = single_data(actor)
+    loss = TRPOLoss(actor, critic, functional=False)
+    loss.value_estimator(data)
+    before = bits(actor)
+    assert TrustRegionUpdater(loss).step(data)["accepted"].all()
+    assert not same_bits(actor, before)
+
+
+def test_frozen_parameters_stay():
+    actor, _ = make_single()
+    frozen = next(actor.parameters()).requires_grad_(False)
+    copy, data = frozen.clone(), single_data(actor)
+    data["advantage"] = torch.randn(5, 8, 1, dtype=torch.float64)
+    assert TrustRegionUpdater(TRPOLoss(actor)).step(data)["accepted"].all()
+    assert torch.equal(frozen, copy)
+
+
+def test_tied_parameters_move_together():
+    net = nn.Linear(3, 3).double()
+    actor = ProbabilisticActor(
+        TensorDictModule(nn.Sequential(net, nn.Tanh(), net), in_keys=["observation"], out_keys=["logits"]),
+        in_keys=["logits"],
+        distribution_class=torch.distributions.Categorical,
+        return_log_prob=True,
+    )
+    data = single_data(actor)
+    data["advantage"] = torch.randn(5, 8, 1, dtype=torch.float64)
+    before = net.weight.detach().clone()
+    assert TrustRegionUpdater(TRPOLoss(actor)).step(data)["accepted"].all()
+    assert actor.module[0].module[0] is actor.module[0].module[2]
+    assert not torch.equal(net.weight, before)
+
+
+def test_compiled_forward_equals_eager():
+    actor, critic = make_single()
+    loss = TRPOLoss(actor, critic, entropy_coeff=0.01)
+    data = loss.value_estimator(single_data(actor)).detach()
+    eager = loss(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(loss, backend="eager")(data)
+    for key in eager.keys():
+        torch.testing.assert_close(compiled[key], eager[key])
+
+
+def test_an_importance_cap_holds_in_the_update():
+    actor = make_actor(share_params=True)
+    data = make_data(actor)
+    moved(actor, 0.5)
+    loss = TRPOLoss(actor, max_importance_ratio=1.05)
+    ratio = (distribution(actor, flat_parameters(actor), data).log_prob(data[ACTION]) - data[LOG_PROB]).exp()
+    assert (ratio > 1.05).any()
+    terms = ratio.clamp_max(1.05) * data["advantage"].squeeze(-1)
+    torch.testing.assert_close(loss(data)["loss_objective"], -terms.mean())
+    (region,) = loss.trust_regions(data)
+    torch.testing.assert_close(region._gain_k.squeeze(-1), terms.flatten(0, 1))
+
+
+def test_value_norm_without_an_estimator_that_knows_it():
+    """As in MAPPOLoss: the critic outputs raw values, the distance is taken in normalised space."""
+    actor, critic = make_single()
+    norm = PopArtValueNorm(shape=1)
+    loss = TRPOLoss(actor, critic, value_norm=norm, loss_critic_type="l2")
+    data = loss.value_estimator(single_data(actor))
+    target, value = data["value_target"], critic(data.clone())["state_value"]
+    value_loss = loss.loss_critic(data)[0]
+    torch.testing.assert_close(value_loss, (norm.normalize(target) - norm.normalize(value)) ** 2)
+
+
+# ------------------------------------------------------------------ agents and masks
+
+
+def test_the_region_is_inferred_from_the_actor():
+    assert TRPOLoss(make_actor(share_params=True)).trust_region == "shared"
+    loss = TRPOLoss(make_actor(share_params=False, n_agents=5))
+    assert (loss.trust_region, loss.n_regions) == ("per_agent", 5)
+    assert TRPOLoss(make_actor(share_params=False), trust_region="shared").n_regions == 1
+    assert TRPOLoss(make_single()[0]).trust_region == "shared"
+
+
+def test_one_region_over_unshared_parameters():
+    """trust_region="shared" on stacked parameters: one KL, one step length for all."""
+    actor = make_actor()
+    data, theta = make_data(actor), flat_parameters(actor, 3)
+    old = distribution(actor, theta, data)
+    stats = TrustRegionUpdater(TRPOLoss(actor, trust_region="shared")).step(data)
+    assert stats.batch_size == (1,)
+    kl = textbook_kl(old, distribution(actor, flat_parameters(actor, 3), data))
+    torch.testing.assert_close(stats["kl"], kl.mean().reshape(1))
+
+
+def test_a_teams_advantage_is_broadcast():
+    actor = make_actor()
+    data = make_data(actor)
+    team = data.clone()
+    team["advantage"] = data["advantage"][..., :1, :].squeeze(-2)  # [*B, T, 1]
+    data["advantage"] = data["advantage"][..., :1, :].expand_as(data["advantage"]).clone()
+    loss = TRPOLoss(actor)
+    torch.testing.assert_close(loss(team)["loss_objective"], loss(data)["loss_objective"])
+    twin = deepcopy(actor)
+    TrustRegionUpdater(loss).step(team)
+    TrustRegionUpdater(TRPOLoss(twin)).step(data)
+    torch.testing.assert_close(flat_parameters(actor, 3), flat_parameters(twin, 3))
+
+
+@SHARING
+def test_masked_rows_count_nowhere(share_params):
+    """KL and Fisher are not masked in HARL though the surrogate is; RNN padding counts in both in MARLlib."""
+    actor = make_actor(share_params=share_params)
+    data = make_data(actor, batch=(4, 6))
+    padded = torch.cat([data, data.clone()], dim=1)
+    padded[:, 6:][OBSERVATION].fill_(torch.nan)
+    padded["advantage"][:, 6:] = 1e9
+    padded["mask"] = torch.arange(12).expand(4, 12).unsqueeze(-1) < 6
+    padded = padded[:, torch.randperm(12)]
+    loss, plain = TRPOLoss(actor), TRPOLoss(twin := deepcopy(actor))
+    loss.loss_mask_key = "mask"
+    stats, expected = TrustRegionUpdater(loss).step(padded), TrustRegionUpdater(plain).step(data)
+    assert stats["accepted"].all()
+    torch.testing.assert_close(flat_parameters(actor), flat_parameters(twin))
+    torch.testing.assert_close(stats.exclude("accepted", "order"), expected.exclude("accepted", "order"))
+
+
+def test_an_agent_without_rows_is_skipped():
+    actor = make_actor()
+    data, before = make_data(actor), bits(actor)
+    data["alive"] = torch.ones(5, 8, 3, 1, dtype=torch.bool)
+    data["alive"][..., 1, :] = False
+    loss = TRPOLoss(actor)
+    loss.loss_mask_key = "alive"
+    assert TrustRegionUpdater(loss).step(data)["accepted"].tolist() == [True, False, True]
+    assert all(torch.equal(new[1], old[1]) for new, old in zip(actor.parameters(), before, strict=True))
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def test_a_missing_advantage_without_a_critic():
+    data = make_data(actor := make_actor()).exclude("advantage")
+    data["advantages"] = torch.zeros(5, 8, 3, 1)
+    with pytest.raises(KeyError, match=r"'advantage' is not in the data.*critic_network.*Did you mean 'advantages'"):
+        TrustRegionUpdater(TRPOLoss(actor)).step(data)
+
+
+@pytest.mark.parametrize("method", ["forward", "step"])
+@pytest.mark.parametrize("shape", [(5, 8, 3), (5, 8, 3, 2), (5, 8, 4, 1), (5, 8), (5, 8, 1, 3, 1)])
+def test_an_advantage_of_the_wrong_shape(shape, method):
+    loss = TRPOLoss(actor := make_actor())
+    data = make_data(actor)
+    data["advantage"] = torch.zeros(shape, dtype=torch.float64)
+    run = loss if method == "forward" else TrustRegionUpdater(loss).step
+    with pytest.raises(ValueError, match=r"advantage.*shape.*(unsqueeze|Legal: \(5, 8, 3, 1\)|does not fit)"):
+        run(data)
+
+
+@pytest.mark.parametrize("key", [ACTION, LOG_PROB, OBSERVATION], ids=str)
+def test_keys_that_are_not_in_the_data(key):
+    data = make_data(actor := make_actor())
+    data.rename_key_(key, (GROUP, key[1] + "s"))
+    with pytest.raises(KeyError, match=rf"{key[1]}'.*is not in the data.*Did you mean.*{key[1]}s"):
+        TrustRegionUpdater(TRPOLoss(actor)).step(data)
+
+
+def test_the_agents_of_policy_and_data_differ():
+    data = make_data(make_actor(n_agents=2), n_agents=2)
+    with pytest.raises(ValueError, match=r"3 agents.*\(5, 8, 2\)"):
+        TrustRegionUpdater(TRPOLoss(make_actor(n_agents=3))).step(data)
+
+
+def test_unknown_regions():
+    with pytest.raises(ValueError, match=r"per-agent.*Did you mean 'per_agent'"):
+        TRPOLoss(make_actor(), trust_region="per-agent")
+    with pytest.raises(ValueError, match=r"stacked.*share_params=False"):
+        TRPOLoss(make_actor(share_params=True, n_obs=7), trust_region="per_agent")
+
+
+def test_distributions_without_an_exact_kl():
+    actor, _ = make_single()
+    actor[-1].distribution_class = torch.distributions.Cauchy
+    actor[-1].distribution_kwargs = {}
+    data = TensorDict({"observation": torch.randn(4, 3, dtype=torch.float64)}, [4])
+    data["action"] = torch.randn(4, 2, dtype=torch.float64)
+    data["action_log_prob"], data["advantage"] = torch.zeros(4, 2).double(), torch.randn(4, 2, 1).double()
+    with pytest.raises(NotImplementedError, match=r"Cauchy.*register_kl"):
+        TrustRegionUpdater(TRPOLoss(actor, entropy_bonus=False)).step(data)

@@ -1,0 +1,251 @@
+"""The whole step against its definition, and what must never move a parameter."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
+
+from tests.cases import (
+    ACTION,
+    DISTRIBUTIONS,
+    LOG_PROB,
+    OBSERVATION,
+    bits,
+    dense_fisher,
+    dense_gradient,
+    dense_surrogate,
+    distribution,
+    flat_parameters,
+    make_actor,
+    make_data,
+    region_mean,
+    same_bits,
+    textbook_kl,
+)
+from torchrl_trpo import TrustRegionUpdater, line_search
+
+EXACT = {"cg_iters": 60, "cg_tol": 1e-13}
+SHARING = pytest.mark.parametrize("share_params", [True, False], ids=["shared", "per_agent"])
+
+
+@SHARING
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_the_step_is_the_definition(kind, share_params):
+    """θ_k + α^j β x with x = (F + λI)⁻¹ g solved densely; and the logged figures are those of the parameters kept."""
+    actor, damping, max_kl = make_actor(kind, share_params=share_params), 0.05, 0.02
+    data = make_data(actor)
+    per_agent = not share_params
+    n = 3 if per_agent else 1
+    theta = flat_parameters(actor, n)
+    old = distribution(actor, theta, data)
+    g = dense_gradient(actor, data, per_agent)
+    damped = dense_fisher(actor, data, per_agent) + damping * torch.eye(theta.shape[1], dtype=torch.float64)
+    x = torch.linalg.solve(damped, g)
+    full_step = (2 * max_kl / (x * (damped @ x.unsqueeze(-1)).squeeze(-1)).sum(-1, keepdim=True)).sqrt() * x
+
+    stats = TrustRegionUpdater(TRPOLoss(actor), max_kl=max_kl, damping=damping, **EXACT).step(data)
+
+    kept = flat_parameters(actor, n)
+    torch.testing.assert_close(kept, theta + stats["step_fraction"].unsqueeze(-1) * full_step, rtol=1e-7, atol=1e-10)
+    kl = region_mean(textbook_kl(old, distribution(actor, kept, data)), per_agent)
+    gain = dense_surrogate(actor, data, per_agent, kept) - dense_surrogate(actor, data, per_agent, theta)
+    torch.testing.assert_close(stats["kl"], kl)
+    torch.testing.assert_close(stats["improvement"], gain)
+    torch.testing.assert_close(stats["expected_improvement"], (g * full_step).sum(-1))
+    torch.testing.assert_close(stats["grad_norm"], g.norm(dim=-1))
+    assert stats["accepted"].all()
+    assert (stats["kl"] <= max_kl).all()
+    assert (stats["improvement"] >= 0.5 * stats["step_fraction"] * stats["expected_improvement"]).all()
+
+
+def test_the_full_step_has_the_radius():
+    """½ stepᵀ (F + λI) step = δ, also when CG has not converged."""
+    actor = make_actor()
+    data, theta = make_data(actor), flat_parameters(actor, 3)
+    damped = dense_fisher(actor, data, True) + 0.1 * torch.eye(theta.shape[1], dtype=torch.float64)
+    stats = TrustRegionUpdater(TRPOLoss(actor), max_kl=0.004, cg_iters=3).step(data)
+    step = (flat_parameters(actor, 3) - theta) / stats["step_fraction"].unsqueeze(-1)
+    half = 0.5 * torch.einsum("ni,nij,nj->n", step, damped, step)
+    torch.testing.assert_close(half, torch.full_like(half, 0.004))
+    assert (stats["cg_residual"] > 1e-4).all()
+
+
+def test_per_agent_regions_are_separate_trpos():
+    """ITRPO with per-agent parameters is one TRPO per agent: in step, in accept decision, in statistics."""
+    actor = make_actor(n_agents=3)
+    data = make_data(actor, n_agents=3)
+    singles = []
+    for i in range(3):
+        single = make_actor(share_params=False, n_agents=1)
+        source = dict(actor.named_parameters())
+        for name, parameter in single.named_parameters():
+            parameter.data.copy_(source[name].data[i : i + 1])
+        singles.append(single)
+    stats = TrustRegionUpdater(TRPOLoss(actor)).step(data)
+    for i, single in enumerate(singles):
+        slices = data.clone()
+        slices["agents"] = data["agents"][..., i : i + 1]
+        slices["advantage"] = data["advantage"][..., i : i + 1, :]
+        alone = TrustRegionUpdater(TRPOLoss(single)).step(slices)
+        torch.testing.assert_close(flat_parameters(single, 1)[0], flat_parameters(actor, 3)[i])
+        for key in ("accepted", "kl", "improvement", "grad_norm", "cg_residual"):
+            torch.testing.assert_close(alone[key][0], stats[key][i])
+
+
+def rejecting(actor):
+    """A search that must fail: the quadratic model is far off for a radius of 1000 nats, with one try."""
+    return TrustRegionUpdater(TRPOLoss(actor), max_kl=1000.0, max_backtracks=0)
+
+
+@SHARING
+def test_a_rejected_step_leaves_every_bit(share_params):
+    """MARLlib keeps rejected steps: it restores from references to the live parameters."""
+    actor = make_actor(share_params=share_params)
+    data, before = make_data(actor), bits(actor)
+    stats = rejecting(actor).step(data)
+    assert not stats["accepted"].any()
+    assert same_bits(actor, before)
+    for key in ("kl", "improvement", "step_fraction"):
+        assert (stats[key] == 0).all(), f"{key} must be that of the parameters kept"
+    assert (stats["expected_improvement"] > 0).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("key", ["advantage", OBSERVATION, LOG_PROB, ACTION], ids=str)
+@SHARING
+def test_non_finite_data_moves_nothing(share_params, key, bad):
+    """One NaN in 1000 advantages makes every actor parameter NaN in HARL."""
+    actor = make_actor(share_params=share_params, validate_args=False)
+    data = make_data(actor)
+    data[key][2, 3, 1].fill_(bad)  # one row of agent 1
+    before = bits(actor)
+    stats = TrustRegionUpdater(TRPOLoss(actor)).step(data)
+    if share_params:
+        assert same_bits(actor, before)
+        assert not stats["accepted"].any()
+    else:
+        assert stats["accepted"].tolist() == [True, False, True], "only the agent with the bad entry is rejected"
+        for new, old in zip(actor.parameters(), before, strict=True):
+            assert torch.equal(new[1], old[1])
+    assert stats["grad_norm"].isfinite().tolist() == stats["accepted"].tolist(), "and it shows in the statistics"
+    assert all(parameter.isfinite().all() for parameter in actor.parameters())
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_equal_advantages_move_nothing(value):
+    """Advantages that are all equal make every actor parameter NaN in HARL."""
+    actor = make_actor(share_params=True)
+    data = make_data(actor)
+    data["advantage"] = torch.full_like(data["advantage"], value)
+    loss = TRPOLoss(actor, normalize_advantage=True, normalize_advantage_exclude_dims=(-2,))
+    before = bits(actor)
+    stats = TrustRegionUpdater(loss).step(data)
+    assert same_bits(actor, before)
+    assert not stats["accepted"].any()
+    assert (stats["grad_norm"] == 0).all()
+    assert stats.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_the_step_does_not_depend_on_the_scale_of_rewards(scale):
+    actor = make_actor()
+    twin, data = deepcopy(actor), make_data(actor)
+    scaled = data.clone()
+    scaled["advantage"] = scale * data["advantage"]
+    TrustRegionUpdater(TRPOLoss(actor)).step(data)
+    TrustRegionUpdater(TRPOLoss(twin)).step(scaled)
+    torch.testing.assert_close(flat_parameters(twin, 3), flat_parameters(actor, 3), rtol=1e-9, atol=1e-10)
+
+
+def test_subsampling_touches_only_the_fisher_matrix():
+    """sb3-contrib sub-samples the whole batch; here gradient, surrogate and KL are those of all rows."""
+    actor = make_actor()
+    data, theta = make_data(actor, batch=(10, 20)), flat_parameters(actor, 3)
+    old, g = distribution(actor, theta, data), dense_gradient(actor, data, True)
+    stats = TrustRegionUpdater(TRPOLoss(actor), fisher_subsample=0.1).step(data)
+    kl = region_mean(textbook_kl(old, distribution(actor, flat_parameters(actor, 3), data)), True)
+    torch.testing.assert_close(stats["kl"], kl)
+    torch.testing.assert_close(stats["grad_norm"], g.norm(dim=-1))
+    assert (stats["kl"] <= 0.01).all()
+
+
+def test_the_batch_is_not_modified():
+    actor = make_actor()
+    data = make_data(actor)
+    copy = data.clone()
+    TrustRegionUpdater(HATRPOSequentialObjective(TRPOLoss(actor))).step(data)
+    assert set(data.keys(True, True)) == set(copy.keys(True, True))
+    assert (data == copy).all()
+
+
+def test_statistics_are_detached_and_complete():
+    stats = TrustRegionUpdater(TRPOLoss(actor := make_actor())).step(make_data(actor))
+    assert stats.batch_size == (3,)
+    assert set(stats.keys()) == {
+        *("accepted", "kl", "improvement", "expected_improvement"),
+        *("step_fraction", "grad_norm", "cg_residual", "order"),
+    }
+    assert not any(value.requires_grad for value in stats.values())
+    assert stats["accepted"].dtype == torch.bool
+
+
+def test_a_schedule_is_an_assignment():
+    updater = TrustRegionUpdater(TRPOLoss(actor := make_actor()), max_kl=0.01)
+    updater.max_kl = 1e-5
+    stats = updater.step(make_data(actor))
+    assert (stats["kl"] <= 1e-5).all()
+    assert (stats["kl"] > 0).all()
+
+
+def test_state_dict_round_trip():
+    updater = TrustRegionUpdater(TRPOLoss(make_actor()), max_kl=0.5, cg_iters=3)
+    other = TrustRegionUpdater(TRPOLoss(make_actor()))
+    other.load_state_dict(updater.state_dict())
+    assert (other.max_kl, other.cg_iters) == (0.5, 3)
+    with pytest.raises(KeyError, match=r"max_kll.*Did you mean 'max_kl'"):
+        other.load_state_dict({"max_kll": 1.0})
+    with pytest.raises(KeyError, match=r"damping.*missing"):
+        other.load_state_dict({"max_kl": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("max_kl", v) for v in (0, -0.1, float("nan"), float("inf"))],
+        *[("damping", v) for v in (-1, float("nan"))],
+        *[("cg_iters", v) for v in (0, 2.5)],
+        ("cg_tol", -1e-3),
+        *[("backtrack_coeff", v) for v in (0, 1, 1.2)],
+        ("max_backtracks", -1),
+        *[("accept_ratio", v) for v in (-0.1, 1)],
+        *[("fisher_subsample", v) for v in (0, 1.01)],
+    ],
+)
+def test_settings_outside_their_range(name, value):
+    updater = TrustRegionUpdater(TRPOLoss(make_actor()))
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        setattr(updater, name, value)
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        TrustRegionUpdater(TRPOLoss(make_actor()), **{name: value})
+
+
+def test_wrong_types():
+    with pytest.raises(TypeError, match=r"max_kl.*'0\.01'.*str"):
+        TrustRegionUpdater(TRPOLoss(make_actor()), max_kl="0.01")
+    with pytest.raises(TypeError, match="trust_regions"):
+        TrustRegionUpdater(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("sequential", [False, True], ids=["batched", "sequential"])
+def test_the_whole_step_on_the_meta_device(sequential, monkeypatch):
+    """Apart from the accept decision of the line search nothing waits for the device or sits on the CPU."""
+    monkeypatch.setattr(line_search, "_all_decided", lambda decided: False)
+    data = make_data(make_actor()).to("meta")
+    loss = TRPOLoss(make_actor(device="meta", validate_args=False), entropy_bonus=False)
+    objective = HATRPOSequentialObjective(loss) if sequential else loss
+    stats = TrustRegionUpdater(objective, fisher_subsample=0.5).step(data)
+    assert stats["kl"].device.type == "meta"
+    assert stats.batch_size == (3,)

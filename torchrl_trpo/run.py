@@ -1,0 +1,235 @@
+"""A training run's folder: config, metrics, checkpoints, and what is left at the end."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
+from torchrl.envs import EnvBase
+from tqdm import tqdm
+
+from torchrl_trpo.divergence import entropy
+from torchrl_trpo.envs import make_env
+from torchrl_trpo.evaluation import episode_statistics, evaluate
+from torchrl_trpo.film import film_episode
+from torchrl_trpo.plots import plot_learning_curve
+
+COLUMNS = (
+    "iteration",
+    "frames",
+    "episode_return",
+    "episode_return_sum",
+    "episode_length",
+    "kl",
+    "accepted",
+    "improvement",
+    "entropy",
+    "loss_critic",
+    "explained_variance",
+    "collect_s",
+    "policy_s",
+    "critic_s",
+    "wall_s",
+)
+"""The columns of ``metrics.csv``."""
+
+_PACKAGES = ("torchrl-trpo", "torch", "torchrl", "tensordict", "vmas", "hydra-core")
+
+
+class Run:
+    """Keeps a run's records; the recipe does the learning.
+
+    Args:
+        cfg: the recipe's config; ``cfg.resume`` names a run folder to continue.
+        algorithm: the algorithm's name, for titles.
+
+    Keyword Args:
+        policy: the policy.
+        **components: what a checkpoint must hold to continue, objects with ``state_dict`` and ``load_state_dict``.
+
+    Attributes:
+        folder: the run's folder.
+        frames: the environment steps done so far.
+
+    Raises:
+        FileNotFoundError: if ``cfg.resume`` has no checkpoint.
+    """
+
+    def __init__(self, cfg: DictConfig, algorithm: str, *, policy: TensorDictModuleBase, **components: Any) -> None:
+        self.cfg = cfg
+        self.algorithm = algorithm
+        self.policy = policy
+        self.folder = Path(cfg.resume or cfg.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._progress: dict[str, Any] = {"iteration": 0, "frames": 0, "wall_s": 0.0}
+        self._checkpoint = Checkpoint(progress=self._progress, generators=GlobalRNGState(), **components)
+        self._rotation = CheckpointRotation(self.folder / "checkpoints", keep_last=cfg.checkpoint.keep)
+        if cfg.resume:
+            self._resume()
+        self._write_config()
+        rows = self._kept_rows()
+        self._file = (self.folder / "metrics.csv").open("w", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+        self._writer.writerows(rows)
+        self._returns = [float(row["episode_return"] or "nan") for row in rows]
+        self._laps: dict[str, float] = {}
+        self._last_lap = self._start = time.perf_counter()
+        self._start -= self._progress["wall_s"]
+        self._bar = tqdm(total=cfg.train.total_frames, initial=self.frames, unit="frame", desc=algorithm, smoothing=0.1)
+        self._bar.write(f"Training {algorithm} on {cfg.env.name}; everything goes to {self.folder}")
+
+    @property
+    def frames(self) -> int:
+        """The environment steps done so far."""
+        return int(self._progress["frames"])
+
+    def lap(self, name: str) -> None:
+        """Adds the time since the last lap to a column of the metrics.
+
+        Args:
+            name: ``"collect_s"``, ``"policy_s"`` or ``"critic_s"``.
+        """
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last_lap
+        self._last_lap = now
+
+    def log(self, data: TensorDictBase, stats: TensorDictBase, critic: dict[str, float]) -> None:
+        """Ends an iteration: a row of metrics, the progress bar, a checkpoint when due.
+
+        Args:
+            data: the iteration's batch.
+            stats: what the updater returned.
+            critic: what the critic's fit returned.
+        """
+        self._progress["iteration"] += 1
+        self._progress["frames"] += data.numel()
+        self._progress["wall_s"] = time.perf_counter() - self._start
+        row = {
+            **self._progress,
+            **episode_statistics(data),
+            **{name: float(stats[name].float().mean()) for name in ("kl", "accepted", "improvement")},
+            "entropy": float(entropy(self.policy.build_dist_from_params(data)).mean()),
+            **critic,
+            **self._laps,
+        }
+        self._writer.writerow({name: _cell(row[name]) for name in COLUMNS})
+        self._file.flush()
+        self._returns.append(row["episode_return"])
+        self._show(data, stats, row)
+        last = self.frames >= self.cfg.train.total_frames
+        if last or self._progress["iteration"] % self.cfg.checkpoint.every == 0:
+            self._rotation.save(self._checkpoint, step=self._progress["iteration"], metadata=dict(self._progress))
+        self._laps = {}
+        self._last_lap = time.perf_counter()
+
+    def finish(self, env: EnvBase) -> dict[str, Any]:
+        """Evaluates the policy, plots the curve, makes the film, writes the summary and says where it all is.
+
+        Args:
+            env: the environment that was trained in.
+
+        Returns:
+            What ``summary.json`` holds.
+        """
+        self._bar.close()
+        self._file.close()
+        cfg = self.cfg
+        recent = self._returns[-5:]
+        returns = evaluate(env, self.policy, max_steps=cfg.env.max_steps)
+        summary = {
+            "algorithm": self.algorithm,
+            "env": cfg.env.name,
+            "seed": cfg.seed,
+            "frames": self.frames,
+            "wall_s": self._progress["wall_s"],
+            "frames_per_s": self.frames / self._progress["wall_s"],
+            "episode_return": sum(recent) / len(recent),
+            "evaluation_return": float(returns.mean()),
+            "evaluation_episodes": returns.numel(),
+        }
+        (self.folder / "summary.json").write_text(
+            json.dumps({k: _finite(v) for k, v in summary.items()}, indent=2) + "\n"
+        )
+        title = f"{self.algorithm} on {cfg.env.name}, seed {cfg.seed}"
+        plot_learning_curve(
+            self.folder / "metrics.csv",
+            self.folder / "learning_curve.png",
+            title=title,
+            max_kl=cfg.updater.max_kl,
+        )
+        if cfg.film:
+            stage = make_env(**{**cfg.env, "num_envs": 1}, seed=cfg.seed, device=env.device)
+            film_episode(stage, self.policy, self.folder / "film.mp4", max_steps=cfg.env.max_steps)
+        print(
+            f"{title}: episode return {summary['episode_return']:.1f} (mean of the last {len(recent)} iterations), "
+            f"{summary['evaluation_return']:.1f} acting deterministically, "
+            f"{self.frames} frames in {summary['wall_s']:.0f} s."
+        )
+        for name in ("learning_curve.png", "film.mp4", "metrics.csv", "summary.json", "config.yaml", "checkpoints"):
+            if (self.folder / name).exists():
+                print(f"  {self.folder / name}")
+        return summary
+
+    def _show(self, data: TensorDictBase, stats: TensorDictBase, row: dict[str, Any]) -> None:
+        self._bar.update(data.numel())
+        postfix = {
+            "return": f"{row['episode_return']:.2f}",
+            "kl": f"{row['kl']:.4f}",
+            "accepted": f"{row['accepted']:.2f}",
+        }
+        broken = sum(not math.isfinite(value) for value in stats["grad_norm"].tolist())
+        if broken:
+            postfix["non_finite"] = f"{broken}/{stats.numel()}"
+        self._bar.set_postfix(postfix)
+
+    def _resume(self) -> None:
+        latest = self._rotation.latest()
+        if latest is None:
+            raise FileNotFoundError(
+                f"resume: {str(self.folder)!r} has no checkpoint in {self._rotation.directory}. Legal: the folder of a "
+                "run, the one that holds metrics.csv and checkpoints."
+            )
+        self._checkpoint.load(latest)
+
+    def _kept_rows(self) -> list[dict[str, str]]:
+        metrics = self.folder / "metrics.csv"
+        if not self.cfg.resume or not metrics.exists():
+            return []
+        with metrics.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if int(row["iteration"]) <= self._progress["iteration"]]
+
+    def _write_config(self) -> None:
+        versions = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
+        resolved = OmegaConf.to_container(self.cfg, resolve=True)
+        record = {**resolved, "versions": {"python": platform.python_version(), **versions}}  # type: ignore[dict-item]
+        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(record)))
+
+
+def _cell(value: float) -> str | float:
+    return "" if isinstance(value, float) and math.isnan(value) else value
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,133 @@
+"""Checks of a recipe's settings, before anything is built."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from torchrl.envs import VmasEnv
+
+from torchrl_trpo.suggest import nearest
+
+_OPEN = ("env.kwargs.",)  # sections that take any name
+
+
+def run_recipe(main: Callable[[], Any], recipe: str) -> None:
+    """Runs a recipe from the command line; settings that do not exist end it with the nearest ones that do.
+
+    Args:
+        main: the ``hydra.main`` function of the recipe.
+        recipe: the recipe's file; ``config/<its name>.yaml`` beside it is its config.
+    """
+    path = Path(recipe).resolve()
+    try:
+        sys.argv[1:] = check_overrides(sys.argv[1:], path.parent / "config", path.stem)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    main()
+
+
+def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str) -> list[str]:
+    """Checks the names in command-line overrides against a recipe's config.
+
+    Args:
+        overrides: the arguments of the command line, such as ``["updater.max_kl=0.02"]``.
+        config_dir: the folder of the configs.
+        config_name: the recipe's config.
+
+    Returns:
+        The overrides for Hydra; arguments of a scenario, ``env.kwargs.*``, may be new names.
+
+    Raises:
+        ValueError: if a setting or an environment is unknown.
+    """
+    environments = register_environments(config_dir)
+    known: list[str] = []
+    checked: list[str] = []
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals or name.startswith(("-", "+", "~", "hydra")):
+            pass
+        elif name == "env":
+            for choice in value.split(","):
+                if choice not in environments:
+                    raise ValueError(f"env: {choice!r}. {nearest(choice, environments)}")
+        elif name.startswith(_OPEN):
+            override = f"++{override}"
+        else:
+            known = known or _setting_names(config_dir, config_name)
+            if name not in known:
+                raise ValueError(f"setting {name!r} does not exist. {nearest(name, known)}")
+        checked.append(override)
+    return checked
+
+
+def register_environments(config_dir: Path) -> list[str]:
+    """Makes every scenario of VMAS a choice ``env=vmas/<scenario>``, beside those that have a YAML file.
+
+    Args:
+        config_dir: the folder of the configs.
+
+    Returns:
+        The names of all choices.
+    """
+    written = {path.stem for path in (config_dir / "env" / "vmas").glob("*.yaml")}
+    scenarios = sorted(written.union(VmasEnv.available_envs))
+    for scenario in scenarios:
+        if scenario not in written:
+            node = {"name": f"vmas/{scenario}", "num_envs": 60, "max_steps": 100, "kwargs": {}}
+            ConfigStore.instance().store(group="env/vmas", name=scenario, node=node, package="env")
+    return [f"vmas/{scenario}" for scenario in scenarios]
+
+
+def _setting_names(config_dir: Path, config_name: str) -> list[str]:
+    def walk(node: dict[Any, Any], prefix: str) -> Iterator[str]:
+        for key, child in node.items():
+            yield f"{prefix}{key}"
+            if isinstance(child, dict):
+                yield from walk(child, f"{prefix}{key}.")
+
+    with initialize_config_dir(str(config_dir), version_base=None):
+        return list(walk(OmegaConf.to_container(compose(config_name), resolve=False), ""))  # type: ignore[arg-type]
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Checks the sizes of a run against each other.
+
+    Args:
+        cfg: the recipe's config.
+
+    Raises:
+        ValueError: if a number is not a positive whole number, or the environments cannot give ``frames_per_batch``.
+    """
+    sizes = {
+        "env.num_envs": cfg.env.num_envs,
+        "env.max_steps": cfg.env.max_steps,
+        "train.total_frames": cfg.train.total_frames,
+        "train.frames_per_batch": cfg.train.frames_per_batch,
+        "critic.epochs": cfg.critic.epochs,
+        "critic.minibatch_size": cfg.critic.minibatch_size,
+    }
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    num_envs, frames = cfg.env.num_envs, cfg.train.frames_per_batch
+    if frames % num_envs:
+        below, above = frames // num_envs * num_envs, (frames // num_envs + 1) * num_envs
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"train.frames_per_batch={frames} is not a multiple of env.num_envs={num_envs}: every environment gives "
+            f"the same number of steps. Nearest: {near}."
+        )
+    if cfg.train.total_frames % frames:
+        below, above = cfg.train.total_frames // frames * frames, (cfg.train.total_frames // frames + 1) * frames
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"train.total_frames={cfg.train.total_frames} is not a multiple of train.frames_per_batch={frames}. "
+            f"Nearest: {near}."
+        )
