@@ -9,6 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueNorm
 from torchrl.objectives.value import MultiAgentGAE
 
@@ -40,7 +41,8 @@ class CentralCriticValueEstimator(MultiAgentGAE):
         central_key: where the pooled input is written, ``[*B, T, n_agents, F]``. The agents are those of the
             observation in the same group (of the first one, for a root key).
         state_key: the global state, ``[*B, T, S]``. Default: none.
-        action_keys: the agents' actions, each ``[*B, T, n_g, A_g]``, to pool those of the others. Default: not pooled.
+        action_keys: the agents' actions, each ``[*B, T, n_g, A_g]``, to pool those of the others; categorical ones,
+            ``[*B, T, n_g]``, enter as their index. Default: not pooled.
         actor_network: the policy, needed with ``action_keys`` alone: for the actions after the last step.
         agent_one_hot: whether to add the agent's index. Default: False.
         team_reward: ``"mean"`` or ``"sum"``: replaces the agents' rewards by one for the team. Default: rewards as
@@ -187,7 +189,8 @@ class CentralCriticValueEstimator(MultiAgentGAE):
         pooled = pooled.expand(*pooled.shape[:-2], n_agents, pooled.shape[-1])
         parts = [pooled]
         for key, action in zip(self.action_keys, actions or (), strict=True):
-            parts.append(self._others(key, action, n_agents, own[0]))
+            action = action.unsqueeze(-1) if action.ndim == batch_dims + 1 else action
+            parts.append(self._others(key, action.to(pooled.dtype), n_agents, own[0]))
         if self.agent_one_hot:
             identity = torch.eye(n_agents, dtype=pooled.dtype, device=pooled.device)
             parts.append(identity.expand(*pooled.shape[:-1], n_agents))
@@ -195,7 +198,6 @@ class CentralCriticValueEstimator(MultiAgentGAE):
 
     def _others(self, key: NestedKey, action: Tensor, n_agents: int, own: NestedKey) -> Tensor:
         """All actions of a group, of the agent's own group all but its own: ``[*B, T, n_agents, F]``."""
-        action = action.to(torch.get_default_dtype())
         if key[:-1] != own[:-1]:
             return action.flatten(-2).unsqueeze(-2).expand(*action.shape[:-2], n_agents, -1)
         index = torch.arange(n_agents, device=action.device)
@@ -204,7 +206,8 @@ class CentralCriticValueEstimator(MultiAgentGAE):
         return action[..., others, :].flatten(-2)
 
     def _next_actions(self, tensordict: TensorDictBase, actions: list[Tensor], time_dim: int) -> list[Tensor]:
-        drawn = self.actor_network(tensordict.get("next").select(*self.actor_network.in_keys))
+        with set_exploration_type(ExplorationType.RANDOM):
+            drawn = self.actor_network(tensordict.get("next").select(*self.actor_network.in_keys))
         done = _entry(tensordict, ("next", *_path(self.tensor_keys.done)))
         ends = done.flatten(tensordict.batch_dims).any(-1)
         ends = ends.index_fill(time_dim, torch.tensor([ends.shape[time_dim] - 1], device=ends.device), True)

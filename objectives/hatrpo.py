@@ -42,10 +42,26 @@ class HATRPOSequentialObjective(LossModule):
         ValueError: if a group's agents share their policy, or ``agent_order`` is not an order of the agents.
 
     Examples:
-        >>> objective = HATRPOSequentialObjective(loss)  # doctest: +SKIP
-        >>> updater = TrustRegionUpdater(objective, max_kl=0.01)  # doctest: +SKIP
-        >>> stats = updater.step(data)  # doctest: +SKIP
-        >>> stats["order"]  # order[m] is the agent that was solved m-th  # doctest: +SKIP
+        >>> import torch
+        >>> from tensordict.nn import TensorDictModule as Mod
+        >>> from torchrl.envs.utils import ExplorationType, set_exploration_type
+        >>> from torchrl.modules import IndependentNormal, MultiAgentMLP, NormalParamExtractor, ProbabilisticActor
+        >>> from torchrl_trpo import TrustRegionUpdater
+        >>> net = MultiAgentMLP(3, 4, n_agents=2, centralized=False, share_params=False, num_cells=8, depth=1)
+        >>> keys = [("agents", "loc"), ("agents", "scale")]
+        >>> module = Mod(torch.nn.Sequential(net, NormalParamExtractor()), [("agents", "observation")], keys)
+        >>> actor = ProbabilisticActor(
+        ...     module, in_keys=keys, out_keys=[("agents", "action")],
+        ...     distribution_class=IndependentNormal, return_log_prob=True,
+        ... )
+        >>> data = TensorDict({("agents", "observation"): torch.randn(5, 7, 2, 3)}, [5, 7])
+        >>> with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        ...     data = actor(data)
+        >>> data["advantage"] = torch.randn(5, 7, 2, 1)
+        >>> objective = HATRPOSequentialObjective(TRPOLoss(actor), agent_order=[1, 0])
+        >>> stats = TrustRegionUpdater(objective, max_kl=0.01).step(data)
+        >>> stats["order"]  # agent 1 was solved first
+        tensor([1, 0])
     """
 
     @dataclass

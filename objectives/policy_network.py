@@ -31,22 +31,20 @@ def resolve_trust_region(
     """
     if trust_region not in {None, "shared", "per_agent"}:
         raise ValueError(f"trust_region: {trust_region!r}. {nearest(trust_region, ['shared', 'per_agent', None])}")
-    unshared = [m for m in network.modules() if isinstance(m, MultiAgentNetBase) and not m.share_params]
-    if trust_region == "shared" or (trust_region is None and not unshared):
-        return "shared", 1
+    nets = [module for module in network.modules() if isinstance(module, MultiAgentNetBase)]
     trained = {key: value for key, value in parameters.items(True, True) if value.requires_grad}
-    first = next(iter(trained.values()))
-    n_agents = unshared[0].n_agents if unshared else (first.shape[0] if first.ndim else 0)
-    common = [key for key, value in trained.items() if value.ndim == 0 or value.shape[0] != n_agents]
-    if not common:
-        return "per_agent", n_agents
-    if trust_region is None:
-        return "shared", 1  # partly shared: only one region holds all of it
-    raise ValueError(
-        f"trust_region='per_agent' needs every policy parameter stacked on a leading dimension of {n_agents} agents, "
-        f"but {common[0]!r} has shape {tuple(trained[common[0]].shape)}. Build the policy from "
-        "MultiAgentMLP(share_params=False), or use trust_region='shared'."
-    )
+    sizes = {value.shape[0] if value.ndim else 0 for value in trained.values()}
+    sizes |= {1 if net.share_params else net.n_agents for net in nets}
+    stacked = len(sizes) == 1 and not any(net.share_params and net.n_agents > 1 for net in nets)
+    if trust_region == "per_agent" and not stacked:
+        raise ValueError(
+            "trust_region='per_agent' needs every policy parameter stacked on a leading agent dimension, but they have "
+            f"shapes {[tuple(value.shape) for value in trained.values()]}. Build the policy from "
+            "MultiAgentMLP(share_params=False), or use trust_region='shared'."
+        )
+    if trust_region == "per_agent" or (trust_region is None and nets and stacked):
+        return "per_agent", sizes.pop()
+    return "shared", 1  # also for parameters that are shared in part: only one region holds them all
 
 
 def distribution_keys(network: ProbabilisticTensorDictSequential) -> list[NestedKey]:

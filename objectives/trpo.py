@@ -64,6 +64,7 @@ class TRPOLoss(PPOLoss):
     Examples:
         >>> import torch
         >>> from tensordict.nn import TensorDictModule as Mod
+        >>> from torchrl.envs.utils import ExplorationType, set_exploration_type
         >>> from torchrl.modules import IndependentNormal, MultiAgentMLP, NormalParamExtractor, ProbabilisticActor
         >>> from torchrl_trpo import TrustRegionUpdater
         >>> net = MultiAgentMLP(3, 4, n_agents=2, centralized=False, share_params=False, num_cells=8, depth=1)
@@ -75,7 +76,8 @@ class TRPOLoss(PPOLoss):
         ...     distribution_class=IndependentNormal, return_log_prob=True,
         ... )
         >>> data = TensorDict({"agents": TensorDict({"observation": torch.randn(5, 7, 2, 3)}, [5, 7, 2])}, [5, 7])
-        >>> data = actor(data).detach()
+        >>> with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        ...     data = actor(data)
         >>> data["advantage"] = torch.randn(5, 7, 2, 1)
         >>> loss = TRPOLoss(actor)
         >>> loss.trust_region
@@ -136,6 +138,7 @@ class TRPOLoss(PPOLoss):
             The losses and log entries that the class docstring lists, without batch dimensions.
         """
         tensordict = tensordict.clone(False)
+        collected = self._collected_distribution(tensordict)
         advantage = self.normalized_advantage(tensordict)
         log_weight, dist, kl_approx, log_is_weight = self._log_weight(tensordict, adv_shape=advantage.shape[:-1])
         if log_is_weight is not None:
@@ -145,9 +148,9 @@ class TRPOLoss(PPOLoss):
         with torch.no_grad():
             rows = log_weight.flatten()
             out.set("ESS", (2 * rows.logsumexp(0) - (2 * rows).logsumexp(0)).exp() / rows.numel())
-            kl = self._kl_from_collection(tensordict, dist)
-            if kl is not None:
-                out.set("kl", self._reduce_loss(kl.unsqueeze(-1), tensordict, reduction="mean"))
+            if collected is not None:
+                kl = kl_divergence(collected, dist).unsqueeze(-1)
+                out.set("kl", self._reduce_loss(kl, tensordict, reduction="mean"))
         if self.entropy_bonus:
             bonus = self._get_entropy(dist, adv_shape=advantage.shape[:-1])
             if is_tensor_collection(bonus):
@@ -257,10 +260,26 @@ class TRPOLoss(PPOLoss):
         counts = rows.weight > 0
         ratio = torch.where(counts, (dist.log_prob(rows.action).unsqueeze(-1) - rows.log_prob).exp(), 1.0)
         with torch.no_grad():
-            kl = self._kl_from_collection(tensordict.reshape(-1), dist)
-            kl = torch.full_like(rows.log_prob, torch.nan) if kl is None else kl.unsqueeze(-1)
+            collected = self._collected_distribution(tensordict.reshape(-1))
+            kl = torch.full_like(rows.log_prob, torch.nan)
+            kl = kl if collected is None else kl_divergence(collected, dist).unsqueeze(-1)
             kl = (rows.weight * torch.where(counts, kl, 0.0)).flatten(1).sum(0)
         return ratio.flatten(1), (rows.weight * rows.advantage).flatten(1), kl
+
+    def make_value_estimator(self, value_type: ValueEstimators | type | Any = None, **hyperparams: Any) -> TRPOLoss:
+        """Makes the value estimator, as for any TorchRL loss; one given as a class gets the loss's keys too.
+
+        Args:
+            value_type: a ``ValueEstimators`` entry, or a ``ValueEstimatorBase`` class or instance.
+            **hyperparams: the estimator's arguments, such as ``gamma`` and ``lmbda``.
+
+        Returns:
+            The loss itself.
+        """
+        super().make_value_estimator(value_type, **hyperparams)
+        if isinstance(value_type, type):
+            self._forward_value_estimator_keys()
+        return self
 
     def normalized_advantage(self, tensordict: TensorDictBase) -> Tensor:
         """The advantage of a batch, computed by the value estimator if missing, normalised if the loss does so.
@@ -332,12 +351,13 @@ class TRPOLoss(PPOLoss):
             self.__dict__["_cache_entropy_coeff"] = (version, bool(self.entropy_coeff != 0))
         return self.__dict__["_cache_entropy_coeff"][1]
 
-    def _kl_from_collection(self, tensordict: TensorDictBase, dist: D.Distribution) -> Tensor | None:
+    def _collected_distribution(self, tensordict: TensorDictBase) -> D.Distribution | None:
+        """The policy's distribution as it was at collection, from the parameters that it wrote; None without them."""
         keys = distribution_keys(self.actor_network)
         self._data_has_distribution = all(tensordict.get(key, None) is not None for key in keys)
         if not self._data_has_distribution:
             return None
-        return kl_divergence(self.actor_network.build_dist_from_params(tensordict.select(*keys)), dist)
+        return self.actor_network.build_dist_from_params(tensordict.select(*keys))
 
     def _advantage_like(self, advantage: Tensor, log_prob: Tensor) -> Tensor:
         """Checks the advantage ``[*B, T, *A, 1]`` against log-probabilities of that shape; a team's is broadcast."""

@@ -61,7 +61,6 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         central_key=CENTRAL,
         agent_one_hot=cfg.critic.agent_one_hot,
     )
-    loss.set_keys(reward=REWARD, value=VALUE)
     objective = HATRPOSequentialObjective(loss, agent_order=cfg.agent_order)
     updater = TrustRegionUpdater(objective, **cfg.updater)
     critic_optim = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=cfg.critic.lr)

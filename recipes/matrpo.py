@@ -68,7 +68,6 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         action_keys=[ACTION] if cfg.critic.others_actions else None,
         actor_network=actor,
     )
-    loss.set_keys(reward=REWARD, value=VALUE)
     updater = TrustRegionUpdater(loss, **cfg.updater)
     critic_optim = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=cfg.critic.lr)
 

@@ -7,6 +7,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.distributions import Categorical
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import (
     IndependentNormal,
     MultiAgentMLP,
@@ -56,7 +57,7 @@ def make_actor(
 def make_data(actor, batch=(5, 8), n_agents=3, n_obs=3):
     agents = TensorDict({"observation": torch.randn(*batch, n_agents, n_obs, dtype=torch.float64)}, [*batch, n_agents])
     data = TensorDict({GROUP: agents}, batch_size=batch)
-    with torch.no_grad():
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
         actor(data)
     data["advantage"] = torch.randn(*batch, n_agents, 1, dtype=torch.float64)
     return data
@@ -79,7 +80,7 @@ def make_single(n_obs=3, n_act=2, hidden=4):
 def single_data(actor, batch=(5, 8), n_obs=3):
     """A batch of one agent with rewards, ends and next observations, but no advantage."""
     data = TensorDict({"observation": torch.randn(*batch, n_obs, dtype=torch.float64)}, batch_size=batch)
-    with torch.no_grad():
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
         actor(data)
     done = torch.rand(*batch, 1) < 0.2
     data["next"] = TensorDict(

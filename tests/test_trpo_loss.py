@@ -224,6 +224,7 @@ def test_a_missing_advantage_is_computed():
 def test_copies_and_state_dicts():
     actor, critic = make_single()
     loss = TRPOLoss(actor, critic)
+    loss.make_value_estimator(gamma=0.99, lmbda=0.95)
     twin = deepcopy(loss)
     data = loss.value_estimator(single_data(actor))
     TrustRegionUpdater(loss).step(data)
@@ -386,7 +387,7 @@ def test_an_agent_without_rows_is_skipped():
 def test_a_missing_advantage_without_a_critic():
     data = make_data(actor := make_actor()).exclude("advantage")
     data["advantages"] = torch.zeros(5, 8, 3, 1)
-    with pytest.raises(KeyError, match=r"'advantage' is not in the data.*critic_network.*Did you mean 'advantages'"):
+    with pytest.raises(KeyError, match=r"advantage.*is not in the data.*critic_network.*Did you mean.*advantages"):
         TrustRegionUpdater(TRPOLoss(actor)).step(data)
 
 
@@ -405,7 +406,7 @@ def test_an_advantage_of_the_wrong_shape(shape, method):
 def test_keys_that_are_not_in_the_data(key):
     data = make_data(actor := make_actor())
     data.rename_key_(key, (GROUP, key[1] + "s"))
-    with pytest.raises(KeyError, match=rf"{key[1]}'.*is not in the data.*Did you mean.*{key[1]}s"):
+    with pytest.raises(KeyError, match=rf"{key[1]}.*is not in the data.*Did you mean.*{key[1]}s"):
         TrustRegionUpdater(TRPOLoss(actor)).step(data)
 
 
@@ -424,10 +425,10 @@ def test_unknown_regions():
 
 def test_distributions_without_an_exact_kl():
     actor, _ = make_single()
-    actor[-1].distribution_class = torch.distributions.Cauchy
-    actor[-1].distribution_kwargs = {}
+    actor[-1].distribution_class = torch.distributions.StudentT
+    actor[-1].distribution_kwargs = {"df": 3.0}
     data = TensorDict({"observation": torch.randn(4, 3, dtype=torch.float64)}, [4])
     data["action"] = torch.randn(4, 2, dtype=torch.float64)
     data["action_log_prob"], data["advantage"] = torch.zeros(4, 2).double(), torch.randn(4, 2, 1).double()
-    with pytest.raises(NotImplementedError, match=r"Cauchy.*register_kl"):
+    with pytest.raises(NotImplementedError, match=r"StudentT.*register_kl"):
         TrustRegionUpdater(TRPOLoss(actor, entropy_bonus=False)).step(data)

@@ -29,9 +29,7 @@ VALUE: NestedKey = (GROUP, "state_value")
 CENTRAL: NestedKey = (GROUP, "central_observation")
 
 
-def make_actor(
-    env: EnvBase, *, share_params: bool, hidden: Sequence[int] = (128, 128), initial_scale: float = 1.0
-) -> ProbabilisticActor:
+def make_actor(env: EnvBase, *, share_params: bool, hidden: Sequence[int] = (128, 128)) -> ProbabilisticActor:
     """A decentralised policy: each agent acts on its own observation.
 
     Args:
@@ -41,7 +39,6 @@ def make_actor(
     Keyword Args:
         share_params: whether the agents share one network or have one each, stacked on a leading agent dimension.
         hidden: the sizes of the hidden layers.
-        initial_scale: the standard deviation that a continuous policy starts with, before squashing.
 
     Returns:
         The policy, from ``[*B, n_agents, F]`` to actions ``[*B, n_agents, A]`` with their log-probability.
@@ -62,7 +59,7 @@ def make_actor(
         device=env.device,
     )
     if continuous:
-        network = nn.Sequential(network, NormalParamExtractor(f"biased_softplus_{initial_scale}"))
+        network = nn.Sequential(network, NormalParamExtractor())
     names = ["loc", "scale"] if continuous else ["logits"]
     keys: list[NestedKey] = [(GROUP, name) for name in names]
     return ProbabilisticActor(

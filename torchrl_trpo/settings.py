@@ -14,6 +14,7 @@ from torchrl.envs import VmasEnv
 
 from torchrl_trpo.suggest import nearest
 
+_ENV_DEFAULTS = {"num_envs": 60, "max_steps": 100, "continuous_actions": True, "kwargs": {}}
 _OPEN = ("env.kwargs.",)  # sections that take any name
 
 
@@ -80,7 +81,7 @@ def register_environments(config_dir: Path) -> list[str]:
     scenarios = sorted(written.union(VmasEnv.available_envs))
     for scenario in scenarios:
         if scenario not in written:
-            node = {"name": f"vmas/{scenario}", "num_envs": 60, "max_steps": 100, "kwargs": {}}
+            node = {"name": f"vmas/{scenario}", **_ENV_DEFAULTS}
             ConfigStore.instance().store(group="env/vmas", name=scenario, node=node, package="env")
     return [f"vmas/{scenario}" for scenario in scenarios]
 

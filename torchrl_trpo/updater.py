@@ -84,11 +84,6 @@ class TrustRegionUpdater:
     Raises:
         TypeError: if the objective has no ``trust_regions``, or a setting is not a number.
         ValueError: if a setting is outside its range.
-
-    Examples:
-        >>> updater = TrustRegionUpdater(loss, max_kl=0.01)  # doctest: +SKIP
-        >>> stats = updater.step(data)  # doctest: +SKIP
-        >>> stats["accepted"], stats["kl"]  # doctest: +SKIP
     """
 
     _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {

@@ -1,0 +1,245 @@
+"""What the central critic sees, and the advantages that come of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.modules import PopArtValueNorm
+from torchrl.objectives.value import GAE
+from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
+
+from tests.cases import ACTION, LOG_PROB, OBSERVATION, REWARD, VALUE, make_actor, make_data
+from torchrl_trpo import TrustRegionUpdater
+
+CENTRAL = ("agents", "central")
+GAMMA, LMBDA = 0.9, 0.8
+
+
+def make_critic(n_inputs):
+    net = nn.Sequential(nn.Linear(n_inputs, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    return TensorDictModule(net, in_keys=[CENTRAL], out_keys=[VALUE])
+
+
+def make_estimator(n_inputs=9, **keywords):
+    keywords.setdefault("observation_keys", [OBSERVATION])
+    critic = keywords.pop("value_network", None) or make_critic(n_inputs)
+    estimator = CentralCriticValueEstimator(
+        gamma=torch.tensor(GAMMA, dtype=torch.float64),
+        lmbda=torch.tensor(LMBDA, dtype=torch.float64),
+        value_network=critic,
+        central_key=CENTRAL,
+        **keywords,
+    )
+    estimator.set_keys(value=VALUE)
+    return estimator
+
+
+def rollout(actor=None, batch=(4, 6), team=True):
+    """A batch of three agents with one terminated and one truncated step."""
+    data = make_data(actor or make_actor(), batch=batch).exclude("advantage")
+    n = data[OBSERVATION].shape[-2]
+    following = make_data(make_actor(), batch=batch).select(OBSERVATION)
+    following[OBSERVATION][:, :-1] = data[OBSERVATION][:, 1:]
+    data["next"] = following
+    shape = (*batch, 1) if team else (*batch, n, 1)
+    data["next", "reward"] = torch.randn(shape, dtype=torch.float64)
+    data["next", "terminated"] = torch.zeros(*batch, 1, dtype=torch.bool)
+    data["next", "terminated"][0, 2] = True
+    data["next", "done"] = data["next", "terminated"].clone()
+    data["next", "done"][1, 3] = True
+    return data
+
+
+def test_advantages_against_the_recursion_by_hand():
+    """GAE: δ_t = r_t + γ V(s_{t+1}) (1 − terminated) − V(s_t), A_t = δ_t + γλ (1 − done) A_{t+1}.
+
+    The terminated step is not bootstrapped, the truncated one is; the team's reward goes to each agent.
+    """
+    data, estimator = rollout(), make_estimator(vectorized=False)  # the vectorised form decays in float32
+    estimator(data)
+    reward, done, terminated = (data["next", key].squeeze(-1) for key in ("reward", "done", "terminated"))
+    joint, next_joint = data[OBSERVATION].flatten(-2), data["next", OBSERVATION].flatten(-2)
+    value, next_value = (estimator.value_network.module(x).squeeze(-1) for x in (joint, next_joint))
+    expected = torch.zeros(4, 6, dtype=torch.float64)
+    running = torch.zeros(4, dtype=torch.float64)
+    for t in reversed(range(6)):
+        delta = reward[:, t] + GAMMA * next_value[:, t] * ~terminated[:, t] - value[:, t]
+        running = delta + GAMMA * LMBDA * ~done[:, t] * running
+        expected[:, t] = running
+    for agent in range(3):
+        torch.testing.assert_close(data["advantage"][..., agent, 0], expected)
+        torch.testing.assert_close(data["value_target"][..., agent, 0], expected + value)
+
+
+def test_time_limits_are_bootstrapped_and_ends_are_not():
+    """CleanRL and most merge the two, and VmasEnv reports time limits as terminations."""
+    data, estimator = rollout(), make_estimator()
+    merged = data.clone()
+    merged["next", "terminated"] = data["next", "done"].clone()
+    difference = estimator(data)["advantage"] - estimator(merged)["advantage"]
+    bootstrap = GAMMA * data["next", VALUE][1, 3]
+    torch.testing.assert_close(difference[1, 3], bootstrap)
+    assert (difference[0] == 0).all()
+    assert bootstrap.abs().min() > 1e-3
+
+
+def test_what_is_pooled():
+    data = rollout()
+    data["state"] = torch.randn(4, 6, 5, dtype=torch.float64)
+    data["next", "state"] = torch.randn(4, 6, 5, dtype=torch.float64)
+    estimator = make_estimator(5 + 9 + 3, state_key="state", agent_one_hot=True)
+    estimator.pool(data)
+    for part in (data, data["next"]):
+        central = part[CENTRAL]
+        assert central.shape == (4, 6, 3, 17)
+        for agent in range(3):
+            torch.testing.assert_close(central[..., agent, :5], part["state"])
+            torch.testing.assert_close(central[..., agent, 5:14], part[OBSERVATION].flatten(-2))
+        torch.testing.assert_close(central[..., 14:], torch.eye(3).double().expand(4, 6, 3, 3))
+
+
+def test_an_agents_value_does_not_depend_on_its_own_action():
+    actor = make_actor()
+    data = rollout(actor)
+    estimator = make_estimator(9 + 4, action_keys=[ACTION], actor_network=actor)
+    estimator(data)
+    values = data[VALUE].clone()
+    data[ACTION][..., 1, :] += 1.0
+    estimator(data)
+    changed = (data[VALUE] != values).squeeze(-1)
+    assert not changed[..., 1].any()
+    assert changed[..., [0, 2]].all()
+
+
+def test_the_others_actions_are_those_of_the_same_step():
+    """MARLlib takes the actions of t also for the bootstrap value at t+1."""
+    actor = make_actor()
+    data = rollout(actor)
+    estimator = make_estimator(9 + 4, action_keys=[ACTION], actor_network=actor)
+    estimator.pool(data)
+    action, others = data[ACTION], data["next", CENTRAL][..., 9:]
+    for agent in range(3):
+        rest = [i for i in range(3) if i != agent]
+        torch.testing.assert_close(data[CENTRAL][..., agent, 9:], action[..., rest, :].flatten(-2))
+        goes_on = ~data["next", "done"].squeeze(-1)[:, :-1]
+        expected = action[:, 1:, rest].flatten(-2)
+        torch.testing.assert_close(others[:, :-1, agent][goes_on], expected[goes_on])
+    # Where the rollout or an episode ends they are drawn from the policy: not what another step did.
+    assert (others[:, -1] != data[CENTRAL][:, 0, :, 9:]).all()
+    assert (others[1, 3] != data[CENTRAL][1, 4, :, 9:]).all()
+
+
+def test_team_rewards():
+    data = rollout(team=False)
+    mean, total, own = (
+        make_estimator(value_network=critic, team_reward=kind)(data.clone())
+        for critic in [make_critic(9)]
+        for kind in ("mean", "sum", None)
+    )
+    reward = data["next", "reward"].clone()
+    data["next", "reward"] = reward.mean(-2, keepdim=True).expand_as(reward)
+    torch.testing.assert_close(mean["value_target"][..., :1, :].expand(4, 6, 3, 1), mean["value_target"])
+    assert (own["value_target"].std(-2) > 0).any()
+    delta = (total["value_target"] - mean["value_target"])[0, 2]  # a terminated step: the reward alone
+    torch.testing.assert_close(delta, 2 / 3 * reward[0, 2].sum().expand(3, 1))
+
+
+def test_a_normalised_critic_is_denormalised():
+    """Targets and advantages live in the rewards' units, the critic in normalised ones."""
+    norm = PopArtValueNorm(shape=1, beta=0.5).double()
+    norm.update(5 + 3 * torch.randn(1000, 1, dtype=torch.float64))
+    data, critic = rollout(), make_critic(9)
+    estimator = make_estimator(value_network=critic, value_norm=norm)
+    estimator(data)
+    raw = critic.module(data[CENTRAL])
+    torch.testing.assert_close(data[VALUE], norm.denormalize(raw))
+    loss = TRPOLoss(make_actor(), critic, value_norm=norm, loss_critic_type="l2")
+    loss.set_keys(value=VALUE)
+    loss.make_value_estimator(estimator)
+    distance = loss.loss_critic(data)[0]
+    torch.testing.assert_close(distance, (norm.normalize(data["value_target"]) - raw) ** 2)
+
+
+def test_with_own_observations_it_is_gae():
+    """A critic that looks at its own part only gives what MultiAgentGAE gives."""
+    data = rollout(team=False)
+    critic = TensorDictModule(nn.Linear(9, 1).double(), in_keys=[CENTRAL], out_keys=[VALUE])
+    with torch.no_grad():
+        critic.module.weight.zero_()
+    make_estimator(value_network=critic, vectorized=False)(data)
+    plain = data.select("next", VALUE)
+    plain["next", "done"], plain["next", "terminated"] = (
+        data["next", key].unsqueeze(-2).expand(4, 6, 3, 1) for key in ("done", "terminated")
+    )
+    gae = GAE(gamma=GAMMA, lmbda=LMBDA, value_network=None, vectorized=False)
+    gae.set_keys(value=VALUE)
+    torch.testing.assert_close(gae(plain)["advantage"], data["advantage"])
+
+
+def test_value_estimate_is_the_target():
+    data, estimator = rollout(), make_estimator()
+    target = estimator.value_estimate(data.clone())
+    torch.testing.assert_close(target, estimator(data)["value_target"])
+
+
+def test_in_a_loss():
+    """make_value_estimator, the critic's loss on the pooled input, and a step from it."""
+    actor, critic = make_actor(), make_critic(9)
+    data = rollout(actor, team=False)
+    data.rename_key_(("next", "reward"), ("next", *REWARD))
+    loss = TRPOLoss(actor, critic)
+    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, reward=REWARD, value=VALUE)
+    loss.make_value_estimator(
+        CentralCriticValueEstimator,
+        gamma=0.99,
+        lmbda=0.95,
+        value_network=critic,
+        observation_keys=[OBSERVATION],
+        central_key=CENTRAL,
+    )
+    loss.value_estimator(data, params=loss.critic_network_params, target_params=loss.target_critic_network_params)
+    loss.loss_critic(data)[0].mean().backward()
+    assert all(p.grad is not None for p in loss.critic_network_params.values(True, True))
+    assert TrustRegionUpdater(HATRPOSequentialObjective(loss)).step(data)["accepted"].all()
+    assert TrustRegionUpdater(loss).step(data.exclude("advantage", "value_target"))["accepted"].any()
+
+
+def test_agents_of_other_groups_are_pooled_too():
+    data = rollout()
+    for part in (data, data["next"]):
+        part["cars", "observation"] = torch.randn(4, 6, 2, 4, dtype=torch.float64)
+    estimator = make_estimator(9 + 8, observation_keys=[("cars", "observation"), OBSERVATION])
+    estimator.pool(data)
+    central = data[CENTRAL]
+    assert central.shape == (4, 6, 3, 17)
+    torch.testing.assert_close(central[..., 0, :8], data["cars", "observation"].flatten(-2))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"observation_keys": []}, r"observation_keys is empty.*\('agents', 'observation'\)"),
+        ({"action_keys": [ACTION]}, r"action_keys need actor_network"),
+        ({"team_reward": "average"}, r"team_reward: 'average'.*'mean', 'sum'"),
+    ],
+)
+def test_bad_arguments(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        make_estimator(**keywords)
+
+
+def test_missing_entries():
+    data = rollout()
+    with pytest.raises(KeyError, match=r"scal.*is not in the data.*Did you mean"):
+        make_estimator(state_key=("agents", "scal"))(data)
+    data["flat"] = data["next", "flat"] = torch.zeros(4, 6)
+    with pytest.raises(ValueError, match=r"flat.*\(4, 6\).*n_agents"):
+        make_estimator(observation_keys=["flat"])(data)
+
+
+def test_in_keys_name_what_is_read():
+    estimator = make_estimator(state_key="state")
+    assert {OBSERVATION, ("next", *OBSERVATION), "state", ("next", "state")} <= set(estimator.in_keys)
+    assert CENTRAL not in estimator.in_keys

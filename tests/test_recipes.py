@@ -1,0 +1,230 @@
+"""The recipes end to end on real VMAS, with a tiny budget, and what they say to bad settings."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as imageio
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torchrl_trpo.recipes import hatrpo, itrpo, matrpo
+
+from torchrl_trpo import TrustRegionUpdater
+from torchrl_trpo.envs import make_env, resolve_device
+from torchrl_trpo.evaluation import evaluate
+from torchrl_trpo.networks import make_actor
+from torchrl_trpo.run import COLUMNS
+from torchrl_trpo.settings import check_overrides, check_settings, register_environments
+
+# imageio's reader leaves the pipes of ffmpeg to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+RECIPES = {"itrpo": itrpo, "matrpo": matrpo, "hatrpo": hatrpo}
+CONFIG_DIR = Path(hatrpo.__file__).parent / "config"
+TINY = ("env.num_envs=4", "env.max_steps=10", "train.frames_per_batch=80", "train.total_frames=240", "device=cpu")
+
+
+def config(name, folder, *overrides):
+    overrides = check_overrides([*TINY, f"output_dir={folder}", *overrides], CONFIG_DIR, name)
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        return compose(name, overrides)
+
+
+def metrics(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("itrpo", []),
+        ("itrpo", ["actor.share_params=false", "critic.share_params=false", "env=vmas/navigation"]),
+        ("matrpo", []),
+        ("matrpo", ["critic.agent_one_hot=true", "critic.others_actions=true", "env=vmas/give_way"]),
+        ("matrpo", ["env.continuous_actions=false", "actor.share_params=false", "critic.others_actions=true"]),
+        ("hatrpo", []),
+        ("hatrpo", ["env.continuous_actions=false", "agent_order=fixed"]),
+        ("hatrpo", ["env=vmas/transport", "critic.agent_one_hot=true", "env.kwargs.n_agents=2", "agent_order=[1,0]"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "defaults",
+)
+def test_a_run_leaves_its_folder(name, overrides, tmp_path):
+    cfg = config(name, tmp_path, *overrides)
+    summary = RECIPES[name].train(cfg)
+    rows = metrics(tmp_path)
+    assert tuple(rows[0]) == COLUMNS
+    assert [int(row["frames"]) for row in rows] == [80, 160, 240]
+    for row in rows:
+        assert 0 <= float(row["kl"]) <= 0.01
+        assert 0 <= float(row["accepted"]) <= 1
+        assert float(row["episode_length"]) <= 10
+        assert math.isfinite(float(row["loss_critic"]))
+        assert float(row["collect_s"]) > 0
+        assert float(row["policy_s"]) > 0
+        assert float(row["critic_s"]) > 0
+        n_agents = cfg.env.kwargs.get("n_agents", 2)
+        assert float(row["episode_return_sum"]) == pytest.approx(n_agents * float(row["episode_return"]), abs=1e-4)
+    assert json.loads((tmp_path / "summary.json").read_text())["frames"] == summary["frames"] == 240
+    record = OmegaConf.load(tmp_path / "config.yaml")
+    assert record.versions.torch == torch.__version__
+    assert record.seed == 0
+    assert len(imageio.imread(tmp_path / "film.mp4")) >= 2
+    assert (tmp_path / "learning_curve.png").stat().st_size > 10_000
+    assert list((tmp_path / "checkpoints").iterdir())
+
+
+def test_the_seed_decides_everything(tmp_path):
+    runs = []
+    for folder, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        hatrpo.train(config("hatrpo", tmp_path / folder, f"seed={seed}", "film=false"))
+        rows = metrics(tmp_path / folder)
+        runs.append([[row[name] for name in COLUMNS if not name.endswith("_s")] for row in rows])
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_resume_continues(tmp_path, capsys):
+    """The metrics go on without a gap or a double row, also when rows were written after the checkpoint."""
+    cfg = config("hatrpo", tmp_path, "film=false", "checkpoint.every=2")
+    cfg.train.total_frames = 240
+    hatrpo.train(cfg)
+    before = metrics(tmp_path)
+    longer = config("hatrpo", tmp_path / "unused", "film=false", "train.total_frames=400", f"resume={tmp_path}")
+    summary = hatrpo.train(longer)
+    rows = metrics(tmp_path)
+    assert rows[:3] == before
+    assert [int(row["iteration"]) for row in rows] == [1, 2, 3, 4, 5]
+    assert summary["frames"] == 400
+    assert float(rows[3]["wall_s"]) > float(rows[2]["wall_s"])
+    assert not (tmp_path / "unused").exists()
+    with pytest.raises(FileNotFoundError, match=r"resume: .*nowhere.*no checkpoint"):
+        hatrpo.train(config("hatrpo", tmp_path, f"resume={tmp_path / 'nowhere'}"))
+
+
+def test_a_broken_environment_shows_and_moves_nothing(tmp_path, monkeypatch, capfd):
+    """NaN observations: every step is rejected, the parameters keep their bits, and the progress bar says so."""
+    poisoned = {}
+
+    def step(self, data, original=TrustRegionUpdater.step):
+        data["agents", "observation"][0, 0] = torch.nan
+        parameters = list(self.objective.parameters())
+        before = [p.detach().clone() for p in parameters]
+        stats = original(self, data)
+        actor = [n.startswith("losses.agents.actor") for n, _ in self.objective.named_parameters()]
+        poisoned["same"] = all(torch.equal(p, b) for p, b, a in zip(parameters, before, actor, strict=True) if a)
+        return stats
+
+    monkeypatch.setattr(TrustRegionUpdater, "step", step)
+    hatrpo.train(config("hatrpo", tmp_path, "film=false"))
+    assert poisoned["same"]
+    assert [float(row["accepted"]) for row in metrics(tmp_path)] == [0, 0, 0]
+    assert "non_finite=4/4" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_from_the_command_line(name, tmp_path):
+    command = [sys.executable, "-m", f"torchrl_trpo.recipes.{name}", *TINY, f"output_dir={tmp_path}", "film=false"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert str(tmp_path / "learning_curve.png") in done.stdout
+    assert "accepted=" in done.stderr
+    assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("env=vmas/balanc", r"env: 'vmas/balanc'\. Did you mean 'vmas/balance'"),
+        ("env=smac/3m", r"env: 'smac/3m'\. .*Legal: .*'vmas/navigation'"),
+        ("train.total_frame=10", r"'train\.total_frame' does not exist\. Did you mean 'train\.total_frames'"),
+        ("updater.maxkl=1", r"Did you mean 'updater\.max_kl'"),
+        ("sed=1", r"Did you mean 'seed'"),
+    ],
+)
+def test_unknown_names(override, message):
+    with pytest.raises(ValueError, match=message):
+        check_overrides([override], CONFIG_DIR, "hatrpo")
+
+
+def test_unknown_names_end_the_command(tmp_path):
+    command = [sys.executable, "-m", "torchrl_trpo.recipes.hatrpo", "env=vmas/balanc"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert done.stderr.strip().startswith("error: env: 'vmas/balanc'. Did you mean 'vmas/balance'")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.frames_per_batch=81", r"frames_per_batch=81 .*num_envs=4.*Nearest: 80 or 84"),
+        ("train.total_frames=250", r"total_frames=250 .*frames_per_batch=80.*Nearest: 240 or 320"),
+        ("train.total_frames=0", r"train\.total_frames must be a whole number of at least 1, got 0"),
+        ("train.total_frames=many", r"train\.total_frames.*'many'"),
+        ("env.num_envs=-3", r"env\.num_envs.*-3"),
+        ("critic.epochs=0", r"critic\.epochs.*0"),
+    ],
+)
+def test_sizes_that_cannot_be(override, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        check_settings(config("hatrpo", tmp_path, override))
+
+
+def test_unknown_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match=r"device: 'cuda:99' is not there.*GPUs.*'cpu'"):
+        resolve_device("cuda:99")
+
+
+def test_unknown_scenarios_and_bad_arguments():
+    keywords = {"num_envs": 2, "max_steps": 5, "kwargs": {}, "seed": 0, "device": torch.device("cpu")}
+    with pytest.raises(ValueError, match=r"env: 'vmas/navigatoin'.*Did you mean 'vmas/navigation'"):
+        make_env("vmas/navigatoin", **keywords)
+    with pytest.raises(ValueError, match=r"env\.num_envs.*0"):
+        make_env("vmas/balance", **{**keywords, "num_envs": 0})
+    with pytest.raises(ValueError, match=r"different observation or action spaces"):
+        make_env("vmas/simple_speaker_listener", **keywords)
+
+
+def test_every_scenario_is_a_choice():
+    names = register_environments(CONFIG_DIR)
+    assert {"vmas/balance", "vmas/navigation", "vmas/football", "vmas/simple_spread"} <= set(names)
+
+
+def test_time_limits_truncate():
+    """VmasEnv reports terminated = done also when max_steps ran out; ours tells them apart."""
+    env = make_env("vmas/navigation", num_envs=3, max_steps=5, kwargs={}, seed=0, device=torch.device("cpu"))
+    last = env.rollout(5)[:, -1]["next"]
+    assert last["done"].all()
+    assert last["truncated"].all()
+    assert not last["terminated"].any()
+
+
+def test_evaluation_plays_one_episode_per_environment():
+    env = make_env("vmas/balance", num_envs=6, max_steps=30, kwargs={}, seed=0, device=torch.device("cpu"))
+    actor = make_actor(env, share_params=True)
+    returns = evaluate(env, actor, max_steps=30)
+    assert returns.shape == (6,)
+    env.set_seed(0)
+    torch.testing.assert_close(evaluate(env, actor, max_steps=30), evaluate_by_hand(env, actor, 30))
+
+
+def evaluate_by_hand(env, actor, steps):
+    """The same, step by step: rewards are summed until an environment is done for the first time."""
+    env.set_seed(0)
+    data = env.reset()
+    total, alive = torch.zeros(6), torch.ones(6, dtype=torch.bool)
+    with torch.no_grad():
+        for _ in range(steps):
+            data, following = env.step_and_maybe_reset(actor(data))
+            total += alive * data["next", "agents", "reward"].mean((-2, -1))
+            alive &= ~data["next", "done"].squeeze(-1)
+            data = following
+    return total
