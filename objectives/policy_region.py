@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -15,6 +16,18 @@ from torchrl_trpo.objectives.policy_rows import PolicyRows
 from torchrl_trpo.divergence import entropy, kl_divergence
 from torchrl_trpo.fisher import fisher_product, output_hessian_product
 from torchrl_trpo.vectors import flatten, unflatten
+
+_CPU_CHUNK = 4096
+"""Rows times agents that are evaluated at once on a CPU."""
+
+
+@dataclass
+class _Chunk:
+    """Some rows, and the policy at ``θ_k`` on them, with its graph while that is needed."""
+
+    rows: PolicyRows
+    dist_params: TensorDict
+    gain: Tensor
 
 
 class PolicyTrustRegion:
@@ -64,12 +77,7 @@ class PolicyTrustRegion:
         self._stateless = parameters.data if agent_slice is None else slice_agents(parameters.data, agent_slice)
         self._live = [self._stateless.get(names[0]) for names in self._keys]
         self._leaves = [value.clone().requires_grad_() for value in self._live]
-        with torch.enable_grad():
-            self._dist_params = self._distribution_parameters(rows.inputs, self._leaves)
-            dist = self._distribution(self._dist_params)
-            self._gain = self._surrogate_rows(dist)
-        self._gain_k = self._gain.detach()
-        self._dist_k = self._distribution(self._dist_params.detach())
+        self._chunks = [self._linearise(chunk) for chunk in _split(rows)]
 
     @property
     def parameters(self) -> Tensor:
@@ -78,38 +86,32 @@ class PolicyTrustRegion:
 
     def gradient(self) -> Tensor:
         """The gradient of the surrogate at ``θ_k``, ``[n, P]``."""
-        total = (self._rows.weight * self._gain).sum()
-        slopes = torch.autograd.grad(total, self._leaves, retain_graph=True, materialize_grads=True)
-        del self._gain
-        return flatten(slopes, len(self.indices))
+        total = torch.zeros_like(self.parameters)
+        for chunk in self._chunks:
+            surrogate = (chunk.rows.weight * chunk.gain).sum()
+            slopes = torch.autograd.grad(surrogate, self._leaves, retain_graph=True, materialize_grads=True)
+            total += flatten(slopes, len(self.indices))
+            chunk.gain = chunk.gain.detach()
+        return total
 
     def fisher_product(self, subsample: float = 1.0) -> Callable[[Tensor], Tensor]:
         """The product with the Fisher matrix, the Hessian of the mean KL at ``θ_k``, from and to ``[n, P]``.
 
         Args:
             subsample: the share of the rows that the mean is taken over, drawn from torch's generator.
+
+        Returns:
+            The product; it keeps the graph of the policy alive.
         """
-        rows, dist_params = self._rows, self._dist_params
-        weight = rows.weight
-        n_rows = rows.inputs.shape[0]
+        chunks = self._chunks
         if subsample < 1:
-            drawn = torch.randperm(n_rows, device=rows.log_prob.device)[: max(1, round(subsample * n_rows))]
-            with torch.enable_grad():
-                dist_params = self._distribution_parameters(rows.inputs[drawn], self._leaves)
-            weight = self._region_weight(weight[drawn]) if weight.ndim > 1 else weight * (n_rows / drawn.numel())
-        del self._dist_params
-        keys = [key for key, value in dist_params.items(True, True) if value.requires_grad]
-        outputs = [dist_params.get(key) for key in keys]
-        dist_k = self._distribution(dist_params.detach())
-
-        def mean_kl(tensors: list[Tensor]) -> Tensor:
-            moved = dist_params.clone(False)
-            for key, tensor in zip(keys, tensors, strict=True):
-                moved.set(key, tensor)
-            return (weight * kl_divergence(dist_k, self._distribution(moved)).unsqueeze(-1)).sum()
-
-        metric = output_hessian_product(mean_kl, outputs)
-        return fisher_product(outputs, self._leaves, metric, len(self.indices))
+            drawn = torch.randperm(len(self._rows), device=self._rows.log_prob.device)
+            sample = self._renormalise(self._rows.take(drawn[: max(1, round(subsample * len(self._rows)))]))
+            chunks = [self._linearise(rows) for rows in _split(sample)]
+        products = [self._chunk_product(chunk) for chunk in chunks]
+        for chunk in self._chunks:
+            chunk.dist_params = chunk.dist_params.detach()  # from here on the products alone hold the graph
+        return lambda vectors: sum((product(vectors) for product in products[1:]), products[0](vectors))
 
     @torch.no_grad()
     def evaluate(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,11 +119,18 @@ class PolicyTrustRegion:
 
         Args:
             parameters: the candidate ``θ``, ``[n, P]``.
+
+        Returns:
+            The improvement and the KL.
         """
         leaves = unflatten(parameters, self._leaves)
-        dist = self._distribution(self._distribution_parameters(self._rows.inputs, leaves))
-        improvement = self._region_mean(self._surrogate_rows(dist) - self._gain_k)
-        return improvement, self._region_mean(kl_divergence(self._dist_k, dist).unsqueeze(-1))
+        improvement = kl = torch.zeros_like(parameters[:, 0])
+        for chunk in self._chunks:
+            dist = self._distribution(self._distribution_parameters(chunk.rows.inputs, leaves))
+            dist_k = self._distribution(chunk.dist_params)
+            improvement = improvement + self._total(chunk.rows, self._surrogate_rows(chunk.rows, dist) - chunk.gain)
+            kl = kl + self._total(chunk.rows, kl_divergence(dist_k, dist).unsqueeze(-1))
+        return improvement, kl
 
     @torch.no_grad()
     def write(self, parameters: Tensor, accepted: Tensor) -> None:
@@ -138,8 +147,32 @@ class PolicyTrustRegion:
     @torch.no_grad()
     def ratio(self) -> Tensor:
         """``π_new(u|o) / π_k(u|o)`` at the parameters as they are now, ``[N, *A, 1]``; 1 where a row is masked."""
-        dist = self._distribution(self._distribution_parameters(self._rows.inputs, self._live))
-        return torch.where(self._rows.weight > 0, self._log_ratio(dist).exp(), 1.0)
+        ratios = []
+        for rows in (chunk.rows for chunk in self._chunks):
+            dist = self._distribution(self._distribution_parameters(rows.inputs, self._live))
+            ratios.append(torch.where(rows.weight > 0, self._log_ratio(rows, dist).exp(), 1.0))
+        return torch.cat(ratios)
+
+    def _linearise(self, rows: PolicyRows) -> _Chunk:
+        """Evaluates rows at ``θ_k``, keeping the graph."""
+        with torch.enable_grad():
+            dist_params = self._distribution_parameters(rows.inputs, self._leaves)
+            return _Chunk(rows, dist_params, self._surrogate_rows(rows, self._distribution(dist_params)))
+
+    def _chunk_product(self, chunk: _Chunk) -> Callable[[Tensor], Tensor]:
+        """One chunk's share of the product with the Fisher matrix: ``v ↦ Jᵀ Fdist J v``."""
+        keys = [key for key, value in chunk.dist_params.items(True, True) if value.requires_grad]
+        outputs = [chunk.dist_params.get(key) for key in keys]
+        dist_k = self._distribution(chunk.dist_params.detach())
+
+        def mean_kl(tensors: list[Tensor]) -> Tensor:
+            moved = chunk_params.clone(False)
+            for key, tensor in zip(keys, tensors, strict=True):
+                moved.set(key, tensor)
+            return (weight * kl_divergence(dist_k, self._distribution(moved)).unsqueeze(-1)).sum()
+
+        chunk_params, weight = chunk.dist_params.detach(), chunk.rows.weight
+        return fisher_product(outputs, self._leaves, output_hessian_product(mean_kl, outputs), len(self.indices))
 
     def _distribution_parameters(self, inputs: TensorDict, leaves: Sequence[Tensor]) -> TensorDict:
         parameters = self._stateless.clone(False)
@@ -153,26 +186,35 @@ class PolicyTrustRegion:
     def _distribution(self, dist_params: TensorDict) -> D.Distribution:
         return self._network.build_dist_from_params(dist_params)
 
-    def _log_ratio(self, dist: D.Distribution) -> Tensor:
-        log_ratio = dist.log_prob(self._rows.action).unsqueeze(-1) - self._rows.log_prob
+    def _log_ratio(self, rows: PolicyRows, dist: D.Distribution) -> Tensor:
+        log_ratio = dist.log_prob(rows.action).unsqueeze(-1) - rows.log_prob
         if self._max_importance_ratio is not None:
             # As PPOLoss does: the value is capped, the gradient keeps flowing.
             log_ratio = log_ratio + (self._max_importance_ratio.log() - log_ratio.detach()).clamp_max(0)
         return log_ratio
 
-    def _surrogate_rows(self, dist: D.Distribution) -> Tensor:
-        gain = self._rows.factor * self._log_ratio(dist).exp() * self._rows.advantage  # [N, *A, 1]
+    def _surrogate_rows(self, rows: PolicyRows, dist: D.Distribution) -> Tensor:
+        gain = rows.factor * self._log_ratio(rows, dist).exp() * rows.advantage  # [N, *A, 1]
         if self._entropy_coeff is None:
             return gain
         return gain + self._entropy_coeff * entropy(dist).unsqueeze(-1)
 
-    def _region_mean(self, values: Tensor) -> Tensor:
-        weighted = self._rows.weight * values
-        if self._agent_slice is None:
-            return weighted.sum().reshape(1)
-        return weighted.sum(dim=[0, *range(2, weighted.ndim)])  # [N, n, 1] -> [n]
+    def _total(self, rows: PolicyRows, values: Tensor) -> Tensor:
+        """The weighted sum over the rows of each region, ``[N, *A, 1]`` to ``[n]``."""
+        weighted = rows.weight * values
+        return weighted.sum().reshape(1) if self._agent_slice is None else weighted.sum((0, -1))
 
-    def _region_weight(self, weight: Tensor) -> Tensor:
-        dims = list(range(weight.ndim)) if self._agent_slice is None else [0, *range(2, weight.ndim)]
-        total = weight.sum(dims, keepdim=True)
-        return weight / torch.where(total > 0, total, 1.0)
+    def _renormalise(self, sample: PolicyRows) -> PolicyRows:
+        """Rows drawn from the batch, with weights that sum to 1 again."""
+        if sample.weight.ndim == 1:
+            return replace(sample, weight=sample.weight * (len(self._rows) / len(sample)))
+        total = sample.weight.sum() if self._agent_slice is None else sample.weight.sum(0)
+        return replace(sample, weight=sample.weight / torch.where(total > 0, total, 1.0))
+
+
+def _split(rows: PolicyRows) -> list[PolicyRows]:
+    """Splits rows on the CPU, so that a layer's activations stay in a core's cache; a GPU takes all at once."""
+    size = max(len(rows), 1)
+    if rows.log_prob.device.type == "cpu":
+        size = max(1, _CPU_CHUNK // rows.log_prob[0].numel())
+    return [rows.take(slice(start, start + size)) for start in range(0, max(len(rows), 1), size)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,35 +33,61 @@ class PolicyRows:
     weight: Tensor
     factor: Tensor
 
+    def __len__(self) -> int:
+        """The number of rows, ``N``."""
+        return self.log_prob.shape[0]
+
     def of_agent(self, agent: int) -> PolicyRows:
         """The rows of one agent, contiguous, with an agent dimension of 1.
 
         Args:
             agent: the agent's index.
+
+        Returns:
+            The agent's rows.
         """
-        n_agents = self.log_prob.shape[1]
+        return self._map(lambda value, per_agent: value[:, agent : agent + 1].contiguous() if per_agent else value)
 
-        def select(value: Tensor) -> Tensor:
-            return value[:, agent : agent + 1].contiguous()
+    def take(self, index: Tensor | slice) -> PolicyRows:
+        """Some of the rows, with the weights they have.
 
-        return PolicyRows(
-            inputs=self.inputs.named_apply(
-                lambda key, value: select(value) if has_agent_dim(key, value, n_agents) else value, nested_keys=True
-            ),
-            action=self.action.apply(select) if isinstance(self.action, TensorDictBase) else select(self.action),
-            log_prob=select(self.log_prob),
-            advantage=select(self.advantage),
-            weight=select(self.weight) if self.weight.ndim > 1 else self.weight,
-            factor=select(self.factor) if self.factor.ndim > 1 else self.factor,
-        )
+        Args:
+            index: which rows.
+
+        Returns:
+            The rows.
+        """
+        return self._map(lambda value, _: value[index])
 
     def with_factor(self, factor: Tensor) -> PolicyRows:
         """The same rows with another ``M``.
 
         Args:
             factor: one number per row, ``[N]``.
+
+        Returns:
+            The rows.
         """
         return replace(self, factor=factor.reshape(-1, *[1] * (self.log_prob.ndim - 1)))
+
+    def _map(self, function: Callable[[Tensor, bool], Tensor]) -> PolicyRows:
+        """Applies a function of an entry, and whether it is one per agent, to what there is per row."""
+        agents = self.log_prob.shape[1] if self.log_prob.ndim > 2 else 1
+        size = function(self.log_prob, True).shape[:1]
+
+        def of_input(key: NestedKey, value: Tensor) -> Tensor:
+            return function(value, has_agent_dim(key, value, agents))
+
+        return PolicyRows(
+            inputs=self.inputs.named_apply(of_input, nested_keys=True, batch_size=size),
+            action=function(self.action, True)
+            if isinstance(self.action, Tensor)
+            else self.action.apply(lambda value: function(value, True), batch_size=size),
+            log_prob=function(self.log_prob, True),
+            advantage=function(self.advantage, True),
+            weight=function(self.weight, True) if self.weight.ndim > 1 else self.weight,
+            factor=function(self.factor, self.factor.shape[1] > 1) if self.factor.ndim > 1 else self.factor,
+        )
 
 
 def has_agent_dim(key: NestedKey, value: Tensor, n_agents: int) -> bool:

@@ -302,7 +302,7 @@ def test_an_importance_cap_holds_in_the_update():
     terms = ratio.clamp_max(1.05) * data["advantage"].squeeze(-1)
     torch.testing.assert_close(loss(data)["loss_objective"], -terms.mean())
     (region,) = loss.trust_regions(data)
-    torch.testing.assert_close(region._gain_k.squeeze(-1), terms.flatten(0, 1))
+    torch.testing.assert_close(region._chunks[0].gain.squeeze(-1), terms.flatten(0, 1))
 
 
 def test_value_norm_without_an_estimator_that_knows_it():

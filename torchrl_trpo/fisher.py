@@ -20,13 +20,20 @@ from torchrl_trpo.vectors import flatten, unflatten
 
 
 def output_hessian_product(
-    function: Callable[[list[Tensor]], Tensor], outputs: Sequence[Tensor]
+    function: Callable[[list[Tensor]], Tensor], outputs: Sequence[Tensor], *, max_block: int = 16
 ) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
-    """Builds the product with the Hessian of a scalar function of the outputs.
+    """Builds the product with the Hessian of a sum over rows, which is block-diagonal: one small block per row.
+
+    Blocks of up to ``max_block`` entries a side are computed once; a product is then one small multiplication. Larger
+    ones (many discrete actions) are never formed: each product differentiates again.
 
     Args:
-        function: maps tensors shaped as ``outputs`` to a scalar, twice differentiable.
-        outputs: where the Hessian is taken; they are detached.
+        function: maps tensors shaped as ``outputs`` to a scalar, twice differentiable: a sum over rows of a function of
+            each row's outputs.
+        outputs: where the Hessian is taken, each ``[*rows, d_i]``; they are detached.
+
+    Keyword Args:
+        max_block: the largest ``d = Σ d_i`` for which blocks are formed.
 
     Returns:
         The product ``w ↦ H w``, on tensors shaped as ``outputs``.
@@ -40,7 +47,17 @@ def output_hessian_product(
         directions = [t for t, slope in zip(tangents, slopes, strict=True) if slope.requires_grad]
         return torch.autograd.grad(curved, points, directions, retain_graph=True, materialize_grads=True)
 
-    return product
+    sizes = [output.shape[-1] for output in outputs]
+    if sum(sizes) > max_block:
+        return product
+    unit = torch.eye(sum(sizes), dtype=points[0].dtype, device=points[0].device)
+    columns = [product([e.expand_as(p) for e, p in zip(row.split(sizes), points, strict=True)]) for row in unit]
+    blocks = torch.stack([torch.cat(column, -1) for column in columns], -1)  # [*rows, d, d]
+
+    def block_product(tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (blocks * torch.cat(list(tangents), -1).unsqueeze(-2)).sum(-1).split(sizes, -1)
+
+    return block_product
 
 
 def fisher_product(
