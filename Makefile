@@ -1,0 +1,51 @@
+# make train   train HATRPO on VMAS; ALGO=itrpo|matrpo|hatrpo, ARGS="seed=1 env=vmas/navigation" for other settings
+# make test    the test suite, under 10 minutes on 2 cores
+# make check   format, lint, docstring rules and types
+# make bench   costs of the policy update, as ratios
+# make test-slow   the learning results of the README, about an hour on 2 cores
+# Each creates the virtual environment in $(VENV) if there is none, and reuses it if there is.
+
+PYTHON ?= python3
+VENV ?= .venv
+ALGO ?= hatrpo
+ARGS ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: train test test-slow check bench
+.DEFAULT_GOAL := train
+
+$(READY): pyproject.toml constraints.txt
+	@echo "==> Creating the virtual environment $(VENV) with the tested versions in constraints.txt"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[recipes,vmas,test,check]"
+	@touch $(READY)
+
+train: $(READY)
+	@echo "==> Training $(ALGO) on VMAS (other settings: make train ARGS=\"env=vmas/navigation seed=1\")"
+	$(BIN)/python -m torchrl_trpo.recipes.$(ALGO) $(ARGS)
+	@echo "==> Done. The lines above say where the learning curve, the film and the metrics are."
+
+test: $(READY)
+	@echo "==> Running the test suite on 2 processes"
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+	@echo "==> Done. One file: $(BIN)/python -m pytest tests/test_updater.py; learning runs: make test-slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+check: $(READY)
+	@echo "==> Format, lint and docstring rules"
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@echo "==> Types, on the package as it is installed"
+	rm -rf build $(VENV)/types
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/types .
+	cd $(VENV)/types && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p torchrl_trpo
+	@echo "==> Done."
+
+bench: $(READY)
+	@echo "==> Costs of the policy update, one thread"
+	$(BIN)/python tests/benchmarks/update.py $(ARGS)

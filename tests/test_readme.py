@@ -1,0 +1,32 @@
+"""The README's example runs as it stands there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torchrl.collectors import Collector
+
+from torchrl_trpo.envs import make_env
+from torchrl_trpo.networks import make_actor, make_critic
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_drop_in_example(capsys):
+    code = README.read_text().split("<!-- drop-in -->\n```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 16
+    env = make_env("vmas/balance", num_envs=10, max_steps=20, kwargs={}, seed=0, device=torch.device("cpu"))
+    actor, critic = make_actor(env, share_params=False), make_critic(env, share_params=True)
+    collector = Collector(env, actor, frames_per_batch=500, total_frames=1500, auto_register_policy_transforms=False)
+    before = [p.detach().clone() for p in (*actor.parameters(), *critic.parameters())]
+    exec(code, {"torch": torch, "actor": actor, "critic": critic, "collector": collector})
+    after = (*actor.parameters(), *critic.parameters())
+    assert not any(torch.equal(new, old) for new, old in zip(after, before, strict=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("[True, True, True] [0.0") for line in lines)
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) < 120
