@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -68,6 +68,8 @@ class HATRPOSequentialObjective(LossModule):
     class _AcceptedKeys:
         """Has no keys of its own: the losses' are read."""
 
+    losses: nn.ModuleDict
+
     def __init__(
         self,
         losses: TRPOLoss | Mapping[str, TRPOLoss],
@@ -88,9 +90,13 @@ class HATRPOSequentialObjective(LossModule):
         return len(self._agents)
 
     @property
+    def _groups(self) -> dict[str, TRPOLoss]:
+        return cast("dict[str, TRPOLoss]", dict(self.losses.items()))
+
+    @property
     def in_keys(self) -> list[NestedKey]:
         """What :meth:`forward` reads."""
-        return list(dict.fromkeys(key for loss in self.losses.values() for key in loss.in_keys))
+        return list(dict.fromkeys(key for loss in self._groups.values() for key in loss.in_keys))
 
     @property
     def out_keys(self) -> list[NestedKey]:
@@ -110,7 +116,7 @@ class HATRPOSequentialObjective(LossModule):
             raise ValueError(
                 f"the groups {list(self.losses)} have keys of their own: call losses[group].set_keys(...)."
             )
-        next(iter(self.losses.values())).set_keys(**kwargs)
+        next(iter(self._groups.values())).set_keys(**kwargs)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -129,7 +135,7 @@ class HATRPOSequentialObjective(LossModule):
         ratios: list[Tensor] = []
         terms: list[Tensor] = []
         divergences: list[Tensor] = []
-        for loss in self.losses.values():
+        for loss in self._groups.values():
             ratio, weighted_advantage, kl = loss.surrogate_terms(tensordict)  # [N, n], [N, n], [n]
             ratios.append(ratio)
             terms.append(weighted_advantage)
@@ -150,15 +156,15 @@ class HATRPOSequentialObjective(LossModule):
         Yields:
             One subproblem per agent; it must be solved and written before the next is drawn.
         """
-        rows = {group: loss.policy_rows(tensordict) for group, loss in self.losses.items()}
-        for group, loss in self.losses.items():
+        rows = {group: loss.policy_rows(tensordict) for group, loss in self._groups.items()}
+        for group, loss in self._groups.items():
             if loss.trust_region == "shared" and rows[group].log_prob[0].numel() > 1:
                 raise ValueError(_shared_message(group))
         factor = torch.ones_like(next(iter(rows.values())).log_prob.flatten(1)[:, 0])  # M, [N]
         order = torch.randperm(self.n_agents).tolist() if self.agent_order == "random" else self.agent_order
         for index in order:
             group, agent = self._agents[index]
-            region = self.losses[group].policy_region(rows[group], agent=agent, index=index, factor=factor)
+            region = self._groups[group].policy_region(rows[group], agent=agent, index=index, factor=factor)
             yield region
             factor = factor * region.ratio().flatten()
 

@@ -327,9 +327,10 @@ class TRPOLoss(PPOLoss):
         norm = self.value_norm
         if norm is None:
             return target_return, state_value, old_state_value
-        norm.update(target_return)
         # A critic whose values the estimator denormalises outputs normalised values already.
-        if getattr(self._value_estimator, "value_norm", None) is not norm:
+        is_normalised = getattr(self._value_estimator, "value_norm", None) is self.value_norm
+        norm.update(target_return)
+        if not is_normalised:
             state_value = norm.normalize(state_value)
         old_state_value = None if old_state_value is None else norm.normalize(old_state_value)
         return norm.normalize(target_return.detach()), state_value, old_state_value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,16 +76,17 @@ def entropy(dist: D.Distribution, nodes: int = 16) -> Tensor:
             f"There is no exact entropy for {type(dist).__name__}. Set entropy_coeff=0 (and entropy_bonus=False), or "
             "use IndependentNormal, TanhNormal, Categorical or OneHotCategorical actions."
         )
-    base = dist.base_dist
+    squashed: Any = dist
+    base = squashed.base_dist
     abscissae, weights = np.polynomial.hermite.hermgauss(nodes)
     shape = (nodes,) + (1,) * base.mean.ndim
     z = base.mean + base.stddev * base.mean.new_tensor(math.sqrt(2) * abscissae).reshape(shape)  # [nodes, *B, A]
     weight = base.mean.new_tensor(weights / math.sqrt(math.pi)).reshape(shape)
     log_slope = torch.zeros_like(z)
-    for transform in dist.transforms:
-        squashed = transform(z)
-        log_slope = log_slope + transform.log_abs_det_jacobian(z, squashed)
-        z = squashed
+    for transform in squashed.transforms:
+        image = transform(z)
+        log_slope = log_slope + transform.log_abs_det_jacobian(z, image)
+        z = image
     event_dims = tuple(range(-len(dist.event_shape), 0))
     expected = (weight * log_slope).sum(0)  # [*B, A]
     return base.entropy() + (expected.sum(event_dims) if event_dims else expected)

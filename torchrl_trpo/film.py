@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import imageio.v2 as imageio
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from matplotlib.transforms import Affine2D
 from tensordict.nn import TensorDictModuleBase
@@ -76,7 +74,7 @@ def draw_world(simulator: Any, env_index: int = 0, pixels: int = 560) -> np.ndar
     Returns:
         The picture, uint8 ``[pixels, pixels, 3]``.
     """
-    figure = plt.figure(figsize=(pixels / 100, pixels / 100), dpi=100)
+    figure = Figure(figsize=(pixels / 100, pixels / 100), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     origin = [float(x) for x in simulator.scenario.render_origin]
@@ -101,10 +99,9 @@ def draw_world(simulator: Any, env_index: int = 0, pixels: int = 560) -> np.ndar
             axes.add_patch(Rectangle(corner, shape.length, shape.width, color=color, fill=filled, transform=turn))
         else:
             axes.plot([-shape.length / 2, shape.length / 2], [0, 0], color=color, lw=shape.width, transform=turn)
-    figure.canvas.draw()
-    picture = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
-    plt.close(figure)
-    return picture
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _even(frame: np.ndarray) -> np.ndarray:

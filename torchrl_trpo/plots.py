@@ -5,10 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 
 def plot_learning_curve(metrics: Path, path: Path, *, title: str, max_kl: float) -> Path:
@@ -31,7 +28,8 @@ def plot_learning_curve(metrics: Path, path: Path, *, title: str, max_kl: float)
     columns = {
         name: [float(row[name] or "nan") for row in rows] for name in ("episode_return", "kl", "accepted", "entropy")
     }
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
     figure.suptitle(title)
     axes[0].plot(frames, columns["episode_return"], color="tab:blue")
     axes[0].set(title="Episode return", ylabel="mean over agents")
@@ -45,5 +43,4 @@ def plot_learning_curve(metrics: Path, path: Path, *, title: str, max_kl: float)
         axis.set_xlabel("thousand frames")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path

@@ -157,7 +157,7 @@ class TrustRegionUpdater:
         for problem in self.objective.trust_regions(tensordict):
             solved.append(self._solve(problem))
             order.extend(problem.indices)
-        stats = torch.cat(solved)
+        stats: TensorDict = TensorDict.cat(solved)
         stats = stats[sorted(range(len(order)), key=order.__getitem__)]
         return stats.set("order", torch.tensor(order, device=stats["kl"].device))
 
