@@ -12,6 +12,7 @@ from tensordict.nn import dispatch
 from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import LossModule
+
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.trpo import TRPOLoss
 

@@ -10,11 +10,11 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 from torch import distributions as D
-from torchrl_trpo.objectives.policy_network import distribution_keys, slice_agents
-from torchrl_trpo.objectives.policy_rows import PolicyRows
 
 from torchrl_trpo.divergence import entropy, kl_divergence
 from torchrl_trpo.fisher import fisher_product, output_hessian_product
+from torchrl_trpo.objectives.policy_network import distribution_keys, slice_agents
+from torchrl_trpo.objectives.policy_rows import PolicyRows
 from torchrl_trpo.vectors import flatten, unflatten
 
 _CPU_CHUNK = 4096

@@ -13,11 +13,11 @@ from torch import distributions as D
 from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss, ValueEstimators
 from torchrl.objectives.utils import _sum_td_features
+
+from torchrl_trpo.divergence import entropy, has_exact_entropy, kl_divergence
 from torchrl_trpo.objectives.policy_network import distribution_keys, resolve_trust_region, single_agent_network
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.policy_rows import PolicyRows, entry, flatten_rows
-
-from torchrl_trpo.divergence import entropy, has_exact_entropy, kl_divergence
 from torchrl_trpo.suggest import nearest
 
 

@@ -15,12 +15,12 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from torchrl.collectors import Collector
-from torchrl_trpo.objectives import TRPOLoss
 
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.networks import ACTION, LOG_PROB, REWARD, VALUE, make_actor, make_critic
+from torchrl_trpo.objectives import TRPOLoss
 from torchrl_trpo.run import Run
 from torchrl_trpo.settings import check_settings, run_recipe
 

@@ -8,10 +8,10 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import PopArtValueNorm
 from torchrl.objectives.value import GAE
-from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
 
 from tests.cases import ACTION, LOG_PROB, OBSERVATION, REWARD, VALUE, make_actor, make_data
 from torchrl_trpo import TrustRegionUpdater
+from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
 
 CENTRAL = ("agents", "central")
 GAMMA, LMBDA = 0.9, 0.8

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torchrl_trpo.objectives import TRPOLoss
 
 from tests.cases import DISTRIBUTIONS, dense_fisher, make_actor, make_data
 from torchrl_trpo import fisher_product, output_hessian_product
+from torchrl_trpo.objectives import TRPOLoss
 
 
 def product_of(loss, data, subsample=1.0):

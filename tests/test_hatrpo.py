@@ -10,7 +10,6 @@ from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torchrl.modules import TanhNormal
-from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 
 from tests.cases import (
     ACTION,
@@ -31,6 +30,7 @@ from tests.cases import (
     textbook_kl,
 )
 from torchrl_trpo import TrustRegionUpdater
+from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 
 
 def test_sequence_and_factor_against_a_hand_calculation():

@@ -14,12 +14,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from torchrl_trpo.recipes import hatrpo, itrpo, matrpo
 
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.evaluation import evaluate
 from torchrl_trpo.networks import make_actor
+from torchrl_trpo.recipes import hatrpo, itrpo, matrpo
 from torchrl_trpo.run import COLUMNS
 from torchrl_trpo.settings import check_overrides, check_settings, register_environments
 

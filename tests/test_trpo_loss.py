@@ -13,7 +13,6 @@ from torch import nn
 from torchrl.modules import PopArtValueNorm, ProbabilisticActor, TanhNormal
 from torchrl.objectives import PPOLoss
 from torchrl.objectives.value import MultiAgentGAE
-from torchrl_trpo.objectives import TRPOLoss
 
 from tests.cases import (
     ACTION,
@@ -33,6 +32,7 @@ from tests.cases import (
     textbook_kl,
 )
 from torchrl_trpo import TrustRegionUpdater, entropy, kl_divergence
+from torchrl_trpo.objectives import TRPOLoss
 
 SHARING = pytest.mark.parametrize("share_params", [True, False], ids=["shared", "per_agent"])
 

@@ -6,7 +6,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 
 from tests.cases import (
     ACTION,
@@ -26,6 +25,7 @@ from tests.cases import (
     textbook_kl,
 )
 from torchrl_trpo import TrustRegionUpdater, line_search
+from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 
 EXACT = {"cg_iters": 60, "cg_tol": 1e-13}
 SHARING = pytest.mark.parametrize("share_params", [True, False], ids=["shared", "per_agent"])

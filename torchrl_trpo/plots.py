@@ -25,9 +25,7 @@ def plot_learning_curve(metrics: Path, path: Path, *, title: str, max_kl: float)
     with metrics.open(newline="") as file:
         rows = list(csv.DictReader(file))
     frames = [int(row["frames"]) / 1000 for row in rows]
-    columns = {
-        name: [float(row[name] or "nan") for row in rows] for name in ("episode_return", "kl", "accepted", "entropy")
-    }
+    columns = {name: [float(row[name] or "nan") for row in rows] for name in ("episode_return", "kl", "accepted")}
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3)
     figure.suptitle(title)

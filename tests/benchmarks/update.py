@@ -23,12 +23,12 @@ from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MultiAgentMLP, NormalParamExtractor, ProbabilisticActor, TanhNormal
-from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, PolicyRows, TRPOLoss
 
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.envs import make_env
 from torchrl_trpo.networks import ACTION, CENTRAL, LOG_PROB, OBSERVATION, REWARD, VALUE, make_actor, make_central_critic
+from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, PolicyRows, TRPOLoss
 
 NUM_ENVS, STEPS, N_OBS, N_ACT = 60, 100, 16, 2
 
