@@ -51,6 +51,7 @@ def test_drawings_show_the_world(env):
 
 @pytest.mark.parametrize("scenario", ["navigation", "transport", "football", "give_way", "simple_spread"])
 def test_other_scenarios_can_be_drawn(scenario):
+    """Colours are tuples in some scenarios and tensors in others, such as navigation with four agents."""
     env = make_env(f"vmas/{scenario}", num_envs=1, max_steps=3, kwargs={}, seed=0, device=torch.device("cpu"))
-    env.reset()
+    env.rollout(3)
     assert draw_world(env.base_env._env).std() > 1

@@ -89,7 +89,8 @@ def draw_world(simulator: Any, env_index: int = 0, pixels: int = 560) -> np.ndar
             continue
         x, y = (float(value) for value in entity.state.pos[env_index])
         shape = entity.shape
-        color = entity.color if isinstance(entity.color, tuple) else entity.color.value
+        color = torch.as_tensor(entity.color)
+        color = tuple(float(part) for part in (color[env_index] if color.ndim > 1 else color))
         turn = Affine2D().rotate(float(entity.state.rot[env_index])).translate(x, y) + axes.transData
         if hasattr(shape, "radius"):
             axes.add_patch(Circle((x, y), shape.radius, color=color))
