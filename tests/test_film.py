@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.film import draw_world, film_episode
+from torchrl_trpo.film import draw_world, film_episodes
 from torchrl_trpo.networks import make_actor
 
 # imageio's reader leaves the pipes of ffmpeg to the garbage collector.
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture
 def env():
-    return make_env("vmas/balance", num_envs=1, max_steps=8, kwargs={"n_agents": 4}, seed=0, device=torch.device("cpu"))
+    return make_env("vmas/balance", num_envs=3, max_steps=8, kwargs={"n_agents": 4}, seed=0, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("opengl", [True, False])
@@ -29,7 +29,7 @@ def test_a_film_needs_no_display(opengl, env, tmp_path, monkeypatch):
             raise ImportError('Library "GL" not found.')
 
         monkeypatch.setattr(simulator, "render", render)
-    path = film_episode(env, make_actor(env, share_params=True), tmp_path / "film.mp4", max_steps=8)
+    path = film_episodes(env, make_actor(env, share_params=True), tmp_path / "film.mp4", max_steps=8)
     frames = imageio.imread(path)
     assert len(frames) == 9
     assert frames[0].std() > 1, "something is drawn"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +22,48 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 FRAMES_PER_SECOND = 20
 
 
-def film_episode(env: EnvBase, policy: TensorDictModuleBase, path: Path, *, max_steps: int) -> Path:
-    """Films one episode of the first environment, acting deterministically.
+def film_episodes(env: EnvBase, policy: TensorDictModuleBase, path: Path, *, max_steps: int) -> Path:
+    """Films one episode in each environment of a batch, side by side, acting deterministically.
 
     VMAS's own renderer draws the frames where it finds OpenGL; elsewhere, on a bare server, they are drawn from the
-    world's state with matplotlib.
+    world's state with matplotlib. An episode that ends early stays at its last frame.
 
     Args:
-        env: a VMAS environment in TorchRL transforms, with at least one environment in its batch.
+        env: a VMAS environment in TorchRL transforms; four environments make a film of two by two.
         policy: the policy.
         path: where the film goes, an ``.mp4`` or ``.gif`` file.
 
     Keyword Args:
-        max_steps: the episode's length at most, in steps.
+        max_steps: the episodes' length at most, in steps.
 
     Returns:
         The path.
     """
-    simulator = env.base_env._env
-    render = _choose_renderer(simulator)
-    frames: list[np.ndarray] = []
+    render = _choose_renderer(env.base_env._env)
+    num_envs = env.batch_size[0]
+    shrink = math.ceil(num_envs**0.5)
+    films: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
+    running = [True] * num_envs
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         data = env.reset()
-        frames.append(render())
-        for _ in range(max_steps):
-            data = env.step(policy(data))
-            frames.append(render())
-            if bool(data["next", "done"][0].any()):
+        for step in range(max_steps + 1):
+            for index, film in enumerate(films):
+                film.append(render(index)[::shrink, ::shrink] if running[index] else film[-1])
+            if step == max_steps or not any(running):
                 break
-            data = data["next"].exclude("reward")
-    imageio.mimsave(path, [_even(frame) for frame in frames], fps=FRAMES_PER_SECOND)
+            data = env.step(policy(data))["next"]
+            running = [was and not done for was, done in zip(running, data["done"].flatten().tolist(), strict=True)]
+    imageio.mimsave(path, [_mosaic(tiles) for tiles in zip(*films, strict=True)], fps=FRAMES_PER_SECOND)
     return path
 
 
-def _choose_renderer(simulator: Any) -> Callable[[], np.ndarray]:
+def _choose_renderer(simulator: Any) -> Callable[[int], np.ndarray]:
     try:
         simulator.render(mode="rgb_array")
     except Exception as error:  # what is raised depends on which part of OpenGL is missing
         logger.info(f"VMAS's renderer is not available here ({type(error).__name__}); drawing with matplotlib.")
-        return lambda: draw_world(simulator)
-    return lambda: np.asarray(simulator.render(mode="rgb_array"))
+        return lambda index: draw_world(simulator, index)
+    return lambda index: np.asarray(simulator.render(mode="rgb_array", env_index=index))
 
 
 def draw_world(simulator: Any, env_index: int = 0, pixels: int = 560) -> np.ndarray:
@@ -105,7 +108,12 @@ def draw_world(simulator: Any, env_index: int = 0, pixels: int = 560) -> np.ndar
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _even(frame: np.ndarray) -> np.ndarray:
-    """Crops to sizes that are multiples of 16, as video codecs want them."""
-    height, width = (size // 16 * 16 for size in frame.shape[:2])
-    return frame[:height, :width]
+def _mosaic(tiles: Sequence[np.ndarray]) -> np.ndarray:
+    """Lays pictures out in a square, cropped to a multiple of 16 pixels, as video codecs want them."""
+    columns = math.ceil(len(tiles) ** 0.5)
+    blank = np.full_like(tiles[0], 255)
+    padded = [*tiles, *[blank] * (-len(tiles) % columns)]
+    rows = [np.concatenate(padded[start : start + columns], axis=1) for start in range(0, len(padded), columns)]
+    picture = np.concatenate(rows)
+    height, width = (size // 16 * 16 for size in picture.shape[:2])
+    return picture[:height, :width]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from torchrl_trpo.divergence import entropy
 from torchrl_trpo.envs import make_env
 from torchrl_trpo.evaluation import episode_statistics, evaluate
-from torchrl_trpo.film import film_episode
+from torchrl_trpo.film import film_episodes
 from torchrl_trpo.plots import plot_learning_curve
 
 COLUMNS = (
@@ -172,8 +172,8 @@ class Run:
             max_kl=cfg.updater.max_kl,
         )
         if cfg.film:
-            stage = make_env(**{**cfg.env, "num_envs": 1}, seed=cfg.seed, device=env.device)
-            film_episode(stage, self.policy, self.folder / "film.mp4", max_steps=cfg.env.max_steps)
+            stage = make_env(**{**cfg.env, "num_envs": 4}, seed=cfg.seed, device=env.device)
+            film_episodes(stage, self.policy, self.folder / "film.mp4", max_steps=cfg.env.max_steps)
         print(
             f"{title}: episode return {summary['episode_return']:.1f} (mean of the last {len(recent)} iterations), "
             f"{summary['evaluation_return']:.1f} acting deterministically, "
