@@ -105,6 +105,8 @@ def test_resume_continues(tmp_path, capsys):
     assert summary["frames"] == 400
     assert float(rows[3]["wall_s"]) > float(rows[2]["wall_s"])
     assert not (tmp_path / "unused").exists()
+    with pytest.raises(ValueError, match=r"resume: .* has done 400 frames already.*total_frames=480"):
+        hatrpo.train(config("hatrpo", tmp_path / "unused", "train.total_frames=400", f"resume={tmp_path}"))
     with pytest.raises(FileNotFoundError, match=r"resume: .*nowhere.*no checkpoint"):
         hatrpo.train(config("hatrpo", tmp_path, f"resume={tmp_path / 'nowhere'}"))
 

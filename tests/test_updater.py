@@ -240,11 +240,12 @@ def test_wrong_types():
 
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["batched", "sequential"])
-def test_the_whole_step_on_the_meta_device(sequential, monkeypatch):
+@pytest.mark.parametrize("kind", ["normal", "categorical"])  # TorchRL's TanhNormal itself waits, for its bounds
+def test_the_whole_step_on_the_meta_device(kind, sequential, monkeypatch):
     """Apart from the accept decision of the line search nothing waits for the device or sits on the CPU."""
     monkeypatch.setattr(line_search, "_all_decided", lambda decided: False)
-    data = make_data(make_actor()).to("meta")
-    loss = TRPOLoss(make_actor(device="meta", validate_args=False), entropy_bonus=False)
+    data = make_data(make_actor(kind)).to("meta")
+    loss = TRPOLoss(make_actor(kind, device="meta", validate_args=False), entropy_bonus=False)
     objective = HATRPOSequentialObjective(loss) if sequential else loss
     stats = TrustRegionUpdater(objective, fisher_subsample=0.5).step(data)
     assert stats["kl"].device.type == "meta"

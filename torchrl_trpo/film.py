@@ -48,7 +48,7 @@ def film_episodes(env: EnvBase, policy: TensorDictModuleBase, path: Path, *, max
         data = env.reset()
         for step in range(max_steps + 1):
             for index, film in enumerate(films):
-                film.append(render(index)[::shrink, ::shrink] if running[index] else film[-1])
+                film.append(_shrink(render(index), shrink) if running[index] else film[-1])
             if step == max_steps or not any(running):
                 break
             data = env.step(policy(data))["next"]
@@ -106,6 +106,14 @@ def draw_world(simulator: Any, env_index: int = 0, pixels: int = 560) -> np.ndar
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _shrink(picture: np.ndarray, factor: int) -> np.ndarray:
+    """A smaller picture by averaging, so that thin lines stay visible."""
+    height, width = (size // factor for size in picture.shape[:2])
+    picture = picture[: height * factor, : width * factor].astype(np.uint16)
+    parts = [picture[row::factor, column::factor] for row in range(factor) for column in range(factor)]
+    return (sum(parts) // factor**2).astype(np.uint8)
 
 
 def _mosaic(tiles: Sequence[np.ndarray]) -> np.ndarray:

@@ -64,6 +64,7 @@ class Run:
 
     Raises:
         FileNotFoundError: if ``cfg.resume`` has no checkpoint.
+        ValueError: if the run to continue has done all its frames.
     """
 
     def __init__(self, cfg: DictConfig, algorithm: str, *, policy: TensorDictModuleBase, **components: Any) -> None:
@@ -204,6 +205,12 @@ class Run:
                 "run, the one that holds metrics.csv and checkpoints."
             )
         self._checkpoint.load(latest)
+        if self.frames >= self.cfg.train.total_frames:
+            raise ValueError(
+                f"resume: {str(self.folder)!r} has done {self.frames} frames already, and train.total_frames="
+                f"{self.cfg.train.total_frames}. Nearest that continues: "
+                f"train.total_frames={self.frames + self.cfg.train.frames_per_batch}."
+            )
 
     def _kept_rows(self) -> list[dict[str, str]]:
         metrics = self.folder / "metrics.csv"
