@@ -214,7 +214,7 @@ class PolicyTrustRegion:
 
 def _split(rows: PolicyRows) -> list[PolicyRows]:
     """Splits rows on the CPU, so that a layer's activations stay in a core's cache; a GPU takes all at once."""
-    size = max(len(rows), 1)
-    if rows.log_prob.device.type == "cpu":
-        size = max(1, _CPU_CHUNK // rows.log_prob[0].numel())
-    return [rows.take(slice(start, start + size)) for start in range(0, max(len(rows), 1), size)]
+    if rows.log_prob.device.type != "cpu":
+        return [rows]
+    size = max(1, _CPU_CHUNK // rows.log_prob.shape[1:].numel())
+    return [rows.take(slice(start, start + size)) for start in range(0, len(rows), size)]

@@ -227,7 +227,12 @@ class TRPOLoss(PPOLoss):
         Returns:
             The rows; those that a loss mask excludes weigh 0, and their content cannot spread. Missing entries and
             shapes that do not fit are errors.
+
+        Raises:
+            ValueError: if the data is empty.
         """
+        if tensordict.numel() == 0:
+            raise ValueError(f"the data is empty: its batch size is {tuple(tensordict.batch_size)}.")
         tensordict = tensordict.clone(False)
         advantage = self.normalized_advantage(tensordict)
         keys = self.tensor_keys

@@ -416,6 +416,12 @@ def test_the_agents_of_policy_and_data_differ():
         TrustRegionUpdater(TRPOLoss(make_actor(n_agents=3))).step(data)
 
 
+def test_empty_data():
+    data = make_data(actor := make_actor())[:0]
+    with pytest.raises(ValueError, match=r"data is empty.*\(0, 8\)"):
+        TrustRegionUpdater(TRPOLoss(actor)).step(data)
+
+
 def test_unknown_regions():
     with pytest.raises(ValueError, match=r"per-agent.*Did you mean 'per_agent'"):
         TRPOLoss(make_actor(), trust_region="per-agent")
