@@ -180,7 +180,7 @@ class CentralCriticValueEstimator(MultiAgentGAE):
         for key, value in zip(self.observation_keys, observations, strict=True):
             if value.ndim < batch_dims + 2:
                 raise ValueError(f"{key!r} has shape {tuple(value.shape)}; legal: [*B, T, n_agents, ...].")
-        own = [key for key in self.observation_keys if key[:-1] == self.central_key[:-1]] or self.observation_keys
+        own = [key for key in self.observation_keys if _group(key) == _group(self.central_key)] or self.observation_keys
         n_agents = observations[self.observation_keys.index(own[0])].shape[batch_dims]
         shared = [value.flatten(batch_dims) for value in observations]
         if self.state_key is not None:
@@ -198,7 +198,7 @@ class CentralCriticValueEstimator(MultiAgentGAE):
 
     def _others(self, key: NestedKey, action: Tensor, n_agents: int, own: NestedKey) -> Tensor:
         """All actions of a group, of the agent's own group all but its own: ``[*B, T, n_agents, F]``."""
-        if key[:-1] != own[:-1]:
+        if _group(key) != _group(own):
             return action.flatten(-2).unsqueeze(-2).expand(*action.shape[:-2], n_agents, -1)
         index = torch.arange(n_agents, device=action.device)
         others = (index.unsqueeze(-1) + 1 + index[:-1]) % n_agents  # row i: every agent but i
@@ -232,6 +232,11 @@ class CentralCriticValueEstimator(MultiAgentGAE):
             team = reward.mean if self.team_reward == "mean" else reward.sum
             reward = team(self.agent_dim, keepdim=True).expand_as(value)
         return super()._prepare_signals(reward, done, terminated, value)
+
+
+def _group(key: NestedKey) -> str | None:
+    """The group of an entry: "agents" for ("agents", "observation"), None for an entry at the root."""
+    return key[0] if isinstance(key, tuple) and len(key) > 1 else None
 
 
 def _path(key: NestedKey) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import LossModule
 
+from torchrl_trpo.objectives.policy_network import resolve_trust_region
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.trpo import TRPOLoss
 
@@ -79,16 +80,36 @@ class HATRPOSequentialObjective(LossModule):
     ) -> None:
         super().__init__()
         groups = {"agents": losses} if isinstance(losses, TRPOLoss) else dict(losses)
+        if not groups:
+            raise ValueError("losses is an empty mapping; legal: {group: TRPOLoss, ...} with at least one group.")
         self.losses = nn.ModuleDict(groups)
         self._agents: list[tuple[str, int]] = []
         for group, loss in groups.items():
             self._agents += [(group, agent) for agent in range(_count_agents(group, loss))]
-        self.agent_order = self._check_order(agent_order)
+        self.agent_order = agent_order
 
     @property
     def n_agents(self) -> int:
         """The number of agents, of all groups together."""
         return len(self._agents)
+
+    @property
+    def agent_order(self) -> Literal["random"] | tuple[int, ...]:
+        """The order of the agents, or ``"random"``; can be assigned."""
+        return self._agent_order
+
+    @agent_order.setter
+    def agent_order(self, order: Literal["random", "fixed"] | Sequence[int]) -> None:
+        if isinstance(order, str) and order in {"random", "fixed"}:
+            self._agent_order = "random" if order == "random" else tuple(range(self.n_agents))
+            return
+        indices = [] if isinstance(order, str) else [int(index) for index in order]
+        if sorted(indices) != list(range(self.n_agents)):
+            raise ValueError(
+                f"agent_order: {order!r}. Legal: 'random', 'fixed', or a sequence that names each of the "
+                f"{self.n_agents} agents 0 to {self.n_agents - 1} once."
+            )
+        self._agent_order = tuple(indices)
 
     @property
     def _groups(self) -> dict[str, TRPOLoss]:
@@ -169,32 +190,25 @@ class HATRPOSequentialObjective(LossModule):
             yield region
             factor = factor * region.ratio().flatten()
 
-    def _check_order(self, order: str | Sequence[int]) -> Literal["random"] | tuple[int, ...]:
-        if order == "random":
-            return "random"
-        if order == "fixed":
-            return tuple(range(self.n_agents))
-        if isinstance(order, str) or sorted(order) != list(range(self.n_agents)):
-            raise ValueError(
-                f"agent_order: {order!r}. Legal: 'random', 'fixed', or a sequence that names each of the "
-                f"{self.n_agents} agents 0 to {self.n_agents - 1} once."
-            )
-        return tuple(order)
-
 
 def _count_agents(group: str, loss: TRPOLoss) -> int:
     if not isinstance(loss, TRPOLoss):
         raise TypeError(f"losses must be a TRPOLoss or a mapping to TRPOLoss; {group!r} is {type(loss).__name__}.")
-    if loss.trust_region == "shared" and any(
-        isinstance(module, MultiAgentNetBase) and module.n_agents > 1 for module in loss.actor_network.modules()
-    ):
+    if loss.trust_region == "per_agent":
+        return loss.n_regions
+    if resolve_trust_region(None, loss.actor_network, loss.actor_parameters)[0] == "per_agent":
+        raise ValueError(
+            f"the policy of group {group!r} has parameters for each agent, but its loss was made with "
+            "trust_region='shared', one region for all of them. Leave trust_region out."
+        )
+    if any(isinstance(net, MultiAgentNetBase) and net.n_agents > 1 for net in loss.actor_network.modules()):
         raise ValueError(_shared_message(group))
-    return loss.n_regions  # a group of one agent has one region
+    return 1  # a group of one agent; the data will tell
 
 
 def _shared_message(group: str) -> str:
     return (
-        f"HATRPO updates the agents one after the other, but the policy of group {group!r} has one set of parameters "
-        "for all its agents. Give each agent its own: MultiAgentMLP(..., share_params=False). For shared parameters "
+        f"HATRPO updates the agents one after the other, but agents of group {group!r} share parameters of the "
+        "policy. Give each agent its own: MultiAgentMLP(..., share_params=False). For shared parameters "
         "use TRPOLoss with TrustRegionUpdater directly (MATRPO or ITRPO)."
     )

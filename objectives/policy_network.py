@@ -33,18 +33,36 @@ def resolve_trust_region(
         raise ValueError(f"trust_region: {trust_region!r}. {nearest(trust_region, ['shared', 'per_agent', None])}")
     nets = [module for module in network.modules() if isinstance(module, MultiAgentNetBase)]
     trained = {key: value for key, value in parameters.items(True, True) if value.requires_grad}
-    sizes = {value.shape[0] if value.ndim else 0 for value in trained.values()}
-    sizes |= {1 if net.share_params else net.n_agents for net in nets}
-    stacked = len(sizes) == 1 and not any(net.share_params and net.n_agents > 1 for net in nets)
-    if trust_region == "per_agent" and not stacked:
+    prefixes = stacked_prefixes(network)
+    loose = {key: value for key, value in trained.items() if not any(key[: len(p)] == p for p in prefixes)}
+    if trust_region == "shared" or (trust_region is None and (loose or not prefixes)):
+        return "shared", 1  # also for parameters that are shared in part: only one region holds them all
+    sizes = {net.n_agents for net in nets} | {value.shape[0] if value.ndim else 0 for value in loose.values()}
+    # A parameter outside of a multi-agent network is stacked if the user says so, but never that of a plain layer.
+    plain = [m for m in network.modules() if type(m).__module__.startswith("torch.nn.") and m._parameters]
+    if len(sizes) != 1 or any(net.share_params for net in nets) or (loose and plain):
         raise ValueError(
-            "trust_region='per_agent' needs every policy parameter stacked on a leading agent dimension, but they have "
-            f"shapes {[tuple(value.shape) for value in trained.values()]}. Build the policy from "
-            "MultiAgentMLP(share_params=False), or use trust_region='shared'."
+            "trust_region='per_agent' needs every policy parameter stacked on a leading agent dimension, but those "
+            f"that all agents share have shapes {[tuple(value.shape) for value in (loose or trained).values()]}. Build "
+            "the policy from MultiAgentMLP(share_params=False), or use trust_region='shared'."
         )
-    if trust_region == "per_agent" or (trust_region is None and nets and stacked):
-        return "per_agent", sizes.pop()
-    return "shared", 1  # also for parameters that are shared in part: only one region holds them all
+    return "per_agent", sizes.pop()
+
+
+def stacked_prefixes(network: ProbabilisticTensorDictSequential) -> list[tuple[str, ...]]:
+    """Where a policy keeps parameters of all agents, stacked: the keys of its unshared multi-agent networks.
+
+    Args:
+        network: the policy.
+
+    Returns:
+        The keys, in the TensorDict of the policy's parameters.
+    """
+    return [
+        (*name.split("."), "params")
+        for name, module in network.named_modules()
+        if isinstance(module, MultiAgentNetBase) and not module.share_params
+    ]
 
 
 def distribution_keys(network: ProbabilisticTensorDictSequential) -> list[NestedKey]:
@@ -103,24 +121,29 @@ def single_agent_network(
     return single
 
 
-def slice_agents(parameters: TensorDictBase, agents: slice) -> TensorDict:
-    """Slices stacked parameters, keeping the batch size of each level as the network's modules expect it.
+def slice_agents(
+    parameters: TensorDictBase, agents: slice, prefixes: list[tuple[str, ...]], path: tuple[str, ...] = ()
+) -> TensorDictBase:
+    """Slices the stacked parameters of a policy; buffers and constants that are not per agent stay whole.
 
     Args:
-        parameters: the parameters of all agents, each ``[n_agents, ...]``.
+        parameters: the parameters of all agents.
         agents: which agents.
+        prefixes: where the stacked ones are, from :func:`stacked_prefixes`.
+        path: where ``parameters`` are in the policy.
 
     Returns:
         Views on the agents' parameters.
     """
-    sliced = {
-        key: slice_agents(value, agents) if is_tensor_collection(value) else value[agents]
-        for key, value in parameters.items()
-    }
-    batch_size = [len(range(*agents.indices(size))) for size in parameters.batch_size[:1]] + list(
-        parameters.batch_size[1:]
-    )
-    return TensorDict(sliced, batch_size=batch_size)
+    if path in prefixes:
+        return parameters.data[agents]
+    sliced = {}
+    for key, value in parameters.items():
+        if is_tensor_collection(value):
+            sliced[key] = slice_agents(value, agents, prefixes, (*path, key))
+        else:
+            sliced[key] = value.data[agents] if value.requires_grad else value.data
+    return TensorDict(sliced)
 
 
 def _is_per_agent(value: object, n_agents: int) -> bool:

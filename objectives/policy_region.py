@@ -13,7 +13,7 @@ from torch import distributions as D
 
 from torchrl_trpo.divergence import entropy, kl_divergence
 from torchrl_trpo.fisher import fisher_product, output_hessian_product
-from torchrl_trpo.objectives.policy_network import distribution_keys, slice_agents
+from torchrl_trpo.objectives.policy_network import distribution_keys, slice_agents, stacked_prefixes
 from torchrl_trpo.objectives.policy_rows import PolicyRows
 from torchrl_trpo.vectors import flatten, unflatten
 
@@ -23,18 +23,19 @@ _CPU_CHUNK = 4096
 
 @dataclass
 class _Chunk:
-    """Some rows, and the policy at ``θ_k`` on them, with its graph while that is needed."""
+    """Some rows, and the policy at ``θ_k`` on them; the distribution's parameters keep their graph until it is used."""
 
     rows: PolicyRows
     dist_params: TensorDict
-    gain: Tensor
+    dist: D.Distribution
 
 
 class PolicyTrustRegion:
     """The trust-region subproblem(s) of a policy on one batch; implements ``TrustRegionProblem``.
 
     The surrogate is ``L(θ) = mean[M · π_θ(u|o)/π_k(u|o) · Â] + entropy_coeff · mean[H(π_θ)]``, the divergence the exact
-    mean ``KL(π_k ‖ π_θ)`` from the policy with the parameters that were current when this object was made.
+    mean ``KL(π_k ‖ π_θ)`` from the policy with the parameters that were current when this object was made. It serves
+    one solve: :meth:`gradient`, then :meth:`fisher_product`, once each, then any number of evaluations and one write.
 
     Args:
         network: the policy.
@@ -74,10 +75,17 @@ class PolicyTrustRegion:
                 keys.setdefault(id(value), []).append(key)
         self._keys = list(keys.values())
         # Views on the storage of the live parameters: read at θ_k, written once by an accepted step.
-        self._stateless = parameters.data if agent_slice is None else slice_agents(parameters.data, agent_slice)
+        self._stateless = (
+            parameters.data if agent_slice is None else slice_agents(parameters, agent_slice, stacked_prefixes(network))
+        )
         self._live = [self._stateless.get(names[0]) for names in self._keys]
         self._leaves = [value.clone().requires_grad_() for value in self._live]
+        self._accepted = torch.zeros(len(indices), dtype=torch.bool, device=rows.log_prob.device)
         self._chunks = [self._linearise(chunk) for chunk in _split(rows)]
+        with torch.enable_grad():
+            self._gains = [
+                self._surrogate_rows(chunk.rows, self._distribution(chunk.dist_params)) for chunk in self._chunks
+            ]
 
     @property
     def parameters(self) -> Tensor:
@@ -87,11 +95,12 @@ class PolicyTrustRegion:
     def gradient(self) -> Tensor:
         """The gradient of the surrogate at ``θ_k``, ``[n, P]``."""
         total = torch.zeros_like(self.parameters)
-        for chunk in self._chunks:
-            surrogate = (chunk.rows.weight * chunk.gain).sum()
+        for index, chunk in enumerate(self._chunks):
+            with torch.enable_grad():
+                surrogate = (chunk.rows.weight * self._gains[index]).sum()
             slopes = torch.autograd.grad(surrogate, self._leaves, retain_graph=True, materialize_grads=True)
             total += flatten(slopes, len(self.indices))
-            chunk.gain = chunk.gain.detach()
+            self._gains[index] = self._gains[index].detach()
         return total
 
     def fisher_product(self, subsample: float = 1.0) -> Callable[[Tensor], Tensor]:
@@ -125,11 +134,10 @@ class PolicyTrustRegion:
         """
         leaves = unflatten(parameters, self._leaves)
         improvement = kl = torch.zeros_like(parameters[:, 0])
-        for chunk in self._chunks:
+        for chunk, gain_k in zip(self._chunks, self._gains, strict=True):
             dist = self._distribution(self._distribution_parameters(chunk.rows.inputs, leaves))
-            dist_k = self._distribution(chunk.dist_params)
-            improvement = improvement + self._total(chunk.rows, self._surrogate_rows(chunk.rows, dist) - chunk.gain)
-            kl = kl + self._total(chunk.rows, kl_divergence(dist_k, dist).unsqueeze(-1))
+            improvement = improvement + self._total(chunk.rows, self._surrogate_rows(chunk.rows, dist) - gain_k)
+            kl = kl + self._total(chunk.rows, kl_divergence(chunk.dist, dist).unsqueeze(-1))
         return improvement, kl
 
     @torch.no_grad()
@@ -140,38 +148,43 @@ class PolicyTrustRegion:
             parameters: the new ``θ``, ``[n, P]``.
             accepted: which regions are written, bool ``[n]``.
         """
+        self._accepted = accepted
         for live, new in zip(self._live, unflatten(parameters, self._leaves), strict=True):
             taken = accepted.reshape(()) if self._agent_slice is None else accepted.reshape(-1, *[1] * (live.ndim - 1))
             live.copy_(torch.where(taken, new, live))
 
     @torch.no_grad()
     def ratio(self) -> Tensor:
-        """``π_new(u|o) / π_k(u|o)`` at the parameters as they are now, ``[N, *A, 1]``; 1 where a row is masked."""
+        """``π_new(u|o) / π_k(u|o)`` once the step is written, ``[N, *A, 1]``.
+
+        It is 1, whatever the data, for regions whose step was rejected, and where a row is masked.
+        """
         ratios = []
         for rows in (chunk.rows for chunk in self._chunks):
             dist = self._distribution(self._distribution_parameters(rows.inputs, self._live))
-            ratios.append(torch.where(rows.weight > 0, self._log_ratio(rows, dist).exp(), 1.0))
+            ratio = rows.log_ratio(dist, self._max_importance_ratio).exp()
+            ratios.append(torch.where(self._per_region(self._accepted, ratio) & (rows.weight > 0), ratio, 1.0))
         return torch.cat(ratios)
 
     def _linearise(self, rows: PolicyRows) -> _Chunk:
-        """Evaluates rows at ``θ_k``, keeping the graph."""
+        """Evaluates the policy at ``θ_k``, keeping the graph."""
         with torch.enable_grad():
             dist_params = self._distribution_parameters(rows.inputs, self._leaves)
-            return _Chunk(rows, dist_params, self._surrogate_rows(rows, self._distribution(dist_params)))
+        return _Chunk(rows, dist_params, self._distribution(dist_params.detach()))
 
     def _chunk_product(self, chunk: _Chunk) -> Callable[[Tensor], Tensor]:
         """One chunk's share of the product with the Fisher matrix: ``v ↦ Jᵀ Fdist J v``."""
         keys = [key for key, value in chunk.dist_params.items(True, True) if value.requires_grad]
         outputs = [chunk.dist_params.get(key) for key in keys]
-        dist_k = self._distribution(chunk.dist_params.detach())
+        detached = chunk.dist_params.detach()
 
         def mean_kl(tensors: list[Tensor]) -> Tensor:
-            moved = chunk_params.clone(False)
+            moved = detached.clone(False)
             for key, tensor in zip(keys, tensors, strict=True):
                 moved.set(key, tensor)
-            return (weight * kl_divergence(dist_k, self._distribution(moved)).unsqueeze(-1)).sum()
+            kl = kl_divergence(chunk.dist, self._distribution(moved))
+            return (chunk.rows.weight * kl.unsqueeze(-1)).sum()
 
-        chunk_params, weight = chunk.dist_params.detach(), chunk.rows.weight
         return fisher_product(outputs, self._leaves, output_hessian_product(mean_kl, outputs), len(self.indices))
 
     def _distribution_parameters(self, inputs: TensorDict, leaves: Sequence[Tensor]) -> TensorDict:
@@ -186,15 +199,9 @@ class PolicyTrustRegion:
     def _distribution(self, dist_params: TensorDict) -> D.Distribution:
         return self._network.build_dist_from_params(dist_params)
 
-    def _log_ratio(self, rows: PolicyRows, dist: D.Distribution) -> Tensor:
-        log_ratio = dist.log_prob(rows.action).unsqueeze(-1) - rows.log_prob
-        if self._max_importance_ratio is not None:
-            # As PPOLoss does: the value is capped, the gradient keeps flowing.
-            log_ratio = log_ratio + (self._max_importance_ratio.log() - log_ratio.detach()).clamp_max(0)
-        return log_ratio
-
     def _surrogate_rows(self, rows: PolicyRows, dist: D.Distribution) -> Tensor:
-        gain = rows.factor * self._log_ratio(rows, dist).exp() * rows.advantage  # [N, *A, 1]
+        ratio = rows.log_ratio(dist, self._max_importance_ratio).exp()
+        gain = rows.factor * ratio * rows.advantage  # [N, *A, 1]
         if self._entropy_coeff is None:
             return gain
         return gain + self._entropy_coeff * entropy(dist).unsqueeze(-1)
@@ -203,6 +210,10 @@ class PolicyTrustRegion:
         """The weighted sum over the rows of each region, ``[N, *A, 1]`` to ``[n]``."""
         weighted = rows.weight * values
         return weighted.sum().reshape(1) if self._agent_slice is None else weighted.sum((0, -1))
+
+    def _per_region(self, flags: Tensor, like: Tensor) -> Tensor:
+        """Flags of the regions ``[n]``, broadcastable to rows ``[N, *A, 1]``."""
+        return flags.reshape(()) if self._agent_slice is None else flags.reshape(1, -1, *[1] * (like.ndim - 2))
 
     def _renormalise(self, sample: PolicyRows) -> PolicyRows:
         """Rows drawn from the batch, with weights that sum to 1 again."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
+from torch import distributions as D
 
 from torchrl_trpo.suggest import nearest
 
@@ -59,6 +60,19 @@ class PolicyRows:
         """
         return self._map(lambda value, _: value[index])
 
+    def log_ratio(self, dist: D.Distribution, cap: Tensor | None = None) -> Tensor:
+        """``log π_θ(u|o) / π_k(u|o)`` of the actions taken.
+
+        Args:
+            dist: the policy ``π_θ`` at the rows.
+            cap: the largest ratio, as ``PPOLoss`` caps it: the value is capped, the gradient keeps flowing.
+
+        Returns:
+            The logarithms, ``[N, *A, 1]``.
+        """
+        log_ratio = dist.log_prob(self.action).unsqueeze(-1) - self.log_prob
+        return log_ratio if cap is None else log_ratio + (cap.log() - log_ratio.detach()).clamp_max(0)
+
     def with_factor(self, factor: Tensor) -> PolicyRows:
         """The same rows with another ``M``.
 
@@ -75,11 +89,11 @@ class PolicyRows:
         agents = self.log_prob.shape[1] if self.log_prob.ndim > 2 else 1
         size = function(self.log_prob, True).shape[:1]
 
-        def of_input(key: NestedKey, value: Tensor) -> Tensor:
-            return function(value, has_agent_dim(key, value, agents))
+        def of_input(value: Tensor) -> Tensor:
+            return function(value, _has_agent_dim(value, agents))
 
         return PolicyRows(
-            inputs=self.inputs.named_apply(of_input, nested_keys=True, batch_size=size),
+            inputs=self.inputs.apply(of_input, batch_size=size),
             action=function(self.action, True)
             if isinstance(self.action, Tensor)
             else self.action.apply(lambda value: function(value, True), batch_size=size),
@@ -88,17 +102,6 @@ class PolicyRows:
             weight=function(self.weight, True) if self.weight.ndim > 1 else self.weight,
             factor=function(self.factor, self.factor.shape[1] > 1) if self.factor.ndim > 1 else self.factor,
         )
-
-
-def has_agent_dim(key: NestedKey, value: Tensor, n_agents: int) -> bool:
-    """Whether an entry ``[N, ...]`` is one per agent: it lies in a group, as ``("agents", "observation")`` does.
-
-    Args:
-        key: the entry's key.
-        value: the entry.
-        n_agents: the number of agents.
-    """
-    return isinstance(key, tuple) and len(key) > 1 and value.ndim > 1 and value.shape[1] == n_agents
 
 
 def flatten_rows(
@@ -191,4 +194,9 @@ def _leading_dims(key: NestedKey, value: Tensor, like: Tensor) -> int:
     if like.ndim == 2:
         return 1
     is_input = isinstance(key, tuple) and key[0] == "inputs"
-    return 1 if is_input and not has_agent_dim(key[1:], value, like.shape[1]) else 2
+    return 1 if is_input and not _has_agent_dim(value, like.shape[1]) else 2
+
+
+def _has_agent_dim(value: Tensor, n_agents: int) -> bool:
+    """Whether what a policy reads is one per agent, ``[N, n_agents, ...]``, and not one for all, ``[N, S]``."""
+    return value.ndim > 2 and value.shape[1] == n_agents

@@ -43,7 +43,7 @@ class TRPOLoss(PPOLoss):
             ``"per_agent"``: the parameters are stacked on a leading agent dimension, as
             ``MultiAgentMLP(share_params=False)`` keeps them; each agent is a region of its own, with its own KL, step
             length and accept decision, all solved in one batched pass. Default: inferred from the actor.
-        agent_dim: the agent dimension of the advantage ``[*B, T, n_agents, 1]``; it follows the batch dimensions.
+        agent_dim: the agent dimension of the advantage ``[*B, T, n_agents, 1]``: the one after the batch dimensions.
         entropy_coeff: the weight :math:`c_H` of the entropy. Default: 0.
         value_norm: a :class:`~torchrl.modules.ValueNorm` that the critic's targets are normalised with. If the value
             estimator has the same one, the critic outputs normalised values; otherwise raw values, as in ``MAPPOLoss``.
@@ -105,9 +105,14 @@ class TRPOLoss(PPOLoss):
         self.value_norm = value_norm
         self.agent_dim = agent_dim
         self.trust_region, self.n_regions = resolve_trust_region(
-            trust_region, self.actor_network, self._actor_parameters()
+            trust_region, self.actor_network, self.actor_parameters
         )
         self._data_has_distribution = False
+
+    @property
+    def actor_parameters(self) -> TensorDictBase:
+        """The policy's parameters and buffers, whether the loss is functional or not."""
+        return self.actor_network_params if self.functional else TensorDict.from_module(self.actor_network)
 
     @property
     def out_keys(self) -> list[NestedKey]:
@@ -146,8 +151,7 @@ class TRPOLoss(PPOLoss):
         out = TensorDict({"loss_objective": -log_weight.exp() * self._advantage_like(advantage, log_weight)})
         out.set("kl_approx", kl_approx.detach().mean())
         with torch.no_grad():
-            rows = log_weight.flatten()
-            out.set("ESS", (2 * rows.logsumexp(0) - (2 * rows).logsumexp(0)).exp() / rows.numel())
+            out.set("ESS", _effective_sample_size(log_weight, self._row_mask(tensordict, log_weight)))
             if collected is not None:
                 kl = kl_divergence(collected, dist).unsqueeze(-1)
                 out.set("kl", self._reduce_loss(kl, tensordict, reduction="mean"))
@@ -160,7 +164,8 @@ class TRPOLoss(PPOLoss):
                 out.set("entropy", bonus.detach().mean())
             out.set("loss_entropy", self._weighted_loss_entropy(bonus))
         if self._has_critic:
-            loss_critic, value_clip_fraction, explained_variance = self.loss_critic(tensordict)
+            # Not self.loss_critic, which updates the statistics of the value norm.
+            loss_critic, value_clip_fraction, explained_variance = super().loss_critic(tensordict)
             out.set("loss_critic", loss_critic)
             if value_clip_fraction is not None:
                 out.set("value_clip_fraction", value_clip_fraction)
@@ -210,7 +215,7 @@ class TRPOLoss(PPOLoss):
                 rows = rows.of_agent(agent)
         return PolicyTrustRegion(
             network,
-            self._actor_parameters(),
+            self.actor_parameters,
             rows if factor is None else rows.with_factor(factor),
             indices=indices,
             agent_slice=agent_slice,
@@ -229,12 +234,17 @@ class TRPOLoss(PPOLoss):
             shapes that do not fit are errors.
 
         Raises:
-            ValueError: if the data is empty.
+            ValueError: if the data is empty, or the loss has a lagging policy (``delay_actor``).
         """
-        if tensordict.numel() == 0:
+        if 0 in tensordict.batch_size:
             raise ValueError(f"the data is empty: its batch size is {tuple(tensordict.batch_size)}.")
+        if self.delay_actor:
+            raise ValueError(
+                "delay_actor=True keeps a lagging policy for clipping; a trust-region step is taken from the current "
+                "one. Use delay_actor=False."
+            )
         tensordict = tensordict.clone(False)
-        advantage = self.normalized_advantage(tensordict)
+        advantage = self.normalized_advantage(tensordict, update_norm=True)
         keys = self.tensor_keys
         log_prob = entry(tensordict, keys.sample_log_prob, "sample_log_prob").unsqueeze(-1)
         self._check_agent_dim(log_prob, tensordict.batch_size)
@@ -260,12 +270,13 @@ class TRPOLoss(PPOLoss):
             parameters.
         """
         rows = self.policy_rows(tensordict)
-        with self._actor_parameters().to_module(self.actor_network, preserve_module_state=False):
+        with self.actor_parameters.to_module(self.actor_network, preserve_module_state=False):
             dist = self.actor_network.get_dist(rows.inputs.copy())
         counts = rows.weight > 0
-        ratio = torch.where(counts, (dist.log_prob(rows.action).unsqueeze(-1) - rows.log_prob).exp(), 1.0)
+        ratio = torch.where(counts, rows.log_ratio(dist, self.max_importance_ratio).exp(), 1.0)
         with torch.no_grad():
-            collected = self._collected_distribution(tensordict.reshape(-1))
+            written = tensordict.select(*distribution_keys(self.actor_network), strict=False)
+            collected = self._collected_distribution(written.reshape(-1))
             kl = torch.full_like(rows.log_prob, torch.nan)
             kl = kl if collected is None else kl_divergence(collected, dist).unsqueeze(-1)
             kl = (rows.weight * torch.where(counts, kl, 0.0)).flatten(1).sum(0)
@@ -286,11 +297,28 @@ class TRPOLoss(PPOLoss):
             self._forward_value_estimator_keys()
         return self
 
-    def normalized_advantage(self, tensordict: TensorDictBase) -> Tensor:
+    def loss_critic(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The critic's distance from the value targets, to be minimised; statistics of ``value_norm`` are updated.
+
+        Args:
+            tensordict: the data with value targets, ``[*B]``.
+
+        Returns:
+            The distance ``[*B, n_agents, 1]`` times ``critic_coeff``, the share of clipped values (None without
+            ``clip_value``) and the explained variance (None unless it is logged).
+        """
+        if self.value_norm is not None:
+            self.value_norm.update(entry(tensordict, self.tensor_keys.value_target, "value_target"))
+        return super().loss_critic(tensordict)
+
+    def normalized_advantage(self, tensordict: TensorDictBase, *, update_norm: bool = False) -> Tensor:
         """The advantage of a batch, computed by the value estimator if missing, normalised if the loss does so.
 
         Args:
             tensordict: the data, ``[*B, T]``; a missing advantage and value target are written into it.
+
+        Keyword Args:
+            update_norm: whether value targets computed here count in the statistics of ``advantage_norm``.
 
         Returns:
             The advantage, ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``).
@@ -319,7 +347,26 @@ class TRPOLoss(PPOLoss):
                 f"{tuple(tensordict.batch_size)}: its last dimension must be 1, [*B, T, 1] or [*B, T, n_agents, 1]. "
                 "Use advantage.unsqueeze(-1)."
             )
-        return self._maybe_normalize_advantage(advantage, tensordict, update_norm=missing)
+        return self._maybe_normalize_advantage(advantage, tensordict, update_norm=missing and update_norm)
+
+    def _standardize_advantage(self, advantage: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """As the parent does, over the rows that count; a spread of rounding errors only is no spread."""
+        mask = self._row_mask(tensordict, advantage)
+        excluded = {dim % advantage.ndim for dim in self.normalize_advantage_exclude_dims}
+        dims = [dim for dim in range(advantage.ndim) if dim not in excluded]
+        if mask is None:
+            standardized, spread = (
+                super()._standardize_advantage(advantage, tensordict),
+                advantage.std(dims, keepdim=True),
+            )
+        else:
+            counted = torch.where(mask, advantage, 0.0)
+            count = mask.sum(dims, keepdim=True).clamp_min(1)
+            centred = torch.where(mask, counted - counted.sum(dims, keepdim=True) / count, 0.0)
+            spread = (centred.square().sum(dims, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+            standardized, advantage = centred / spread.clamp_min(1e-6), counted
+        rounding = 32 * torch.finfo(advantage.dtype).eps * advantage.abs().amax(dims, keepdim=True)
+        return torch.where(spread <= rounding, 0.0, standardized)
 
     def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> Any:
         for key, name in [(self.tensor_keys.sample_log_prob, "sample_log_prob"), (self.tensor_keys.action, "action")]:
@@ -334,7 +381,6 @@ class TRPOLoss(PPOLoss):
             return target_return, state_value, old_state_value
         # A critic whose values the estimator denormalises outputs normalised values already.
         is_normalised = getattr(self._value_estimator, "value_norm", None) is self.value_norm
-        norm.update(target_return)
         if not is_normalised:
             state_value = norm.normalize(state_value)
         old_state_value = None if old_state_value is None else norm.normalize(old_state_value)
@@ -401,5 +447,10 @@ class TRPOLoss(PPOLoss):
                 f"{self.agent_dim}. Legal: {(*batch_size, self.n_regions)}, agents right after the batch dimensions."
             )
 
-    def _actor_parameters(self) -> TensorDictBase:
-        return self.actor_network_params if self.functional else TensorDict.from_module(self.actor_network)
+
+def _effective_sample_size(log_weight: Tensor, mask: Tensor | None) -> Tensor:
+    """``(Σ w)² / Σ w²`` of the rows that count, as a share of them."""
+    count = log_weight.numel() if mask is None else mask.sum()
+    log_weight = log_weight if mask is None else torch.where(mask, log_weight, -torch.inf)
+    rows = log_weight.flatten()
+    return (2 * rows.logsumexp(0) - (2 * rows).logsumexp(0)).exp() / count

@@ -22,7 +22,7 @@ from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.networks import ACTION, CENTRAL, LOG_PROB, OBSERVATION, REWARD, VALUE, make_actor, make_central_critic
 from torchrl_trpo.objectives import CentralCriticValueEstimator, TRPOLoss
 from torchrl_trpo.run import Run
-from torchrl_trpo.settings import check_settings, run_recipe
+from torchrl_trpo.settings import check_settings, plain_errors, run_recipe
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     updater = TrustRegionUpdater(loss, **cfg.updater)
     critic_optim = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=cfg.critic.lr)
 
-    run = Run(cfg, "MATRPO", policy=actor, loss=loss, critic_optim=critic_optim, updater=updater)
+    run = Run(cfg, "MATRPO", policy=actor, loss=loss, critic_optim=critic_optim)
     collector = Collector(
         env,
         actor,
@@ -101,7 +101,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 @hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="matrpo")
 def main(cfg: DictConfig) -> None:
     """Runs the recipe from the command line."""
-    train(cfg)
+    with plain_errors():
+        train(cfg)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import PopArtValueNorm
-from torchrl.objectives.value import GAE
+from torchrl.objectives.value import MultiAgentGAE
 
 from tests.cases import ACTION, LOG_PROB, OBSERVATION, REWARD, VALUE, make_actor, make_data
 from torchrl_trpo import TrustRegionUpdater
@@ -29,7 +29,7 @@ def make_estimator(n_inputs=9, **keywords):
         gamma=torch.tensor(GAMMA, dtype=torch.float64),
         lmbda=torch.tensor(LMBDA, dtype=torch.float64),
         value_network=critic,
-        central_key=CENTRAL,
+        central_key=keywords.pop("central_key", CENTRAL),
         **keywords,
     )
     estimator.set_keys(value=VALUE)
@@ -100,10 +100,25 @@ def test_what_is_pooled():
         torch.testing.assert_close(central[..., 14:], torch.eye(3).double().expand(4, 6, 3, 3))
 
 
-def test_an_agents_value_does_not_depend_on_its_own_action():
+@pytest.mark.parametrize(
+    ("observation", "central"),
+    [(OBSERVATION, CENTRAL), (("agents", "sensors", "pos"), CENTRAL), (("agents", "sensors", "pos"), "central")],
+    ids=["group", "nested", "root"],
+)
+def test_an_agents_value_does_not_depend_on_its_own_action(observation, central):
     actor = make_actor()
     data = rollout(actor)
-    estimator = make_estimator(9 + 4, action_keys=[ACTION], actor_network=actor)
+    data[observation] = data[OBSERVATION].clone()
+    data[("next", *observation)] = data["next"][OBSERVATION].clone()
+    critic = make_critic(13)
+    critic.in_keys = [central]
+    estimator = make_estimator(
+        value_network=critic,
+        observation_keys=[observation],
+        central_key=central,
+        action_keys=[ACTION],
+        actor_network=actor,
+    )
     estimator(data)
     values = data[VALUE].clone()
     data[ACTION][..., 1, :] += 1.0
@@ -162,18 +177,11 @@ def test_a_normalised_critic_is_denormalised():
     torch.testing.assert_close(distance, (norm.normalize(data["value_target"]) - raw) ** 2)
 
 
-def test_with_own_observations_it_is_gae():
-    """A critic that looks at its own part only gives what MultiAgentGAE gives."""
+def test_with_the_same_values_it_is_multi_agent_gae():
     data = rollout(team=False)
-    critic = TensorDictModule(nn.Linear(9, 1).double(), in_keys=[CENTRAL], out_keys=[VALUE])
-    with torch.no_grad():
-        critic.module.weight.zero_()
-    make_estimator(value_network=critic, vectorized=False)(data)
+    make_estimator(vectorized=False)(data)
     plain = data.select("next", VALUE)
-    plain["next", "done"], plain["next", "terminated"] = (
-        data["next", key].unsqueeze(-2).expand(4, 6, 3, 1) for key in ("done", "terminated")
-    )
-    gae = GAE(gamma=GAMMA, lmbda=LMBDA, value_network=None, vectorized=False)
+    gae = MultiAgentGAE(gamma=GAMMA, lmbda=LMBDA, value_network=None, vectorized=False)
     gae.set_keys(value=VALUE)
     torch.testing.assert_close(gae(plain)["advantage"], data["advantage"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from torchrl.envs import VmasEnv
 
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.envs import make_env, resolve_device
@@ -107,28 +109,46 @@ def test_resume_continues(tmp_path, capsys):
     assert not (tmp_path / "unused").exists()
     with pytest.raises(ValueError, match=r"resume: .* has done 400 frames already.*total_frames=480"):
         hatrpo.train(config("hatrpo", tmp_path / "unused", "train.total_frames=400", f"resume={tmp_path}"))
-    with pytest.raises(FileNotFoundError, match=r"resume: .*nowhere.*no checkpoint"):
+    with pytest.raises(ValueError, match=r"resume: .* has env\.name=vmas/balance, and now it is vmas/navigation"):
+        hatrpo.train(config("hatrpo", tmp_path / "unused", "env=vmas/navigation", f"resume={tmp_path}"))
+    with pytest.raises(ValueError, match=r"resume: .* has algorithm=HATRPO"):
+        matrpo.train(config("matrpo", tmp_path / "unused", f"resume={tmp_path}"))
+    with pytest.raises(ValueError, match=r"resume: .*nowhere.*no checkpoint"):
         hatrpo.train(config("hatrpo", tmp_path, f"resume={tmp_path / 'nowhere'}"))
 
 
-def test_a_broken_environment_shows_and_moves_nothing(tmp_path, monkeypatch, capfd):
-    """NaN observations: every step is rejected, the parameters keep their bits, and the progress bar says so."""
-    poisoned = {}
+def test_one_nan_costs_one_iteration(tmp_path, monkeypatch, capfd):
+    """A single NaN reward once made the critic NaN, and with it every later advantage.
 
-    def step(self, data, original=TrustRegionUpdater.step):
-        data["agents", "observation"][0, 0] = torch.nan
-        parameters = list(self.objective.parameters())
-        before = [p.detach().clone() for p in parameters]
+    The policy's step is rejected to the bit, the critic leaves the rows out, the progress bar says so, and the next
+    iteration is as if nothing had been.
+    """
+    calls, kept = [], []
+
+    def step(self, data, original=VmasEnv._step):
+        out = original(self, data)
+        calls.append(None)
+        if len(calls) == 25:  # in the second iteration of 20 steps
+            out["agents", "reward"][0] = torch.nan
+        return out
+
+    def update(self, data, original=TrustRegionUpdater.step):
+        actor = [p for n, p in self.objective.named_parameters() if ".actor_network_params" in n]
+        before = [p.detach().clone() for p in actor]
         stats = original(self, data)
-        actor = [n.startswith("losses.agents.actor") for n, _ in self.objective.named_parameters()]
-        poisoned["same"] = all(torch.equal(p, b) for p, b, a in zip(parameters, before, actor, strict=True) if a)
+        kept.append(all(torch.equal(p, b) for p, b in zip(actor, before, strict=True)))
         return stats
 
-    monkeypatch.setattr(TrustRegionUpdater, "step", step)
-    hatrpo.train(config("hatrpo", tmp_path, "film=false"))
-    assert poisoned["same"]
-    assert [float(row["accepted"]) for row in metrics(tmp_path)] == [0, 0, 0]
-    assert "non_finite=4/4" in capfd.readouterr().err
+    monkeypatch.setattr(VmasEnv, "_step", step)
+    monkeypatch.setattr(TrustRegionUpdater, "step", update)
+    hatrpo.train(config("hatrpo", tmp_path, "film=false", "env.kwargs.n_agents=3"))
+    first, broken, after = metrics(tmp_path)
+    assert kept == [False, True, False]
+    assert (float(first["accepted"]), float(broken["accepted"]), float(after["accepted"])) == (1, 0, 1)
+    assert math.isfinite(float(after["loss_critic"]))
+    shown = capfd.readouterr().err
+    assert "non_finite=3/3" in shown
+    assert re.search(r"dropped=\d+ rows", shown)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -155,11 +175,19 @@ def test_unknown_names(override, message):
         check_overrides([override], CONFIG_DIR, "hatrpo")
 
 
-def test_unknown_names_end_the_command(tmp_path):
-    command = [sys.executable, "-m", "torchrl_trpo.recipes.hatrpo", "env=vmas/balanc"]
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("env=vmas/balanc", "error: env: 'vmas/balanc'. Did you mean 'vmas/balance'"),
+        ("train.frames_per_batch=61", "error: train.frames_per_batch=61 is not a multiple of env.num_envs=60"),
+    ],
+)
+def test_what_cannot_be_ends_the_command_with_one_line(override, message, tmp_path):
+    command = [sys.executable, "-m", "torchrl_trpo.recipes.hatrpo", override]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode != 0
-    assert done.stderr.strip().startswith("error: env: 'vmas/balanc'. Did you mean 'vmas/balance'")
+    assert done.stderr.strip().startswith(message)
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -171,6 +199,11 @@ def test_unknown_names_end_the_command(tmp_path):
         ("train.total_frames=many", r"train\.total_frames.*'many'"),
         ("env.num_envs=-3", r"env\.num_envs.*-3"),
         ("critic.epochs=0", r"critic\.epochs.*0"),
+        ("checkpoint.every=0", r"checkpoint\.every.*0"),
+        ("actor.hidden=128", r"actor\.hidden must be a list.*128"),
+        ("gamma=1.5", r"gamma must be a number from 0 to 1, got 1\.5"),
+        ("lmbda=-1", r"lmbda.*-1"),
+        ("critic.lr=fast", r"critic\.lr.*'fast'"),
     ],
 )
 def test_sizes_that_cannot_be(override, message, tmp_path):
@@ -193,6 +226,8 @@ def test_unknown_scenarios_and_bad_arguments():
         make_env("vmas/balance", **{**keywords, "num_envs": 0})
     with pytest.raises(ValueError, match=r"different observation or action spaces"):
         make_env("vmas/simple_speaker_listener", **keywords)
+    with pytest.raises(ValueError, match=r"env\.kwargs\.n_agnts is no argument.*Did you mean 'n_agents'"):
+        make_env("vmas/balance", **{**keywords, "kwargs": {"n_agnts": 7}})
 
 
 def test_every_scenario_is_a_choice():

@@ -255,6 +255,25 @@ def test_not_functional():
     assert not same_bits(actor, before)
 
 
+def test_a_step_inside_no_grad():
+    """The value estimator is called in no_grad, and so the step easily is."""
+    actor = make_actor()
+    twin, data = deepcopy(actor), make_data(actor)
+    with torch.no_grad():
+        stats = TrustRegionUpdater(TRPOLoss(actor)).step(data)
+    TrustRegionUpdater(TRPOLoss(twin)).step(data)
+    assert stats["accepted"].all()
+    assert same_bits(actor, bits(twin))
+
+
+def test_a_lagging_policy_is_refused():
+    actor, _ = make_single()
+    data = single_data(actor)
+    data["advantage"] = torch.randn(5, 8, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="delay_actor=False"):
+        TrustRegionUpdater(TRPOLoss(actor, delay_actor=True)).step(data)
+
+
 def test_frozen_parameters_stay():
     actor, _ = make_single()
     frozen = next(actor.parameters()).requires_grad_(False)
@@ -287,7 +306,7 @@ def test_compiled_forward_equals_eager():
     eager = loss(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compiled = torch.compile(loss, backend="eager")(data)
+        compiled = torch.compile(loss, backend="eager", fullgraph=True)(data)
     for key in eager.keys():
         torch.testing.assert_close(compiled[key], eager[key])
 
@@ -301,8 +320,26 @@ def test_an_importance_cap_holds_in_the_update():
     assert (ratio > 1.05).any()
     terms = ratio.clamp_max(1.05) * data["advantage"].squeeze(-1)
     torch.testing.assert_close(loss(data)["loss_objective"], -terms.mean())
-    (region,) = loss.trust_regions(data)
-    torch.testing.assert_close(region._chunks[0].gain.squeeze(-1), terms.flatten(0, 1))
+    theta = flat_parameters(actor)
+    stats = TrustRegionUpdater(loss, max_kl=1e-5, accept_ratio=0.0).step(data)
+    kept = flat_parameters(actor)
+    assert not torch.equal(kept, theta)
+    new = (distribution(actor, kept, data).log_prob(data[ACTION]) - data[LOG_PROB]).exp().clamp_max(1.05)
+    gain = (new * data["advantage"].squeeze(-1)).mean() - terms.mean()
+    torch.testing.assert_close(stats["improvement"][0], gain)
+
+
+def test_forward_leaves_the_value_norm_alone():
+    actor, critic = make_single()
+    norm = PopArtValueNorm(shape=1)
+    loss = TRPOLoss(actor, critic, value_norm=norm)
+    data = loss.value_estimator(single_data(actor))
+    loss.loss_critic(data)
+    before = deepcopy(norm.state_dict())
+    assert (loss(data) == loss(data)).all()
+    assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
+    loss.loss_critic(data)
+    assert not torch.equal(norm.debiasing_term, before["debiasing_term"])
 
 
 def test_value_norm_without_an_estimator_that_knows_it():
@@ -370,6 +407,31 @@ def test_masked_rows_count_nowhere(share_params):
     torch.testing.assert_close(stats.exclude("accepted", "order"), expected.exclude("accepted", "order"))
 
 
+@pytest.mark.parametrize("padding", [1e3, torch.nan])
+def test_masked_rows_do_not_count_in_the_normalised_advantage(padding):
+    actor = make_actor()
+    data = make_data(actor)
+    padded = torch.cat([data, data.clone()])
+    padded["advantage"][5:] = padding
+    padded["mask"] = (torch.arange(10) < 5).reshape(10, 1, 1).expand(10, 8, 1)
+    keywords = {"normalize_advantage": True, "normalize_advantage_exclude_dims": (-2,)}
+    loss, plain = TRPOLoss(actor, **keywords), TRPOLoss(twin := deepcopy(actor), **keywords)
+    loss.loss_mask_key = "mask"
+    torch.testing.assert_close(loss(padded)["loss_objective"], plain(data)["loss_objective"])
+    TrustRegionUpdater(loss).step(padded)
+    TrustRegionUpdater(plain).step(data)
+    torch.testing.assert_close(flat_parameters(actor), flat_parameters(twin))
+
+
+def test_masked_rows_do_not_count_in_the_effective_sample_size():
+    actor = make_actor()
+    data, loss = make_data(actor), TRPOLoss(actor)
+    data["mask"] = torch.rand(5, 8, 1) < 0.5
+    data[LOG_PROB][~data["mask"].squeeze(-1)] = torch.nan
+    loss.loss_mask_key = "mask"
+    torch.testing.assert_close(loss(data)["ESS"].item(), 1.0)
+
+
 def test_an_agent_without_rows_is_skipped():
     actor = make_actor()
     data, before = make_data(actor), bits(actor)
@@ -426,7 +488,10 @@ def test_unknown_regions():
     with pytest.raises(ValueError, match=r"per-agent.*Did you mean 'per_agent'"):
         TRPOLoss(make_actor(), trust_region="per-agent")
     with pytest.raises(ValueError, match=r"stacked.*share_params=False"):
-        TRPOLoss(make_actor(share_params=True, n_obs=7), trust_region="per_agent")
+        TRPOLoss(make_actor(share_params=True), trust_region="per_agent")
+    plain = make_single(n_obs=4, n_act=2, hidden=4)[0]  # leading dimensions coincide, but layers are no agents
+    with pytest.raises(ValueError, match=r"stacked.*share_params=False"):
+        TRPOLoss(plain, trust_region="per_agent")
 
 
 def test_distributions_without_an_exact_kl():

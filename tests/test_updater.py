@@ -134,11 +134,16 @@ def test_non_finite_data_moves_nothing(share_params, key, bad):
     assert all(parameter.isfinite().all() for parameter in actor.parameters())
 
 
-@pytest.mark.parametrize("value", [0.0, 3.0])
-def test_equal_advantages_move_nothing(value):
-    """Advantages that are all equal make every actor parameter NaN in HARL."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("value", [0.0, 3.0, 3.7, 0.1, -1e6])
+def test_equal_advantages_move_nothing(value, dtype):
+    """Advantages that are all equal make every actor parameter NaN in HARL.
+
+    And their rounding errors, normalised, once were a gradient like any other: 3.7 is not the mean of its copies.
+    """
     actor = make_actor(share_params=True)
-    data = make_data(actor)
+    actor = actor.float() if dtype == torch.float32 else actor
+    data = make_data(make_actor(), batch=(60, 100)).to(dtype)
     data["advantage"] = torch.full_like(data["advantage"], value)
     loss = TRPOLoss(actor, normalize_advantage=True, normalize_advantage_exclude_dims=(-2,))
     before = bits(actor)
@@ -209,11 +214,17 @@ def test_state_dict_round_trip():
         other.load_state_dict({"max_kll": 1.0})
     with pytest.raises(KeyError, match=r"damping.*missing"):
         other.load_state_dict({"max_kl": 1.0})
+    with pytest.raises(ValueError, match=r"damping must be"):
+        other.load_state_dict({**updater.state_dict(), "max_kl": 0.7, "damping": -1.0})
+    assert other.max_kl == 0.5, "all or none"
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("max_backtracks", 10.0),
+        ("cg_iters", 10.0),
+        ("cg_iters", float("inf")),
         *[("max_kl", v) for v in (0, -0.1, float("nan"), float("inf"))],
         *[("damping", v) for v in (-1, float("nan"))],
         *[("cg_iters", v) for v in (0, 2.5)],

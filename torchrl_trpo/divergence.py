@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -20,7 +21,7 @@ def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
 
     Args:
         p: the distribution that the expectation is taken under, with batch shape ``[*B]``.
-        q: the other one, of the same type and shape.
+        q: the other one, of the same type and shape, squashed by the same bijection; this is not checked.
 
     Returns:
         The divergences, ``[*B]``.
@@ -78,18 +79,27 @@ def entropy(dist: D.Distribution, nodes: int = 16) -> Tensor:
         )
     squashed: Any = dist
     base = squashed.base_dist
-    abscissae, weights = np.polynomial.hermite.hermgauss(nodes)
     shape = (nodes,) + (1,) * base.mean.ndim
-    z = base.mean + base.stddev * base.mean.new_tensor(math.sqrt(2) * abscissae).reshape(shape)  # [nodes, *B, A]
-    weight = base.mean.new_tensor(weights / math.sqrt(math.pi)).reshape(shape)
+    abscissae, weights = (x.reshape(shape) for x in _gauss_hermite(nodes, base.mean.dtype, base.mean.device))
+    z = base.mean + base.stddev * abscissae  # [nodes, *B, A]
     log_slope = torch.zeros_like(z)
     for transform in squashed.transforms:
         image = transform(z)
         log_slope = log_slope + transform.log_abs_det_jacobian(z, image)
         z = image
     event_dims = tuple(range(-len(dist.event_shape), 0))
-    expected = (weight * log_slope).sum(0)  # [*B, A]
+    expected = (weights * log_slope).sum(0)  # [*B, A]
     return base.entropy() + (expected.sum(event_dims) if event_dims else expected)
+
+
+@functools.cache
+def _gauss_hermite(nodes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Abscissae and weights for expectations under the standard normal; they are copied to a device once."""
+    abscissae, weights = np.polynomial.hermite.hermgauss(nodes)
+    return (
+        torch.tensor(math.sqrt(2) * abscissae, dtype=dtype, device=device),
+        torch.tensor(weights / math.sqrt(math.pi), dtype=dtype, device=device),
+    )
 
 
 def _is_squashed_normal(dist: D.Distribution) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torchrl.envs import Compose, EnvBase, MarlGroupMapType, RewardSum, StepCounter, TransformedEnv, VmasEnv
 
-from torchrl_trpo.suggest import nearest
+from torchrl_trpo.suggest import SettingError, nearest
 
 GROUP = "agents"
 """The group that holds all agents."""
@@ -24,14 +27,14 @@ def resolve_device(name: str) -> torch.device:
         The device.
 
     Raises:
-        ValueError: if the name is unknown or the device is not there.
+        SettingError: if the name is unknown or the device is not there.
     """
     n_gpus = torch.cuda.device_count()
     if name == "auto":
         return torch.device("cuda" if n_gpus else "cpu")
     legal = ["auto", "cpu", *(["cuda"] if n_gpus else []), *(f"cuda:{index}" for index in range(n_gpus))]
     if name not in legal:
-        raise ValueError(f"device: {name!r} is not there, this machine has {n_gpus} GPUs. {nearest(name, legal)}")
+        raise SettingError(f"device: {name!r} is not there, this machine has {n_gpus} GPUs. {nearest(name, legal)}")
     return torch.device(name)
 
 
@@ -66,29 +69,39 @@ def make_env(
         The environment, batch size ``[num_envs]``.
 
     Raises:
-        ValueError: if the scenario is unknown, its agents differ in their spaces, or a size is not positive.
+        SettingError: if the scenario or an argument of it is unknown, its agents differ in their spaces, or a size is
+            not positive.
         ImportError: if VMAS is not installed.
     """
     library, _, scenario = name.partition("/")
     if not VmasEnv.available_envs:
         raise ImportError("VMAS is not installed. Use: pip install torchrl-trpo[vmas,recipes].")
     if library != "vmas" or scenario not in VmasEnv.available_envs:
-        raise ValueError(f"env: {name!r}. {nearest(name, [f'vmas/{known}' for known in VmasEnv.available_envs])}")
+        raise SettingError(f"env: {name!r}. {nearest(name, [f'vmas/{known}' for known in VmasEnv.available_envs])}")
     for setting, value in {"env.num_envs": num_envs, "env.max_steps": max_steps}.items():
         if value < 1:
-            raise ValueError(f"{setting} must be at least 1, got {value}.")
-    env = VmasEnv(
-        scenario,
-        num_envs=num_envs,
-        device=device,
-        seed=seed,
-        max_steps=None,
-        continuous_actions=continuous_actions,
-        group_map=MarlGroupMapType.ALL_IN_ONE_GROUP,
-        scenario_kwargs=dict(kwargs),
-    )
+            raise SettingError(f"{setting} must be at least 1, got {value}.")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        env = VmasEnv(
+            scenario,
+            num_envs=num_envs,
+            device=device,
+            seed=seed,
+            max_steps=None,
+            continuous_actions=continuous_actions,
+            group_map=MarlGroupMapType.ALL_IN_ONE_GROUP,
+            scenario_kwargs=dict(kwargs),
+        )
+    for warning in caught:
+        if "not used by the scenario" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            continue
+        known = re.findall(r'kwargs\.pop\(\s*"(\w+)"', inspect.getsource(env._env.scenario.make_world))
+        (unknown, *_) = [name for name in kwargs if name not in known]
+        raise SettingError(f"env.kwargs.{unknown} is no argument of {name!r}. {nearest(unknown, known)}")
     if env.het_specs:
-        raise ValueError(
+        raise SettingError(
             f"env: {name!r} has agents with different observation or action spaces; one group cannot hold them."
         )
     env = TransformedEnv(

@@ -24,6 +24,7 @@ from torchrl_trpo.envs import make_env
 from torchrl_trpo.evaluation import episode_statistics, evaluate
 from torchrl_trpo.film import film_episodes
 from torchrl_trpo.plots import plot_learning_curve
+from torchrl_trpo.suggest import SettingError
 
 COLUMNS = (
     "iteration",
@@ -44,6 +45,14 @@ COLUMNS = (
 )
 """The columns of ``metrics.csv``."""
 
+_NETWORK_SETTINGS = (
+    "actor.hidden",
+    "actor.share_params",
+    "critic.hidden",
+    "critic.share_params",
+    "critic.agent_one_hot",
+    "critic.others_actions",
+)
 _PACKAGES = ("torchrl-trpo", "torch", "torchrl", "tensordict", "vmas", "hydra-core")
 
 
@@ -63,8 +72,8 @@ class Run:
         frames: the environment steps done so far.
 
     Raises:
-        FileNotFoundError: if ``cfg.resume`` has no checkpoint.
-        ValueError: if the run to continue has done all its frames.
+        SettingError: if ``cfg.resume`` has no checkpoint, has done all its frames, or had another algorithm, task or
+            network.
     """
 
     def __init__(self, cfg: DictConfig, algorithm: str, *, policy: TensorDictModuleBase, **components: Any) -> None:
@@ -74,6 +83,7 @@ class Run:
         self.folder = Path(cfg.resume or cfg.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._progress: dict[str, Any] = {"iteration": 0, "frames": 0, "wall_s": 0.0}
+        self._optimizers = [c for c in components.values() if isinstance(c, torch.optim.Optimizer)]
         self._checkpoint = Checkpoint(progress=self._progress, generators=GlobalRNGState(), **components)
         self._rotation = CheckpointRotation(self.folder / "checkpoints", keep_last=cfg.checkpoint.keep)
         if cfg.resume:
@@ -149,7 +159,7 @@ class Run:
         self._bar.close()
         self._file.close()
         cfg = self.cfg
-        recent = self._returns[-5:]
+        recent = [value for value in self._returns if math.isfinite(value)][-5:] or [math.nan]
         returns = evaluate(env, self.policy, max_steps=cfg.env.max_steps)
         summary = {
             "algorithm": self.algorithm,
@@ -176,7 +186,8 @@ class Run:
             stage = make_env(**{**cfg.env, "num_envs": 4}, seed=cfg.seed, device=env.device)
             film_episodes(stage, self.policy, self.folder / "film.mp4", max_steps=cfg.env.max_steps)
         print(
-            f"{title}: episode return {summary['episode_return']:.1f} (mean of the last {len(recent)} iterations), "
+            f"{title}: episode return {summary['episode_return']:.1f} (mean of the last {len(recent)} iterations "
+            "with finished episodes), "
             f"{summary['evaluation_return']:.1f} acting deterministically, "
             f"{self.frames} frames in {summary['wall_s']:.0f} s."
         )
@@ -195,22 +206,41 @@ class Run:
         broken = sum(not math.isfinite(value) for value in stats["grad_norm"].tolist())
         if broken:
             postfix["non_finite"] = f"{broken}/{stats.numel()}"
+        if row["dropped"]:
+            postfix["dropped"] = f"{row['dropped']} rows"
         self._bar.set_postfix(postfix)
 
     def _resume(self) -> None:
         latest = self._rotation.latest()
         if latest is None:
-            raise FileNotFoundError(
+            raise SettingError(
                 f"resume: {str(self.folder)!r} has no checkpoint in {self._rotation.directory}. Legal: the folder of a "
                 "run, the one that holds metrics.csv and checkpoints."
             )
+        self._check_resumed()
+        rates = [group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups]
         self._checkpoint.load(latest)
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate  # the setting given now counts
         if self.frames >= self.cfg.train.total_frames:
-            raise ValueError(
+            raise SettingError(
                 f"resume: {str(self.folder)!r} has done {self.frames} frames already, and train.total_frames="
                 f"{self.cfg.train.total_frames}. Nearest that continues: "
                 f"train.total_frames={self.frames + self.cfg.train.frames_per_batch}."
             )
+
+    def _check_resumed(self) -> None:
+        """Refuses to continue a run with another algorithm, task or network."""
+        record = OmegaConf.load(self.folder / "config.yaml")
+        given = OmegaConf.create({**OmegaConf.to_container(self.cfg), "algorithm": self.algorithm})
+        for name in ("algorithm", "env.name", "env.kwargs", "env.continuous_actions", *_NETWORK_SETTINGS):
+            before, now = OmegaConf.select(record, name), OmegaConf.select(given, name)
+            if before != now:
+                raise SettingError(
+                    f"resume: the run in {str(self.folder)!r} has {name}={before}, and now it is {now}. Give the same "
+                    f"again: {name}={before}."
+                )
 
     def _kept_rows(self) -> list[dict[str, str]]:
         metrics = self.folder / "metrics.csv"
@@ -222,7 +252,11 @@ class Run:
     def _write_config(self) -> None:
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
         resolved = OmegaConf.to_container(self.cfg, resolve=True)
-        record = {**resolved, "versions": {"python": platform.python_version(), **versions}}  # type: ignore[dict-item]
+        record = {
+            **resolved,
+            "algorithm": self.algorithm,
+            "versions": {"python": platform.python_version(), **versions},
+        }  # type: ignore[dict-item]
         (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(record)))
 
 

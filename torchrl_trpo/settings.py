@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,10 +11,10 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchrl.envs import VmasEnv
 
-from torchrl_trpo.suggest import nearest
+from torchrl_trpo.suggest import SettingError, nearest
 
 _ENV_DEFAULTS = {"num_envs": 60, "max_steps": 100, "continuous_actions": True, "kwargs": {}}
 _OPEN = ("env.kwargs.",)  # sections that take any name
@@ -28,9 +30,18 @@ def run_recipe(main: Callable[[], Any], recipe: str) -> None:
     path = Path(recipe).resolve()
     try:
         sys.argv[1:] = check_overrides(sys.argv[1:], path.parent / "config", path.stem)
-    except ValueError as error:
+    except SettingError as error:
         sys.exit(f"error: {error}")
     main()
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Ends the command with the message alone when a setting cannot be; other errors keep their traceback."""
+    try:
+        yield
+    except SettingError as error:
+        sys.exit(f"error: {error}")
 
 
 def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str) -> list[str]:
@@ -45,7 +56,7 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
         The overrides for Hydra; arguments of a scenario, ``env.kwargs.*``, may be new names.
 
     Raises:
-        ValueError: if a setting or an environment is unknown.
+        SettingError: if a setting or an environment is unknown.
     """
     environments = register_environments(config_dir)
     known: list[str] = []
@@ -57,13 +68,13 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
         elif name == "env":
             for choice in value.split(","):
                 if choice not in environments:
-                    raise ValueError(f"env: {choice!r}. {nearest(choice, environments)}")
+                    raise SettingError(f"env: {choice!r}. {nearest(choice, environments)}")
         elif name.startswith(_OPEN):
             override = f"++{override}"
         else:
             known = known or _setting_names(config_dir, config_name)
             if name not in known:
-                raise ValueError(f"setting {name!r} does not exist. {nearest(name, known)}")
+                raise SettingError(f"setting {name!r} does not exist. {nearest(name, known)}")
         checked.append(override)
     return checked
 
@@ -104,7 +115,7 @@ def check_settings(cfg: DictConfig) -> None:
         cfg: the recipe's config.
 
     Raises:
-        ValueError: if a number is not a positive whole number, or the environments cannot give ``frames_per_batch``.
+        SettingError: if a number is not a positive whole number, or the environments cannot give ``frames_per_batch``.
     """
     sizes = {
         "env.num_envs": cfg.env.num_envs,
@@ -113,22 +124,35 @@ def check_settings(cfg: DictConfig) -> None:
         "train.frames_per_batch": cfg.train.frames_per_batch,
         "critic.epochs": cfg.critic.epochs,
         "critic.minibatch_size": cfg.critic.minibatch_size,
+        "checkpoint.every": cfg.checkpoint.every,
+        "checkpoint.keep": cfg.checkpoint.keep,
     }
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if not _is_size(value):
+            raise SettingError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    for name, value in {"actor.hidden": cfg.actor.hidden, "critic.hidden": cfg.critic.hidden}.items():
+        if not isinstance(value, ListConfig) or not all(map(_is_size, value)):
+            raise SettingError(f"{name} must be a list of layer sizes such as [128,128], got {value!r}.")
+    shares = {"gamma": (cfg.gamma, 1), "lmbda": (cfg.lmbda, 1), "critic.lr": (cfg.critic.lr, math.inf)}
+    for name, (value, most) in shares.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+            raise SettingError(f"{name} must be a number from 0 to {most}, got {value!r}.")
     num_envs, frames = cfg.env.num_envs, cfg.train.frames_per_batch
     if frames % num_envs:
         below, above = frames // num_envs * num_envs, (frames // num_envs + 1) * num_envs
         near = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
+        raise SettingError(
             f"train.frames_per_batch={frames} is not a multiple of env.num_envs={num_envs}: every environment gives "
             f"the same number of steps. Nearest: {near}."
         )
     if cfg.train.total_frames % frames:
         below, above = cfg.train.total_frames // frames * frames, (cfg.train.total_frames // frames + 1) * frames
         near = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
+        raise SettingError(
             f"train.total_frames={cfg.train.total_frames} is not a multiple of train.frames_per_batch={frames}. "
             f"Nearest: {near}."
         )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,9 +1,13 @@
-"""Error messages that name the nearest legal choice."""
+"""Errors that name the nearest legal choice."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+
+class SettingError(ValueError):
+    """A setting of a recipe that cannot be; the command ends with the message alone."""
 
 
 def nearest(given: object, legal: Iterable[object]) -> str:

@@ -89,10 +89,10 @@ class TrustRegionUpdater:
     _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         "max_kl": ("a positive number", lambda v: 0 < v < math.inf),
         "damping": ("a number of at least 0", lambda v: 0 <= v < math.inf),
-        "cg_iters": ("a whole number of at least 1", lambda v: v >= 1 and v == int(v)),
+        "cg_iters": ("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1),
         "cg_tol": ("a number of at least 0", lambda v: 0 <= v < math.inf),
         "backtrack_coeff": ("a number between 0 and 1, both excluded", lambda v: 0 < v < 1),
-        "max_backtracks": ("a whole number of at least 0", lambda v: v >= 0 and v == int(v)),
+        "max_backtracks": ("a whole number of at least 0", lambda v: isinstance(v, int) and v >= 0),
         "accept_ratio": ("a number of at least 0 and below 1", lambda v: 0 <= v < 1),
         "fisher_subsample": ("a number above 0 and at most 1", lambda v: 0 < v <= 1),
     }
@@ -127,12 +127,15 @@ class TrustRegionUpdater:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._RANGES:
-            legal, is_legal = self._RANGES[name]
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be {legal}, got {value!r} of type {type(value).__name__}.")
-            if not is_legal(value):
-                raise ValueError(f"{name} must be {legal}, got {value!r}.")
+            self._check(name, value)
         super().__setattr__(name, value)
+
+    def _check(self, name: str, value: Any) -> None:
+        legal, is_legal = self._RANGES[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be {legal}, got {value!r} of type {type(value).__name__}.")
+        if not is_legal(value):
+            raise ValueError(f"{name} must be {legal}, got {value!r}.")
 
     def step(self, tensordict: TensorDictBase) -> TensorDict:
         """Updates the policy once on a batch; the batch is not modified.
@@ -205,7 +208,7 @@ class TrustRegionUpdater:
         return {name: getattr(self, name) for name in self._RANGES}
 
     def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
-        """Takes over settings saved by :meth:`state_dict`.
+        """Takes over settings saved by :meth:`state_dict`, all or none.
 
         Args:
             state_dict: the settings by name.
@@ -219,4 +222,6 @@ class TrustRegionUpdater:
         for name in self._RANGES:
             if name not in state_dict:
                 raise KeyError(f"the setting {name!r} is missing from the state_dict, which has {list(state_dict)}.")
-            setattr(self, name, state_dict[name])
+            self._check(name, state_dict[name])
+        for name, value in state_dict.items():
+            setattr(self, name, value)
