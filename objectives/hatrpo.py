@@ -100,6 +100,7 @@ class HATRPOSequentialObjective(LossModule):
 
     @agent_order.setter
     def agent_order(self, order: Literal["random", "fixed"] | Sequence[int]) -> None:
+        self._agent_order: Literal["random"] | tuple[int, ...]
         if isinstance(order, str) and order in {"random", "fixed"}:
             self._agent_order = "random" if order == "random" else tuple(range(self.n_agents))
             return

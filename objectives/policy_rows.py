@@ -144,6 +144,54 @@ def flatten_rows(
     return PolicyRows(**{key: rows.get(key) for key in (*values, "inputs")}, weight=weight, factor=log_prob.new_ones(1))
 
 
+def broadcast_advantage(advantage: Tensor, log_prob: Tensor, key: NestedKey) -> Tensor:
+    """Checks an advantage against log-probabilities, and gives one of a whole team to each of its agents.
+
+    Args:
+        advantage: the advantage, ``[*B, T, *A, 1]``, or ``[*B, T, 1]`` of a team.
+        log_prob: the log-probabilities, ``[*B, T, *A, 1]``.
+        key: the advantage's key, for the message.
+
+    Returns:
+        The advantage, broadcastable to ``log_prob``.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    if advantage.ndim == log_prob.ndim - 1 and advantage.shape[:-1] == log_prob.shape[:-2]:
+        advantage = advantage.unsqueeze(-2)
+    pairs = zip(advantage.shape, log_prob.shape, strict=False)
+    if advantage.ndim != log_prob.ndim or any(size not in {1, legal} for size, legal in pairs):
+        raise ValueError(
+            f"the advantage {key!r} has shape {tuple(advantage.shape)}, which does not fit log-probabilities of shape "
+            f"{tuple(log_prob.shape[:-1])}. Legal: {tuple(log_prob.shape)}, or {(*log_prob.shape[:-2], 1)} for a whole "
+            "team."
+        )
+    return advantage
+
+
+def check_agent_dim(log_prob: Tensor, batch_size: torch.Size, agent_dim: int, n_agents: int) -> None:
+    """Checks that log-probabilities are those of all agents of a policy, with the agents after the batch dimensions.
+
+    Args:
+        log_prob: the log-probabilities, ``[*B, T, n_agents, 1]``.
+        batch_size: the batch dimensions ``[*B, T]``.
+        agent_dim: where the agents are said to be.
+        n_agents: how many the policy has.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    position = log_prob.ndim + agent_dim if agent_dim < 0 else agent_dim
+    legal = (*batch_size, n_agents)
+    if position != len(batch_size) or log_prob.shape[:-1] != legal:
+        raise ValueError(
+            f"the policy has parameters for {n_agents} agents, but the log-probability has shape "
+            f"{tuple(log_prob.shape[:-1])} in data of batch size {tuple(batch_size)}, with agent_dim={agent_dim}. "
+            f"Legal: {legal}, agents right after the batch dimensions."
+        )
+
+
 def entry(tensordict: TensorDictBase, key: NestedKey | list[NestedKey], role: str) -> Any:
     """An entry that must be there; for a list of keys, a TensorDict of them.
 

@@ -17,7 +17,14 @@ from torchrl.objectives.utils import _sum_td_features
 from torchrl_trpo.divergence import entropy, has_exact_entropy, kl_divergence
 from torchrl_trpo.objectives.policy_network import distribution_keys, resolve_trust_region, single_agent_network
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
-from torchrl_trpo.objectives.policy_rows import PolicyRows, entry, flatten_rows
+from torchrl_trpo.objectives.policy_rows import (
+    PolicyRows,
+    broadcast_advantage,
+    check_agent_dim,
+    entry,
+    flatten_rows,
+)
+from torchrl_trpo.row_statistics import effective_sample_size, standardize
 from torchrl_trpo.suggest import nearest
 
 
@@ -148,10 +155,11 @@ class TRPOLoss(PPOLoss):
         log_weight, dist, kl_approx, log_is_weight = self._log_weight(tensordict, adv_shape=advantage.shape[:-1])
         if log_is_weight is not None:
             log_weight = log_weight + log_is_weight
-        out = TensorDict({"loss_objective": -log_weight.exp() * self._advantage_like(advantage, log_weight)})
+        advantage = broadcast_advantage(advantage, log_weight, self.tensor_keys.advantage)
+        out = TensorDict({"loss_objective": -log_weight.exp() * advantage})
         out.set("kl_approx", kl_approx.detach().mean())
         with torch.no_grad():
-            out.set("ESS", _effective_sample_size(log_weight, self._row_mask(tensordict, log_weight)))
+            out.set("ESS", effective_sample_size(log_weight, self._row_mask(tensordict, log_weight)))
             if collected is not None:
                 kl = kl_divergence(collected, dist).unsqueeze(-1)
                 out.set("kl", self._reduce_loss(kl, tensordict, reduction="mean"))
@@ -247,13 +255,14 @@ class TRPOLoss(PPOLoss):
         advantage = self.normalized_advantage(tensordict, update_norm=True)
         keys = self.tensor_keys
         log_prob = entry(tensordict, keys.sample_log_prob, "sample_log_prob").unsqueeze(-1)
-        self._check_agent_dim(log_prob, tensordict.batch_size)
+        if self.trust_region == "per_agent":
+            check_agent_dim(log_prob, tensordict.batch_size, self.agent_dim, self.n_regions)
         return flatten_rows(
             tensordict.batch_size,
             inputs={key: entry(tensordict, key, "the actor's in_keys") for key in self.actor_network.in_keys},
             action=entry(tensordict, keys.action, "action"),
             log_prob=log_prob,
-            advantage=self._advantage_like(advantage, log_prob),
+            advantage=broadcast_advantage(advantage, log_prob, keys.advantage),
             mask=self._row_mask(tensordict, log_prob),
             per_agent=self.trust_region == "per_agent",
         )
@@ -350,23 +359,9 @@ class TRPOLoss(PPOLoss):
         return self._maybe_normalize_advantage(advantage, tensordict, update_norm=missing and update_norm)
 
     def _standardize_advantage(self, advantage: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """As the parent does, over the rows that count; a spread of rounding errors only is no spread."""
-        mask = self._row_mask(tensordict, advantage)
         excluded = {dim % advantage.ndim for dim in self.normalize_advantage_exclude_dims}
         dims = [dim for dim in range(advantage.ndim) if dim not in excluded]
-        if mask is None:
-            standardized, spread = (
-                super()._standardize_advantage(advantage, tensordict),
-                advantage.std(dims, keepdim=True),
-            )
-        else:
-            counted = torch.where(mask, advantage, 0.0)
-            count = mask.sum(dims, keepdim=True).clamp_min(1)
-            centred = torch.where(mask, counted - counted.sum(dims, keepdim=True) / count, 0.0)
-            spread = (centred.square().sum(dims, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
-            standardized, advantage = centred / spread.clamp_min(1e-6), counted
-        rounding = 32 * torch.finfo(advantage.dtype).eps * advantage.abs().amax(dims, keepdim=True)
-        return torch.where(spread <= rounding, 0.0, standardized)
+        return standardize(advantage, self._row_mask(tensordict, advantage), dims)
 
     def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> Any:
         for key, name in [(self.tensor_keys.sample_log_prob, "sample_log_prob"), (self.tensor_keys.action, "action")]:
@@ -411,46 +406,7 @@ class TRPOLoss(PPOLoss):
             return None
         return self.actor_network.build_dist_from_params(tensordict.select(*keys))
 
-    def _advantage_like(self, advantage: Tensor, log_prob: Tensor) -> Tensor:
-        """Checks the advantage ``[*B, T, *A, 1]`` against log-probabilities of that shape; a team's is broadcast."""
-        if advantage.ndim == log_prob.ndim - 1 and advantage.shape[:-1] == log_prob.shape[:-2]:
-            advantage = advantage.unsqueeze(-2)
-        try:
-            fits = torch.broadcast_shapes(advantage.shape, log_prob.shape) == log_prob.shape
-        except RuntimeError:
-            fits = False
-        if not fits or advantage.ndim != log_prob.ndim:
-            raise ValueError(
-                f"the advantage {self.tensor_keys.advantage!r} has shape {tuple(advantage.shape)}, which does not fit "
-                f"log-probabilities of shape {tuple(log_prob.shape[:-1])}. Legal: {tuple(log_prob.shape)}, or "
-                f"{(*log_prob.shape[:-2], 1)} for a whole team."
-            )
-        return advantage
-
     def _row_mask(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
         masks = [tensordict.get(key, None) for key in self._loss_mask_keys()]
         masks = [self._expand_loss_mask(mask, like) for mask in masks if mask is not None]
         return torch.stack(masks).all(0) if masks else None
-
-    def _check_agent_dim(self, log_prob: Tensor, batch_size: torch.Size) -> None:
-        if self.trust_region == "shared":
-            return
-        agent_dim = log_prob.ndim + self.agent_dim if self.agent_dim < 0 else self.agent_dim
-        if (
-            agent_dim != len(batch_size)
-            or log_prob.ndim != agent_dim + 2
-            or log_prob.shape[agent_dim] != self.n_regions
-        ):
-            raise ValueError(
-                f"the policy has parameters for {self.n_regions} agents, but the log-probability has shape "
-                f"{tuple(log_prob.shape[:-1])} in data of batch size {tuple(batch_size)}, with agent_dim="
-                f"{self.agent_dim}. Legal: {(*batch_size, self.n_regions)}, agents right after the batch dimensions."
-            )
-
-
-def _effective_sample_size(log_weight: Tensor, mask: Tensor | None) -> Tensor:
-    """``(Σ w)² / Σ w²`` of the rows that count, as a share of them."""
-    count = log_weight.numel() if mask is None else mask.sum()
-    log_weight = log_weight if mask is None else torch.where(mask, log_weight, -torch.inf)
-    rows = log_weight.flatten()
-    return (2 * rows.logsumexp(0) - (2 * rows).logsumexp(0)).exp() / count

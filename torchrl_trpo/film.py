@@ -92,8 +92,8 @@ def draw_world(simulator: Any, env_index: int = 0, pixels: int = 560) -> np.ndar
             continue
         x, y = (float(value) for value in entity.state.pos[env_index])
         shape = entity.shape
-        color = torch.as_tensor(entity.color)
-        color = tuple(float(part) for part in (color[env_index] if color.ndim > 1 else color))
+        colors = torch.as_tensor(entity.color)
+        color = tuple(float(part) for part in (colors[env_index] if colors.ndim > 1 else colors))
         turn = Affine2D().rotate(float(entity.state.rot[env_index])).translate(x, y) + axes.transData
         if hasattr(shape, "radius"):
             axes.add_patch(Circle((x, y), shape.radius, color=color))
@@ -112,8 +112,11 @@ def _shrink(picture: np.ndarray, factor: int) -> np.ndarray:
     """A smaller picture by averaging, so that thin lines stay visible."""
     height, width = (size // factor for size in picture.shape[:2])
     picture = picture[: height * factor, : width * factor].astype(np.uint16)
-    parts = [picture[row::factor, column::factor] for row in range(factor) for column in range(factor)]
-    return (sum(parts) // factor**2).astype(np.uint8)
+    total = np.zeros((height, width, picture.shape[2]), np.uint16)
+    for row in range(factor):
+        for column in range(factor):
+            total += picture[row::factor, column::factor]
+    return (total // factor**2).astype(np.uint8)
 
 
 def _mosaic(tiles: Sequence[np.ndarray]) -> np.ndarray:

@@ -233,7 +233,8 @@ class Run:
     def _check_resumed(self) -> None:
         """Refuses to continue a run with another algorithm, task or network."""
         record = OmegaConf.load(self.folder / "config.yaml")
-        given = OmegaConf.create({**OmegaConf.to_container(self.cfg), "algorithm": self.algorithm})
+        settings: Any = OmegaConf.to_container(self.cfg)
+        given = OmegaConf.create({**settings, "algorithm": self.algorithm})
         for name in ("algorithm", "env.name", "env.kwargs", "env.continuous_actions", *_NETWORK_SETTINGS):
             before, now = OmegaConf.select(record, name), OmegaConf.select(given, name)
             if before != now:
@@ -251,12 +252,12 @@ class Run:
 
     def _write_config(self) -> None:
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
-        resolved = OmegaConf.to_container(self.cfg, resolve=True)
+        resolved: Any = OmegaConf.to_container(self.cfg, resolve=True)
         record = {
             **resolved,
             "algorithm": self.algorithm,
             "versions": {"python": platform.python_version(), **versions},
-        }  # type: ignore[dict-item]
+        }
         (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(record)))
 
 
