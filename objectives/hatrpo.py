@@ -79,6 +79,7 @@ class HATRPOSequentialObjective(LossModule):
         agent_order: Literal["random", "fixed"] | Sequence[int] = "random",
     ) -> None:
         super().__init__()
+        self._out_keys: list[NestedKey] | None = None
         groups = {"agents": losses} if isinstance(losses, TRPOLoss) else dict(losses)
         if not groups:
             raise ValueError("losses is an empty mapping; legal: {group: TRPOLoss, ...} with at least one group.")
@@ -124,7 +125,11 @@ class HATRPOSequentialObjective(LossModule):
     @property
     def out_keys(self) -> list[NestedKey]:
         """What :meth:`forward` returns."""
-        return ["loss_objective", "kl"]
+        return ["loss_objective", "kl"] if self._out_keys is None else self._out_keys
+
+    @out_keys.setter
+    def out_keys(self, values: list[NestedKey]) -> None:
+        self._out_keys = values
 
     def set_keys(self, **kwargs: NestedKey) -> None:
         """Sets the keys of the loss; with several groups, set them on each group's own loss.

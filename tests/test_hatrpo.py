@@ -201,6 +201,7 @@ def test_forward_is_the_sequential_surrogate():
     assert (first["kl"] > 0).all()
     assert (first == second).all()
     assert set(first.keys()) == set(objective.out_keys)
+    assert deepcopy(objective).select_out_keys("kl").out_keys == ["kl"]
     first["loss_objective"].backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in actor.parameters())
 
