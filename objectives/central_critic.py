@@ -59,6 +59,7 @@ class CentralCriticValueEstimator(MultiAgentGAE):
         >>> import torch
         >>> from tensordict import TensorDict
         >>> from tensordict.nn import TensorDictModule as Mod
+        >>> from torchrl_trpo.objectives import CentralCriticValueEstimator
         >>> observations, central = ("agents", "observation"), ("agents", "central")
         >>> critic = Mod(torch.nn.Linear(2 * 3, 1), in_keys=[central], out_keys=[("agents", "state_value")])
         >>> estimator = CentralCriticValueEstimator(
@@ -71,6 +72,15 @@ class CentralCriticValueEstimator(MultiAgentGAE):
         >>> data["next", "done"] = data["next", "terminated"] = torch.zeros(4, 5, 1, dtype=torch.bool)
         >>> estimator(data)["advantage"].shape
         torch.Size([4, 5, 2, 1])
+
+        In a loss, which hands over its own keys, and whose ``loss_critic`` reads ``central_key`` from the same data:
+
+        >>> from torchrl_trpo.objectives import TRPOLoss
+        >>> loss = TRPOLoss(actor, critic)  # doctest: +SKIP
+        >>> loss.make_value_estimator(  # doctest: +SKIP
+        ...     CentralCriticValueEstimator, gamma=0.99, lmbda=0.95, value_network=critic,
+        ...     observation_keys=[observations], central_key=central,
+        ... )
     """
 
     value_norm: ValueNorm | None
@@ -141,6 +151,8 @@ class CentralCriticValueEstimator(MultiAgentGAE):
             The same tensordict, with ``central_key`` at ``t`` and ``t+1``, and the value, ``advantage`` and
             ``value_target``, each ``[*B, T, n_agents, 1]``.
         """
+        for key in (self.tensor_keys.reward, self.tensor_keys.done):
+            _entry(tensordict, ("next", *_path(key)))
         self.pool(tensordict, time_dim=time_dim)
         return super().forward(tensordict, params=params, target_params=target_params, time_dim=time_dim)
 

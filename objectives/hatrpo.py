@@ -45,10 +45,12 @@ class HATRPOSequentialObjective(LossModule):
 
     Examples:
         >>> import torch
+        >>> from tensordict import TensorDict
         >>> from tensordict.nn import TensorDictModule as Mod
         >>> from torchrl.envs.utils import ExplorationType, set_exploration_type
         >>> from torchrl.modules import IndependentNormal, MultiAgentMLP, NormalParamExtractor, ProbabilisticActor
         >>> from torchrl_trpo import TrustRegionUpdater
+        >>> from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
         >>> net = MultiAgentMLP(3, 4, n_agents=2, centralized=False, share_params=False, num_cells=8, depth=1)
         >>> keys = [("agents", "loc"), ("agents", "scale")]
         >>> module = Mod(torch.nn.Sequential(net, NormalParamExtractor()), [("agents", "observation")], keys)

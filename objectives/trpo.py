@@ -27,6 +27,8 @@ from torchrl_trpo.objectives.policy_rows import (
 from torchrl_trpo.row_statistics import effective_sample_size, standardize
 from torchrl_trpo.suggest import nearest
 
+_LOG_PROB_ROLE = "sample_log_prob (a policy with return_log_prob=True writes it)"
+
 
 class TRPOLoss(PPOLoss):
     r"""Trust-region policy optimisation, for one agent or several (Schulman et al. 2015, arXiv:1502.05477).
@@ -40,6 +42,8 @@ class TRPOLoss(PPOLoss):
 
     It is a :class:`~torchrl.objectives.PPOLoss`: keys, value estimation, critic loss, reductions and masks are those of
     TorchRL. The critic is trained with :meth:`loss_critic` and any optimiser; the policy only through the updater.
+    The default value estimator is :class:`~torchrl.objectives.value.MultiAgentGAE` with TorchRL's ``gamma=0.99`` and
+    ``lmbda=0.95``; ``loss.make_value_estimator(gamma=..., lmbda=...)`` sets others.
 
     Args:
         actor_network: the policy, a ``ProbabilisticTensorDictSequential`` (such as ``ProbabilisticActor``).
@@ -70,10 +74,12 @@ class TRPOLoss(PPOLoss):
 
     Examples:
         >>> import torch
+        >>> from tensordict import TensorDict
         >>> from tensordict.nn import TensorDictModule as Mod
         >>> from torchrl.envs.utils import ExplorationType, set_exploration_type
         >>> from torchrl.modules import IndependentNormal, MultiAgentMLP, NormalParamExtractor, ProbabilisticActor
         >>> from torchrl_trpo import TrustRegionUpdater
+        >>> from torchrl_trpo.objectives import TRPOLoss
         >>> net = MultiAgentMLP(3, 4, n_agents=2, centralized=False, share_params=False, num_cells=8, depth=1)
         >>> net = torch.nn.Sequential(net, NormalParamExtractor())
         >>> loc_scale = [("agents", "loc"), ("agents", "scale")]
@@ -254,7 +260,7 @@ class TRPOLoss(PPOLoss):
         tensordict = tensordict.clone(False)
         advantage = self.normalized_advantage(tensordict, update_norm=True)
         keys = self.tensor_keys
-        log_prob = entry(tensordict, keys.sample_log_prob, "sample_log_prob").unsqueeze(-1)
+        log_prob = entry(tensordict, keys.sample_log_prob, _LOG_PROB_ROLE).unsqueeze(-1)
         if self.trust_region == "per_agent":
             check_agent_dim(log_prob, tensordict.batch_size, self.agent_dim, self.n_regions)
         return flatten_rows(
@@ -364,7 +370,7 @@ class TRPOLoss(PPOLoss):
         return standardize(advantage, self._row_mask(tensordict, advantage), dims)
 
     def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> Any:
-        for key, name in [(self.tensor_keys.sample_log_prob, "sample_log_prob"), (self.tensor_keys.action, "action")]:
+        for key, name in [(self.tensor_keys.sample_log_prob, _LOG_PROB_ROLE), (self.tensor_keys.action, "action")]:
             entry(tensordict, key, name)
         return super()._log_weight(tensordict, adv_shape=adv_shape)
 

@@ -247,6 +247,13 @@ def test_missing_entries():
         make_estimator(observation_keys=["flat"])(data)
 
 
+def test_a_wrong_reward_key_is_named():
+    estimator = make_estimator()
+    estimator.set_keys(reward=("agents", "rewards"))
+    with pytest.raises(KeyError, match=r"next.*agents.*rewards.*is not in the data.*next.*reward"):
+        estimator(rollout())
+
+
 def test_in_keys_name_what_is_read():
     estimator = make_estimator(state_key="state")
     assert {OBSERVATION, ("next", *OBSERVATION), "state", ("next", "state")} <= set(estimator.in_keys)

@@ -95,11 +95,13 @@ def test_the_seed_decides_everything(tmp_path):
 
 def test_resume_continues(tmp_path, capsys):
     """The metrics go on without a gap or a double row, also when rows were written after the checkpoint."""
-    cfg = config("hatrpo", tmp_path, "film=false", "checkpoint.every=2")
+    cfg = config("hatrpo", tmp_path, "film=false", "checkpoint.every=2", "updater.max_kl=0.02", "env.kwargs.n_agents=3")
     cfg.train.total_frames = 240
     hatrpo.train(cfg)
     before = metrics(tmp_path)
     longer = config("hatrpo", tmp_path / "unused", "film=false", "train.total_frames=400", f"resume={tmp_path}")
+    assert longer.updater.max_kl == 0.02, "the settings of the run to continue count"
+    assert longer.train.total_frames == 400, "unless they are given anew"
     summary = hatrpo.train(longer)
     rows = metrics(tmp_path)
     assert rows[:3] == before
@@ -109,11 +111,11 @@ def test_resume_continues(tmp_path, capsys):
     assert not (tmp_path / "unused").exists()
     with pytest.raises(ValueError, match=r"resume: .* has done 400 frames already.*total_frames=480"):
         hatrpo.train(config("hatrpo", tmp_path / "unused", "train.total_frames=400", f"resume={tmp_path}"))
-    with pytest.raises(ValueError, match=r"resume: .* has env\.name=vmas/balance, and now it is vmas/navigation"):
+    with pytest.raises(ValueError, match=r"resume: .* has env\.name=vmas/balance, and now it is vmas/navig"):
         hatrpo.train(config("hatrpo", tmp_path / "unused", "env=vmas/navigation", f"resume={tmp_path}"))
-    with pytest.raises(ValueError, match=r"resume: .* has algorithm=HATRPO"):
+    with pytest.raises(ValueError, match=r"resume: .* has algorithm=HATRPO, .*Use the recipe of HATRPO"):
         matrpo.train(config("matrpo", tmp_path / "unused", f"resume={tmp_path}"))
-    with pytest.raises(ValueError, match=r"resume: .*nowhere.*no checkpoint"):
+    with pytest.raises(ValueError, match=r"resume: .*nowhere.*no config\.yaml"):
         hatrpo.train(config("hatrpo", tmp_path, f"resume={tmp_path / 'nowhere'}"))
 
 

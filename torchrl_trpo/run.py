@@ -238,9 +238,9 @@ class Run:
         for name in ("algorithm", "env.name", "env.kwargs", "env.continuous_actions", *_NETWORK_SETTINGS):
             before, now = OmegaConf.select(record, name), OmegaConf.select(given, name)
             if before != now:
+                advice = f"Use the recipe of {before}." if name == "algorithm" else f"Leave {name} out to continue it."
                 raise SettingError(
-                    f"resume: the run in {str(self.folder)!r} has {name}={before}, and now it is {now}. Give the same "
-                    f"again: {name}={before}."
+                    f"resume: the run in {str(self.folder)!r} has {name}={before}, and now it is {now}. {advice}"
                 )
 
     def _kept_rows(self) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +12,14 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchrl.envs import VmasEnv
 
 from torchrl_trpo.suggest import SettingError, nearest
 
 _ENV_DEFAULTS = {"num_envs": 60, "max_steps": 100, "continuous_actions": True, "kwargs": {}}
+_NOT_RESUMED = ("resume", "output_dir", "algorithm", "versions")
 _OPEN = ("env.kwargs.",)  # sections that take any name
 
 
@@ -41,6 +44,8 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except SettingError as error:
+        with contextlib.suppress(OSError):  # the folder that Hydra made stays only if something is in it
+            Path(HydraConfig.get().runtime.output_dir).rmdir()
         sys.exit(f"error: {error}")
 
 
@@ -53,7 +58,8 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
         config_name: the recipe's config.
 
     Returns:
-        The overrides for Hydra; arguments of a scenario, ``env.kwargs.*``, may be new names.
+        The overrides for Hydra; arguments of a scenario, ``env.kwargs.*``, may be new names. With ``resume=<folder>``
+        the settings of that run come first, and the overrides change them.
 
     Raises:
         SettingError: if a setting or an environment is unknown.
@@ -76,7 +82,29 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
             if name not in known:
                 raise SettingError(f"setting {name!r} does not exist. {nearest(name, known)}")
         checked.append(override)
-    return checked
+    given = [override.partition("=")[0].lstrip("+") for override in checked]
+    folder = next((override.partition("=")[2] for override in checked if override.startswith("resume=")), "null")
+    return checked if folder in {"", "null"} else [*_resumed_overrides(Path(folder), given), *checked]
+
+
+def _resumed_overrides(folder: Path, given: Sequence[str]) -> list[str]:
+    """The settings of a run as overrides, without those that are given anew."""
+    if not (folder / "config.yaml").exists():
+        raise SettingError(f"resume: {str(folder)!r} has no config.yaml. Legal: the folder of a run, which holds one.")
+    record: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    overrides = [] if "env" in given else [f"env={record['env']['name']}"]
+    for name, value in _leaves({k: v for k, v in record.items() if k not in _NOT_RESUMED}):
+        if name not in given and not ("env" in given and name.startswith("env.")):
+            overrides.append(f"++{name}={json.dumps(value)}")
+    return [*overrides, f"hydra.run.dir={json.dumps(str(folder))}"]
+
+
+def _leaves(node: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, child in node.items():
+        if isinstance(child, dict):
+            yield from _leaves(child, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", child
 
 
 def register_environments(config_dir: Path) -> list[str]:
