@@ -13,6 +13,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueNorm
 from torchrl.objectives.value import MultiAgentGAE
 
+from torchrl_trpo.objectives.policy_rows import entry
 from torchrl_trpo.suggest import nearest
 
 
@@ -152,7 +153,7 @@ class CentralCriticValueEstimator(MultiAgentGAE):
             ``value_target``, each ``[*B, T, n_agents, 1]``.
         """
         for key in (self.tensor_keys.reward, self.tensor_keys.done):
-            _entry(tensordict, ("next", *_path(key)))
+            entry(tensordict, ("next", *_path(key)), "the reward and done keys")
         self.pool(tensordict, time_dim=time_dim)
         return super().forward(tensordict, params=params, target_params=target_params, time_dim=time_dim)
 
@@ -180,7 +181,7 @@ class CentralCriticValueEstimator(MultiAgentGAE):
         """
         actions = next_actions = None
         if self.action_keys:
-            actions = [_entry(tensordict, key) for key in self.action_keys]
+            actions = [entry(tensordict, key, "action_keys") for key in self.action_keys]
             next_actions = self._next_actions(tensordict, actions, self._get_time_dim(time_dim, tensordict))
         tensordict.set(self.central_key, self._pool(tensordict, tensordict.batch_dims, actions))
         following = tensordict.get("next")
@@ -188,7 +189,7 @@ class CentralCriticValueEstimator(MultiAgentGAE):
         return tensordict
 
     def _pool(self, data: TensorDictBase, batch_dims: int, actions: list[Tensor] | None) -> Tensor:
-        observations = [_entry(data, key) for key in self.observation_keys]
+        observations = [entry(data, key, "observation_keys") for key in self.observation_keys]
         for key, value in zip(self.observation_keys, observations, strict=True):
             if value.ndim < batch_dims + 2:
                 raise ValueError(f"{key!r} has shape {tuple(value.shape)}; legal: [*B, T, n_agents, ...].")
@@ -196,7 +197,7 @@ class CentralCriticValueEstimator(MultiAgentGAE):
         n_agents = observations[self.observation_keys.index(own[0])].shape[batch_dims]
         shared = [value.flatten(batch_dims) for value in observations]
         if self.state_key is not None:
-            shared.insert(0, _entry(data, self.state_key).flatten(batch_dims))
+            shared.insert(0, entry(data, self.state_key, "state_key").flatten(batch_dims))
         pooled = torch.cat(shared, -1).unsqueeze(-2)  # [*B, T, 1, F]
         pooled = pooled.expand(*pooled.shape[:-2], n_agents, pooled.shape[-1])
         parts = [pooled]
@@ -220,7 +221,7 @@ class CentralCriticValueEstimator(MultiAgentGAE):
     def _next_actions(self, tensordict: TensorDictBase, actions: list[Tensor], time_dim: int) -> list[Tensor]:
         with set_exploration_type(ExplorationType.RANDOM):
             drawn = self.actor_network(tensordict.get("next").select(*self.actor_network.in_keys))
-        done = _entry(tensordict, ("next", *_path(self.tensor_keys.done)))
+        done = entry(tensordict, ("next", *_path(self.tensor_keys.done)), "the done key")
         ends = done.flatten(tensordict.batch_dims).any(-1)
         ends = ends.index_fill(time_dim, torch.tensor([ends.shape[time_dim] - 1], device=ends.device), True)
         following = []
@@ -253,10 +254,3 @@ def _group(key: NestedKey) -> str | None:
 
 def _path(key: NestedKey) -> tuple[str, ...]:
     return key if isinstance(key, tuple) else (key,)
-
-
-def _entry(data: TensorDictBase, key: NestedKey) -> Tensor:
-    value = data.get(key, None)
-    if value is None:
-        raise KeyError(f"{key!r} is not in the data. {nearest(key, data.keys(True, True))}")
-    return value

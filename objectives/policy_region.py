@@ -63,6 +63,7 @@ class PolicyTrustRegion:
     ) -> None:
         self.indices = indices
         self._network = network
+        self._dist_keys = distribution_keys(network)
         self._rows = rows
         self._agent_slice = agent_slice
         self._entropy_coeff = entropy_coeff
@@ -194,7 +195,7 @@ class PolicyTrustRegion:
                 parameters.set(key, leaf)
         with parameters.to_module(self._network, preserve_module_state=False):
             outputs = self._network.get_dist_params(inputs.copy())
-        return outputs.select(*distribution_keys(self._network))
+        return outputs.select(*self._dist_keys)
 
     def _distribution(self, dist_params: TensorDict) -> D.Distribution:
         return self._network.build_dist_from_params(dist_params)

@@ -210,7 +210,7 @@ def entry(tensordict: TensorDictBase, key: NestedKey | list[NestedKey], role: st
         if tensordict.get(name, None) is None:
             raise KeyError(
                 f"{role}: {name!r} is not in the data. {nearest(name, tensordict.keys(True, True))} "
-                "Name another entry with set_keys, or change the network's keys."
+                "Name the entry that is meant where the key is set, or with set_keys."
             )
     return tensordict.select(*key) if isinstance(key, list) else tensordict.get(key)
 

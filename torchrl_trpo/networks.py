@@ -45,19 +45,8 @@ def make_actor(env: EnvBase, *, share_params: bool, hidden: Sequence[int] = (128
     """
     action_spec = env.full_action_spec_unbatched[ACTION]
     continuous = isinstance(action_spec, Bounded)
-    n_agents, n_inputs = env.full_observation_spec_unbatched[OBSERVATION].shape
     n_outputs = 2 * action_spec.shape[-1] if continuous else action_spec.space.n
-    network: nn.Module = MultiAgentMLP(
-        n_inputs,
-        n_outputs,
-        n_agents=n_agents,
-        centralized=False,
-        share_params=share_params,
-        num_cells=list(hidden),
-        depth=len(hidden),
-        activation_class=nn.Tanh,
-        device=env.device,
-    )
+    network = _decentralised(env, n_outputs, share_params, hidden)
     if continuous:
         network = nn.Sequential(network, NormalParamExtractor())
     names = ["loc", "scale"] if continuous else ["logits"]
@@ -86,18 +75,7 @@ def make_critic(env: EnvBase, *, share_params: bool, hidden: Sequence[int] = (12
     Returns:
         The critic, from observations ``[*B, n_agents, F]`` to values ``[*B, n_agents, 1]``.
     """
-    n_agents, n_inputs = env.full_observation_spec_unbatched[OBSERVATION].shape
-    network = MultiAgentMLP(
-        n_inputs,
-        1,
-        n_agents=n_agents,
-        centralized=False,
-        share_params=share_params,
-        num_cells=list(hidden),
-        depth=len(hidden),
-        activation_class=nn.Tanh,
-        device=env.device,
-    )
+    network = _decentralised(env, 1, share_params, hidden)
     return TensorDictModule(network, in_keys=[OBSERVATION], out_keys=[VALUE])
 
 
@@ -153,3 +131,19 @@ class TeamCritic(nn.Module):
         """
         value = self.network(central[..., 0, :])
         return value.unsqueeze(-2).expand(*central.shape[:-1], value.shape[-1])
+
+
+def _decentralised(env: EnvBase, n_outputs: int, share_params: bool, hidden: Sequence[int]) -> nn.Module:
+    """A network of each agent's own observation, ``[*B, n_agents, F]`` to ``[*B, n_agents, n_outputs]``."""
+    n_agents, n_inputs = env.full_observation_spec_unbatched[OBSERVATION].shape
+    return MultiAgentMLP(
+        n_inputs,
+        n_outputs,
+        n_agents=n_agents,
+        centralized=False,
+        share_params=share_params,
+        num_cells=list(hidden),
+        depth=len(hidden),
+        activation_class=nn.Tanh,
+        device=env.device,
+    )

@@ -81,13 +81,13 @@ class Run:
         self.algorithm = algorithm
         self.policy = policy
         self.folder = Path(cfg.resume or cfg.output_dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._progress: dict[str, Any] = {"iteration": 0, "frames": 0, "wall_s": 0.0}
         self._optimizers = [c for c in components.values() if isinstance(c, torch.optim.Optimizer)]
         self._checkpoint = Checkpoint(progress=self._progress, generators=GlobalRNGState(), **components)
         self._rotation = CheckpointRotation(self.folder / "checkpoints", keep_last=cfg.checkpoint.keep)
         if cfg.resume:
             self._resume()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._write_config()
         rows = self._kept_rows()
         self._file = (self.folder / "metrics.csv").open("w", newline="")

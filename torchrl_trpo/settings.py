@@ -93,18 +93,23 @@ def _resumed_overrides(folder: Path, given: Sequence[str]) -> list[str]:
         raise SettingError(f"resume: {str(folder)!r} has no config.yaml. Legal: the folder of a run, which holds one.")
     record: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     overrides = [] if "env" in given else [f"env={record['env']['name']}"]
-    for name, value in _leaves({k: v for k, v in record.items() if k not in _NOT_RESUMED}):
-        if name not in given and not ("env" in given and name.startswith("env.")):
-            overrides.append(f"++{name}={json.dumps(value)}")
+    for name, value in _settings({k: v for k, v in record.items() if k not in _NOT_RESUMED}):
+        if isinstance(value, dict) or name in given or ("env" in given and name.startswith("env.")):
+            continue
+        overrides.append(f"++{name}={json.dumps(value)}")
     return [*overrides, f"hydra.run.dir={json.dumps(str(folder))}"]
 
 
-def _leaves(node: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _settings(node: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Walks through a config, a section before what is in it.
+
+    Yields:
+        Each section's and field's dotted name, and its value.
+    """
     for key, child in node.items():
+        yield f"{prefix}{key}", child
         if isinstance(child, dict):
-            yield from _leaves(child, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", child
+            yield from _settings(child, f"{prefix}{key}.")
 
 
 def register_environments(config_dir: Path) -> list[str]:
@@ -126,14 +131,9 @@ def register_environments(config_dir: Path) -> list[str]:
 
 
 def _setting_names(config_dir: Path, config_name: str) -> list[str]:
-    def walk(node: dict[Any, Any], prefix: str) -> Iterator[str]:
-        for key, child in node.items():
-            yield f"{prefix}{key}"
-            if isinstance(child, dict):
-                yield from walk(child, f"{prefix}{key}.")
-
     with initialize_config_dir(str(config_dir), version_base=None):
-        return list(walk(OmegaConf.to_container(compose(config_name), resolve=False), ""))  # type: ignore[arg-type]
+        config: Any = OmegaConf.to_container(compose(config_name), resolve=False)
+    return [name for name, _ in _settings(config)]
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -167,20 +167,22 @@ def check_settings(cfg: DictConfig) -> None:
             raise SettingError(f"{name} must be a number from 0 to {most}, got {value!r}.")
     num_envs, frames = cfg.env.num_envs, cfg.train.frames_per_batch
     if frames % num_envs:
-        below, above = frames // num_envs * num_envs, (frames // num_envs + 1) * num_envs
-        near = f"{below} or {above}" if below else f"{above}"
         raise SettingError(
             f"train.frames_per_batch={frames} is not a multiple of env.num_envs={num_envs}: every environment gives "
-            f"the same number of steps. Nearest: {near}."
+            f"the same number of steps. Nearest: {_multiples(frames, num_envs)}."
         )
     if cfg.train.total_frames % frames:
-        below, above = cfg.train.total_frames // frames * frames, (cfg.train.total_frames // frames + 1) * frames
-        near = f"{below} or {above}" if below else f"{above}"
         raise SettingError(
             f"train.total_frames={cfg.train.total_frames} is not a multiple of train.frames_per_batch={frames}. "
-            f"Nearest: {near}."
+            f"Nearest: {_multiples(cfg.train.total_frames, frames)}."
         )
 
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _multiples(value: int, step: int) -> str:
+    """The positive multiples of ``step`` around ``value``."""
+    below = value // step * step
+    return f"{below} or {below + step}" if below else f"{below + step}"
