@@ -7,17 +7,19 @@ from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor
+from torchrl.data import Composite, TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import ValueNorm
-from torchrl.objectives.value import MultiAgentGAE
+from torchrl.modules import ValueNorm, set_recurrent_mode
 
+from torchrl_trpo.action_features import action_features
+from torchrl_trpo.layout import group_of, path
+from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.policy_rows import entry
-from torchrl_trpo.suggest import nearest
 
 
-class CentralCriticValueEstimator(MultiAgentGAE):
+class CentralCriticValueEstimator(AgentGAE):
     r"""Generalised advantage estimation with a centralised critic :math:`V(s)` or :math:`V(s, u^{-i})`.
 
     Writes into ``central_key``, at ``t`` and at ``t+1``, what a critic may read while training (Hu et al. 2023,
@@ -30,30 +32,32 @@ class CentralCriticValueEstimator(MultiAgentGAE):
     - optionally the agent's index, one-hot (``agent_one_hot``).
 
     Agent ``i``'s value never depends on agent ``i``'s own action. The value network reads ``central_key``, here and in
-    ``loss_critic``. Then GAE (Schulman et al. 2016, arXiv:1506.02438, equation 16) as
-    :class:`~torchrl.objectives.value.MultiAgentGAE` computes it: team rewards and done flags ``[*B, T, 1]`` are
-    broadcast to the agents, steps that were truncated but not terminated are bootstrapped.
+    ``loss_critic``. Then GAE (Schulman et al. 2016, arXiv:1506.02438, equation 16) as :class:`AgentGAE` computes it:
+    team rewards and done flags ``[*B, T, 1]`` are broadcast to the agents, steps that were truncated but not terminated
+    are bootstrapped.
 
     Keyword Args:
         gamma: the discount.
         lmbda: GAE's :math:`\lambda`.
         value_network: the critic, from ``central_key`` ``[*B, T, n_agents, F]`` to values ``[*B, T, n_agents, 1]``.
-        observation_keys: the agents' observations, each ``[*B, T, n_g, *F_g]`` with the ``n_g`` agents of its group.
+        observation_keys: the agents' observations, each ``[*B, T, n_g, *F_g]`` with the ``n_g`` agents of its group, of
+            one group or several. An empty list pools the state alone.
         central_key: where the pooled input is written, ``[*B, T, n_agents, F]``. The agents are those of the
             observation in the same group (of the first one, for a root key).
         state_key: the global state, ``[*B, T, S]``. Default: none.
+        n_agents: how many agents there are to give the pooled input to, needed without ``observation_keys``.
         action_keys: the agents' actions, each ``[*B, T, n_g, A_g]``, to pool those of the others; categorical ones,
-            ``[*B, T, n_g]``, enter as their index. Default: not pooled.
-        actor_network: the policy, needed with ``action_keys`` alone: for the actions after the last step.
+            ``[*B, T, n_g]``, enter one-hot where the policy has their spec, else as their index. Default: not pooled.
+        actor_network: the policy of all groups, needed with ``action_keys`` alone: for the actions after the last step.
         agent_one_hot: whether to add the agent's index. Default: False.
-        team_reward: ``"mean"`` or ``"sum"``: replaces the agents' rewards by one for the team. Default: rewards as
-            they are.
-        value_norm: a :class:`~torchrl.modules.ValueNorm`: the critic outputs normalised values, which are denormalised
-            here. Give the same one to the loss, which normalises the targets. Default: raw values.
-        **kwargs: keywords of :class:`~torchrl.objectives.value.MultiAgentGAE`.
+        team_reward: ``"mean"`` or ``"sum"``: replaces the agents' rewards by one for the team, of all groups in
+            ``reward_keys``. Default: rewards as they are.
+        value_norm: a :class:`~torchrl.modules.ValueNorm`: the critic outputs normalised values. Default: raw values.
+        **kwargs: keywords of :class:`AgentGAE` and :class:`~torchrl.objectives.value.MultiAgentGAE`.
 
     Raises:
-        ValueError: if nothing is pooled, ``action_keys`` come without ``actor_network``, or ``team_reward`` is unknown.
+        ValueError: if nothing is pooled, ``n_agents`` or ``actor_network`` is missing where it is needed, or
+            ``team_reward`` is unknown.
         KeyError: when called on data without one of the entries.
 
     Examples:
@@ -84,8 +88,6 @@ class CentralCriticValueEstimator(MultiAgentGAE):
         ... )
     """
 
-    value_norm: ValueNorm | None
-
     def __init__(
         self,
         *,
@@ -95,78 +97,57 @@ class CentralCriticValueEstimator(MultiAgentGAE):
         observation_keys: Sequence[NestedKey],
         central_key: NestedKey,
         state_key: NestedKey | None = None,
+        n_agents: int | None = None,
         action_keys: Sequence[NestedKey] | None = None,
-        actor_network: ProbabilisticTensorDictSequential | None = None,
+        actor_network: TensorDictModuleBase | None = None,
         agent_one_hot: bool = False,
         team_reward: Literal["mean", "sum"] | None = None,
         value_norm: ValueNorm | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(gamma=gamma, lmbda=lmbda, value_network=value_network, **kwargs)
+        super().__init__(
+            gamma=gamma,
+            lmbda=lmbda,
+            value_network=value_network,
+            team_reward=team_reward,
+            value_norm=value_norm,
+            **kwargs,
+        )
         self.observation_keys = [unravel_key(key) for key in observation_keys]
         self.central_key = unravel_key(central_key)
         self.state_key = None if state_key is None else unravel_key(state_key)
         self.action_keys = [unravel_key(key) for key in action_keys or ()]
-        if not self.observation_keys:
-            raise ValueError("observation_keys is empty; name at least one, such as [('agents', 'observation')].")
+        if not self.observation_keys and self.state_key is None:
+            raise ValueError(
+                "observation_keys is empty, and there is no state_key; name at least one, such as "
+                "[('agents', 'observation')]."
+            )
+        if not self.observation_keys and n_agents is None:
+            raise ValueError("state_key alone does not say how many agents there are: give n_agents.")
         if self.action_keys and actor_network is None:
             raise ValueError(
                 "action_keys need actor_network: the others' actions after the last step are drawn from the policy."
             )
-        if team_reward not in (None, "mean", "sum"):
-            raise ValueError(f"team_reward: {team_reward!r}. {nearest(team_reward, ['mean', 'sum', None])}")
+        self.n_agents = n_agents
         self.__dict__["actor_network"] = actor_network  # not a submodule: its parameters are the policy's
         self.agent_one_hot = agent_one_hot
-        self.team_reward = team_reward
-        self.value_norm = value_norm
 
     @property
     def in_keys(self) -> list[NestedKey]:
         """What :meth:`forward` reads."""
         pooled = [*self.observation_keys, *self.action_keys, *([self.state_key] if self.state_key else [])]
-        read = [key for key in super().in_keys if key not in (self.central_key, ("next", *_path(self.central_key)))]
-        return list(
-            dict.fromkeys([*read, *pooled, *[("next", *_path(k)) for k in pooled if k not in self.action_keys]])
-        )
+        read = [key for key in super().in_keys if key not in (self.central_key, ("next", *path(self.central_key)))]
+        return list(dict.fromkeys([*read, *pooled, *[("next", *path(k)) for k in pooled if k not in self.action_keys]]))
 
-    @dispatch
-    def forward(
-        self,
-        tensordict: TensorDictBase,
-        *,
-        params: TensorDictBase | None = None,
-        target_params: TensorDictBase | None = None,
-        time_dim: int | None = None,
-    ) -> TensorDictBase:
-        """Pools, evaluates the critic and writes advantages and value targets.
+    def _prepared(self, tensordict: TensorDictBase, time_dim: int | None) -> TensorDictBase:
+        data = self.pool(super()._prepared(tensordict, time_dim), time_dim)
+        for key in (self.central_key, ("next", *path(self.central_key))):
+            tensordict.set(key, data.get(key))
+        return data
 
-        Args:
-            tensordict: the data, ``[*B, T]``; written to.
-
-        Keyword Args:
-            params: the critic's parameters, instead of the value network's own.
-            target_params: the critic's parameters for the values at ``t+1``.
-            time_dim: the time dimension. Default: the one named "time", or the last.
-
-        Returns:
-            The same tensordict, with ``central_key`` at ``t`` and ``t+1``, and the value, ``advantage`` and
-            ``value_target``, each ``[*B, T, n_agents, 1]``.
-        """
-        for key in (self.tensor_keys.reward, self.tensor_keys.done):
-            entry(tensordict, ("next", *_path(key)), "the reward and done keys")
-        self.pool(tensordict, time_dim=time_dim)
-        return super().forward(tensordict, params=params, target_params=target_params, time_dim=time_dim)
-
-    def value_estimate(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> Tensor:
-        """The value target alone, ``[*B, T, n_agents, 1]``.
-
-        Args:
-            tensordict: the data, ``[*B, T]``; ``central_key`` is written to it.
-            *args: as for :meth:`MultiAgentGAE.value_estimate`.
-            **kwargs: as for :meth:`MultiAgentGAE.value_estimate`.
-        """
-        self.pool(tensordict, time_dim=kwargs.get("time_dim"))
-        return super().value_estimate(tensordict, *args, **kwargs)
+    def _read_keys(self) -> list[NestedKey]:
+        states = [] if self.state_key is None else [self.state_key]
+        return [*super()._read_keys(), *self.observation_keys, *states]
 
     @torch.no_grad()
     def pool(self, tensordict: TensorDictBase, time_dim: int | None = None) -> TensorDictBase:
@@ -193,8 +174,7 @@ class CentralCriticValueEstimator(MultiAgentGAE):
         for key, value in zip(self.observation_keys, observations, strict=True):
             if value.ndim < batch_dims + 2:
                 raise ValueError(f"{key!r} has shape {tuple(value.shape)}; legal: [*B, T, n_agents, ...].")
-        own = [key for key in self.observation_keys if _group(key) == _group(self.central_key)] or self.observation_keys
-        n_agents = observations[self.observation_keys.index(own[0])].shape[batch_dims]
+        n_agents = self.n_agents or observations[self._own_index()].shape[batch_dims]
         shared = [value.flatten(batch_dims) for value in observations]
         if self.state_key is not None:
             shared.insert(0, entry(data, self.state_key, "state_key").flatten(batch_dims))
@@ -202,26 +182,42 @@ class CentralCriticValueEstimator(MultiAgentGAE):
         pooled = pooled.expand(*pooled.shape[:-2], n_agents, pooled.shape[-1])
         parts = [pooled]
         for key, action in zip(self.action_keys, actions or (), strict=True):
+            action = action_features(action, self._action_spec(key))
             action = action.unsqueeze(-1) if action.ndim == batch_dims + 1 else action
-            parts.append(self._others(key, action.to(pooled.dtype), n_agents, own[0]))
+            parts.append(self._others(key, action.to(pooled.dtype), n_agents))
         if self.agent_one_hot:
             identity = torch.eye(n_agents, dtype=pooled.dtype, device=pooled.device)
             parts.append(identity.expand(*pooled.shape[:-1], n_agents))
         return pooled if len(parts) == 1 else torch.cat(parts, -1)
 
-    def _others(self, key: NestedKey, action: Tensor, n_agents: int, own: NestedKey) -> Tensor:
+    def _own_index(self) -> int:
+        """Which observation is that of the agents who get the pooled input."""
+        groups = [group_of(key) for key in self.observation_keys]
+        own = group_of(self.central_key)
+        return groups.index(own) if own in groups else 0
+
+    def _others(self, key: NestedKey, action: Tensor, n_agents: int) -> Tensor:
         """All actions of a group, of the agent's own group all but its own: ``[*B, T, n_agents, F]``."""
-        if _group(key) != _group(own):
+        own = group_of(self.observation_keys[self._own_index()] if self.observation_keys else self.central_key)
+        if group_of(key) != own:
             return action.flatten(-2).unsqueeze(-2).expand(*action.shape[:-2], n_agents, -1)
         index = torch.arange(n_agents, device=action.device)
         others = (index.unsqueeze(-1) + 1 + index[:-1]) % n_agents  # row i: every agent but i
         others = others.sort(-1).values
         return action[..., others, :].flatten(-2)
 
+    def _action_spec(self, key: NestedKey) -> TensorSpec | None:
+        for module in self.actor_network.modules():
+            spec = getattr(module, "spec", None)
+            if isinstance(spec, Composite) and key in spec.keys(True, True):
+                return spec[key]
+        return None
+
     def _next_actions(self, tensordict: TensorDictBase, actions: list[Tensor], time_dim: int) -> list[Tensor]:
-        with set_exploration_type(ExplorationType.RANDOM):
-            drawn = self.actor_network(tensordict.get("next").select(*self.actor_network.in_keys))
-        done = entry(tensordict, ("next", *_path(self.tensor_keys.done)), "the done key")
+        # Recurrent policies take single steps, from the states that were recorded.
+        with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
+            drawn = self.actor_network(tensordict.get("next").select(*self.actor_network.in_keys, strict=False))
+        done = entry(tensordict, ("next", *path(self.tensor_keys.done)), "the done key")
         ends = done.flatten(tensordict.batch_dims).any(-1)
         ends = ends.index_fill(time_dim, torch.tensor([ends.shape[time_dim] - 1], device=ends.device), True)
         following = []
@@ -229,28 +225,3 @@ class CentralCriticValueEstimator(MultiAgentGAE):
             mask = ends.reshape(*ends.shape, *[1] * (action.ndim - ends.ndim))
             following.append(torch.where(mask, drawn.get(key), action.roll(-1, time_dim)))
         return following
-
-    def _call_value_nets(self, data: TensorDictBase, *args: Any, value_key: NestedKey, **kwargs: Any) -> Any:
-        value, next_value, valid = super()._call_value_nets(data, *args, value_key=value_key, **kwargs)
-        if self.value_norm is not None:
-            value, next_value = self.value_norm.denormalize(value), self.value_norm.denormalize(next_value)
-            data.set(value_key, value)
-            data.set(("next", value_key), next_value)
-        return value, next_value, valid
-
-    def _prepare_signals(
-        self, reward: Tensor, done: Tensor, terminated: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.team_reward is not None and reward.ndim == value.ndim:
-            team = reward.mean if self.team_reward == "mean" else reward.sum
-            reward = team(self.agent_dim, keepdim=True).expand_as(value)
-        return super()._prepare_signals(reward, done, terminated, value)
-
-
-def _group(key: NestedKey) -> str | None:
-    """The group of an entry: "agents" for ("agents", "observation"), None for an entry at the root."""
-    return key[0] if isinstance(key, tuple) and len(key) > 1 else None
-
-
-def _path(key: NestedKey) -> tuple[str, ...]:
-    return key if isinstance(key, tuple) else (key,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import LossModule
 
+from torchrl_trpo.layout import path
 from torchrl_trpo.objectives.policy_network import resolve_trust_region
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.trpo import TRPOLoss
@@ -28,7 +30,8 @@ class HATRPOSequentialObjective(LossModule):
         \quad M^1 = 1, \quad M^{m+1} = M^m\, \frac{\pi_{new}^{i_m}(u|o)}{\pi_k^{i_m}(u|o)}
 
     which gives each update a monotonic-improvement bound for cooperative teams. Only the agent that is being solved is
-    evaluated, so an update costs :math:`O(n)`.
+    evaluated, so an update costs :math:`O(n)`. The bound needs one reward for the team: a warning says so, once, when
+    the agents' rewards differ.
 
     Args:
         losses: one :class:`TRPOLoss` whose parameters are per agent, or a mapping ``{group: TRPOLoss}`` for groups with
@@ -82,6 +85,7 @@ class HATRPOSequentialObjective(LossModule):
     ) -> None:
         super().__init__()
         self._out_keys: list[NestedKey] | None = None
+        self._updates, self._warned_of_rewards = 0, False
         groups = {"agents": losses} if isinstance(losses, TRPOLoss) else dict(losses)
         if not groups:
             raise ValueError("losses is an empty mapping; legal: {group: TRPOLoss, ...} with at least one group.")
@@ -114,6 +118,30 @@ class HATRPOSequentialObjective(LossModule):
                 f"{self.n_agents} agents 0 to {self.n_agents - 1} once."
             )
         self._agent_order = tuple(indices)
+
+    def _check_rewards(self, tensordict: TensorDictBase) -> None:
+        """Warns once when the agents' rewards differ; looked at in updates 1, 2, 4, 8, ..., as it waits for the device."""
+        self._updates += 1
+        if self._warned_of_rewards or self._updates & (self._updates - 1):
+            return
+        rewards = []
+        for loss in self._groups.values():
+            if getattr(loss._value_estimator, "team_reward", None) is not None:
+                return
+            reward = tensordict.get(("next", *path(loss.tensor_keys.reward)), None)
+            if reward is not None:
+                rewards.append(reward.flatten(tensordict.batch_dims))
+        if not rewards or rewards[0].is_meta:
+            return
+        all_rewards = torch.cat(rewards, -1).nan_to_num()  # [*B, n]
+        if not torch.allclose(all_rewards, all_rewards[..., :1].expand_as(all_rewards)):
+            self._warned_of_rewards = True
+            warnings.warn(
+                "The agents' rewards differ. HATRPO's guarantee that no update lowers the expected return (Kuba et al. "
+                "2022, theorem 2) is for one reward that all agents share. With CentralCriticValueEstimator, "
+                "team_reward='mean' or 'sum' makes one of them; rewards that compete are a task for ITRPO or MATRPO.",
+                stacklevel=3,
+            )
 
     @property
     def _groups(self) -> dict[str, TRPOLoss]:
@@ -188,9 +216,11 @@ class HATRPOSequentialObjective(LossModule):
         """
         rows = {group: loss.policy_rows(tensordict) for group, loss in self._groups.items()}
         for group, loss in self._groups.items():
-            if loss.trust_region == "shared" and rows[group].log_prob[0].numel() > 1:
+            if loss.trust_region == "shared" and rows[group].agent_shape.numel() > 1:
                 raise ValueError(_shared_message(group))
-        factor = torch.ones_like(next(iter(rows.values())).log_prob.flatten(1)[:, 0])  # M, [N]
+        self._check_rewards(tensordict)
+        first = next(iter(rows.values()))
+        factor = first.log_prob.new_ones(first.log_prob.shape[: first.row_dims].numel())  # M, [N]
         order = torch.randperm(self.n_agents).tolist() if self.agent_order == "random" else self.agent_order
         for index in order:
             group, agent = self._agents[index]

@@ -10,6 +10,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 from torch import distributions as D
+from torchrl.modules import set_recurrent_mode
 
 from torchrl_trpo.divergence import entropy, kl_divergence
 from torchrl_trpo.fisher import fisher_product, output_hessian_product
@@ -156,7 +157,7 @@ class PolicyTrustRegion:
 
     @torch.no_grad()
     def ratio(self) -> Tensor:
-        """``π_new(u|o) / π_k(u|o)`` once the step is written, ``[N, *A, 1]``.
+        """``π_new(u|o) / π_k(u|o)`` once the step is written, ``[*R, *A, 1]``.
 
         It is 1, whatever the data, for regions whose step was rejected, and where a row is masked.
         """
@@ -193,7 +194,7 @@ class PolicyTrustRegion:
         for keys, leaf in zip(self._keys, leaves, strict=True):
             for key in keys:
                 parameters.set(key, leaf)
-        with parameters.to_module(self._network, preserve_module_state=False):
+        with set_recurrent_mode(True), parameters.to_module(self._network, preserve_module_state=False):
             outputs = self._network.get_dist_params(inputs.copy())
         return outputs.select(*self._dist_keys)
 
@@ -202,25 +203,32 @@ class PolicyTrustRegion:
 
     def _surrogate_rows(self, rows: PolicyRows, dist: D.Distribution) -> Tensor:
         ratio = rows.log_ratio(dist, self._max_importance_ratio).exp()
-        gain = rows.factor * ratio * rows.advantage  # [N, *A, 1]
+        gain = rows.factor * ratio * rows.advantage  # [*R, *A, 1]
         if self._entropy_coeff is None:
             return gain
         return gain + self._entropy_coeff * entropy(dist).unsqueeze(-1)
 
     def _total(self, rows: PolicyRows, values: Tensor) -> Tensor:
-        """The weighted sum over the rows of each region, ``[N, *A, 1]`` to ``[n]``."""
+        """The weighted sum over the rows of each region, ``[*R, *A, 1]`` to ``[n]``."""
         weighted = rows.weight * values
-        return weighted.sum().reshape(1) if self._agent_slice is None else weighted.sum((0, -1))
+        if self._agent_slice is None:
+            return weighted.sum().reshape(1)
+        return weighted.sum((*range(rows.row_dims), -1))
 
     def _per_region(self, flags: Tensor, like: Tensor) -> Tensor:
-        """Flags of the regions ``[n]``, broadcastable to rows ``[N, *A, 1]``."""
-        return flags.reshape(()) if self._agent_slice is None else flags.reshape(1, -1, *[1] * (like.ndim - 2))
+        """Flags of the regions ``[n]``, broadcastable to rows ``[*R, *A, 1]``."""
+        if self._agent_slice is None:
+            return flags.reshape(())
+        row_dims = self._rows.row_dims
+        return flags.reshape(*[1] * row_dims, -1, *[1] * (like.ndim - row_dims - 1))
 
     def _renormalise(self, sample: PolicyRows) -> PolicyRows:
         """Rows drawn from the batch, with weights that sum to 1 again."""
         if sample.weight.ndim == 1:
             return replace(sample, weight=sample.weight * (len(self._rows) / len(sample)))
-        total = sample.weight.sum() if self._agent_slice is None else sample.weight.sum(0)
+        per_region = list(range(sample.row_dims))
+        total = sample.weight.sum() if self._agent_slice is None else sample.weight.sum(per_region)
+        total = total if self._agent_slice is None else total.reshape(*[1] * sample.row_dims, *total.shape)
         return replace(sample, weight=sample.weight / torch.where(total > 0, total, 1.0))
 
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor
 from torch import distributions as D
 
+from torchrl_trpo.divergence import log_prob
+from torchrl_trpo.layout import has_agent_dim
 from torchrl_trpo.suggest import nearest
 
 
 @dataclass(frozen=True)
 class PolicyRows:
-    """A batch flattened to ``N`` rows, each ``[N, *A, ...]`` with ``A`` the agents if there are several.
+    """A batch flattened to ``N`` rows, ``[N, *A, ...]`` with ``A`` the agents if there are several.
+
+    For a recurrent policy the rows are sequences, ``[N, T, *A, ...]``: both dimensions are written ``*R`` here.
 
     Attributes:
-        inputs: what the policy reads, batch size ``[N]``.
-        action: the actions taken, ``[N, *A, action_dim]``, or a TensorDict of composite actions.
-        log_prob: ``log π_k(u|o)`` as collected, ``[N, *A, 1]``.
-        advantage: ``Â``, ``[N, *A, 1]``.
-        weight: what a row counts in the means, ``[N, *A, 1]`` or ``[1]``; sums to 1 over the rows of a region.
-        factor: the ``M`` of a sequential update, ``[N, *A, 1]`` or ``[1]``.
+        inputs: what the policy reads, batch size ``[*R]``.
+        action: the actions taken, ``[*R, *A, action_dim]``, or a TensorDict of composite actions.
+        log_prob: ``log π_k(u|o)`` as collected, ``[*R, *A, 1]``.
+        advantage: ``Â``, ``[*R, *A, 1]``.
+        weight: what a row counts in the means, ``[*R, *A, 1]`` or ``[1]``; sums to 1 over the rows of a region.
+        factor: the ``M`` of a sequential update, ``[*R, *A, 1]`` or ``[1]``.
+        row_dims: the number of dimensions in ``*R``.
     """
 
     inputs: TensorDict
@@ -33,10 +38,16 @@ class PolicyRows:
     advantage: Tensor
     weight: Tensor
     factor: Tensor
+    row_dims: int = 1
 
     def __len__(self) -> int:
-        """The number of rows, ``N``."""
+        """The number of rows or sequences, ``N``."""
         return self.log_prob.shape[0]
+
+    @property
+    def agent_shape(self) -> torch.Size:
+        """The agent dimension ``*A``, if there is one."""
+        return self.log_prob.shape[self.row_dims : -1]
 
     def of_agent(self, agent: int) -> PolicyRows:
         """The rows of one agent, contiguous, with an agent dimension of 1.
@@ -47,13 +58,15 @@ class PolicyRows:
         Returns:
             The agent's rows.
         """
-        return self._map(lambda value, per_agent: value[:, agent : agent + 1].contiguous() if per_agent else value)
+        return self._map(
+            lambda value, per_agent: value.narrow(self.row_dims, agent, 1).contiguous() if per_agent else value
+        )
 
     def take(self, index: Tensor | slice) -> PolicyRows:
         """Some of the rows, with the weights they have.
 
         Args:
-            index: which rows.
+            index: which rows, or sequences.
 
         Returns:
             The rows.
@@ -68,80 +81,100 @@ class PolicyRows:
             cap: the largest ratio, as ``PPOLoss`` caps it: the value is capped, the gradient keeps flowing.
 
         Returns:
-            The logarithms, ``[N, *A, 1]``.
+            The logarithms, ``[*R, *A, 1]``.
         """
-        log_ratio = dist.log_prob(self.action).unsqueeze(-1) - self.log_prob
+        log_ratio = log_prob(dist, self.action).unsqueeze(-1) - self.log_prob
         return log_ratio if cap is None else log_ratio + (cap.log() - log_ratio.detach()).clamp_max(0)
 
     def with_factor(self, factor: Tensor) -> PolicyRows:
         """The same rows with another ``M``.
 
         Args:
-            factor: one number per row, ``[N]``.
+            factor: one number per row, ``[N]`` (of sequences ``[N * T]``).
 
         Returns:
             The rows.
         """
-        return replace(self, factor=factor.reshape(-1, *[1] * (self.log_prob.ndim - 1)))
+        shape = [*self.log_prob.shape[: self.row_dims], *[1] * (self.log_prob.ndim - self.row_dims)]
+        return replace(self, factor=factor.reshape(shape))
 
     def _map(self, function: Callable[[Tensor, bool], Tensor]) -> PolicyRows:
         """Applies a function of an entry, and whether it is one per agent, to what there is per row."""
-        agents = self.log_prob.shape[1] if self.log_prob.ndim > 2 else 1
-        size = function(self.log_prob, True).shape[:1]
+        agents = self.agent_shape.numel()
 
-        def of_input(value: Tensor) -> Tensor:
-            return function(value, _has_agent_dim(value, agents))
+        def of_tensordict(value: TensorDictBase) -> TensorDict:
+            in_group = value.batch_dims > self.row_dims  # its entries are one per agent, whatever their shape
+            like = self.log_prob.new_empty((*value.batch_size, 1))
+            inner = {}
+            for key, child in value.items():
+                if is_tensor_collection(child):
+                    inner[key] = of_tensordict(child)
+                else:
+                    inner[key] = function(child, in_group or has_agent_dim(child, agents, self.row_dims))
+            return TensorDict(inner, batch_size=function(like, in_group).shape[:-1])
 
-        return PolicyRows(
-            inputs=self.inputs.apply(of_input, batch_size=size),
-            action=function(self.action, True)
-            if isinstance(self.action, Tensor)
-            else self.action.apply(lambda value: function(value, True), batch_size=size),
-            log_prob=function(self.log_prob, True),
-            advantage=function(self.advantage, True),
-            weight=function(self.weight, True) if self.weight.ndim > 1 else self.weight,
-            factor=function(self.factor, self.factor.shape[1] > 1) if self.factor.ndim > 1 else self.factor,
+        def of_scalar_rows(value: Tensor) -> Tensor:
+            per_agent = value.ndim > self.row_dims + 1 and value.shape[self.row_dims] > 1
+            return function(value, per_agent) if value.ndim > 1 else value
+
+        per_agent = len(self.agent_shape) > 0
+        return replace(
+            self,
+            inputs=of_tensordict(self.inputs),
+            action=function(self.action, per_agent) if isinstance(self.action, Tensor) else of_tensordict(self.action),
+            log_prob=function(self.log_prob, per_agent),
+            advantage=function(self.advantage, per_agent),
+            weight=of_scalar_rows(self.weight),
+            factor=of_scalar_rows(self.factor),
         )
 
 
 def flatten_rows(
-    batch_size: torch.Size,
+    inputs: TensorDictBase,
     *,
-    inputs: Mapping[NestedKey, Tensor],
     action: Tensor | TensorDictBase,
     log_prob: Tensor,
     advantage: Tensor,
     mask: Tensor | None,
     per_agent: bool,
+    sequences: bool = False,
 ) -> PolicyRows:
-    """Flattens the batch dimensions ``*B`` of a batch to ``N`` rows.
+    """Flattens the batch dimensions ``*B`` of a batch to ``N`` rows, or ``[*B, T]`` to ``N`` sequences.
 
     Args:
-        batch_size: the batch dimensions ``*B``.
+        inputs: what the policy reads, batch size ``[*B]`` or ``[*B, T]``.
 
     Keyword Args:
-        inputs: what the policy reads, by key, each ``[*B, ...]``.
         action: the actions, ``[*B, *A, action_dim]``.
         log_prob: the log-probabilities as collected, ``[*B, *A, 1]``.
         advantage: the advantages, broadcastable to ``log_prob``.
         mask: which entries count, bool ``[*B, *A, 1]``, or None for all. The others weigh 0, and their content is
             cleared, so that padding, NaNs included, cannot spread into sums or gradients.
         per_agent: whether each agent is a region of its own, with a mean of its own.
+        sequences: whether the last batch dimension is time, and stays.
 
     Returns:
         The rows.
     """
+    batch_size = inputs.batch_size
     values = {"log_prob": log_prob, "advantage": advantage.expand_as(log_prob), "action": action}
-    rows = TensorDict({**values, "inputs": dict(inputs)}, batch_size=batch_size).reshape(-1).detach()
+    rows = TensorDict({**values, "inputs": inputs}, batch_size=batch_size).detach()
+    rows = rows.reshape(-1, batch_size[-1]) if sequences else rows.reshape(-1)
+    row_dims = rows.batch_dims
     if mask is None:
         weight = log_prob.new_full((1,), 1 / max(rows.numel() if per_agent else log_prob.numel(), 1))
     else:
         mask = mask.reshape(rows["log_prob"].shape)
-        rows = rows.named_apply(lambda key, value: _clear_masked(key, value, mask), nested_keys=True)
-        total = mask.sum(0, keepdim=True) if per_agent else mask.sum()
-        weight = mask / total.clamp_min(1).to(log_prob.dtype)
-    rows.set("advantage", rows.get("advantage") + _non_finite(rows))
-    return PolicyRows(**{key: rows.get(key) for key in (*values, "inputs")}, weight=weight, factor=log_prob.new_ones(1))
+        rows = rows.named_apply(lambda key, value: _clear_masked(key, value, mask, row_dims), nested_keys=True)
+        count = mask.sum(list(range(row_dims)), keepdim=True) if per_agent else mask.sum()
+        weight = mask / count.clamp_min(1).to(log_prob.dtype)
+    rows.set("advantage", rows.get("advantage") + _non_finite(rows, row_dims))
+    return PolicyRows(
+        **{key: rows.get(key) for key in (*values, "inputs")},
+        weight=weight,
+        factor=log_prob.new_ones(1),
+        row_dims=row_dims,
+    )
 
 
 def broadcast_advantage(advantage: Tensor, log_prob: Tensor, key: NestedKey) -> Tensor:
@@ -215,8 +248,8 @@ def entry(tensordict: TensorDictBase, key: NestedKey | list[NestedKey], role: st
     return tensordict.select(*key) if isinstance(key, list) else tensordict.get(key)
 
 
-def _non_finite(rows: TensorDict) -> Tensor:
-    """NaN where anything that belongs to a row is not finite, else 0, ``[N, *A, 1]``.
+def _non_finite(rows: TensorDict, row_dims: int) -> Tensor:
+    """NaN where anything that belongs to a row is not finite, else 0, ``[*R, *A, 1]``.
 
     An infinite observation or log-probability may leave the surrogate finite: saturated, or with a ratio of 0.
     """
@@ -224,27 +257,28 @@ def _non_finite(rows: TensorDict) -> Tensor:
     spread = torch.zeros_like(log_prob)
     for key, value in rows.items(True, True):
         if value.is_floating_point():
-            leading = _leading_dims(key, value, log_prob)
+            leading = _leading_dims(key, value, log_prob, row_dims)
             found = (0 * value).reshape(*value.shape[:leading], -1).sum(-1)
             spread = spread + found.reshape(*found.shape, *[1] * (spread.ndim - leading))
     return spread
 
 
-def _clear_masked(key: NestedKey, value: Tensor, mask: Tensor) -> Tensor:
-    keep = mask.squeeze(-1)  # [N, *A]
-    if keep.ndim > _leading_dims(key, value, mask):
-        keep = keep.any(dim=1)
-    return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)), value, torch.zeros_like(value))
+def _clear_masked(key: NestedKey, value: Tensor, mask: Tensor, row_dims: int) -> Tensor:
+    """Zeros, and for flags (every action allowed, an episode begins) True, where the mask ``[*R, *A, 1]`` is off."""
+    keep = mask.squeeze(-1)  # [*R, *A]
+    if keep.ndim > _leading_dims(key, value, mask, row_dims):
+        keep = keep.any(dim=row_dims)
+    keep = keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim))
+    if row_dims > 1 and value.is_floating_point() and key[0] == "inputs":
+        keep = keep | value.isfinite()  # a recurrent policy has read it
+    neutral = torch.ones_like(value) if value.dtype == torch.bool else torch.zeros_like(value)
+    return torch.where(keep, value, neutral)
 
 
-def _leading_dims(key: NestedKey, value: Tensor, like: Tensor) -> int:
-    """How many dimensions of an entry of the rows are rows and agents, where ``like`` is ``[N, *A, 1]``: 1 or 2."""
-    if like.ndim == 2:
-        return 1
+def _leading_dims(key: NestedKey, value: Tensor, like: Tensor, row_dims: int) -> int:
+    """How many dimensions of an entry of the rows are rows and agents, where ``like`` is ``[*R, *A, 1]``."""
+    agent_dims = like.ndim - 1 - row_dims
     is_input = isinstance(key, tuple) and key[0] == "inputs"
-    return 1 if is_input and not _has_agent_dim(value, like.shape[1]) else 2
-
-
-def _has_agent_dim(value: Tensor, n_agents: int) -> bool:
-    """Whether what a policy reads is one per agent, ``[N, n_agents, ...]``, and not one for all, ``[N, S]``."""
-    return value.ndim > 2 and value.shape[1] == n_agents
+    if agent_dims and is_input and not has_agent_dim(value, like.shape[row_dims], row_dims):
+        return row_dims
+    return row_dims + agent_dims

@@ -7,15 +7,27 @@ from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
+from tensordict.nn import (
+    CompositeDistribution,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    composite_lp_aggregate,
+    dispatch,
+)
 from torch import Tensor
 from torch import distributions as D
-from torchrl.modules import ValueNorm
+from torchrl.modules import ValueNorm, set_recurrent_mode
 from torchrl.objectives import PPOLoss, ValueEstimators
-from torchrl.objectives.utils import _sum_td_features
+from torchrl.objectives.utils import _sum_td_features, default_value_kwargs
 
 from torchrl_trpo.divergence import entropy, has_exact_entropy, kl_divergence
-from torchrl_trpo.objectives.policy_network import distribution_keys, resolve_trust_region, single_agent_network
+from torchrl_trpo.layout import path, reads_init
+from torchrl_trpo.objectives.agent_gae import AgentGAE
+from torchrl_trpo.objectives.policy_network import (
+    distribution_keys,
+    resolve_trust_region,
+    single_agent_network,
+)
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.policy_rows import (
     PolicyRows,
@@ -24,6 +36,7 @@ from torchrl_trpo.objectives.policy_rows import (
     entry,
     flatten_rows,
 )
+from torchrl_trpo.objectives.popart import update_value_norm
 from torchrl_trpo.row_statistics import effective_sample_size, standardize
 from torchrl_trpo.suggest import nearest
 
@@ -42,7 +55,7 @@ class TRPOLoss(PPOLoss):
 
     It is a :class:`~torchrl.objectives.PPOLoss`: keys, value estimation, critic loss, reductions and masks are those of
     TorchRL. The critic is trained with :meth:`loss_critic` and any optimiser; the policy only through the updater.
-    The default value estimator is :class:`~torchrl.objectives.value.MultiAgentGAE` with TorchRL's ``gamma=0.99`` and
+    The default value estimator is :class:`AgentGAE`, a ``MultiAgentGAE``, with TorchRL's ``gamma=0.99`` and
     ``lmbda=0.95``; ``loss.make_value_estimator(gamma=..., lmbda=...)`` sets others.
 
     Args:
@@ -260,17 +273,20 @@ class TRPOLoss(PPOLoss):
         tensordict = tensordict.clone(False)
         advantage = self.normalized_advantage(tensordict, update_norm=True)
         keys = self.tensor_keys
-        log_prob = entry(tensordict, keys.sample_log_prob, _LOG_PROB_ROLE).unsqueeze(-1)
+        log_prob = entry(tensordict, keys.sample_log_prob, _LOG_PROB_ROLE)
+        if is_tensor_collection(log_prob):  # of the parts of a composite action
+            log_prob = sum(log_prob.values(True, True))
+        log_prob = log_prob.unsqueeze(-1)
         if self.trust_region == "per_agent":
             check_agent_dim(log_prob, tensordict.batch_size, self.agent_dim, self.n_regions)
         return flatten_rows(
-            tensordict.batch_size,
-            inputs={key: entry(tensordict, key, "the actor's in_keys") for key in self.actor_network.in_keys},
+            entry(tensordict, list(self.actor_network.in_keys), "the actor's in_keys"),
             action=entry(tensordict, keys.action, "action"),
             log_prob=log_prob,
             advantage=broadcast_advantage(advantage, log_prob, keys.advantage),
             mask=self._row_mask(tensordict, log_prob),
             per_agent=self.trust_region == "per_agent",
+            sequences=reads_init(self.actor_network),
         )
 
     def surrogate_terms(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,35 +301,63 @@ class TRPOLoss(PPOLoss):
             parameters.
         """
         rows = self.policy_rows(tensordict)
-        with self.actor_parameters.to_module(self.actor_network, preserve_module_state=False):
+        own = self.actor_parameters.to_module(self.actor_network, preserve_module_state=False)
+        with set_recurrent_mode(True), own:
             dist = self.actor_network.get_dist(rows.inputs.copy())
         counts = rows.weight > 0
         ratio = torch.where(counts, rows.log_ratio(dist, self.max_importance_ratio).exp(), 1.0)
         with torch.no_grad():
             written = tensordict.select(*distribution_keys(self.actor_network), strict=False)
-            collected = self._collected_distribution(written.reshape(-1))
+            collected = self._collected_distribution(written.reshape(rows.inputs.batch_size))
             kl = torch.full_like(rows.log_prob, torch.nan)
             kl = kl if collected is None else kl_divergence(collected, dist).unsqueeze(-1)
-            kl = (rows.weight * torch.where(counts, kl, 0.0)).flatten(1).sum(0)
-        return ratio.flatten(1), (rows.weight * rows.advantage).flatten(1), kl
+            kl = (rows.weight * torch.where(counts, kl, 0.0)).flatten(0, rows.row_dims - 1).flatten(1).sum(0)
+        terms = (ratio, rows.weight * rows.advantage)
+        ratio, weighted_advantage = (term.flatten(0, rows.row_dims - 1).flatten(1) for term in terms)
+        return ratio, weighted_advantage, kl
 
     def make_value_estimator(self, value_type: ValueEstimators | type | Any = None, **hyperparams: Any) -> TRPOLoss:
         """Makes the value estimator, as for any TorchRL loss; one given as a class gets the loss's keys too.
 
         Args:
-            value_type: a ``ValueEstimators`` entry, or a ``ValueEstimatorBase`` class or instance.
+            value_type: a ``ValueEstimators`` entry, or a ``ValueEstimatorBase`` class or instance. Default:
+                :class:`AgentGAE`, a ``MultiAgentGAE``.
             **hyperparams: the estimator's arguments, such as ``gamma`` and ``lmbda``.
 
         Returns:
             The loss itself.
         """
+        if value_type is None:
+            value_type = AgentGAE
+            defaults = default_value_kwargs(self.default_value_estimator)
+            hyperparams = {**defaults, "value_network": self.critic_network, **hyperparams}
         super().make_value_estimator(value_type, **hyperparams)
         if isinstance(value_type, type):
             self._forward_value_estimator_keys()
+        self._forward_masks()
         return self
+
+    @property
+    def loss_mask_key(self) -> NestedKey | Literal["auto"] | None:
+        """Which entry says what counts, as for any TorchRL loss; the value estimator reads it too."""
+        return self._loss_mask_key
+
+    @loss_mask_key.setter
+    def loss_mask_key(self, value: NestedKey | Literal["auto"] | None) -> None:
+        PPOLoss.loss_mask_key.fset(self, value)
+        self._forward_masks()
+
+    def _forward_masks(self) -> None:
+        estimator = self.__dict__.get("_value_estimator", self._modules.get("_value_estimator"))
+        if isinstance(estimator, AgentGAE):
+            # What an estimator itself writes says nothing about the data.
+            estimator.mask_keys = tuple(key for key in self._loss_mask_keys() if key != "shifted_valid")
 
     def loss_critic(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The critic's distance from the value targets, to be minimised; statistics of ``value_norm`` are updated.
+
+        When they move, the last layer of a critic that outputs normalised values is corrected, so that no value changes
+        (PopArt).
 
         Args:
             tensordict: the data with value targets, ``[*B]``.
@@ -323,8 +367,17 @@ class TRPOLoss(PPOLoss):
             ``clip_value``) and the explained variance (None unless it is logged).
         """
         if self.value_norm is not None:
-            self.value_norm.update(entry(tensordict, self.tensor_keys.value_target, "value_target"))
+            targets = entry(tensordict, self.tensor_keys.value_target, "value_target")
+            mask = self._row_mask(tensordict, targets)
+            if mask is not None:
+                targets = targets[mask].unsqueeze(-1)
+            critic = self.critic_network_params if self.functional else TensorDict.from_module(self.critic_network)
+            update_value_norm(self.value_norm, targets, critic if self._outputs_normalised_values() else None)
         return super().loss_critic(tensordict)
+
+    def _outputs_normalised_values(self) -> bool:
+        """Whether the critic does: the estimator denormalises with the same statistics."""
+        return getattr(self._value_estimator, "value_norm", None) is self.value_norm
 
     def normalized_advantage(self, tensordict: TensorDictBase, *, update_norm: bool = False) -> Tensor:
         """The advantage of a batch, computed by the value estimator if missing, normalised if the loss does so.
@@ -380,18 +433,19 @@ class TRPOLoss(PPOLoss):
         norm = self.value_norm
         if norm is None:
             return target_return, state_value, old_state_value
-        # A critic whose values the estimator denormalises outputs normalised values already.
-        is_normalised = getattr(self._value_estimator, "value_norm", None) is self.value_norm
-        if not is_normalised:
+        if not self._outputs_normalised_values():
             state_value = norm.normalize(state_value)
         old_state_value = None if old_state_value is None else norm.normalize(old_state_value)
         return norm.normalize(target_return.detach()), state_value, old_state_value
 
     def _get_entropy(self, dist: D.Distribution, adv_shape: torch.Size) -> Tensor | TensorDict:
         # Without sampling where possible: the parent's estimate would differ from call to call.
-        if has_exact_entropy(dist):
+        if not has_exact_entropy(dist):
+            return super()._get_entropy(dist, adv_shape)
+        if not isinstance(dist, CompositeDistribution) or composite_lp_aggregate():
             return entropy(dist).unsqueeze(-1)
-        return super()._get_entropy(dist, adv_shape)
+        parts = {(*path(name)[:-1], f"{path(name)[-1]}_entropy"): entropy(dist[name]) for name in dist}
+        return TensorDict(parts, batch_size=adv_shape).unsqueeze(-1)
 
     def _entropy_counts(self) -> bool:
         if not self.entropy_bonus:

@@ -14,13 +14,16 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import DictConfig
+from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
 from torchrl.collectors import Collector
 
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.critic_fit import fit_critic
+from torchrl_trpo.critic_fit import fit_critics
 from torchrl_trpo.envs import make_env, resolve_device
-from torchrl_trpo.networks import ACTION, LOG_PROB, REWARD, VALUE, make_actor, make_critic
+from torchrl_trpo.networks import group_keys, make_actor, make_critic, make_value_norm
 from torchrl_trpo.objectives import TRPOLoss
+from torchrl_trpo.recurrent import carry_states
 from torchrl_trpo.run import Run
 from torchrl_trpo.settings import check_settings, plain_errors, run_recipe
 
@@ -38,28 +41,49 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     device = resolve_device(cfg.device)
     torch.manual_seed(cfg.seed)
 
-    # Environment, policies and critic.
-    env = make_env(**cfg.env, seed=cfg.seed, device=device)
-    actor = make_actor(env, share_params=cfg.actor.share_params, hidden=cfg.actor.hidden)
-    critic = make_critic(env, share_params=cfg.critic.share_params, hidden=cfg.critic.hidden)
-
-    # Objective, and the two things that learn from it.
-    loss = TRPOLoss(
-        actor,
-        critic,
-        normalize_advantage=True,
-        normalize_advantage_exclude_dims=(-2,),
-        entropy_coeff=cfg.entropy_coeff,
+    # Environment, and the policies of its groups of agents.
+    env = make_env(
+        **cfg.env,
+        seed=cfg.seed,
+        device=device,
+        one_group=cfg.actor.sharing == "all",
+        normalize_observations=cfg.normalize_observations,
     )
-    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, reward=REWARD, value=VALUE)
-    loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
-    updater = TrustRegionUpdater(loss, **cfg.updater)
-    critic_optim = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=cfg.critic.lr)
+    groups = group_keys(env)
+    share_params = cfg.actor.sharing != "none"
+    policy = TensorDictSequential(*[
+        make_actor(env, keys, share_params=share_params, hidden=cfg.actor.hidden, network=cfg.actor.network)
+        for keys in groups
+    ])
+    carry_states(env, policy)
 
-    run = Run(cfg, "ITRPO", policy=actor, loss=loss, critic_optim=critic_optim)
+    # Each group's objective and critic, and the two things that learn from them.
+    losses = {}
+    for keys, actor in zip(groups, policy, strict=True):
+        critic = make_critic(
+            env, keys, share_params=cfg.critic.share_params, hidden=cfg.critic.hidden, network=cfg.critic.network
+        )
+        value_norm = make_value_norm(cfg.critic.value_norm, device)
+        loss = TRPOLoss(
+            actor,
+            critic,
+            normalize_advantage=True,
+            normalize_advantage_exclude_dims=(-2,),
+            entropy_coeff=cfg.entropy_coeff,
+            value_norm=value_norm,
+        )
+        loss.set_keys(**keys.loss_keys)
+        loss.loss_mask_key = keys.mask or "auto"
+        loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda, value_norm=value_norm)
+        losses[keys.group or "agent"] = loss
+    updaters = [TrustRegionUpdater(loss, **cfg.updater) for loss in losses.values()]
+    critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]
+    critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr)
+
+    run = Run(cfg, "ITRPO", env=env, policy=policy, losses=torch.nn.ModuleDict(losses), critic_optim=critic_optim)
     collector = Collector(
         env,
-        actor,
+        policy,
         frames_per_batch=cfg.train.frames_per_batch,
         total_frames=cfg.train.total_frames - run.frames,
         auto_register_policy_transforms=False,
@@ -68,19 +92,22 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         run.lap("collect_s")
 
         with torch.no_grad():
-            loss.value_estimator(
-                data, params=loss.critic_network_params, target_params=loss.target_critic_network_params
-            )
+            for loss in losses.values():
+                loss.value_estimator(
+                    data, params=loss.critic_network_params, target_params=loss.target_critic_network_params
+                )
         run.lap("critic_s")
 
-        stats = updater.step(data)
+        stats = TensorDict.cat([updater.step(data) for updater in updaters])
         run.lap("policy_s")
 
-        fit = fit_critic(loss, critic_optim, data, epochs=cfg.critic.epochs, minibatch_size=cfg.critic.minibatch_size)
+        fit = fit_critics(
+            losses.values(), critic_optim, data, epochs=cfg.critic.epochs, minibatch_size=cfg.critic.minibatch_size
+        )
         run.lap("critic_s")
 
         run.log(data, stats, fit)
-    return run.finish(env)
+    return run.finish()
 
 
 @hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="itrpo")

@@ -12,16 +12,17 @@ from torchrl.modules import MultiAgentMLP
 
 from tests.loops import mappo, matrpo
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.networks import OBSERVATION, VALUE, make_actor
+from torchrl_trpo.networks import group_keys, make_actor
 
 
 @pytest.mark.parametrize("loop", [mappo, matrpo], ids=["mappo", "matrpo"])
 def test_the_loop_trains(loop):
     env = make_env("vmas/balance", num_envs=10, max_steps=20, kwargs={}, seed=0, device=torch.device("cpu"))
-    actor = make_actor(env, share_params=True)
-    n_agents, n_obs = env.full_observation_spec_unbatched[OBSERVATION].shape
+    (keys,) = group_keys(env)
+    actor = make_actor(env, keys, share_params=True)
+    n_agents, n_obs = env.full_observation_spec_unbatched[keys.observation].shape
     critic = MultiAgentMLP(n_obs, 1, n_agents, centralized=True, share_params=True, num_cells=32, depth=1)
-    critic = TensorDictModule(critic, in_keys=[OBSERVATION], out_keys=[VALUE])
+    critic = TensorDictModule(critic, in_keys=[keys.observation], out_keys=[keys.value])
     before = [p.detach().clone() for p in (*actor.parameters(), *critic.parameters())]
     assert len(list(loop.train(env, actor, critic))) == 4
     after = (*actor.parameters(), *critic.parameters())

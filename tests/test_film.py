@@ -9,7 +9,7 @@ import torch
 
 from torchrl_trpo.envs import make_env
 from torchrl_trpo.film import draw_world, film_episodes
-from torchrl_trpo.networks import make_actor
+from torchrl_trpo.networks import group_keys, make_actor
 
 # imageio's reader leaves the pipes of ffmpeg to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -29,7 +29,7 @@ def test_a_film_needs_no_display(opengl, env, tmp_path, monkeypatch):
             raise ImportError('Library "GL" not found.')
 
         monkeypatch.setattr(simulator, "render", render)
-    path = film_episodes(env, make_actor(env, share_params=True), tmp_path / "film.mp4", max_steps=8)
+    path = film_episodes(env, make_actor(env, *group_keys(env), share_params=True), tmp_path / "film.mp4", max_steps=8)
     frames = imageio.imread(path)
     assert len(frames) == 9
     assert frames[0].std() > 1, "something is drawn"

@@ -8,7 +8,7 @@ import torch
 from torchrl.collectors import Collector
 
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.networks import make_actor, make_critic
+from torchrl_trpo.networks import group_keys, make_actor, make_critic
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -18,7 +18,8 @@ def test_the_drop_in_example(capsys):
     statements = [line for line in code.splitlines() if line.strip() and "import" not in line]
     assert len(statements) <= 15
     env = make_env("vmas/balance", num_envs=10, max_steps=20, kwargs={}, seed=0, device=torch.device("cpu"))
-    actor, critic = make_actor(env, share_params=False), make_critic(env, share_params=True)
+    (keys,) = group_keys(env)
+    actor, critic = make_actor(env, keys, share_params=False), make_critic(env, keys, share_params=True)
     collector = Collector(env, actor, frames_per_batch=500, total_frames=1500, auto_register_policy_transforms=False)
     before = [p.detach().clone() for p in (*actor.parameters(), *critic.parameters())]
     exec(code, {"actor": actor, "critic": critic, "collector": collector})

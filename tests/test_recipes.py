@@ -20,7 +20,7 @@ from torchrl.envs import VmasEnv
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.evaluation import evaluate
-from torchrl_trpo.networks import make_actor
+from torchrl_trpo.networks import group_keys, make_actor
 from torchrl_trpo.recipes import hatrpo, itrpo, matrpo
 from torchrl_trpo.run import COLUMNS
 from torchrl_trpo.settings import check_overrides, check_settings, register_environments
@@ -48,10 +48,10 @@ def metrics(folder):
     ("name", "overrides"),
     [
         ("itrpo", []),
-        ("itrpo", ["actor.share_params=false", "critic.share_params=false", "env=vmas/navigation"]),
+        ("itrpo", ["actor.sharing=none", "critic.share_params=false", "env=vmas/navigation"]),
         ("matrpo", []),
         ("matrpo", ["critic.agent_one_hot=true", "critic.others_actions=true", "env=vmas/give_way"]),
-        ("matrpo", ["env.continuous_actions=false", "actor.share_params=false", "critic.others_actions=true"]),
+        ("matrpo", ["env.continuous_actions=false", "actor.sharing=none", "critic.others_actions=true"]),
         ("hatrpo", []),
         ("hatrpo", ["env.continuous_actions=false", "agent_order=fixed"]),
         ("hatrpo", ["env=vmas/transport", "critic.agent_one_hot=true", "env.kwargs.n_agents=2", "agent_order=[1,0]"]),
@@ -226,8 +226,8 @@ def test_unknown_scenarios_and_bad_arguments():
         make_env("vmas/navigatoin", **keywords)
     with pytest.raises(ValueError, match=r"env\.num_envs.*0"):
         make_env("vmas/balance", **{**keywords, "num_envs": 0})
-    with pytest.raises(ValueError, match=r"different observation or action spaces"):
-        make_env("vmas/simple_speaker_listener", **keywords)
+    with pytest.raises(ValueError, match=r"actor\.sharing=all: .*'speaker_0'.*Legal: group, none"):
+        make_env("vmas/simple_speaker_listener", **keywords, one_group=True)
     with pytest.raises(ValueError, match=r"env\.kwargs\.n_agnts is no argument.*Did you mean 'n_agents'"):
         make_env("vmas/balance", **{**keywords, "kwargs": {"n_agnts": 7}})
 
@@ -248,7 +248,7 @@ def test_time_limits_truncate():
 
 def test_evaluation_plays_one_episode_per_environment():
     env = make_env("vmas/balance", num_envs=6, max_steps=30, kwargs={}, seed=0, device=torch.device("cpu"))
-    actor = make_actor(env, share_params=True)
+    actor = make_actor(env, *group_keys(env), share_params=True)
     returns = evaluate(env, actor, max_steps=30)
     assert returns.shape == (6,)
     env.set_seed(0)

@@ -3,10 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import PPOLoss
+
+from torchrl_trpo.layout import has_agent_dim, reads_init
+
+
+def fit_critics(
+    losses: Iterable[PPOLoss],
+    optimizer: torch.optim.Optimizer,
+    data: TensorDictBase,
+    *,
+    epochs: int,
+    minibatch_size: int,
+) -> dict[str, float]:
+    """Fits the critics of several groups one after the other, as :func:`fit_critic` does.
+
+    Args:
+        losses: the losses of the groups.
+        optimizer: over the parameters of all critics.
+        data: the batch with value targets, ``[*B, T]``; not modified.
+
+    Keyword Args:
+        epochs: the number of passes over the batch.
+        minibatch_size: rows (environment steps) per gradient step.
+
+    Returns:
+        The means over the groups of what :func:`fit_critic` returns; of ``dropped``, the sum.
+    """
+    fits = [fit_critic(loss, optimizer, data, epochs=epochs, minibatch_size=minibatch_size) for loss in losses]
+    total = {name: sum(fit[name] for fit in fits) for name in fits[0]}
+    return {name: value if name == "dropped" else value / len(fits) for name, value in total.items()}
 
 
 def fit_critic(
@@ -15,7 +47,8 @@ def fit_critic(
     """Regresses the critic on the value targets of a batch.
 
     Rows that a loss mask excludes, and rows with anything that is not finite, are left out: one NaN would make every
-    parameter of the critic NaN, for good.
+    parameter of the critic NaN, for good. A recurrent critic is fitted on whole sequences; of those, the ones with
+    anything that is not finite where the mask counts.
 
     Args:
         loss: the loss whose critic is fitted; its ``loss_critic`` gives the distance.
@@ -30,28 +63,21 @@ def fit_critic(
         ``loss_critic``, the mean over the last epoch, ``explained_variance`` of the targets by the values that the
         advantages were computed with, and ``dropped``, the number of rows left out for what is not finite.
     """
-    keys = loss.tensor_keys
-    masks = {name: mask for name in loss._loss_mask_keys() if (mask := data.get(name, None)) is not None}
-    names = [*loss.critic_network.in_keys, keys.value_target, keys.value]
-    rows = TensorDict({**{name: data.get(name) for name in names}, **masks}, batch_size=data.batch_size).reshape(-1)
-    counted = torch.ones(len(rows), dtype=torch.bool, device=rows.get(keys.value_target).device)
-    for name in masks:
-        counted &= rows.get(name).flatten(1).any(1) if rows.get(name).ndim > 1 else rows.get(name)
-    finite = counted.clone()
-    for name in names:
-        finite &= rows.get(name).flatten(1).isfinite().all(1)
-    dropped = int((counted & ~finite).sum())
-    rows = rows[finite]
+    rows, counted, dropped = _countable_rows(loss, data)
     if len(rows) == 0:
         return {"loss_critic": math.nan, "explained_variance": math.nan, "dropped": dropped}
-    target, value = rows.get(keys.value_target), rows.get(keys.value)
+    keys = loss.tensor_keys
+    target, value = rows.get(keys.value_target)[counted], rows.get(keys.value)[counted]
     unexplained = (target - value).var() / target.var()
+    if rows.batch_dims > 1:
+        minibatch_size = max(1, minibatch_size // rows.shape[1])
     total = target.new_zeros(())
     steps = 0
     for epoch in range(epochs):
         for drawn in torch.randperm(len(rows), device=target.device).split(minibatch_size):
             batch = rows[drawn]
-            loss_critic = loss._reduce_loss(loss.loss_critic(batch)[0], batch, reduction="mean")
+            with set_recurrent_mode(True):
+                loss_critic = loss._reduce_loss(loss.loss_critic(batch)[0], batch, reduction="mean")
             optimizer.zero_grad()
             loss_critic.backward()
             optimizer.step()
@@ -63,3 +89,40 @@ def fit_critic(
         "explained_variance": float(1 - unexplained),
         "dropped": dropped,
     }
+
+
+def _countable_rows(loss: PPOLoss, data: TensorDictBase) -> tuple[TensorDict, Tensor, int]:
+    """What the fit reads, ``[N]`` or for a recurrent critic ``[N, T]``, where it counts and is finite.
+
+    Returns:
+        The rows; which of their values count, bool ``[*R, n_agents, 1]``; how many rows that count were left out.
+    """
+    keys = loss.tensor_keys
+    recurrent = reads_init(loss.critic_network)
+    masks = {name: mask for name in loss._loss_mask_keys() if (mask := data.get(name, None)) is not None}
+    names = [*loss.critic_network.in_keys, keys.value_target, keys.value, *masks]
+    present = {name: value for name in names if (value := data.get(name, None)) is not None}
+    rows = TensorDict(present, batch_size=data.batch_size)
+    rows = rows.reshape(-1, data.batch_size[-1]) if recurrent else rows.reshape(-1)
+    target = rows.get(keys.value_target)
+    counted = torch.ones_like(target, dtype=torch.bool)
+    for name in masks:
+        counted &= loss._expand_loss_mask(rows.get(name), target)
+    finite = torch.ones(len(rows), dtype=torch.bool, device=target.device)
+    for name in present:
+        value = rows.get(name)
+        if value.is_floating_point():
+            value = _finite_where_masked(value, counted, rows.batch_dims)
+            rows.set(name, value)
+            finite &= value.flatten(1).isfinite().all(1)
+    counts = counted.flatten(1).any(1)
+    dropped = int((counts & ~finite).sum()) * rows.shape[1:].numel()
+    kept = counts & finite
+    return rows[kept], counted[kept], dropped
+
+
+def _finite_where_masked(value: Tensor, counted: Tensor, row_dims: int) -> Tensor:
+    """Zeros for what is not finite in entries that do not count."""
+    per_agent = counted.ndim > row_dims + 1 and has_agent_dim(value, counted.shape[row_dims], row_dims)
+    keep = counted.flatten(row_dims + 1 if per_agent else row_dims).any(-1)
+    return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)) | value.isfinite(), value, 0.0)

@@ -8,20 +8,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorDictBase
+from tensordict.nn import CompositeDistribution
 from torch import Tensor
 from torch import distributions as D
+from torchrl.modules import TruncatedNormal
 from torchrl.modules.distributions.utils import has_analytic_entropy
+
+from torchrl_trpo.distributions import MultiCategorical
 
 
 def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
     """The exact ``KL(p ‖ q)`` of two action distributions of the same policy, in nats.
 
     It is the KL of the joint action: summed over the action's dimensions, not averaged. A bijection that both share
-    (the squashing of a ``TanhNormal``) leaves the KL unchanged, so it is taken between the base distributions.
+    (the squashing of a ``TanhNormal``) leaves the KL unchanged, so it is taken between the base distributions. Actions
+    that are masked, in both, add neither divergence nor curvature. Of independent parts (``CompositeDistribution``,
+    :class:`~torchrl_trpo.distributions.MultiCategorical`) it is the sum.
 
     Args:
         p: the distribution that the expectation is taken under, with batch shape ``[*B]``.
-        q: the other one, of the same type and shape, squashed by the same bijection; this is not checked.
+        q: the other one, of the same type and shape, squashed by the same bijection and with the same mask; this is
+            not checked.
 
     Returns:
         The divergences, ``[*B]``.
@@ -29,20 +37,71 @@ def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
     Raises:
         NotImplementedError: if there is no closed form; a sampled KL would make the trust region a matter of luck.
     """
+    if isinstance(p, CompositeDistribution) and isinstance(q, CompositeDistribution):
+        parts = [kl_divergence(p[name], q[name]) for name in p]
+        return torch.stack([_sum_to(part, len(p.batch_shape)) for part in parts]).sum(0)
+    if isinstance(p, MultiCategorical) and isinstance(q, MultiCategorical):
+        pairs = zip(p.categoricals, q.categoricals, strict=True)
+        return torch.stack([kl_divergence(*pair) for pair in pairs]).sum(0)
+    if isinstance(p, D.Categorical) and isinstance(q, D.Categorical):
+        return _categorical_kl(p, q)
     if isinstance(p, D.TransformedDistribution) and isinstance(q, D.TransformedDistribution):
         return kl_divergence(p.base_dist, q.base_dist)
     try:
         return D.kl_divergence(p, q)
     except NotImplementedError as error:
+        reason = (
+            " TorchRL's TruncatedNormal bounds its normaliser away from 0, so that its density does not integrate to 1 "
+            "where the mean is far outside of the bounds: what it samples has no exact KL."
+            if isinstance(p, TruncatedNormal)
+            else ""
+        )
         raise NotImplementedError(
-            f"There is no exact KL divergence for {type(p).__name__}. Use a policy with IndependentNormal, TanhNormal, "
-            "Categorical or OneHotCategorical actions, or register the closed form with "
+            f"There is no exact KL divergence for {type(p).__name__}.{reason} Legal: a policy with IndependentNormal, "
+            "TanhNormal (within bounds), (Masked)Categorical, (Masked)OneHotCategorical or MultiCategorical actions, a "
+            "CompositeDistribution of them, or a closed form of your own, registered with "
             "torch.distributions.register_kl."
         ) from error
 
 
+def _categorical_kl(p: D.Categorical, q: D.Categorical) -> Tensor:
+    """``Σ_u p(u) (log p(u) − log q(u))`` over the actions that ``p`` allows."""
+    log_p, log_q = (_allowed(dist.logits, p) for dist in (p, q))
+    return (_allowed(p.probs, p) * (log_p - log_q)).sum(-1)
+
+
+def _allowed(values: Tensor, dist: D.Categorical) -> Tensor:
+    """The values of the actions that are not masked, 0 for the others; their gradient is 0 too, not NaN."""
+    mask = getattr(dist, "_mask", None)
+    if mask is None or getattr(dist, "_sparse_mask", False):
+        return values
+    return torch.where(mask, values, 0.0)
+
+
+def _sum_to(values: Tensor, ndim: int) -> Tensor:
+    """Sums over the dimensions after the first ``ndim``: parts that are not ``Independent`` keep event dimensions."""
+    return values.flatten(ndim).sum(-1) if values.ndim > ndim else values
+
+
+def log_prob(dist: D.Distribution, action: Tensor | TensorDictBase) -> Tensor:
+    """The logarithm of the density of a joint action; of a composite one, the sum over its parts.
+
+    Args:
+        dist: the distribution, batch shape ``[*B]``.
+        action: the action, or the actions of a composite distribution by name.
+
+    Returns:
+        The logarithms, ``[*B]``.
+    """
+    if isinstance(dist, CompositeDistribution):
+        actions: Any = action
+        parts = [_sum_to(dist[name].log_prob(actions.get(name)), len(dist.batch_shape)) for name in dist]
+        return torch.stack(parts).sum(0)
+    return dist.log_prob(action)
+
+
 def has_exact_entropy(dist: D.Distribution) -> bool:
-    """Whether :func:`entropy` knows the distribution: a closed form, or a squashed normal.
+    """Whether :func:`entropy` knows the distribution: a closed form, a squashed normal, or a composite of them.
 
     Args:
         dist: the distribution.
@@ -50,6 +109,8 @@ def has_exact_entropy(dist: D.Distribution) -> bool:
     Returns:
         True if :func:`entropy` can be called on it.
     """
+    if isinstance(dist, CompositeDistribution):
+        return all(has_exact_entropy(dist[name]) for name in dist)
     return has_analytic_entropy(dist) or _is_squashed_normal(dist)
 
 
@@ -70,12 +131,16 @@ def entropy(dist: D.Distribution, nodes: int = 16) -> Tensor:
     Raises:
         NotImplementedError: if the distribution has neither.
     """
+    if isinstance(dist, CompositeDistribution):
+        parts = [_sum_to(entropy(dist[name], nodes), len(dist.batch_shape)) for name in dist]
+        return torch.stack(parts).sum(0)
     if has_analytic_entropy(dist):
         return dist.entropy()
     if not _is_squashed_normal(dist):
         raise NotImplementedError(
             f"There is no exact entropy for {type(dist).__name__}. Set entropy_coeff=0 (and entropy_bonus=False), or "
-            "use IndependentNormal, TanhNormal, Categorical or OneHotCategorical actions."
+            "use IndependentNormal, TanhNormal, categorical or MultiCategorical actions, or a CompositeDistribution of "
+            "them."
         )
     squashed: Any = dist
     base = squashed.base_dist

@@ -1,20 +1,30 @@
-"""Environments for the recipes, built from their config."""
+"""Environments for the recipes: one vectorised TorchRL environment from a name, agents sorted into groups."""
 
 from __future__ import annotations
 
-import inspect
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torchrl.envs import Compose, EnvBase, MarlGroupMapType, RewardSum, StepCounter, TransformedEnv, VmasEnv
+from torchrl.data import Composite
+from torchrl.envs import (
+    Compose,
+    DoubleToFloat,
+    EnvBase,
+    InitTracker,
+    ParallelEnv,
+    RewardSum,
+    SerialEnv,
+    StepCounter,
+    Transform,
+    TransformedEnv,
+)
+from torchrl.envs.transforms import VecNormV2
 
+from torchrl_trpo.layout import in_group, path
+from torchrl_trpo.simulators import SIMULATORS
 from torchrl_trpo.suggest import SettingError, nearest
-
-GROUP = "agents"
-"""The group that holds all agents."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -46,67 +56,119 @@ def make_env(
     kwargs: Mapping[str, Any],
     seed: int,
     device: torch.device,
-    continuous_actions: bool = True,
+    continuous_actions: bool | None = None,
+    factory: str | None = None,
+    parallel: bool = False,
+    one_group: bool = False,
+    state: bool = False,
+    render: bool = False,
+    normalize_observations: bool = False,
 ) -> EnvBase:
-    """Builds a vectorised environment with all agents in the group ``"agents"``.
+    """Builds a vectorised environment.
 
-    Time limits are counted outside of VMAS, which reports them as terminations: a step at which ``max_steps`` ran out
-    is ``truncated`` and not ``terminated``, and so is bootstrapped. The running return is in
-    ``("next", "agents", "episode_reward")``.
+    Agents that may share a policy form a group: those of one team (the same name up to its number) with the same
+    observation and action space; if all agents are one group, it is called ``"agents"``. Observations are
+    ``(group, "observation")`` ``[num_envs, n_agents, F]``; a single-agent environment has no groups, and
+    ``"observation"`` ``[num_envs, F]``.
+
+    Time limits are counted here: a step at which ``max_steps`` ran out is ``truncated`` and not ``terminated``, and so
+    is bootstrapped. The running return is in ``("next", group, "episode_reward")``.
 
     Args:
-        name: ``"vmas/<scenario>"``.
+        name: ``"vmas/<scenario>"``, ``"pettingzoo/<task>"``, ``"mamujoco/<robot>"``, ``"gym/<id>"``, or ``"custom"``.
 
     Keyword Args:
         num_envs: the number of environments in the batch.
         max_steps: the time limit, in steps.
-        kwargs: the scenario's own arguments.
+        kwargs: the simulator's own arguments.
         seed: the seed of the environments' randomness.
         device: where the environments live.
-        continuous_actions: whether actions are continuous; discrete ones are categorical.
+        continuous_actions: whether actions are continuous, where the simulator offers both; discrete ones are
+            categorical.
+        factory: for ``"custom"``: where the function is that makes the environment, ``"package.module.function"``. It
+            is called with ``kwargs``, and gives one environment or a batch of ``num_envs``.
+        parallel: whether environments that are not vectorised themselves get a process each (TorchRL's
+            ``ParallelEnv``), or run one after the other.
+        one_group: whether all agents are put in one group, whatever their team.
+        state: whether the environment must give a global ``"state"`` ``[num_envs, S]``.
+        render: whether the environments must be able to draw themselves.
+        normalize_observations: whether observations are normalised with running statistics (TorchRL's ``VecNormV2``).
 
     Returns:
         The environment, batch size ``[num_envs]``.
 
     Raises:
-        SettingError: if the scenario or an argument of it is unknown, its agents differ in their spaces, or a size is
-            not positive.
-        ImportError: if VMAS is not installed.
+        SettingError: if the name or an argument is unknown, a size is not positive, or there is no such state.
+        ImportError: if the simulator is not installed.
     """
-    library, _, scenario = name.partition("/")
-    if not VmasEnv.available_envs:
-        raise ImportError("VMAS is not installed. Use: pip install torchrl-trpo[vmas,recipes].")
-    if library != "vmas" or scenario not in VmasEnv.available_envs:
-        raise SettingError(f"env: {name!r}. {nearest(name, [f'vmas/{known}' for known in VmasEnv.available_envs])}")
+    library = name.partition("/")[0]
+    if library not in SIMULATORS:
+        raise SettingError(f"env: {name!r}. {nearest(library, SIMULATORS)}")
     for setting, value in {"env.num_envs": num_envs, "env.max_steps": max_steps}.items():
         if value < 1:
             raise SettingError(f"{setting} must be at least 1, got {value}.")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        env = VmasEnv(
-            scenario,
-            num_envs=num_envs,
-            device=device,
-            seed=seed,
-            max_steps=None,
-            continuous_actions=continuous_actions,
-            group_map=MarlGroupMapType.ALL_IN_ONE_GROUP,
-            scenario_kwargs=dict(kwargs),
-        )
-    for warning in caught:
-        if "not used by the scenario" not in str(warning.message):
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-            continue
-        known = re.findall(r'kwargs\.pop\(\s*"(\w+)"', inspect.getsource(env._env.scenario.make_world))
-        (unknown, *_) = [name for name in kwargs if name not in known]
-        raise SettingError(f"env.kwargs.{unknown} is no argument of {name!r}. {nearest(unknown, known)}")
-    if env.het_specs:
-        raise SettingError(
-            f"env: {name!r} has agents with different observation or action spaces; one group cannot hold them."
-        )
-    env = TransformedEnv(
-        env,
-        Compose(StepCounter(max_steps), RewardSum(in_keys=[(GROUP, "reward")], out_keys=[(GROUP, "episode_reward")])),
+    settings = {"one_group": one_group, "state": state, "render": render, "factory": factory}
+    make = SIMULATORS[library](
+        name,
+        num_envs=num_envs,
+        kwargs=dict(kwargs),
+        seed=seed,
+        device=device,
+        continuous=continuous_actions,
+        **settings,
     )
+    env = make()
+    if not env.batch_size:
+        env.close(raise_if_closed=False)
+        env = (ParallelEnv if parallel else SerialEnv)(num_envs, make, device=device)
+    if env.batch_size != (num_envs,):
+        raise SettingError(
+            f"env: {name!r} has batch size {tuple(env.batch_size)}. Legal: (), or (env.num_envs,) = ({num_envs},)."
+        )
+    if state and "state" not in env.observation_spec.keys():
+        raise SettingError(f"env: {name!r} has no global state. Use critic.inputs=observations.")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Support of VecNormV2 for containers with non-empty batch-size")
+        env = TransformedEnv(env, Compose(*_transforms(env, max_steps, normalize_observations)))
     env.set_seed(seed)
     return env
+
+
+def agent_groups(env: EnvBase) -> dict[str | None, int]:
+    """The groups of an environment's agents.
+
+    Args:
+        env: the environment.
+
+    Returns:
+        The number of agents by group; ``{None: 1}`` for a single agent without a group.
+    """
+    spec = env.full_action_spec_unbatched
+    groups = [group for group in spec.keys() if isinstance(spec[group], Composite)]
+    return {group: spec[group, "action"].shape[0] for group in groups} if groups else {None: 1}
+
+
+def observation_norm(env: EnvBase) -> VecNormV2 | None:
+    """The transform that normalises an environment's observations, which has a state to be saved.
+
+    Args:
+        env: the environment.
+
+    Returns:
+        The transform, or None.
+    """
+    return next((transform for transform in env.transform if isinstance(transform, VecNormV2)), None)
+
+
+def _transforms(env: EnvBase, max_steps: int, normalize_observations: bool) -> list[Transform]:
+    groups = agent_groups(env)
+    observations = [in_group(group, "observation") for group in groups]
+    transforms: list[Transform] = [InitTracker(), StepCounter(max_steps)]
+    double = [key for key in observations if env.full_observation_spec_unbatched[key].dtype == torch.float64]
+    if double:
+        transforms.append(DoubleToFloat(in_keys=double))
+    if normalize_observations:
+        transforms.append(VecNormV2(in_keys=observations, decay=1.0, reduce_batch_dims=True))
+    rewards = list(env.reward_keys)
+    returns = [(*path(key)[:-1], "episode_reward") for key in rewards]
+    return [*transforms, RewardSum(in_keys=rewards, out_keys=returns)]

@@ -1,6 +1,8 @@
-"""Deterministic evaluation of a policy."""
+"""Episode returns: of collected data, and of a policy that acts deterministically."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -9,7 +11,8 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_trpo.envs import GROUP
+from torchrl_trpo.layout import path
+from torchrl_trpo.networks import GroupKeys, group_keys
 
 
 @torch.no_grad()
@@ -28,28 +31,47 @@ def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, max_steps: int) -> T
     """
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         data = env.rollout(max_steps, policy, break_when_any_done=False)
-    returns = data["next", GROUP, "episode_reward"].mean(dim=(-2, -1))  # [num_envs, T]
+    returns = _returns(data, group_keys(env)).mean(-1)  # [num_envs, T]
     done = data["next", "done"].squeeze(-1)
     done[:, -1] = True
     first = done.long().argmax(dim=1, keepdim=True)
     return returns.gather(1, first).squeeze(1)
 
 
-def episode_statistics(data: TensorDictBase) -> dict[str, float]:
+def episode_statistics(data: TensorDictBase, groups: Sequence[GroupKeys]) -> dict[str, float]:
     """Returns and lengths of the episodes that ended in a batch.
 
     Args:
         data: collected data, ``[num_envs, T]``.
+        groups: the groups of agents.
 
     Returns:
         ``episode_return``, the mean over finished episodes of the return averaged over agents, ``episode_return_sum``,
-        the same summed over agents, and ``episode_length`` in steps; NaN when no episode ended.
+        the same summed over agents, ``episode_length`` in steps, and with several groups ``episode_return_<group>``,
+        averaged over the group's agents; NaN when no episode ended.
     """
     done = data["next", "done"].squeeze(-1)
-    returns = data["next", GROUP, "episode_reward"].squeeze(-1)[done]  # [episodes, n_agents]
+    returns = _returns(data, groups)[done]  # [episodes, n_agents]
     lengths = data["next", "step_count"].squeeze(-1)[done]
-    return {
+    statistics = {
         "episode_return": float(returns.mean(-1).mean()),
         "episode_return_sum": float(returns.sum(-1).mean()),
         "episode_length": float(lengths.float().mean()),
     }
+    if len(groups) > 1:
+        parts = returns.split([keys.n_agents for keys in groups], -1)
+        for keys, part in zip(groups, parts, strict=True):
+            statistics[f"episode_return_{keys.group}"] = float(part.mean())
+    return statistics
+
+
+def _returns(data: TensorDictBase, groups: Sequence[GroupKeys]) -> Tensor:
+    """The running returns of all agents of all groups, ``[num_envs, T, n_agents]``; of a team, each agent has them."""
+    parts = []
+    for keys in groups:
+        returns = data["next"].get((
+            *path(keys.reward)[:-1],
+            "episode_reward",
+        ))  # [num_envs, T, n_agents, 1] or [num_envs, T, 1]
+        parts.append(returns.flatten(data.batch_dims).expand(*data.batch_size, keys.n_agents))
+    return torch.cat(parts, -1)

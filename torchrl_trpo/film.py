@@ -1,8 +1,9 @@
-"""Films of a policy in a VMAS environment, with or without a display."""
+"""Films of a policy, with or without a display."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,21 @@ from matplotlib.patches import Circle, Rectangle
 from matplotlib.transforms import Affine2D
 from tensordict.nn import TensorDictModuleBase
 from torchrl._utils import logger
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, SerialEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 FRAMES_PER_SECOND = 20
 
 
-def film_episodes(env: EnvBase, policy: TensorDictModuleBase, path: Path, *, max_steps: int) -> Path:
+def film_episodes(env: EnvBase, policy: TensorDictModuleBase, path: Path, *, max_steps: int) -> Path | None:
     """Films one episode in each environment of a batch, side by side, acting deterministically.
 
     VMAS's own renderer draws the frames where it finds OpenGL; elsewhere, on a bare server, they are drawn from the
-    world's state with matplotlib. An episode that ends early stays at its last frame.
+    world's state with matplotlib. Other simulators draw themselves. An episode that ends early stays at its last frame.
 
     Args:
-        env: a VMAS environment in TorchRL transforms; four environments make a film of two by two.
+        env: an environment in TorchRL transforms, made with ``render=True``; four environments make a film of two by
+            two.
         policy: the policy.
         path: where the film goes, an ``.mp4`` or ``.gif`` file.
 
@@ -37,9 +39,14 @@ def film_episodes(env: EnvBase, policy: TensorDictModuleBase, path: Path, *, max
         max_steps: the episodes' length at most, in steps.
 
     Returns:
-        The path.
+        The path, or None where the environment cannot be drawn, which is said.
     """
-    render = _choose_renderer(env.base_env._env)
+    try:
+        render = _choose_renderer(env.base_env)
+        render(0)
+    except Exception as error:  # what is raised depends on the simulator and on what it misses
+        logger.warning(f"No film: the environment cannot be drawn here ({type(error).__name__}: {error}).")
+        return None
     num_envs = env.batch_size[0]
     shrink = math.ceil(num_envs**0.5)
     films: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
@@ -57,7 +64,12 @@ def film_episodes(env: EnvBase, policy: TensorDictModuleBase, path: Path, *, max
     return path
 
 
-def _choose_renderer(simulator: Any) -> Callable[[int], np.ndarray]:
+def _choose_renderer(env: EnvBase) -> Callable[[int], np.ndarray]:
+    """What draws one environment of a batch."""
+    if isinstance(env, SerialEnv):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame, without a display
+        return lambda index: np.asarray(env._envs[index]._env.render())
+    simulator = env._env
     try:
         simulator.render(mode="rgb_array")
     except Exception as error:  # what is raised depends on which part of OpenGL is missing

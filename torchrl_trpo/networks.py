@@ -3,110 +3,220 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from tensordict import NestedKey
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
-from torch.distributions import Categorical
-from torchrl.data import Bounded
+from torch.distributions import Distribution
+from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import (
     MLP,
+    ConvNet,
+    IndependentNormal,
+    MaskedCategorical,
+    MultiAgentConvNet,
     MultiAgentMLP,
     NormalParamExtractor,
+    PopArtValueNorm,
     ProbabilisticActor,
     TanhNormal,
 )
 
-from torchrl_trpo.envs import GROUP
-
-OBSERVATION: NestedKey = (GROUP, "observation")
-ACTION: NestedKey = (GROUP, "action")
-LOG_PROB: NestedKey = (GROUP, "action_log_prob")
-REWARD: NestedKey = (GROUP, "reward")
-VALUE: NestedKey = (GROUP, "state_value")
-CENTRAL: NestedKey = (GROUP, "central_observation")
+from torchrl_trpo import distributions
+from torchrl_trpo.action_features import n_action_features
+from torchrl_trpo.envs import agent_groups
+from torchrl_trpo.layout import in_group, path
+from torchrl_trpo.recurrent import RecurrentModule
 
 
-def make_actor(env: EnvBase, *, share_params: bool, hidden: Sequence[int] = (128, 128)) -> ProbabilisticActor:
+@dataclass(frozen=True)
+class GroupKeys:
+    """Where the entries of a group are.
+
+    Attributes:
+        group: the group's name; None for a single agent.
+        n_agents: how many agents are in it.
+        reward: of the agents, or of the team at the root where the environment has no other.
+        done: as ``reward``; likewise ``terminated``.
+        action_mask: which discrete actions are allowed, if the environment says so.
+        mask: which agents take part, if the environment says so.
+    """
+
+    group: str | None
+    n_agents: int
+    reward: NestedKey
+    done: NestedKey
+    terminated: NestedKey
+    action_mask: NestedKey | None
+    mask: NestedKey | None
+
+    def __getattr__(self, name: str) -> NestedKey:
+        if name in _ENTRIES:
+            return in_group(self.group, _ENTRIES[name])
+        raise AttributeError(name)
+
+    @property
+    def loss_keys(self) -> dict[str, NestedKey]:
+        """The keys of a loss, for ``set_keys``."""
+        names = ("action", "reward", "done", "terminated", "value", "advantage", "value_target")
+        return {**{name: getattr(self, name) for name in names}, "sample_log_prob": self.log_prob}
+
+
+_ENTRIES = {
+    "observation": "observation",
+    "action": "action",
+    "log_prob": "action_log_prob",
+    "value": "state_value",
+    "advantage": "advantage",
+    "value_target": "value_target",
+    "central": "central_observation",
+}
+
+
+def group_keys(env: EnvBase) -> list[GroupKeys]:
+    """Where the entries of an environment's groups are.
+
+    Args:
+        env: the environment.
+
+    Returns:
+        The keys of each group.
+    """
+    observed = set(env.full_observation_spec_unbatched.keys(True, True))
+
+    def own(group: str | None, name: str, keys: Sequence[NestedKey]) -> NestedKey:
+        return in_group(group, name) if in_group(group, name) in keys else name
+
+    return [
+        GroupKeys(
+            group,
+            n_agents,
+            reward=own(group, "reward", env.reward_keys),
+            done=own(group, "done", env.done_keys),
+            terminated=own(group, "terminated", env.done_keys),
+            action_mask=key if (key := in_group(group, "action_mask")) in observed else None,
+            mask=key if (key := in_group(group, "mask")) in observed else None,
+        )
+        for group, n_agents in agent_groups(env).items()
+    ]
+
+
+def make_actor(
+    env: EnvBase, keys: GroupKeys, *, share_params: bool, hidden: Sequence[int] = (128, 128), network: str = "mlp"
+) -> ProbabilisticActor:
     """A decentralised policy: each agent acts on its own observation.
 
     Args:
-        env: the environment; continuous actions get a ``TanhNormal`` within their bounds, discrete ones a
-            ``Categorical``.
+        env: the environment; continuous actions get a ``TanhNormal`` within their bounds, or an ``IndependentNormal``
+            without, discrete ones a ``Categorical`` or ``MultiCategorical``, masked where the environment gives an
+            ``"action_mask"``.
+        keys: the group that acts.
 
     Keyword Args:
         share_params: whether the agents share one network or have one each, stacked on a leading agent dimension.
         hidden: the sizes of the hidden layers.
+        network: ``"mlp"``, ``"gru"`` or ``"lstm"`` (the first hidden layer is recurrent). Images ``[C, H, W]`` are read
+            by a convolutional network first.
 
     Returns:
         The policy, from ``[*B, n_agents, F]`` to actions ``[*B, n_agents, A]`` with their log-probability.
     """
-    action_spec = env.full_action_spec_unbatched[ACTION]
-    continuous = isinstance(action_spec, Bounded)
-    n_outputs = 2 * action_spec.shape[-1] if continuous else action_spec.space.n
-    network = _decentralised(env, n_outputs, share_params, hidden)
-    if continuous:
-        network = nn.Sequential(network, NormalParamExtractor())
-    names = ["loc", "scale"] if continuous else ["logits"]
-    keys: list[NestedKey] = [(GROUP, name) for name in names]
+    spec = env.full_action_spec_unbatched[keys.action]
+    distribution, kwargs, names, n_outputs = _distribution(spec, keys.action_mask is not None)
+    last = [] if "logits" in names else [NormalParamExtractor()]
+    outputs = [in_group(keys.group, name) for name in names]
+    module = _network(env, keys, keys.observation, outputs, n_outputs, share_params, hidden, network, "policy", last)
+    parameters = dict(zip(names, outputs, strict=True))
+    if keys.action_mask is not None:
+        parameters["mask"] = keys.action_mask
     return ProbabilisticActor(
-        TensorDictModule(network, in_keys=[OBSERVATION], out_keys=keys),
-        in_keys=keys,
-        out_keys=[ACTION],
-        spec=env.action_spec_unbatched,
-        distribution_class=TanhNormal if continuous else Categorical,
-        distribution_kwargs={"low": action_spec.space.low, "high": action_spec.space.high} if continuous else {},
+        module,
+        in_keys=parameters if keys.action_mask is not None else outputs,
+        out_keys=[keys.action],
+        spec=Composite({keys.action: spec}),
+        distribution_class=distribution,
+        distribution_kwargs=kwargs,
         return_log_prob=True,
+        log_prob_keys=[keys.log_prob],
     )
 
 
-def make_critic(env: EnvBase, *, share_params: bool, hidden: Sequence[int] = (128, 128)) -> TensorDictModule:
+def make_critic(
+    env: EnvBase, keys: GroupKeys, *, share_params: bool, hidden: Sequence[int] = (128, 128), network: str = "mlp"
+) -> TensorDictModuleBase:
     """Each agent's own critic ``V(o_i)``.
 
     Args:
         env: the environment.
+        keys: the group whose critic it is.
 
     Keyword Args:
         share_params: whether the agents share one network.
         hidden: the sizes of the hidden layers.
+        network: as for :func:`make_actor`.
 
     Returns:
         The critic, from observations ``[*B, n_agents, F]`` to values ``[*B, n_agents, 1]``.
     """
-    network = _decentralised(env, 1, share_params, hidden)
-    return TensorDictModule(network, in_keys=[OBSERVATION], out_keys=[VALUE])
+    return _network(env, keys, keys.observation, [keys.value], 1, share_params, hidden, network, "critic")
 
 
 def make_central_critic(
-    env: EnvBase, *, agent_one_hot: bool, others_actions: bool = False, hidden: Sequence[int] = (128, 128)
-) -> TensorDictModule:
+    env: EnvBase,
+    keys: GroupKeys,
+    *,
+    inputs: str = "observations",
+    agent_one_hot: bool = False,
+    others_actions: bool = False,
+    hidden: Sequence[int] = (128, 128),
+    network: str = "mlp",
+) -> TensorDictModuleBase:
     """The centralised critic ``V(s)`` or ``V(s, u^-i)`` over what ``CentralCriticValueEstimator`` pools.
 
     Args:
         env: the environment.
+        keys: the group whose critic it is.
 
     Keyword Args:
+        inputs: ``"observations"`` of all agents of all groups, ``"state"`` of the environment, or ``"both"``.
         agent_one_hot: whether the agent's index is part of the input, so that agents' values may differ.
         others_actions: whether the others' actions are part of the input.
         hidden: the sizes of the hidden layers.
+        network: as for :func:`make_actor`.
 
     Returns:
         The critic, from the pooled input ``[*B, n_agents, F]`` to values ``[*B, n_agents, 1]``.
     """
-    n_agents, n_inputs = env.full_observation_spec_unbatched[OBSERVATION].shape
-    size = n_agents * n_inputs
-    size += n_agents if agent_one_hot else 0
-    if others_actions:
-        action_shape = env.full_action_spec_unbatched[ACTION].shape
-        size += (n_agents - 1) * (action_shape[-1] if len(action_shape) > 1 else 1)
-    network: nn.Module = MLP(
-        in_features=size, out_features=1, num_cells=list(hidden), activation_class=nn.Tanh, device=env.device
-    )
-    if not (agent_one_hot or others_actions):
-        network = TeamCritic(network)
-    return TensorDictModule(network, in_keys=[CENTRAL], out_keys=[VALUE])
+    observations, actions = env.full_observation_spec_unbatched, env.full_action_spec_unbatched
+    size = keys.n_agents if agent_one_hot else 0
+    for group, n_agents in agent_groups(env).items():
+        size += observations[group, "observation"].shape.numel() if inputs != "state" else 0
+        if others_actions:
+            size += (n_agents - (group == keys.group)) * n_action_features(actions[group, "action"])
+    size += observations["state"].shape.numel() if inputs != "observations" else 0
+    differ = agent_one_hot or others_actions
+    if network != "mlp" or differ:
+        return _network(env, keys, keys.central, [keys.value], 1, True, hidden, network, "critic", size=size)
+    value = MLP(size, 1, num_cells=list(hidden), activation_class=nn.Tanh, device=env.device)
+    return TensorDictModule(TeamCritic(value), in_keys=[keys.central], out_keys=[keys.value])
+
+
+def make_value_norm(popart: bool, device: torch.device) -> PopArtValueNorm | None:
+    """What the critic's values are normalised with.
+
+    Args:
+        popart: whether they are.
+        device: where the statistics are.
+
+    Returns:
+        The running statistics, or None.
+    """
+    return PopArtValueNorm(device=device) if popart else None
 
 
 class TeamCritic(nn.Module):
@@ -133,17 +243,72 @@ class TeamCritic(nn.Module):
         return value.unsqueeze(-2).expand(*central.shape[:-1], value.shape[-1])
 
 
-def _decentralised(env: EnvBase, n_outputs: int, share_params: bool, hidden: Sequence[int]) -> nn.Module:
-    """A network of each agent's own observation, ``[*B, n_agents, F]`` to ``[*B, n_agents, n_outputs]``."""
-    n_agents, n_inputs = env.full_observation_spec_unbatched[OBSERVATION].shape
-    return MultiAgentMLP(
-        n_inputs,
-        n_outputs,
-        n_agents=n_agents,
-        centralized=False,
-        share_params=share_params,
-        num_cells=list(hidden),
-        depth=len(hidden),
-        activation_class=nn.Tanh,
-        device=env.device,
+def _distribution(
+    spec: TensorSpec, masked: bool
+) -> tuple[type[Distribution] | partial, dict[str, Any], list[str], int]:
+    """The distribution for an action space, its constants, its parameters, and how many numbers they are."""
+    if isinstance(spec, MultiCategorical):
+        nvec = spec.nvec.reshape(-1, spec.shape[-1])[0].tolist()
+        return distributions.MultiCategorical, {"nvec": nvec}, ["logits"], sum(nvec)
+    if isinstance(spec, Categorical):
+        return MaskedCategorical if masked else torch.distributions.Categorical, {}, ["logits"], spec.n
+    if isinstance(spec, Bounded):
+        bounds = {"low": spec.space.low, "high": spec.space.high}
+        return TanhNormal, bounds, ["loc", "scale"], 2 * spec.shape[-1]
+    return IndependentNormal, {}, ["loc", "scale"], 2 * spec.shape[-1]
+
+
+def _network(
+    env: EnvBase,
+    keys: GroupKeys,
+    in_key: NestedKey,
+    out_keys: list[NestedKey],
+    n_outputs: int,
+    share_params: bool,
+    hidden: Sequence[int],
+    network: str,
+    name: str,
+    last: Sequence[nn.Module] = (),
+    size: int | None = None,
+) -> TensorDictModuleBase:
+    """A network of each agent's own input, ``[*B, n_agents, F]`` to ``[*B, n_agents, n_outputs]``."""
+    device = env.device
+    agents: dict[str, Any] = {"n_agents": keys.n_agents, "centralized": False, "share_params": share_params}
+    modules: list[TensorDictModuleBase] = []
+    shape = (size,) if size else env.full_observation_spec_unbatched[in_key].shape[keys.group is not None :]
+    if len(shape) == 3:
+        convolution = {
+            "in_features": shape[0],
+            "num_cells": [16, 32],
+            "kernel_sizes": 3,
+            "strides": 2,
+            "device": device,
+        }
+        images = ConvNet(**convolution) if keys.group is None else MultiAgentConvNet(**agents, **convolution)
+        example = torch.zeros(*(() if keys.group is None else (keys.n_agents,)), *shape, device=device)
+        features = in_group(keys.group, f"{name}_pixels")
+        modules.append(TensorDictModule(images, in_keys=[in_key], out_keys=[features]))
+        shape, in_key = images(example).shape[-1:], features
+    hidden = list(hidden)
+    n_inputs = shape[-1]
+    if network != "mlp":
+        features, state = in_group(keys.group, f"{name}_features"), in_group(keys.group, f"{name}_state")
+        recurrent = RecurrentModule(
+            n_inputs,
+            hidden[0],
+            cell=network,
+            in_keys=[in_key, state, "is_init"],
+            out_keys=[features, ("next", *path(state))],
+            n_agents=None if keys.group is None else keys.n_agents,
+            share_params=share_params,
+            device=device,
+        )
+        modules.append(recurrent)
+        n_inputs, in_key, hidden = hidden[0], features, hidden[1:]
+    head: dict[str, Any] = {"num_cells": hidden, "depth": len(hidden), "activation_class": nn.Tanh, "device": device}
+    mlp = (
+        MLP(n_inputs, n_outputs, **head) if keys.group is None else MultiAgentMLP(n_inputs, n_outputs, **agents, **head)
     )
+    body = nn.Sequential(mlp, *last) if last else mlp
+    modules.append(TensorDictModule(body, in_keys=[in_key], out_keys=out_keys))
+    return modules[0] if len(modules) == 1 else TensorDictSequential(*modules)

@@ -17,13 +17,16 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
 from torchrl.envs import EnvBase
+from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
 
 from torchrl_trpo.divergence import entropy
-from torchrl_trpo.envs import make_env
+from torchrl_trpo.envs import make_env, observation_norm
 from torchrl_trpo.evaluation import episode_statistics, evaluate
 from torchrl_trpo.film import film_episodes
+from torchrl_trpo.networks import group_keys
 from torchrl_trpo.plots import plot_learning_curve
+from torchrl_trpo.recurrent import carry_states
 from torchrl_trpo.suggest import SettingError
 
 COLUMNS = (
@@ -43,17 +46,22 @@ COLUMNS = (
     "critic_s",
     "wall_s",
 )
-"""The columns of ``metrics.csv``."""
+"""The columns of ``metrics.csv``; with several groups of agents, ``episode_return_<group>`` follow."""
 
 _NETWORK_SETTINGS = (
     "actor.hidden",
-    "actor.share_params",
+    "actor.sharing",
+    "actor.network",
     "critic.hidden",
+    "critic.network",
     "critic.share_params",
+    "critic.inputs",
     "critic.agent_one_hot",
     "critic.others_actions",
+    "critic.value_norm",
+    "normalize_observations",
 )
-_PACKAGES = ("torchrl-trpo", "torch", "torchrl", "tensordict", "vmas", "hydra-core")
+_PACKAGES = ("torchrl-trpo", "torch", "torchrl", "tensordict", "vmas", "mpe2", "gymnasium", "hydra-core")
 
 
 class Run:
@@ -64,7 +72,8 @@ class Run:
         algorithm: the algorithm's name, for titles.
 
     Keyword Args:
-        policy: the policy.
+        env: the environment.
+        policy: the policy of all groups.
         **components: what a checkpoint must hold to continue, objects with ``state_dict`` and ``load_state_dict``.
 
     Attributes:
@@ -76,10 +85,18 @@ class Run:
             network.
     """
 
-    def __init__(self, cfg: DictConfig, algorithm: str, *, policy: TensorDictModuleBase, **components: Any) -> None:
+    def __init__(
+        self, cfg: DictConfig, algorithm: str, *, env: EnvBase, policy: TensorDictModuleBase, **components: Any
+    ) -> None:
         self.cfg = cfg
         self.algorithm = algorithm
+        self.env = env
         self.policy = policy
+        self.groups = group_keys(env)
+        several = [f"episode_return_{keys.group}" for keys in self.groups] if len(self.groups) > 1 else []
+        self.columns = (*COLUMNS, *several)
+        if (norm := observation_norm(env)) is not None:
+            components["observation_norm"] = norm
         self.folder = Path(cfg.resume or cfg.output_dir)
         self._progress: dict[str, Any] = {"iteration": 0, "frames": 0, "wall_s": 0.0}
         self._optimizers = [c for c in components.values() if isinstance(c, torch.optim.Optimizer)]
@@ -91,7 +108,7 @@ class Run:
         self._write_config()
         rows = self._kept_rows()
         self._file = (self.folder / "metrics.csv").open("w", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer = csv.DictWriter(self._file, self.columns)
         self._writer.writeheader()
         self._writer.writerows(rows)
         self._returns = [float(row["episode_return"] or "nan") for row in rows]
@@ -131,13 +148,13 @@ class Run:
         self._progress["wall_s"] = time.perf_counter() - self._start
         row = {
             **self._progress,
-            **episode_statistics(data),
+            **episode_statistics(data, self.groups),
             **{name: float(stats[name].float().mean()) for name in ("kl", "accepted", "improvement")},
-            "entropy": float(entropy(self.policy.build_dist_from_params(data)).mean()),
+            "entropy": self._entropy(data),
             **critic,
             **self._laps,
         }
-        self._writer.writerow({name: _cell(row[name]) for name in COLUMNS})
+        self._writer.writerow({name: _cell(row[name]) for name in self.columns})
         self._file.flush()
         self._returns.append(row["episode_return"])
         self._show(data, stats, row)
@@ -147,11 +164,8 @@ class Run:
         self._laps = {}
         self._last_lap = time.perf_counter()
 
-    def finish(self, env: EnvBase) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Evaluates the policy, plots the curve, makes the film, writes the summary and says where it all is.
-
-        Args:
-            env: the environment that was trained in.
 
         Returns:
             What ``summary.json`` holds.
@@ -160,7 +174,9 @@ class Run:
         self._file.close()
         cfg = self.cfg
         recent = [value for value in self._returns if math.isfinite(value)][-5:] or [math.nan]
-        returns = evaluate(env, self.policy, max_steps=cfg.env.max_steps)
+        if (norm := observation_norm(self.env)) is not None:
+            norm.freeze()
+        returns = evaluate(self.env, self.policy, max_steps=cfg.env.max_steps)
         summary = {
             "algorithm": self.algorithm,
             "env": cfg.env.name,
@@ -183,8 +199,7 @@ class Run:
             max_kl=cfg.updater.max_kl,
         )
         if cfg.film:
-            stage = make_env(**{**cfg.env, "num_envs": 4}, seed=cfg.seed, device=env.device)
-            film_episodes(stage, self.policy, self.folder / "film.mp4", max_steps=cfg.env.max_steps)
+            self._film()
         print(
             f"{title}: episode return {summary['episode_return']:.1f} (mean of the last {len(recent)} iterations "
             "with finished episodes), "
@@ -195,6 +210,34 @@ class Run:
             if (self.folder / name).exists():
                 print(f"  {self.folder / name}")
         return summary
+
+    def _entropy(self, data: TensorDictBase) -> float:
+        """The policy's entropy at collection in nats, the mean over the rows and agents that count."""
+        total = count = torch.zeros((), device=self.env.device)
+        actors = [module for module in self.policy.modules() if isinstance(module, ProbabilisticActor)]
+        for keys, actor in zip(self.groups, actors, strict=True):
+            values = entropy(actor.build_dist_from_params(data))
+            counts = torch.ones_like(values) if keys.mask is None else data.get(keys.mask).to(values.dtype)
+            total, count = total + (values * counts).sum(), count + counts.sum()
+        return float(total / count)
+
+    def _film(self) -> None:
+        cfg = self.cfg
+        settings = {**cfg.env, "num_envs": 4, "parallel": False}
+        stage = make_env(
+            **settings,
+            seed=cfg.seed,
+            device=self.env.device,
+            one_group=cfg.get("actor", {}).get("sharing") == "all",
+            render=True,
+            normalize_observations=cfg.normalize_observations,
+        )
+        carry_states(stage, self.policy)
+        if (norm := observation_norm(self.env)) is not None:
+            observation_norm(stage).load_state_dict(norm.state_dict())
+            observation_norm(stage).freeze()
+        film_episodes(stage, self.policy, self.folder / "film.mp4", max_steps=cfg.env.max_steps)
+        stage.close(raise_if_closed=False)
 
     def _show(self, data: TensorDictBase, stats: TensorDictBase, row: dict[str, Any]) -> None:
         self._bar.update(data.numel())

@@ -14,11 +14,17 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from torchrl.envs import VmasEnv
 
+from torchrl_trpo.networks import GroupKeys
+from torchrl_trpo.simulators import known_environments
 from torchrl_trpo.suggest import SettingError, nearest
 
-_ENV_DEFAULTS = {"num_envs": 60, "max_steps": 100, "continuous_actions": True, "kwargs": {}}
+_ENV_DEFAULTS: dict[str, dict[str, Any]] = {
+    "vmas": {"num_envs": 60, "max_steps": 100, "continuous_actions": True, "kwargs": {}},
+    "pettingzoo": {"num_envs": 20, "max_steps": 25, "continuous_actions": False, "parallel": False, "kwargs": {}},
+    "mamujoco": {"num_envs": 10, "max_steps": 1000, "parallel": False, "kwargs": {"agent_conf": "2x3"}},
+    "gym": {"num_envs": 10, "max_steps": 1000, "parallel": False, "kwargs": {}},
+}
 _NOT_RESUMED = ("resume", "output_dir", "algorithm", "versions")
 _OPEN = ("env.kwargs.",)  # sections that take any name
 
@@ -113,7 +119,7 @@ def _settings(node: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def register_environments(config_dir: Path) -> list[str]:
-    """Makes every scenario of VMAS a choice ``env=vmas/<scenario>``, beside those that have a YAML file.
+    """Makes every task of the installed simulators a choice ``env=<library>/<task>``, beside those with a YAML file.
 
     Args:
         config_dir: the folder of the configs.
@@ -121,13 +127,15 @@ def register_environments(config_dir: Path) -> list[str]:
     Returns:
         The names of all choices.
     """
-    written = {path.stem for path in (config_dir / "env" / "vmas").glob("*.yaml")}
-    scenarios = sorted(written.union(VmasEnv.available_envs))
-    for scenario in scenarios:
-        if scenario not in written:
-            node = {"name": f"vmas/{scenario}", **_ENV_DEFAULTS}
-            ConfigStore.instance().store(group="env/vmas", name=scenario, node=node, package="env")
-    return [f"vmas/{scenario}" for scenario in scenarios]
+    choices = [path.stem for path in (config_dir / "env").glob("*.yaml")]
+    for library, tasks in known_environments().items():
+        written = {path.stem for path in (config_dir / "env" / library).glob("*.yaml")}
+        for task in sorted(written.union(tasks)):
+            choices.append(f"{library}/{task}")
+            if task not in written:
+                node = {"name": choices[-1], **_ENV_DEFAULTS[library]}
+                ConfigStore.instance().store(group=f"env/{library}", name=task, node=node, package="env")
+    return choices
 
 
 def _setting_names(config_dir: Path, config_name: str) -> list[str]:
@@ -161,6 +169,16 @@ def check_settings(cfg: DictConfig) -> None:
     for name, value in {"actor.hidden": cfg.actor.hidden, "critic.hidden": cfg.critic.hidden}.items():
         if not isinstance(value, ListConfig) or not all(map(_is_size, value)):
             raise SettingError(f"{name} must be a list of layer sizes such as [128,128], got {value!r}.")
+    legal: dict[str, tuple[Any, list[Any]]] = {
+        "actor.sharing": (cfg.actor.get("sharing", "none"), ["all", "group", "none"]),
+        "actor.network": (cfg.actor.network, ["mlp", "gru", "lstm"]),
+        "critic.network": (cfg.critic.network, ["mlp", "gru", "lstm"]),
+        "critic.inputs": (cfg.critic.get("inputs", "state"), ["observations", "state", "both"]),
+        "team_reward": (cfg.get("team_reward"), ["mean", "sum", None]),
+    }
+    for name, (value, choices) in legal.items():
+        if value not in choices:
+            raise SettingError(f"{name}: {value!r}. {nearest(value, choices)}")
     shares = {"gamma": (cfg.gamma, 1), "lmbda": (cfg.lmbda, 1), "critic.lr": (cfg.critic.lr, math.inf)}
     for name, (value, most) in shares.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
@@ -176,6 +194,27 @@ def check_settings(cfg: DictConfig) -> None:
             f"train.total_frames={cfg.train.total_frames} is not a multiple of train.frames_per_batch={frames}. "
             f"Nearest: {_multiples(cfg.train.total_frames, frames)}."
         )
+
+
+def check_single_agent(cfg: DictConfig, groups: Sequence[GroupKeys]) -> GroupKeys:
+    """Checks that an environment has one agent, without a group.
+
+    Args:
+        cfg: the recipe's config.
+        groups: the environment's groups.
+
+    Returns:
+        The agent's keys.
+
+    Raises:
+        SettingError: if it has groups of agents.
+    """
+    if groups[0].group is not None:
+        names = [keys.group for keys in groups]
+        raise SettingError(
+            f"env: {cfg.env.name!r} has groups of agents, {names}. Use the recipes itrpo, matrpo or hatrpo."
+        )
+    return groups[0]
 
 
 def _is_size(value: object) -> bool:

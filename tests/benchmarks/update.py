@@ -27,7 +27,7 @@ from torchrl.modules import MultiAgentMLP, NormalParamExtractor, ProbabilisticAc
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.networks import ACTION, CENTRAL, LOG_PROB, OBSERVATION, REWARD, VALUE, make_actor, make_central_critic
+from torchrl_trpo.networks import group_keys, make_actor, make_central_critic
 from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, PolicyRows, TRPOLoss
 
 NUM_ENVS, STEPS, N_OBS, N_ACT = 60, 100, 16, 2
@@ -59,13 +59,15 @@ def policy_and_data(n_agents: int, share_params: bool) -> tuple[TRPOLoss, Tensor
     )
     keys = [("agents", "loc"), ("agents", "scale")]
     actor = ProbabilisticActor(
-        TensorDictModule(nn.Sequential(net, NormalParamExtractor()), in_keys=[OBSERVATION], out_keys=keys),
+        TensorDictModule(
+            nn.Sequential(net, NormalParamExtractor()), in_keys=[("agents", "observation")], out_keys=keys
+        ),
         in_keys=keys,
-        out_keys=[ACTION],
+        out_keys=[("agents", "action")],
         distribution_class=TanhNormal,
         return_log_prob=True,
     )
-    data = TensorDict({OBSERVATION: torch.randn(NUM_ENVS, STEPS, n_agents, N_OBS)}, [NUM_ENVS, STEPS])
+    data = TensorDict({("agents", "observation"): torch.randn(NUM_ENVS, STEPS, n_agents, N_OBS)}, [NUM_ENVS, STEPS])
     with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
         actor(data)
     data["advantage"] = torch.randn(NUM_ENVS, STEPS, n_agents, 1)
@@ -152,16 +154,17 @@ def bench_iteration(repetitions: int) -> dict[str, float]:
         seed=0,
         device=torch.device("cpu"),
     )
-    actor, critic = make_actor(env, share_params=False), make_central_critic(env, agent_one_hot=False)
+    (keys,) = group_keys(env)
+    actor, critic = make_actor(env, keys, share_params=False), make_central_critic(env, keys)
     loss = TRPOLoss(actor, critic)
-    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, reward=REWARD, value=VALUE)
+    loss.set_keys(**keys.loss_keys)
     loss.make_value_estimator(
         CentralCriticValueEstimator,
         gamma=0.99,
         lmbda=0.9,
         value_network=critic,
-        observation_keys=[OBSERVATION],
-        central_key=CENTRAL,
+        observation_keys=[keys.observation],
+        central_key=keys.central,
     )
     updater = TrustRegionUpdater(HATRPOSequentialObjective(loss), fisher_subsample=0.1)
     optimizer = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=1e-3)

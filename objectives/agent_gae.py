@@ -1,0 +1,188 @@
+"""Generalised advantage estimation with masks, recurrent critics and normalised values."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from tensordict import NestedKey, TensorDictBase, unravel_key
+from tensordict.nn import TensorDictModuleBase, dispatch
+from torch import Tensor
+from torchrl.modules import ValueNorm, set_recurrent_mode
+from torchrl.objectives.value import MultiAgentGAE
+
+from torchrl_trpo.layout import group_of, has_agent_dim, path, reads_init
+from torchrl_trpo.objectives.policy_rows import entry
+from torchrl_trpo.suggest import nearest
+
+
+class AgentGAE(MultiAgentGAE):
+    r"""TorchRL's :class:`~torchrl.objectives.value.MultiAgentGAE` for data as it comes from real environments.
+
+    GAE (Schulman et al. 2016, arXiv:1506.02438, equation 16); team rewards and done flags ``[*B, T, 1]`` are broadcast
+    to the agents, steps that were truncated but not terminated are bootstrapped. Beyond its parent it
+
+    - keeps padded steps out: where no agent of a step counts (``mask_key``), nothing of that step reaches the
+      steps before it, and what is not finite in masked entries is not read;
+    - evaluates recurrent critics over whole sequences, and :math:`V(o_{t+1})` with the state that follows :math:`o_t`,
+      also where an episode ends. A sequence starts with the state recorded in the data, or with none;
+    - denormalises the values of a critic that outputs normalised ones (``value_norm``);
+    - turns the agents' rewards into one for the team (``team_reward``).
+
+    Keyword Args:
+        gamma: the discount.
+        lmbda: GAE's :math:`\lambda`.
+        value_network: the critic, to values ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``).
+        mask_key: which entries count, bool ``[*B, T]`` or ``[*B, T, n_agents]``. Default: all. ``TRPOLoss`` sets it to
+            its own, ``loss_mask_key``.
+        team_reward: ``"mean"`` or ``"sum"``: replaces the agents' rewards by one for the team. Default: rewards as
+            they are.
+        reward_keys: whose rewards ``team_reward`` takes together, for teams of several groups. Default: the
+            estimator's own reward.
+        value_norm: a :class:`~torchrl.modules.ValueNorm`: the critic outputs normalised values, which are denormalised
+            here. Give the same one to the loss, which normalises the targets. Default: raw values.
+        **kwargs: keywords of :class:`~torchrl.objectives.value.MultiAgentGAE`.
+
+    Raises:
+        ValueError: if ``team_reward`` is unknown.
+        KeyError: when called on data without one of the entries.
+    """
+
+    value_norm: ValueNorm | None
+    value_network: TensorDictModuleBase | None
+
+    def __init__(
+        self,
+        *,
+        mask_key: NestedKey | None = None,
+        team_reward: Literal["mean", "sum"] | None = None,
+        reward_keys: Sequence[NestedKey] | None = None,
+        value_norm: ValueNorm | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if team_reward not in (None, "mean", "sum"):
+            raise ValueError(f"team_reward: {team_reward!r}. {nearest(team_reward, ['mean', 'sum', None])}")
+        self.mask_keys: tuple[NestedKey, ...] = () if mask_key is None else (mask_key,)
+        self.team_reward = team_reward
+        self.reward_keys = None if reward_keys is None else [unravel_key(key) for key in reward_keys]
+        self.value_norm = value_norm
+
+    @dispatch
+    def forward(
+        self,
+        tensordict: TensorDictBase,
+        *,
+        params: TensorDictBase | None = None,
+        target_params: TensorDictBase | None = None,
+        time_dim: int | None = None,
+    ) -> TensorDictBase:
+        """Evaluates the critic and writes advantages and value targets.
+
+        Args:
+            tensordict: the data, ``[*B, T]``; written to.
+
+        Keyword Args:
+            params: the critic's parameters, instead of the value network's own.
+            target_params: the critic's parameters for the values at ``t+1``.
+            time_dim: the time dimension. Default: the one named "time", or the last.
+
+        Returns:
+            The same tensordict with the value, ``advantage`` and ``value_target``, each ``[*B, T, n_agents, 1]``.
+        """
+        data = self._prepared(tensordict, time_dim)
+        with set_recurrent_mode(True):
+            super().forward(data, params=params, target_params=target_params, time_dim=time_dim)
+        keys = self.tensor_keys
+        for key in (keys.value, ("next", *path(keys.value)), keys.advantage, keys.value_target):
+            tensordict.set(key, data.get(key))
+        return tensordict
+
+    def value_estimate(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> Tensor:
+        """The value target alone, ``[*B, T, n_agents, 1]``.
+
+        Args:
+            tensordict: the data, ``[*B, T]``.
+            *args: as for :meth:`MultiAgentGAE.value_estimate`.
+            **kwargs: as for :meth:`MultiAgentGAE.value_estimate`.
+        """
+        with set_recurrent_mode(True):
+            return super().value_estimate(self._prepared(tensordict, kwargs.get("time_dim")), *args, **kwargs)
+
+    def _prepared(self, tensordict: TensorDictBase, time_dim: int | None) -> TensorDictBase:
+        """A shallow copy of the data with the team's reward, and without what masked entries must not spread."""
+        keys = self.tensor_keys
+        for key in (keys.reward, keys.done):
+            entry(tensordict, ("next", *path(key)), "the reward and done keys")
+        data = tensordict.clone(False)
+        masks = [data.get(key, None) for key in self.mask_keys]
+        masks = [mask.reshape(*data.batch_size, -1) for mask in masks if mask is not None]
+        if masks:
+            self._clear_masked(data, torch.stack(torch.broadcast_tensors(*masks)).all(0), time_dim)
+        if self.team_reward is not None:
+            names = [keys.reward] if self.reward_keys is None else self.reward_keys
+            rewards = [entry(data, ("next", *path(name)), "reward_keys").flatten(data.batch_dims) for name in names]
+            rewards = torch.cat(rewards, -1)  # [*B, T, all agents]
+            team = rewards.mean(-1) if self.team_reward == "mean" else rewards.sum(-1)
+            own = data.get(("next", *path(keys.reward)))
+            team = team.reshape(*team.shape, *[1] * (own.ndim - team.ndim)).expand_as(own)
+            data.set(("next", *path(keys.reward)), team)
+        return data
+
+    def _clear_masked(self, data: TensorDictBase, mask: Tensor, time_dim: int | None) -> None:
+        """Removes what is not finite where the mask ``[*B, T, n]`` (or 1) is off, and ends sequences before padding."""
+        for name in self._read_keys():
+            for key in (name, ("next", *path(name))):
+                value = data.get(key, None)
+                if value is not None and value.is_floating_point():
+                    data.set(key, self._finite(key, value, mask))
+        # The step before a padded one is the last of its sequence, whatever the flags say; it is bootstrapped.
+        time_dim = self._get_time_dim(time_dim, data)
+        padded = ~mask.any(-1)
+        ends = padded | padded.roll(-1, time_dim)
+        done_key, terminated_key = (
+            ("next", *path(key)) for key in (self.tensor_keys.done, self.tensor_keys.terminated)
+        )
+        done = data.get(done_key)
+        data.set(terminated_key, data.get(terminated_key, done))
+        data.set(done_key, done | ends.reshape(*ends.shape, *[1] * (done.ndim - ends.ndim)))
+
+    def _read_keys(self) -> list[NestedKey]:
+        """What is read at ``t`` or ``t+1`` that masked entries may spoil."""
+        read = [] if self.value_network is None else self.value_network.in_keys
+        return [*read, self.tensor_keys.reward]
+
+    def _finite(self, key: NestedKey, value: Tensor, mask: Tensor) -> Tensor:
+        """Zeros for what is not finite in entries that do not count."""
+        batch_dims = mask.ndim - 1
+        keep = mask.any(-1)  # [*B, T]
+        name = key[1:] if isinstance(key, tuple) and key[0] == "next" else key
+        if group_of(name) == group_of(self.tensor_keys.value) and has_agent_dim(value, mask.shape[-1], batch_dims):
+            keep = mask
+        return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)) | value.isfinite(), value, 0.0)
+
+    def _call_value_nets(
+        self, data: TensorDictBase, params: TensorDictBase | None, *args: Any, value_key: NestedKey, **kwargs: Any
+    ) -> Any:
+        if self.value_network is not None and reads_init(self.value_network):
+            self._add_states(data, params)
+        value, next_value, valid = super()._call_value_nets(data, params, *args, value_key=value_key, **kwargs)
+        if self.value_norm is not None:
+            value, next_value = self.value_norm.denormalize(value), self.value_norm.denormalize(next_value)
+            data.set(value_key, value)
+            data.set(("next", *path(value_key)), next_value)
+        return value, next_value, valid
+
+    def _add_states(self, data: TensorDictBase, params: TensorDictBase | None) -> None:
+        """Adds the recurrent states that follow each step, from which the values at ``t+1`` start."""
+        inputs = data.select(*self.value_network.in_keys, strict=False)
+        own = contextlib.nullcontext() if params is None else params.to_module(self.value_network)
+        with torch.no_grad(), own:
+            states = self.value_network(inputs).get("next")
+        for key, state in states.items(True, True):
+            data.set(("next", *path(key)), state)
+            if data.get(key, None) is None:
+                data.set(key, torch.zeros_like(state))
+        data.set(("next", "is_init"), torch.zeros_like(data.get("is_init")))

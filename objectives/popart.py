@@ -1,0 +1,55 @@
+"""PopArt: critics that output normalised values, and keep saying the same when the normalisation moves."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.modules import ValueNorm
+
+
+@torch.no_grad()
+def update_value_norm(value_norm: ValueNorm, targets: Tensor, critic: TensorDictBase | None) -> None:
+    r"""Moves the statistics of normalised values, and corrects the critic's last layer so that no output changes.
+
+    With :math:`\sigma, \mu` before and :math:`\sigma', \mu'` after, the last layer's weight becomes
+    :math:`W \sigma / \sigma'` and its bias :math:`(\sigma b + \mu - \mu') / \sigma'` (van Hasselt et al. 2016,
+    arXiv:1602.07714, equation 1). The first statistics are taken over without a correction: there are none to preserve.
+
+    Args:
+        value_norm: the statistics, of shape ``(1,)``.
+        targets: the value targets that count, ``[*B, 1]``.
+        critic: the parameters of the critic, if it outputs normalised values.
+
+    Raises:
+        ValueError: if the critic has no last linear layer with a bias, or several.
+    """
+    if critic is None or not any(bool(buffer.any()) for buffer in value_norm.buffers()):
+        value_norm.update(targets)
+        return
+    scale, mean = value_norm.scale().clone(), _mean(value_norm).clone()
+    value_norm.update(targets)
+    weight, bias = _last_layer(critic)
+    weight.mul_(scale / value_norm.scale())
+    bias.mul_(scale).add_(mean - _mean(value_norm)).div_(value_norm.scale())
+
+
+def _mean(value_norm: ValueNorm) -> Tensor:
+    return value_norm.denormalize(torch.zeros_like(value_norm.scale()))
+
+
+def _last_layer(critic: TensorDictBase) -> tuple[Tensor, Tensor]:
+    """Weight ``[..., 1, H]`` and bias ``[..., 1]`` of the layer that outputs the value."""
+    parameters = {key if isinstance(key, tuple) else (key,): value for key, value in critic.data.items(True, True)}
+    found = []
+    for key, weight in parameters.items():
+        bias = parameters.get((*key[:-1], "bias"))
+        if key[-1] == "weight" and bias is not None and weight.ndim > 1 and weight.shape[-2] == 1:
+            found.append((weight, bias))
+    if len(found) != 1:
+        raise ValueError(
+            "value_norm: the critic outputs normalised values, and its last layer is corrected when the statistics "
+            f"move. Legal: a critic with one linear layer of one output, with a bias; this one has {len(found)}. Use a "
+            "critic for each group, or leave value_norm out of the value estimator."
+        )
+    return found[0]

@@ -1,0 +1,92 @@
+"""TRPO: one agent on any Gymnasium task, with its critic V(o).
+
+    python -m torchrl_trpo.recipes.trpo
+    python -m torchrl_trpo.recipes.trpo env=gym/CartPole-v1 train.total_frames=100000
+
+Schulman et al. 2015, arXiv:1502.05477. Settings: config/trpo.yaml and config/base.yaml.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from torchrl.collectors import Collector
+
+from torchrl_trpo import TrustRegionUpdater
+from torchrl_trpo.critic_fit import fit_critic
+from torchrl_trpo.envs import make_env, resolve_device
+from torchrl_trpo.networks import group_keys, make_actor, make_critic, make_value_norm
+from torchrl_trpo.objectives import TRPOLoss
+from torchrl_trpo.recurrent import carry_states
+from torchrl_trpo.run import Run
+from torchrl_trpo.settings import check_settings, check_single_agent, plain_errors, run_recipe
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Trains TRPO.
+
+    Args:
+        cfg: the config, see ``config/trpo.yaml``.
+
+    Returns:
+        The run's summary.
+    """
+    check_settings(cfg)
+    device = resolve_device(cfg.device)
+    torch.manual_seed(cfg.seed)
+
+    # Environment, policy and critic.
+    env = make_env(**cfg.env, seed=cfg.seed, device=device, normalize_observations=cfg.normalize_observations)
+    keys = check_single_agent(cfg, group_keys(env))
+    actor = make_actor(env, keys, share_params=True, hidden=cfg.actor.hidden, network=cfg.actor.network)
+    critic = make_critic(env, keys, share_params=True, hidden=cfg.critic.hidden, network=cfg.critic.network)
+    carry_states(env, actor)
+
+    # Objective, and the two things that learn from it.
+    value_norm = make_value_norm(cfg.critic.value_norm, device)
+    loss = TRPOLoss(actor, critic, normalize_advantage=True, entropy_coeff=cfg.entropy_coeff, value_norm=value_norm)
+    loss.set_keys(**keys.loss_keys)
+    loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda, value_norm=value_norm)
+    updater = TrustRegionUpdater(loss, **cfg.updater)
+    critic_optim = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=cfg.critic.lr)
+
+    run = Run(cfg, "TRPO", env=env, policy=actor, loss=loss, critic_optim=critic_optim)
+    collector = Collector(
+        env,
+        actor,
+        frames_per_batch=cfg.train.frames_per_batch,
+        total_frames=cfg.train.total_frames - run.frames,
+        auto_register_policy_transforms=False,
+    )
+    for data in collector:  # [num_envs, T]
+        run.lap("collect_s")
+
+        with torch.no_grad():
+            loss.value_estimator(
+                data, params=loss.critic_network_params, target_params=loss.target_critic_network_params
+            )
+        run.lap("critic_s")
+
+        stats = updater.step(data)
+        run.lap("policy_s")
+
+        fit = fit_critic(loss, critic_optim, data, epochs=cfg.critic.epochs, minibatch_size=cfg.critic.minibatch_size)
+        run.lap("critic_s")
+
+        run.log(data, stats, fit)
+    return run.finish()
+
+
+@hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="trpo")
+def main(cfg: DictConfig) -> None:
+    """Runs the recipe from the command line."""
+    with plain_errors():
+        train(cfg)
+
+
+if __name__ == "__main__":
+    run_recipe(main, __file__)
