@@ -216,7 +216,7 @@ class CentralCriticValueEstimator(AgentGAE):
     def _next_actions(self, tensordict: TensorDictBase, actions: list[Tensor], time_dim: int) -> list[Tensor]:
         # Recurrent policies take single steps, from the states that were recorded.
         with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
-            drawn = self.actor_network(tensordict.get("next").select(*self.actor_network.in_keys, strict=False))
+            drawn = self.actor_network(tensordict.get("next").select(*self.actor_network.in_keys, strict=False).copy())
         done = entry(tensordict, ("next", *path(self.tensor_keys.done)), "the done key")
         ends = done.flatten(tensordict.batch_dims).any(-1)
         ends = ends.index_fill(time_dim, torch.tensor([ends.shape[time_dim] - 1], device=ends.device), True)

@@ -120,7 +120,7 @@ class HATRPOSequentialObjective(LossModule):
         self._agent_order = tuple(indices)
 
     def _check_rewards(self, tensordict: TensorDictBase) -> None:
-        """Warns once when the agents' rewards differ; looked at in updates 1, 2, 4, 8, ..., as it waits for the device."""
+        """Warns once when the agents' rewards differ, after updates 1, 2, 4, 8, ...: it waits for the device."""
         self._updates += 1
         if self._warned_of_rewards or self._updates & (self._updates - 1):
             return

@@ -6,10 +6,11 @@ from copy import deepcopy
 from typing import Literal
 
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
-from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
+from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
 from torch import Tensor
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
+from torchrl_trpo.layout import path
 from torchrl_trpo.suggest import nearest
 
 
@@ -73,13 +74,39 @@ def distribution_keys(network: ProbabilisticTensorDictSequential) -> list[Nested
 
     Returns:
         The keys.
-
-    Raises:
-        ValueError: if the policy has no probabilistic module.
     """
+    return list(_distribution_module(network).in_keys)
+
+
+def input_keys(network: ProbabilisticTensorDictSequential) -> list[NestedKey]:
+    """What a policy reads. Its ``in_keys`` also name the parameters of a composite distribution, which it writes itself.
+
+    Args:
+        network: the policy.
+
+    Returns:
+        The keys.
+    """
+    written = [path(key) for key in network.out_keys]
+    return [key for key in network.in_keys if not any(_is_inside(out, path(key)) for out in written)]
+
+
+def is_composite(network: ProbabilisticTensorDictSequential) -> bool:
+    """Whether a policy's actions have several parts.
+
+    Args:
+        network: the policy.
+
+    Returns:
+        True if its distribution is a ``CompositeDistribution``.
+    """
+    return _distribution_module(network).distribution_class is CompositeDistribution
+
+
+def _distribution_module(network: ProbabilisticTensorDictSequential) -> ProbabilisticTensorDictModule:
     for module in reversed(list(network.modules())):
         if isinstance(module, ProbabilisticTensorDictModule):
-            return list(module.in_keys)
+            return module
     raise ValueError(f"the policy must end in a probabilistic module, but has none:\n{network}")
 
 
@@ -144,6 +171,10 @@ def slice_agents(
         else:
             sliced[key] = value.data[agents] if value.requires_grad else value.data
     return TensorDict(sliced)
+
+
+def _is_inside(key: tuple[str, ...], outer: tuple[str, ...]) -> bool:
+    return len(key) > len(outer) and key[: len(outer)] == outer
 
 
 def _is_per_agent(value: object, n_agents: int) -> bool:

@@ -20,9 +20,6 @@ def update_value_norm(value_norm: ValueNorm, targets: Tensor, critic: TensorDict
         value_norm: the statistics, of shape ``(1,)``.
         targets: the value targets that count, ``[*B, 1]``.
         critic: the parameters of the critic, if it outputs normalised values.
-
-    Raises:
-        ValueError: if the critic has no last linear layer with a bias, or several.
     """
     if critic is None or not any(bool(buffer.any()) for buffer in value_norm.buffers()):
         value_norm.update(targets)

@@ -25,6 +25,8 @@ from torchrl_trpo.layout import path, reads_init
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.policy_network import (
     distribution_keys,
+    input_keys,
+    is_composite,
     resolve_trust_region,
     single_agent_network,
 )
@@ -148,6 +150,7 @@ class TRPOLoss(PPOLoss):
         keys = ["loss_objective", "kl_approx", "ESS"]
         keys += ["kl"] if self._data_has_distribution else []
         keys += ["entropy", "loss_entropy"] if self.entropy_bonus else []
+        keys += ["composite_entropy"] if self.entropy_bonus and self._entropy_by_part() else []
         if self._has_critic:
             keys += ["loss_critic"]
             keys += ["value_clip_fraction"] if self.clip_value else []
@@ -280,7 +283,7 @@ class TRPOLoss(PPOLoss):
         if self.trust_region == "per_agent":
             check_agent_dim(log_prob, tensordict.batch_size, self.agent_dim, self.n_regions)
         return flatten_rows(
-            entry(tensordict, list(self.actor_network.in_keys), "the actor's in_keys"),
+            entry(tensordict, input_keys(self.actor_network), "the actor's in_keys"),
             action=entry(tensordict, keys.action, "action"),
             log_prob=log_prob,
             advantage=broadcast_advantage(advantage, log_prob, keys.advantage),
@@ -446,6 +449,9 @@ class TRPOLoss(PPOLoss):
             return entropy(dist).unsqueeze(-1)
         parts = {(*path(name)[:-1], f"{path(name)[-1]}_entropy"): entropy(dist[name]) for name in dist}
         return TensorDict(parts, batch_size=adv_shape).unsqueeze(-1)
+
+    def _entropy_by_part(self) -> bool:
+        return is_composite(self.actor_network) and not composite_lp_aggregate(nowarn=True)
 
     def _entropy_counts(self) -> bool:
         if not self.entropy_bonus:

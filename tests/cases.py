@@ -4,37 +4,53 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import CompositeDistribution, TensorDictModule
 from torch import nn
 from torch.distributions import Categorical
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import (
     IndependentNormal,
+    MaskedCategorical,
+    MaskedOneHotCategorical,
     MultiAgentMLP,
     NormalParamExtractor,
     OneHotCategorical,
     ProbabilisticActor,
     TanhNormal,
+    set_recurrent_mode,
 )
+
+from torchrl_trpo.distributions import MultiCategorical
+from torchrl_trpo.objectives import TRPOLoss
+from torchrl_trpo.objectives.policy_network import input_keys, is_composite
 
 GROUP = "agents"
 OBSERVATION, ACTION = (GROUP, "observation"), (GROUP, "action")
 LOG_PROB, REWARD, VALUE = (GROUP, "action_log_prob"), (GROUP, "reward"), (GROUP, "state_value")
+MASK = (GROUP, "action_mask")
+NVEC = (3, 2)
+PARTS = {"move": IndependentNormal, "gear": Categorical}
 DISTRIBUTIONS = {
     "normal": IndependentNormal,
     "tanh_normal": TanhNormal,
     "categorical": Categorical,
     "one_hot": OneHotCategorical,
+    "masked": MaskedCategorical,
+    "masked_one_hot": MaskedOneHotCategorical,
+    "multi_categorical": MultiCategorical,
+    "masked_multi_categorical": MultiCategorical,
+    "composite": CompositeDistribution,
 }
+"""Every kind of action that has an exact KL."""
 
 
 def make_actor(
     kind="normal", *, share_params=False, n_agents=3, n_obs=3, n_act=2, hidden=4, device=None, **distribution_kwargs
 ):
-    continuous = "normal" in kind
+    sizes = {"normal": 2 * n_act, "tanh_normal": 2 * n_act, "composite": 2 * n_act + 3}
     net = MultiAgentMLP(
         n_obs,
-        2 * n_act if continuous else n_act + 1,
+        sum(NVEC) if "multi" in kind else sizes.get(kind, n_act + 2),
         n_agents=n_agents,
         centralized=False,
         share_params=share_params,
@@ -42,25 +58,85 @@ def make_actor(
         depth=1,
         device=device,
     ).double()
-    keys = [(GROUP, name) for name in (["loc", "scale"] if continuous else ["logits"])]
-    module = nn.Sequential(net, NormalParamExtractor()) if continuous else net
+    return make_policy(net, kind, n_act, **distribution_kwargs)
+
+
+def make_policy(net, kind, n_act=2, **distribution_kwargs):
+    """A policy of a kind of action on a network from observations to the distribution's parameters."""
+    keys, parameters, actions = [(GROUP, "logits")], {"logits": (GROUP, "logits")}, [ACTION]
+    module = net
+    if kind.endswith("normal"):
+        keys, module = [(GROUP, "loc"), (GROUP, "scale")], nn.Sequential(net, NormalParamExtractor())
+        parameters = dict(zip(["loc", "scale"], keys, strict=True))
+    elif kind == "composite":
+        root = (GROUP, "params")
+        keys = [(*root, "move", "loc"), (*root, "move", "scale"), (*root, "gear", "logits")]
+        module, parameters = nn.Sequential(net, CompositeParameters(n_act)), [root]
+        actions = [(GROUP, name) for name in PARTS]
+        distribution_kwargs |= {"distribution_map": PARTS, "name_map": dict(zip(PARTS, actions, strict=True))}
+    if kind.startswith("masked"):
+        parameters["mask"] = MASK
+    if "multi" in kind:
+        distribution_kwargs["nvec"] = NVEC
     return ProbabilisticActor(
         TensorDictModule(module, in_keys=[OBSERVATION], out_keys=keys),
-        in_keys=keys,
-        out_keys=[ACTION],
+        in_keys=parameters,
+        out_keys=actions,
         distribution_class=DISTRIBUTIONS[kind],
         distribution_kwargs=distribution_kwargs,
         return_log_prob=True,
     )
 
 
+class CompositeParameters(nn.Module):
+    """Splits outputs into the parameters of ``move`` and ``gear``."""
+
+    def __init__(self, n_act):
+        super().__init__()
+        self.n_act = n_act
+
+    def forward(self, outputs):
+        loc, scale, logits = outputs.split([self.n_act, self.n_act, 3], -1)
+        return loc, nn.functional.softplus(scale), logits
+
+
+def make_loss(actor, **keywords):
+    """The loss of a policy, with the keys that a composite one writes."""
+    loss = TRPOLoss(actor, **keywords)
+    if is_composite(actor):
+        names = [(GROUP, name) for name in PARTS]
+        loss.set_keys(action=names, sample_log_prob=[(GROUP, f"{name}_log_prob") for name in PARTS])
+    return loss
+
+
 def make_data(actor, batch=(5, 8), n_agents=3, n_obs=3):
     agents = TensorDict({"observation": torch.randn(*batch, n_agents, n_obs, dtype=torch.float64)}, [*batch, n_agents])
     data = TensorDict({GROUP: agents}, batch_size=batch)
-    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+    if MASK in actor.in_keys:
+        kwargs = actor.module[-1].distribution_kwargs
+        sizes = kwargs.get("nvec", (4,))
+        allowed = [torch.rand(*batch, n_agents, n) < 0.6 for n in sizes]
+        for part in allowed:
+            part[..., 0] = True
+        data[MASK] = torch.cat(allowed, -1)
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(True):
         actor(data)
     data["advantage"] = torch.randn(*batch, n_agents, 1, dtype=torch.float64)
     return data
+
+
+def joint_log_prob(dist, data):
+    """The log-probability of what was done, ``[*B, n_agents]``."""
+    if isinstance(dist, CompositeDistribution):
+        return sum(dist[GROUP, name].log_prob(data[GROUP, name]) for name in PARTS)
+    return dist.log_prob(data[ACTION])
+
+
+def collected_log_prob(data):
+    """What the policy wrote at collection, ``[*B, n_agents]``."""
+    if LOG_PROB in data.keys(True):
+        return data[LOG_PROB]
+    return sum(data[GROUP, f"{name}_log_prob"] for name in PARTS)
 
 
 def make_single(n_obs=3, n_act=2, hidden=4):
@@ -113,14 +189,21 @@ def with_parameters(actor, flat):
 
 
 def distribution(actor, flat, data):
-    with with_parameters(actor, flat).to_module(actor, preserve_module_state=False):
-        return actor.get_dist(data.select(*actor.in_keys))
+    own = with_parameters(actor, flat).to_module(actor, preserve_module_state=False)
+    with set_recurrent_mode(True), own:
+        return actor.get_dist(data.select(*input_keys(actor)))
 
 
 def textbook_kl(p, q):
     """KL(p ‖ q) written out by hand, ``[*B, n_agents]``."""
+    if isinstance(p, CompositeDistribution):
+        return sum(textbook_kl(p[name], q[name]) for name in p)
+    if isinstance(p, MultiCategorical):
+        return sum(textbook_kl(a, b) for a, b in zip(p.categoricals, q.categoricals, strict=True))
     if hasattr(p, "logits"):
-        return (p.probs * (p.probs.log() - q.probs.log())).sum(-1)
+        allowed = p.probs > 0
+        log_p, log_q = (torch.where(allowed, d.probs, 1.0).log() for d in (p, q))
+        return (p.probs * (log_p - log_q)).sum(-1)
     p, q = (d.base_dist.base_dist if isinstance(d, TanhNormal) else d.base_dist for d in (p, q))
     kl = (q.scale / p.scale).log() + (p.scale**2 + (p.loc - q.loc) ** 2) / (2 * q.scale**2) - 0.5
     return kl.sum(-1)
@@ -133,7 +216,7 @@ def region_mean(values, per_agent):
 
 def dense_fisher(actor, data, per_agent):
     """The Hessian of the mean KL at the current parameters, written out: one ``[P, P]`` per region."""
-    theta = flat_parameters(actor, data[ACTION].shape[2] if per_agent else 1)
+    theta = flat_parameters(actor, data[OBSERVATION].shape[2] if per_agent else 1)
     old = distribution(actor, theta, data)
 
     def total(flat):
@@ -145,13 +228,12 @@ def dense_fisher(actor, data, per_agent):
 
 def dense_surrogate(actor, data, per_agent, flat, factor=1.0):
     """The surrogate at given parameters, ``[n]``."""
-    log_prob = distribution(actor, flat, data).log_prob(data[ACTION])
-    ratio = (log_prob - data[LOG_PROB]).exp()
+    ratio = (joint_log_prob(distribution(actor, flat, data), data) - collected_log_prob(data)).exp()
     return region_mean(factor * ratio * data["advantage"].squeeze(-1), per_agent)
 
 
 def dense_gradient(actor, data, per_agent):
-    theta = flat_parameters(actor, data[ACTION].shape[2] if per_agent else 1).requires_grad_()
+    theta = flat_parameters(actor, data[OBSERVATION].shape[2] if per_agent else 1).requires_grad_()
     return torch.autograd.grad(dense_surrogate(actor, data, per_agent, theta).sum(), theta)[0]
 
 

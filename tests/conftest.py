@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensordict.nn import set_composite_lp_aggregate
 
 torch.set_num_threads(1)
 
@@ -9,3 +10,10 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_probs_by_part():
+    """What TorchRL's PPOLoss wants for composite actions."""
+    with set_composite_lp_aggregate(False):
+        yield

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.cases import DISTRIBUTIONS, dense_fisher, make_actor, make_data
+from tests.cases import DISTRIBUTIONS, dense_fisher, make_actor, make_data, make_loss
 from torchrl_trpo import fisher_product, output_hessian_product
 from torchrl_trpo.objectives import TRPOLoss
 
@@ -28,7 +28,7 @@ def test_equals_the_hessian_of_the_mean_kl(kind, share_params):
     actor = make_actor(kind, share_params=share_params)
     data = make_data(actor)
     expected = dense_fisher(actor, data, per_agent=not share_params)
-    actual = as_matrix(product_of(TRPOLoss(actor), data), *expected.shape[:2])
+    actual = as_matrix(product_of(make_loss(actor), data), *expected.shape[:2])
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -37,7 +37,7 @@ def test_symmetric_and_positive_semi_definite(kind):
     actor = make_actor(kind)
     data = make_data(actor)
     n, size = dense_fisher(actor, data, per_agent=True).shape[:2]
-    fisher = as_matrix(product_of(TRPOLoss(actor), data), n, size)
+    fisher = as_matrix(product_of(make_loss(actor), data), n, size)
     torch.testing.assert_close(fisher, fisher.mT)
     eigenvalues = torch.linalg.eigvalsh(fisher)
     assert (eigenvalues.min(-1).values > -1e-12).all()

@@ -24,8 +24,10 @@ from tests.cases import (
     dense_gradient,
     distribution,
     flat_parameters,
+    joint_log_prob,
     make_actor,
     make_data,
+    make_loss,
     make_single,
     same_bits,
     single_data,
@@ -74,7 +76,7 @@ def test_losses_and_gradients_are_those_of_ppo(reduction):
 def test_kl_is_exact_and_of_the_joint_action(kind, share_params):
     """HARL's discrete KL is 4 to 17 times too large; sb3-contrib and omnisafe average over action dimensions."""
     actor = make_actor(kind, share_params=share_params)
-    data, loss = make_data(actor), TRPOLoss(actor)
+    data, loss = make_data(actor), make_loss(actor)
     old = distribution(actor, flat_parameters(actor), data)
     moved(actor)
     new = distribution(actor, flat_parameters(actor), data)
@@ -91,7 +93,7 @@ def test_kl_of_a_policy_from_itself_is_zero_with_zero_gradient(kind):
     (slope,) = torch.autograd.grad(kl, theta)
     assert kl.abs() < 1e-12
     assert slope.abs().max() < 1e-12
-    assert TRPOLoss(actor)(data)["kl"].abs() < 1e-12
+    assert make_loss(actor)(data)["kl"].abs() < 1e-12
 
 
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
@@ -100,10 +102,10 @@ def test_the_surrogates_gradient_is_the_policy_gradient(kind):
     actor = make_actor(kind, share_params=True)
     data = make_data(actor)
     theta = flat_parameters(actor).requires_grad_()
-    log_prob = distribution(actor, theta, data).log_prob(data[ACTION])
+    log_prob = joint_log_prob(distribution(actor, theta, data), data)
     (expected,) = torch.autograd.grad((log_prob * data["advantage"].squeeze(-1)).mean(), theta)
     torch.testing.assert_close(dense_gradient(actor, data, False), expected)
-    loss = TRPOLoss(actor)
+    loss = make_loss(actor)
     loss(data)["loss_objective"].backward()
     actual = torch.cat([p.grad.flatten() for p in loss.actor_network_params.values(True, True)])
     torch.testing.assert_close(-actual, expected[0])
@@ -168,7 +170,7 @@ def test_out_keys_are_what_forward_returns():
 def test_forward_changes_nothing(kind):
     """MARLlib's loss function moves parameters."""
     actor = make_actor(kind)
-    data, loss = make_data(actor), TRPOLoss(actor, entropy_coeff=0.1)
+    data, loss = make_data(actor), make_loss(actor, entropy_coeff=0.1)
     copy, before, generator = data.clone(), bits(loss), torch.get_rng_state()
     first = loss(data)
     assert torch.equal(generator, torch.get_rng_state()), "no randomness is drawn"

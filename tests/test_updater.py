@@ -20,6 +20,7 @@ from tests.cases import (
     flat_parameters,
     make_actor,
     make_data,
+    make_loss,
     region_mean,
     same_bits,
     textbook_kl,
@@ -46,7 +47,7 @@ def test_the_step_is_the_definition(kind, share_params):
     x = torch.linalg.solve(damped, g)
     full_step = (2 * max_kl / (x * (damped @ x.unsqueeze(-1)).squeeze(-1)).sum(-1, keepdim=True)).sqrt() * x
 
-    stats = TrustRegionUpdater(TRPOLoss(actor), max_kl=max_kl, damping=damping, **EXACT).step(data)
+    stats = TrustRegionUpdater(make_loss(actor), max_kl=max_kl, damping=damping, **EXACT).step(data)
 
     kept = flat_parameters(actor, n)
     torch.testing.assert_close(kept, theta + stats["step_fraction"].unsqueeze(-1) * full_step, rtol=1e-7, atol=1e-10)
@@ -251,12 +252,15 @@ def test_wrong_types():
 
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["batched", "sequential"])
-@pytest.mark.parametrize("kind", ["normal", "categorical"])  # TorchRL's TanhNormal itself waits, for its bounds
+@pytest.mark.parametrize(
+    "kind", ["normal", "categorical", "masked", "multi_categorical", "composite"]
+)  # TorchRL's TanhNormal itself waits, for its bounds
 def test_the_whole_step_on_the_meta_device(kind, sequential, monkeypatch):
     """Apart from the accept decision of the line search nothing waits for the device or sits on the CPU."""
     monkeypatch.setattr(line_search, "_all_decided", lambda decided: False)
     data = make_data(make_actor(kind)).to("meta")
-    loss = TRPOLoss(make_actor(kind, device="meta", validate_args=False), entropy_bonus=False)
+    unchecked = {"validate_args": False} if kind in {"normal", "categorical"} else {}
+    loss = make_loss(make_actor(kind, device="meta", **unchecked), entropy_bonus=False)
     objective = HATRPOSequentialObjective(loss) if sequential else loss
     stats = TrustRegionUpdater(objective, fisher_subsample=0.5).step(data)
     assert stats["kl"].device.type == "meta"

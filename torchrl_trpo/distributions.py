@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torchrl.modules import MaskedCategorical
 
 
 class MultiCategorical(D.Distribution):
-    """Several independent discrete actions at once, the distribution of ``MultiDiscrete`` and ``MultiCategorical`` spaces.
+    """Several independent discrete actions at once, for ``MultiDiscrete`` and ``MultiCategorical`` spaces.
 
     Args:
         logits: the logits of all of them, one after the other, ``[*B, Σ nvec]``.
@@ -27,7 +27,7 @@ class MultiCategorical(D.Distribution):
         (torch.Size([5, 2]), torch.Size([5]))
     """
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, logits: Tensor, nvec: Sequence[int], mask: Tensor | None = None) -> None:
         self.nvec = tuple(int(n) for n in nvec)
@@ -44,7 +44,7 @@ class MultiCategorical(D.Distribution):
             self.categoricals = [MaskedCategorical(part, mask=m) for part, m in zip(parts, masks, strict=True)]
         super().__init__(logits.shape[:-1], torch.Size([len(self.nvec)]), validate_args=False)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws actions.
 
         Args:
@@ -53,7 +53,7 @@ class MultiCategorical(D.Distribution):
         Returns:
             The actions, int64 ``[*sample_shape, *B, len(nvec)]``.
         """
-        return torch.stack([part.sample(sample_shape) for part in self.categoricals], -1)
+        return torch.stack([part.sample(torch.Size(sample_shape)) for part in self.categoricals], -1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The logarithm of the joint probability.

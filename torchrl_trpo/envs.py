@@ -99,7 +99,6 @@ def make_env(
 
     Raises:
         SettingError: if the name or an argument is unknown, a size is not positive, or there is no such state.
-        ImportError: if the simulator is not installed.
     """
     library = name.partition("/")[0]
     if library not in SIMULATORS:

@@ -8,10 +8,12 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torchrl.data import Unbounded
+from torchrl.data import Composite, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.modules.tensordict_module.rnn import recurrent_mode
+
+from torchrl_trpo.layout import path
 
 
 class RecurrentModule(TensorDictModuleBase):
@@ -100,12 +102,19 @@ class RecurrentModule(TensorDictModuleBase):
         if not recurrent_mode():
             states = states.squeeze(time_dim)
         tensordict.set(self.out_keys[0], states[..., : self.hidden_size])
+        _, *group, _ = path(self.out_keys[1])
+        if group and tensordict.get(("next", *group), None) is None:  # the group's batch size has the agents
+            tensordict.set(("next", *group), tensordict.get(tuple(group)).empty())
         return tensordict.set(self.out_keys[1], states)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """The transform by which an environment carries the state, which is zero where an episode begins."""
         agents = () if self.n_agents is None else (self.n_agents,)
-        return TensorDictPrimer({self.in_keys[1]: Unbounded((*agents, self.state_size))}, expand_specs=True)
+        *groups, name = path(self.in_keys[1])
+        spec = Composite({name: Unbounded((*agents, self.state_size))}, shape=agents if groups else ())
+        for group in reversed(groups):
+            spec = Composite({group: spec})
+        return TensorDictPrimer(spec, expand_specs=True)
 
 
 def carry_states(env: EnvBase, *modules: nn.Module) -> EnvBase:

@@ -84,7 +84,7 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
         elif name.startswith(_OPEN):
             override = f"++{override}"
         else:
-            known = known or _setting_names(config_dir, config_name)
+            known = known or _setting_names(config_dir, config_name, overrides)
             if name not in known:
                 raise SettingError(f"setting {name!r} does not exist. {nearest(name, known)}")
         checked.append(override)
@@ -138,9 +138,11 @@ def register_environments(config_dir: Path) -> list[str]:
     return choices
 
 
-def _setting_names(config_dir: Path, config_name: str) -> list[str]:
+def _setting_names(config_dir: Path, config_name: str, overrides: Sequence[str]) -> list[str]:
+    """The settings there are, with the environment that the overrides choose."""
+    chosen = [override.partition(",")[0] for override in overrides if override.startswith("env=")]
     with initialize_config_dir(str(config_dir), version_base=None):
-        config: Any = OmegaConf.to_container(compose(config_name), resolve=False)
+        config: Any = OmegaConf.to_container(compose(config_name, chosen), resolve=False)
     return [name for name, _ in _settings(config)]
 
 

@@ -73,9 +73,16 @@ def group_agents(spaces: Mapping[str, Any], one_group: bool = False) -> dict[str
 
 
 def _vmas(
-    name: str, *, num_envs: int, kwargs: dict, seed: int, device: torch.device, continuous: bool | None, one_group: bool,
+    name: str,
+    *,
+    num_envs: int,
+    kwargs: dict,
+    seed: int,
+    device: torch.device,
+    continuous: bool | None,
+    one_group: bool,
     **_: Any,
-) -> Callable[[], EnvBase]:  # fmt: skip
+) -> Callable[[], EnvBase]:
     """VMAS, vectorised. VMAS reports time limits as terminations, so that they are left to TorchRL (max_steps=None)."""
     scenario = _known_task(name, "vmas", "VMAS is", "vmas")
     settings: dict[str, Any] = {

@@ -1,0 +1,163 @@
+"""Small vectorised environments, as a user would write them for ``env=custom env.factory=...``."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, Unbounded
+from torchrl.envs import EnvBase
+
+
+class Copy(EnvBase):
+    """Every agent is paid for doing what its observation says: its largest entries, or the values themselves.
+
+    Args:
+        groups: the number of agents, the size of their observations and their actions, by group: ``("discrete", n)``,
+            ``("masked", n)``, ``("multi", [n, m])``, ``("continuous", n)`` or ``("unbounded", n)``.
+        num_envs: the number of environments.
+        death: the share of the agents that die each step: their ``"mask"`` goes off, what they observe and earn is NaN.
+    """
+
+    def __init__(self, groups, num_envs, death=0.0):
+        super().__init__(batch_size=(num_envs,))
+        self.groups, self.death = groups, death
+        observation, action, reward = {}, {}, {}
+        for group, (n, n_obs, (kind, size)) in groups.items():
+            entries = {"observation": Unbounded((num_envs, n, n_obs))}
+            if kind == "masked":
+                entries["action_mask"] = Categorical(2, (num_envs, n, size), dtype=torch.bool)
+            if death:
+                entries["mask"] = Categorical(2, (num_envs, n), dtype=torch.bool)
+            observation[group] = Composite(entries, shape=(num_envs, n))
+            action[group] = Composite({"action": self._action_spec(num_envs, n, kind, size)}, shape=(num_envs, n))
+            reward[group] = Composite({"reward": Unbounded((num_envs, n, 1))}, shape=(num_envs, n))
+        self.observation_spec = Composite(observation, shape=(num_envs,))
+        self.action_spec = Composite(action, shape=(num_envs,))
+        self.reward_spec = Composite(reward, shape=(num_envs,))
+        self.done_spec = Composite({"done": Categorical(2, (num_envs, 1), dtype=torch.bool)}, shape=(num_envs,))
+
+    @staticmethod
+    def _action_spec(num_envs, n, kind, size):
+        if kind == "multi":
+            return MultiCategorical(torch.tensor(size).expand(num_envs, n, len(size)), (num_envs, n, len(size)))
+        if kind in {"discrete", "masked"}:
+            return Categorical(size, (num_envs, n))
+        if kind == "unbounded":
+            return Unbounded((num_envs, n, size))
+        return Bounded(-1, 1, (num_envs, n, size))
+
+    def _observe(self, alive):
+        out = TensorDict({}, self.batch_size)
+        for group, (n, n_obs, (kind, size)) in self.groups.items():
+            observation = torch.rand(*self.batch_size, n, n_obs, generator=self.generator) * 2 - 1
+            entries = {"observation": observation}
+            if kind == "masked":
+                entries["action_mask"] = observation[..., :size] > observation[..., :size].mean(-1, keepdim=True)
+            if self.death:
+                entries["observation"] = torch.where(alive[group].unsqueeze(-1), observation, torch.nan)
+                entries["mask"] = alive[group]
+            out[group] = TensorDict(entries, (*self.batch_size, n))
+        return out
+
+    def _reset(self, tensordict):
+        everyone = {group: torch.ones(*self.batch_size, n, dtype=torch.bool) for group, (n, *_) in self.groups.items()}
+        return self._observe(everyone)
+
+    def _step(self, tensordict):
+        alive, rewards = {}, {}
+        for group, (n, _, (kind, size)) in self.groups.items():
+            action, observation = tensordict[group, "action"], tensordict[group, "observation"]
+            if kind == "multi":
+                parts = observation[..., : sum(size)].split(size, -1)
+                right = [a == part.argmax(-1) for a, part in zip(action.unbind(-1), parts, strict=True)]
+                reward = torch.stack(right).float().mean(0)
+            elif kind in {"discrete", "masked"}:
+                reward = (action == observation[..., :size].argmax(-1)).float()
+                if kind == "masked":
+                    allowed = tensordict[group, "action_mask"].gather(-1, action.unsqueeze(-1))
+                    assert allowed.all(), "an action that is not allowed"
+            else:
+                reward = -(action - observation[..., :size]).square().mean(-1)
+            if self.death:
+                was = tensordict[group, "mask"]
+                reward = torch.where(was, reward, torch.nan)
+                alive[group] = was & (torch.rand(*self.batch_size, n, generator=self.generator) > self.death)
+            rewards[group] = reward.unsqueeze(-1)
+        out = self._observe(alive)
+        for group, reward in rewards.items():
+            out[group, "reward"] = reward
+        return out.update({"done": torch.zeros(*self.batch_size, 1, dtype=torch.bool)})
+
+    def _set_seed(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+
+
+class Memory(EnvBase):
+    """Each agent sees a cue in the first step of an episode, and is asked for it in the last, 3 to 6 steps later.
+
+    The observation is ``[cue, asked]``, the cue -1 or 1, and 0 after the first step. The team is paid the share of the
+    agents that answer right: 0.5 by chance, 1 with a memory.
+
+    Args:
+        num_envs: the number of environments.
+        n_agents: the number of agents.
+    """
+
+    def __init__(self, num_envs, n_agents=2):
+        super().__init__(batch_size=(num_envs,))
+        shape = (num_envs, n_agents)
+        agents = Composite({"observation": Unbounded((*shape, 2))}, shape=shape)
+        self.observation_spec = Composite({"agents": agents}, shape=(num_envs,))
+        actions = Composite({"action": Categorical(2, shape)}, shape=shape)
+        self.action_spec = Composite({"agents": actions}, shape=(num_envs,))
+        self.reward_spec = Composite({"reward": Unbounded((num_envs, 1))}, shape=(num_envs,))
+        self.done_spec = Composite({"done": Categorical(2, (num_envs, 1), dtype=torch.bool)}, shape=(num_envs,))
+        self.cue = torch.zeros(shape)
+        self.left = torch.zeros(num_envs, dtype=torch.int64)
+
+    def _reset(self, tensordict):
+        starts = torch.ones(self.batch_size, dtype=torch.bool)
+        if tensordict is not None and "_reset" in tensordict.keys():
+            starts = tensordict["_reset"].squeeze(-1)
+        cue = torch.randint(2, self.cue.shape, generator=self.generator) * 2.0 - 1
+        left = torch.randint(3, 7, self.batch_size, generator=self.generator)
+        self.cue = torch.where(starts.unsqueeze(-1), cue, self.cue)
+        self.left = torch.where(starts, left, self.left)
+        observation = torch.stack([self.cue, torch.zeros_like(self.cue)], -1)
+        return TensorDict({"agents": TensorDict({"observation": observation}, self.cue.shape)}, self.batch_size)
+
+    def _step(self, tensordict):
+        ends = self.left == 0
+        self.left = self.left - 1
+        asked = (self.left == 0).float().unsqueeze(-1).expand_as(self.cue)
+        right = (tensordict["agents", "action"] == (self.cue > 0)).float().mean(-1)
+        observation = torch.stack([torch.zeros_like(self.cue), asked], -1)
+        out = TensorDict({"agents": TensorDict({"observation": observation}, self.cue.shape)}, self.batch_size)
+        out["reward"] = torch.where(ends, right, 0.0).unsqueeze(-1)
+        out["done"] = ends.unsqueeze(-1)
+        return out
+
+    def _set_seed(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+
+
+HARL_BREAKS = {"agent_0": (1, 17, ("discrete", 5)), "agent_1": (1, 18, ("discrete", 6)), "agent_2": (1, 19, ("discrete", 7))}
+"""Three agents with 17, 18 and 19 observations and 5, 6 and 7 actions."""
+
+
+def make_memory(num_envs=20):
+    return Memory(num_envs)
+
+
+def make_copy(num_envs=4, kind="discrete", death=0.0):
+    sizes = {"multi": [3, 2]}
+    return Copy({"agents": (3, 6, (kind, sizes.get(kind, 4)))}, num_envs, death)
+
+
+def make_different(num_envs=4):
+    return Copy(HARL_BREAKS, num_envs)
+
+
+def make_mixed(num_envs=4):
+    """Discrete and continuous agents in one team."""
+    return Copy({"drivers": (2, 5, ("continuous", 2)), "callers": (1, 7, ("masked", 4))}, num_envs)
