@@ -79,7 +79,9 @@ def distribution_keys(network: ProbabilisticTensorDictSequential) -> list[Nested
 
 
 def input_keys(network: ProbabilisticTensorDictSequential) -> list[NestedKey]:
-    """What a policy reads. Its ``in_keys`` also name the parameters of a composite distribution, which it writes itself.
+    """What a policy reads.
+
+    The ``in_keys`` also name the parameters of a composite distribution, which the policy writes itself.
 
     Args:
         network: the policy.

@@ -141,7 +141,11 @@ class Memory(EnvBase):
         self.generator = torch.Generator().manual_seed(seed)
 
 
-HARL_BREAKS = {"agent_0": (1, 17, ("discrete", 5)), "agent_1": (1, 18, ("discrete", 6)), "agent_2": (1, 19, ("discrete", 7))}
+HARL_BREAKS = {
+    "agent_0": (1, 17, ("discrete", 5)),
+    "agent_1": (1, 18, ("discrete", 6)),
+    "agent_2": (1, 19, ("discrete", 7)),
+}
 """Three agents with 17, 18 and 19 observations and 5, 6 and 7 actions."""
 
 
