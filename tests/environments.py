@@ -15,7 +15,7 @@ class Copy(EnvBase):
         groups: the number of agents, the size of their observations and their actions, by group: ``("discrete", n)``,
             ``("masked", n)``, ``("multi", [n, m])``, ``("continuous", n)`` or ``("unbounded", n)``.
         num_envs: the number of environments.
-        death: the share of the agents that die each step: their ``"mask"`` goes off, what they observe and earn is NaN.
+        death: the share of the agents that die each step: their ``"mask"`` goes off, what they observe and earn is 0.
     """
 
     def __init__(self, groups, num_envs, death=0.0):
@@ -54,7 +54,7 @@ class Copy(EnvBase):
             if kind == "masked":
                 entries["action_mask"] = observation[..., :size] > observation[..., :size].mean(-1, keepdim=True)
             if self.death:
-                entries["observation"] = torch.where(alive[group].unsqueeze(-1), observation, torch.nan)
+                entries["observation"] = torch.where(alive[group].unsqueeze(-1), observation, 0.0)
                 entries["mask"] = alive[group]
             out[group] = TensorDict(entries, (*self.batch_size, n))
         return out
@@ -80,7 +80,7 @@ class Copy(EnvBase):
                 reward = -(action - observation[..., :size]).square().mean(-1)
             if self.death:
                 was = tensordict[group, "mask"]
-                reward = torch.where(was, reward, torch.nan)
+                reward = torch.where(was, reward, 0.0)
                 alive[group] = was & (torch.rand(*self.batch_size, n, generator=self.generator) > self.death)
             rewards[group] = reward.unsqueeze(-1)
         out = self._observe(alive)

@@ -324,7 +324,7 @@ def test_a_recurrent_critic_is_fitted_on_sequences():
 
 @pytest.mark.parametrize("network", ["gru", "lstm"])
 def test_an_environment_carries_the_states(network):
-    settings = {"num_envs": 5, "max_steps": 20, "kwargs": {"num_envs": 5}, "seed": 0, "device": torch.device("cpu")}
+    settings = {"num_envs": 5, "max_steps": 20, "kwargs": {}, "seed": 0, "device": torch.device("cpu")}
     env = make_env("custom", factory="tests.environments.make_memory", **settings)
     (keys,) = group_keys(env)
     actor = make_actor(env, keys, share_params=False, hidden=[8, 4], network=network)
@@ -342,7 +342,7 @@ def test_an_environment_carries_the_states(network):
 
 def train_memory(network, iterations, padding=0):
     """HATRPO on the memory task, on batches with episode borders inside and ``padding`` steps of NaN at the end."""
-    settings = {"num_envs": 20, "max_steps": 50, "kwargs": {"num_envs": 20}, "seed": 0, "device": torch.device("cpu")}
+    settings = {"num_envs": 20, "max_steps": 50, "kwargs": {}, "seed": 0, "device": torch.device("cpu")}
     env = make_env("custom", factory="tests.environments.make_memory", **settings)
     (keys,) = group_keys(env)
     actor = make_actor(env, keys, share_params=False, hidden=[32, 32], network=network)
@@ -442,7 +442,7 @@ def test_nothing_moves_when_a_state_is_not_finite():
 
 
 def test_critics_of_the_recipes_are_recurrent_too():
-    settings = {"num_envs": 3, "max_steps": 20, "kwargs": {"num_envs": 3}, "seed": 0, "device": torch.device("cpu")}
+    settings = {"num_envs": 3, "max_steps": 20, "kwargs": {}, "seed": 0, "device": torch.device("cpu")}
     env = make_env("custom", factory="tests.environments.make_memory", **settings)
     (keys,) = group_keys(env)
     for critic in (

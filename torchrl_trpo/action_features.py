@@ -18,13 +18,11 @@ def action_features(action: Tensor, spec: TensorSpec | None) -> Tensor:
     Returns:
         Categorical and multi-categorical actions one-hot, others as they are, ``[*B, F]``.
     """
-    if isinstance(spec, Categorical):
-        return functional.one_hot(action, spec.n)
-    if isinstance(spec, MultiCategorical):
+    if isinstance(spec, MultiCategorical):  # a subclass of Categorical
         return torch.cat(
             [functional.one_hot(a, n) for a, n in zip(action.unbind(-1), _sizes(spec), strict=True)], dim=-1
         )
-    return action
+    return functional.one_hot(action, spec.n) if isinstance(spec, Categorical) else action
 
 
 def n_action_features(spec: TensorSpec) -> int:
@@ -36,9 +34,9 @@ def n_action_features(spec: TensorSpec) -> int:
     Returns:
         The size of the last dimension.
     """
-    if isinstance(spec, Categorical):
-        return spec.n
-    return sum(_sizes(spec)) if isinstance(spec, MultiCategorical) else spec.shape[-1]
+    if isinstance(spec, MultiCategorical):
+        return sum(_sizes(spec))
+    return spec.n if isinstance(spec, Categorical) else spec.shape[-1]
 
 
 def _sizes(spec: MultiCategorical) -> list[int]:

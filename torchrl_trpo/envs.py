@@ -86,7 +86,8 @@ def make_env(
         continuous_actions: whether actions are continuous, where the simulator offers both; discrete ones are
             categorical.
         factory: for ``"custom"``: where the function is that makes the environment, ``"package.module.function"``. It
-            is called with ``kwargs``, and gives one environment or a batch of ``num_envs``.
+            is called with ``kwargs``, and with ``num_envs``, ``device`` and ``seed`` if it takes them, and gives one
+            environment or a batch of ``num_envs``.
         parallel: whether environments that are not vectorised themselves get a process each (TorchRL's
             ``ParallelEnv``), or run one after the other.
         one_group: whether all agents are put in one group, whatever their team.
@@ -124,6 +125,8 @@ def make_env(
         raise SettingError(
             f"env: {name!r} has batch size {tuple(env.batch_size)}. Legal: (), or (env.num_envs,) = ({num_envs},)."
         )
+    if one_group and len(groups := agent_groups(env)) > 1:
+        raise SettingError(f"actor.sharing=all: env {name!r} has the groups {list(groups)}. Legal: group, none.")
     if state and "state" not in env.observation_spec.keys():
         raise SettingError(f"env: {name!r} has no global state. Use critic.inputs=observations.")
     with warnings.catch_warnings():

@@ -156,7 +156,9 @@ def _custom(
             f"env.factory={factory!r} cannot be imported ({error}). Legal: 'package.module.function', a function that "
             "takes env.kwargs and returns a torchrl EnvBase, of an installed package or beside the working directory."
         ) from error
-    return functools.partial(make, **kwargs)
+    known = {"num_envs": num_envs, "device": device, "seed": seed}
+    taken = inspect.signature(make).parameters
+    return functools.partial(make, **{name: value for name, value in known.items() if name in taken}, **kwargs)
 
 
 SIMULATORS: dict[str, Callable[..., Callable[[], EnvBase]]] = {
