@@ -1,4 +1,4 @@
-# make train   train HATRPO on VMAS; ALGO=itrpo|matrpo|hatrpo, ARGS="seed=1 env=vmas/navigation" for other settings
+# make train   train HATRPO on VMAS; ALGO=itrpo|matrpo|hatrpo|trpo, ARGS="seed=1 env=vmas/navigation" for other settings
 # make test    the test suite, under 10 minutes on 2 cores
 # make check   format, lint, docstring rules and types
 # make bench   costs of the policy update, as ratios
@@ -20,11 +20,11 @@ $(READY): pyproject.toml constraints.txt
 	@echo "==> Creating the virtual environment $(VENV) with the tested versions in constraints.txt"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[recipes,vmas,test,check]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[recipes,vmas,pettingzoo,mamujoco,gym,test,check]"
 	@touch $(READY)
 
 train: $(READY)
-	@echo "==> Training $(ALGO) on VMAS (other settings: make train ARGS=\"env=vmas/navigation seed=1\")"
+	@echo "==> Training $(ALGO) (other settings: make train ARGS=\"env=vmas/navigation seed=1\")"
 	$(BIN)/python -m torchrl_trpo.recipes.$(ALGO) $(ARGS)
 	@echo "==> Done. The lines above say where the learning curve, the film and the metrics are."
 

@@ -178,9 +178,10 @@ class AgentGAE(MultiAgentGAE):
     def _add_states(self, data: TensorDictBase, params: TensorDictBase | None) -> None:
         """Adds the recurrent states that follow each step, from which the values at ``t+1`` start."""
         inputs = data.select(*self.value_network.in_keys, strict=False)
-        own = contextlib.nullcontext() if params is None else params.to_module(self.value_network)
+        network = self.value_network
+        own = contextlib.nullcontext() if params is None else params.to_module(network, preserve_module_state=False)
         with torch.no_grad(), own:
-            states = self.value_network(inputs).get("next")
+            states = network(inputs).get("next")
         for key, state in states.items(True, True):
             data.set(("next", *path(key)), state)
             if data.get(key, None) is None:

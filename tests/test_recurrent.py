@@ -308,6 +308,7 @@ def test_a_recurrent_critic_is_fitted_on_sequences():
     loss.make_value_estimator(gamma=0.9, lmbda=0.8)
     with torch.no_grad():
         loss.value_estimator(data, params=loss.critic_network_params, target_params=loss.target_critic_network_params)
+    assert not data["value_target"].requires_grad, "the critic's own parameters stay where they are"
     optimizer = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=1e-2)
     first = fit_critic(loss, optimizer, data, epochs=1, minibatch_size=21)
     torch.testing.assert_close(

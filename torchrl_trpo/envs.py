@@ -129,9 +129,7 @@ def make_env(
         raise SettingError(f"actor.sharing=all: env {name!r} has the groups {list(groups)}. Legal: group, none.")
     if state and "state" not in env.observation_spec.keys():
         raise SettingError(f"env: {name!r} has no global state. Use critic.inputs=observations.")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Support of VecNormV2 for containers with non-empty batch-size")
-        env = TransformedEnv(env, Compose(*_transforms(env, max_steps, normalize_observations)))
+    env = TransformedEnv(env, Compose(*_transforms(env, max_steps, normalize_observations)))
     env.set_seed(seed)
     return env
 
@@ -165,12 +163,21 @@ def observation_norm(env: EnvBase) -> VecNormV2 | None:
 def _transforms(env: EnvBase, max_steps: int, normalize_observations: bool) -> list[Transform]:
     groups = agent_groups(env)
     observations = [in_group(group, "observation") for group in groups]
-    transforms: list[Transform] = [InitTracker(), StepCounter(max_steps)]
+    rewards = list(env.reward_keys)
+    returns = [(*path(key)[:-1], "episode_reward") for key in rewards]
+    transforms = [InitTracker(), StepCounter(max_steps), RewardSum(in_keys=rewards, out_keys=returns)]
     double = [key for key in observations if env.full_observation_spec_unbatched[key].dtype == torch.float64]
     if double:
         transforms.append(DoubleToFloat(in_keys=double))
     if normalize_observations:
-        transforms.append(VecNormV2(in_keys=observations, decay=1.0, reduce_batch_dims=True))
-    rewards = list(env.reward_keys)
-    returns = [(*path(key)[:-1], "episode_reward") for key in rewards]
-    return [*transforms, RewardSum(in_keys=rewards, out_keys=returns)]
+        transforms.append(_ObservationNorm(in_keys=observations, decay=1.0, reduce_batch_dims=True))
+    return transforms
+
+
+class _ObservationNorm(VecNormV2):
+    """Without TorchRL's remark, at every access, that normalising a batch of environments is experimental."""
+
+    def set_container(self, container: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Support of .* for containers with non-empty batch-size")
+            super().set_container(container)

@@ -114,7 +114,7 @@ class RecurrentModule(TensorDictModuleBase):
         spec = Composite({name: Unbounded((*agents, self.state_size))}, shape=agents if groups else ())
         for group in reversed(groups):
             spec = Composite({group: spec})
-        return TensorDictPrimer(spec, expand_specs=True)
+        return TensorDictPrimer(spec, expand_specs=True, reset_key="_reset")
 
 
 def carry_states(env: EnvBase, *modules: nn.Module) -> EnvBase:

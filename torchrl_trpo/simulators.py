@@ -158,7 +158,7 @@ def _custom(
         ) from error
     known = {"num_envs": num_envs, "device": device, "seed": seed}
     taken = inspect.signature(make).parameters
-    return functools.partial(make, **{name: value for name, value in known.items() if name in taken}, **kwargs)
+    return functools.partial(make, **{**{name: value for name, value in known.items() if name in taken}, **kwargs})
 
 
 SIMULATORS: dict[str, Callable[..., Callable[[], EnvBase]]] = {

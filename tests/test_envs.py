@@ -1,0 +1,226 @@
+"""Environments by name: groups, time limits, states, seeds, normalisation, and a user's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict.nn import TensorDictSequential
+from torchrl.envs import ParallelEnv, SerialEnv
+
+from tests.environments import HARL_BREAKS
+from torchrl_trpo.envs import agent_groups, make_env, observation_norm
+from torchrl_trpo.evaluation import episode_statistics, evaluate
+from torchrl_trpo.film import film_episodes
+from torchrl_trpo.networks import group_keys, make_actor, make_central_critic
+from torchrl_trpo.objectives import CentralCriticValueEstimator
+from torchrl_trpo.simulators import group_agents, known_environments
+
+MPE = [
+    "simple_v3",
+    "simple_adversary_v3",
+    "simple_crypto_v3",
+    "simple_push_v3",
+    "simple_reference_v3",
+    "simple_speaker_listener_v4",
+    "simple_spread_v3",
+    "simple_tag_v3",
+    "simple_world_comm_v3",
+]
+
+
+def build(name, **settings):
+    defaults = {"num_envs": 3, "max_steps": 6, "kwargs": {}, "seed": 0, "device": torch.device("cpu")}
+    return make_env(name, **{**defaults, **settings})
+
+
+# ------------------------------------------------------------------ groups
+
+
+@pytest.mark.parametrize(
+    ("spaces", "groups"),
+    [
+        ({"agent_0": 1, "agent_1": 1}, {"agents": ["agent_0", "agent_1"]}),
+        ({"a0": 1, "a1": 1}, {"agents": ["a0", "a1"]}),
+        ({"red_0": 1, "red_1": 1, "blue_0": 1}, {"red": ["red_0", "red_1"], "blue": ["blue_0"]}),
+        ({"car_0": 1, "car_1": 2, "car_2": 1}, {"car_0": ["car_0", "car_2"], "car_1": ["car_1"]}),
+        ({"speaker": 1, "listener": 2}, {"speaker": ["speaker"], "listener": ["listener"]}),
+    ],
+)
+def test_one_team_and_one_kind_are_a_group(spaces, groups):
+    assert group_agents(spaces) == groups
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("vmas/balance", {"agents": 3}),
+        ("vmas/simple_tag", {"adversary": 3, "agent": 1}),
+        ("vmas/simple_adversary", {"adversary": 1, "agent": 2}),
+        ("vmas/simple_push", {"adversary": 1, "agent": 1}),
+        ("vmas/simple_crypto", {"eve": 1, "bob": 1, "alice": 1}),
+        ("pettingzoo/simple_spread_v3", {"agents": 3}),
+        ("pettingzoo/simple_world_comm_v3", {"leadadversary": 1, "adversary": 3, "agent": 2}),
+        ("mamujoco/HalfCheetah", {"agents": 2}),
+        ("gym/CartPole-v1", {None: 1}),
+    ],
+)
+def test_the_groups_of(name, groups):
+    env = build(name, kwargs={"agent_conf": "2x3"} if "mamujoco" in name else {})
+    assert agent_groups(env) == groups
+    env.close(raise_if_closed=False)
+
+
+@pytest.mark.parametrize("task", MPE)
+@pytest.mark.parametrize("continuous", [True, False], ids=["continuous", "discrete"])
+def test_the_nine_particle_tasks(task, continuous):
+    env = build(f"pettingzoo/{task}", num_envs=2, continuous_actions=continuous)
+    groups = group_keys(env)
+    data = env.rollout(7, break_when_any_done=False)
+    statistics = episode_statistics(data, groups)
+    rewards = torch.cat([data[("next", *keys.reward)][:, :6].sum(1) for keys in groups], 1)
+    assert statistics["episode_return"] == pytest.approx(float(rewards.mean()), abs=1e-4)
+    if len(groups) > 1:
+        name = groups[-1].group
+        own = data[("next", *groups[-1].reward)][:, :6].sum(1).mean()
+        assert statistics[f"episode_return_{name}"] == pytest.approx(float(own), abs=1e-4)
+    env.close(raise_if_closed=False)
+
+
+# ------------------------------------------------------------------ time, state, seeds
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vmas/navigation", "pettingzoo/simple_tag_v3", "mamujoco/HalfCheetah", "gym/CartPole-v1", "gym/Pendulum-v1"],
+)
+def test_time_limits_truncate(name):
+    """VmasEnv reports terminated = done also when max_steps ran out; ours tells them apart, everywhere."""
+    env = build(name, max_steps=5, kwargs={"agent_conf": "2x3"} if "mamujoco" in name else {})
+    last = env.rollout(5)[:, -1]["next"]
+    for keys in group_keys(env):
+        assert last[keys.done].all()
+        assert not last[keys.terminated].any()
+    assert last["truncated"].all()
+    env.close(raise_if_closed=False)
+
+
+def test_the_state_of_the_environment():
+    env = build("pettingzoo/simple_spread_v3", state=True)
+    assert env.rollout(3)["state"].shape == (3, 3, 54)
+    with pytest.raises(ValueError, match=r"'vmas/balance' has no global state.*critic\.inputs=observations"):
+        build("vmas/balance", state=True)
+    env.close(raise_if_closed=False)
+
+
+@pytest.mark.parametrize("name", ["pettingzoo/simple_spread_v3", "gym/Pendulum-v1"])
+def test_environments_of_a_batch_differ_and_seeds_repeat(name):
+    first, again, other = (build(name, seed=seed).reset() for seed in (3, 3, 4))
+    key = ("agents", "observation") if "pettingzoo" in name else "observation"
+    assert not torch.equal(first[key][0], first[key][1])
+    assert torch.equal(first[key], again[key])
+    assert not torch.equal(first[key], other[key])
+
+
+def test_a_process_for_each():
+    env = build("gym/Pendulum-v1", num_envs=2, parallel=True)
+    assert isinstance(env.base_env, ParallelEnv)
+    serial = build("gym/Pendulum-v1", num_envs=2)
+    assert isinstance(serial.base_env, SerialEnv)
+    assert torch.equal(env.reset()["observation"], serial.reset()["observation"])
+    env.close(raise_if_closed=False)
+
+
+def test_normalised_observations():
+    env = build("gym/Pendulum-v1", num_envs=10, max_steps=50, normalize_observations=True)
+    data = env.rollout(150, break_when_any_done=False)
+    late = data["observation"][:, 100:]
+    assert late.mean((0, 1)).abs().max() < 0.6
+    assert (late.std((0, 1)) - 1).abs().max() < 0.5
+    (keys,) = group_keys(env)
+    norm = observation_norm(env)
+    norm.freeze()
+    before = norm.loc["observation"].clone()
+    evaluate(env, make_actor(env, keys, share_params=True), max_steps=20)
+    assert torch.equal(norm.loc["observation"], before), "an evaluation does not move the statistics"
+
+
+# ------------------------------------------------------------------ a team that breaks HARL
+
+
+def test_agents_that_differ_are_not_padded():
+    """Three agents with 17/18/19 observations and 5/6/7 actions: HARL's buffers cannot hold them."""
+    env = build("custom", factory="tests.environments.make_different")
+    groups = group_keys(env)
+    assert [keys.group for keys in groups] == list(HARL_BREAKS)
+    policy = TensorDictSequential(*[make_actor(env, keys, share_params=False) for keys in groups])
+    data = env.rollout(4, policy)
+    for keys, n_obs, n_actions in zip(groups, (17, 18, 19), (5, 6, 7), strict=True):
+        assert data[keys.observation].shape == (3, 4, 1, n_obs)
+        assert data[keys.group, "logits"].shape == (3, 4, 1, n_actions)
+        critic = make_central_critic(env, keys, others_actions=True)
+        estimator = CentralCriticValueEstimator(
+            gamma=0.9,
+            lmbda=0.8,
+            value_network=critic,
+            observation_keys=[other.observation for other in groups],
+            action_keys=[other.action for other in groups],
+            actor_network=policy,
+            central_key=keys.central,
+        )
+        estimator.set_keys(value=keys.value, reward=keys.reward, advantage=keys.advantage)
+        estimator(data)
+        others = sum((5, 6, 7)) - n_actions
+        assert data[keys.central].shape == (3, 4, 1, 17 + 18 + 19 + others), "the others' actions are one-hot"
+        assert (data[keys.central][..., -others:].sum(-1) == 2).all()
+        assert data[keys.advantage].shape == (3, 4, 1, 1)
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("gm/CartPole-v1", {}, r"env: 'gm/CartPole-v1'\. Did you mean 'gym'"),
+        ("gym/CartPol-v1", {}, r"env: 'gym/CartPol-v1'\. Did you mean 'gym/CartPole-v1'"),
+        ("pettingzoo/simple_spred_v3", {}, r"Did you mean 'pettingzoo/simple_spread_v3'"),
+        ("pettingzoo/simple_spread_v3", {"kwargs": {"n": 3}}, r"env\.kwargs\.n is no argument.*'N'"),
+        ("mamujoco/Halfcheetah", {}, r"Did you mean 'mamujoco/HalfCheetah'"),
+        ("custom", {"factory": "tests.environments.make_nothing"}, r"env\.factory='tests.*make_nothing' cannot be imp"),
+        ("custom", {"factory": None}, r"env\.factory=None cannot be imported"),
+        (
+            "custom",
+            {"factory": "tests.environments.make_copy", "kwargs": {"num_envs": 5}},
+            r"batch size \(5,\).*\(3,\)",
+        ),
+        ("custom", {"factory": "tests.environments.make_mixed", "one_group": True}, r"sharing=all: .*'drivers', 'call"),
+    ],
+)
+def test_mistakes_are_named(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, **settings)
+
+
+def test_what_is_not_installed(monkeypatch):
+    monkeypatch.setattr("torchrl_trpo.simulators.importlib.util.find_spec", lambda _: None)
+    assert known_environments()["pettingzoo"] == []
+    with pytest.raises(ImportError, match=r"mpe2.* is not installed\. Use: pip install torchrl-trpo\[pettingzoo,recip"):
+        build("pettingzoo/simple_spread_v3")
+
+
+# ------------------------------------------------------------------ films
+
+
+@pytest.mark.parametrize("name", ["pettingzoo/simple_tag_v3", "gym/CartPole-v1"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_films_of_other_simulators(name, tmp_path):
+    env = build(name, num_envs=4, render=True)
+    policy = TensorDictSequential(*[make_actor(env, keys, share_params=True) for keys in group_keys(env)])
+    assert film_episodes(env, policy, tmp_path / "film.mp4", max_steps=6).stat().st_size > 1000
+    env.close(raise_if_closed=False)
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path):
+    env = build("custom", factory="tests.environments.make_copy")
+    policy = make_actor(env, *group_keys(env), share_params=True)
+    assert film_episodes(env, policy, tmp_path / "film.mp4", max_steps=6) is None
