@@ -15,10 +15,19 @@ from torchrl_trpo.settings import check_overrides
 from torchrl_trpo.suggest import SettingError
 
 CONFIG_DIR = Path(hatrpo.__file__).parent / "config"
-TINY = (
-    "env.num_envs=4 env.max_steps=10 train.frames_per_batch=80 train.total_frames=160 updater.fisher_subsample=1 device=cpu film=false "
-    "actor.hidden=[16] critic.hidden=[16] critic.epochs=1 critic.minibatch_size=40"
-).split()
+TINY = [
+    "env.num_envs=4",
+    "env.max_steps=10",
+    "train.frames_per_batch=80",
+    "train.total_frames=160",
+    "device=cpu",
+    "film=false",
+    "updater.fisher_subsample=1",
+    "actor.hidden=[16]",
+    "critic.hidden=[16]",
+    "critic.epochs=1",
+    "critic.minibatch_size=40",
+]
 COPY = "env=custom env.factory=tests.environments.make_copy env.kwargs.kind="
 ENVIRONMENTS = {
     "VMAS, continuous": "env=vmas/balance",

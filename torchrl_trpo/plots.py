@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 
 def plot_learning_curve(metrics: Path, path: Path, *, title: str, max_kl: float) -> Path:
-    """Plots return, KL divergence and accepted steps over frames.
+    """Plots return (of each group, if there are several), KL divergence and accepted steps over frames.
 
     Args:
         metrics: the run's ``metrics.csv``.
@@ -25,11 +25,15 @@ def plot_learning_curve(metrics: Path, path: Path, *, title: str, max_kl: float)
     with metrics.open(newline="") as file:
         rows = list(csv.DictReader(file))
     frames = [int(row["frames"]) / 1000 for row in rows]
-    columns = {name: [float(row[name] or "nan") for row in rows] for name in ("episode_return", "kl", "accepted")}
+    columns = {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3)
     figure.suptitle(title)
-    axes[0].plot(frames, columns["episode_return"], color="tab:blue")
+    groups = [name for name in columns if name.startswith("episode_return_") and name != "episode_return_sum"]
+    for name in groups or ["episode_return"]:
+        axes[0].plot(frames, columns[name], label=name.removeprefix("episode_return_"))
+    if groups:
+        axes[0].legend()
     axes[0].set(title="Episode return", ylabel="mean over agents")
     axes[1].plot(frames, columns["kl"], color="tab:orange", label="KL of the steps kept")
     axes[1].axhline(max_kl, color="gray", ls="--", lw=1, label="max_kl")

@@ -1,0 +1,47 @@
+"""The walk-through in the docs runs, and says what happens."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from tensordict.nn import TensorDictSequential
+
+from tests.test_combinations import ALGORITHMS, ENVIRONMENTS, ONE_GROUP
+from torchrl_trpo.envs import make_env
+from torchrl_trpo.networks import group_keys, make_actor
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_walk_through(capsys):
+    text = (DOCS / "factor-groups-masks.md").read_text()
+    code = text.split("<!-- walkthrough -->\n```python\n")[1].split("```")[0]
+    settings = {"num_envs": 4, "max_steps": 50, "kwargs": {}, "seed": 0, "device": torch.device("cpu")}
+    env = make_env("custom", factory="tests.environments.make_mixed", **settings)
+    actors = {keys.group: make_actor(env, keys, share_params=False) for keys in group_keys(env)}
+    data = env.rollout(6, TensorDictSequential(*actors.values()))
+    for keys in group_keys(env):
+        data[keys.advantage] = torch.randn(4, 6, keys.n_agents, 1)
+    for name, shape in re.findall(r'^\| `\("(\w+", "\w+)"\)` \| `\[([\d, ]+)\]`', text, re.MULTILINE):
+        key = tuple(name.split('", "'))
+        if "mask" not in key:
+            assert str(list(data[key].shape)) == f"[{shape}]", key
+    scope = {"actors": actors, "data": data}
+    exec(code, scope)
+    assert scope["ratio"].shape == (24, 1, 1)
+    torch.testing.assert_close(scope["first_driver"]._rows.factor.flatten(), scope["ratio"].flatten())
+    assert capsys.readouterr().out == "[2, 0, 1] [True, True, True]\n"
+
+
+def test_the_table_is_what_is_tested():
+    text = (DOCS / "combinations.md").read_text()
+    rows = [line for line in text.splitlines() if re.match(r"\| (VMAS|PettingZoo|MaMuJoCo|custom)", line)]
+    assert len(rows) == len(ENVIRONMENTS)
+    for row, name in zip(rows, ENVIRONMENTS, strict=True):
+        cells = row.replace(r"\|", "/").strip("|").split("|")[2:]
+        assert len(cells) == len(ALGORITHMS)
+        for cell, algorithm in zip(cells, ALGORITHMS, strict=True):
+            tested = not algorithm.endswith("all") or name in ONE_GROUP
+            assert cell.strip() == ("x" if tested else "–"), (name, algorithm)
