@@ -123,8 +123,8 @@ class AgentGAE(MultiAgentGAE):
             self._clear_masked(data, torch.stack(torch.broadcast_tensors(*masks)).all(0), time_dim)
         if self.team_reward is not None:
             names = [keys.reward] if self.reward_keys is None else self.reward_keys
-            rewards = [entry(data, ("next", *path(name)), "reward_keys").flatten(data.batch_dims) for name in names]
-            rewards = torch.cat(rewards, -1)  # [*B, T, all agents]
+            own_rewards = [entry(data, ("next", *path(name)), "reward_keys") for name in dict.fromkeys(names)]
+            rewards = torch.cat([reward.flatten(data.batch_dims) for reward in own_rewards], -1)  # [*B, T, all agents]
             team = rewards.mean(-1) if self.team_reward == "mean" else rewards.sum(-1)
             own = data.get(("next", *path(keys.reward)))
             team = team.reshape(*team.shape, *[1] * (own.ndim - team.ndim)).expand_as(own)
@@ -177,8 +177,8 @@ class AgentGAE(MultiAgentGAE):
 
     def _add_states(self, data: TensorDictBase, params: TensorDictBase | None) -> None:
         """Adds the recurrent states that follow each step, from which the values at ``t+1`` start."""
-        inputs = data.select(*self.value_network.in_keys, strict=False)
-        network = self.value_network
+        network: Any = self.value_network
+        inputs = data.select(*network.in_keys, strict=False)
         own = contextlib.nullcontext() if params is None else params.to_module(network, preserve_module_state=False)
         with torch.no_grad(), own:
             states = network(inputs).get("next")

@@ -56,7 +56,7 @@ def metrics(folder):
         ("hatrpo", ["env.continuous_actions=false", "agent_order=fixed"]),
         (
             "hatrpo",
-            ["env=pettingzoo/simple_spread_v3", "critic.inputs=both", "actor.network=gru", "critic.network=lstm"],
+            ["env=pettingzoo/simple_spread_v3", "critic.inputs=both", "actor.network=gru", "team_reward=sum"],
         ),
         ("itrpo", ["env=vmas/simple_tag", "actor.sharing=none", "actor.network=lstm", "critic.network=gru"]),
         ("trpo", []),

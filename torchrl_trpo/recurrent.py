@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -58,7 +58,7 @@ class RecurrentModule(TensorDictModuleBase):
         input_size: int,
         hidden_size: int,
         *,
-        cell: Literal["gru", "lstm"],
+        cell: str,
         in_keys: list[NestedKey],
         out_keys: list[NestedKey],
         n_agents: int | None = None,
@@ -71,7 +71,7 @@ class RecurrentModule(TensorDictModuleBase):
         self.n_agents = n_agents
         self.hidden_size = hidden_size
         self.state_size = _LAYERS[cell].states * hidden_size
-        sizes = {"input_size": input_size, "hidden_size": hidden_size, "cell": cell}
+        sizes: dict[str, Any] = {"input_size": input_size, "hidden_size": hidden_size, "cell": cell}
         self.network: nn.Module
         if n_agents is None:
             self.network = _Sequence(**sizes, time_dim=-2, device=device)
@@ -129,8 +129,9 @@ def carry_states(env: EnvBase, *modules: nn.Module) -> EnvBase:
     """
     for module in modules:
         for layer in module.modules():
-            if hasattr(layer, "make_tensordict_primer"):
-                env.append_transform(layer.make_tensordict_primer())
+            make_primer: Any = getattr(layer, "make_tensordict_primer", None)
+            if make_primer is not None:
+                env.append_transform(make_primer())
     return env
 
 
@@ -164,12 +165,14 @@ class _AgentSequences(MultiAgentNetBase):
 class _Sequence(nn.Module):
     """Steps a layer through time: ``[*B, T, ..., F + S + 1]`` to the states after each step ``[*B, T, ..., S]``."""
 
+    layer: _GRU | _LSTM
+
     def __init__(
         self, *, input_size: int, hidden_size: int, cell: str, time_dim: int, device: torch.device | None
     ) -> None:
         super().__init__()
         self.layer = _LAYERS[cell](input_size, hidden_size, device)
-        self.sizes = [input_size, self.layer.states * hidden_size, 1]
+        self.sizes = [input_size, _LAYERS[cell].states * hidden_size, 1]
         self.time_dim = time_dim
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -233,9 +233,9 @@ class Run:
             normalize_observations=cfg.normalize_observations,
         )
         carry_states(stage, self.policy)
-        if (norm := observation_norm(self.env)) is not None:
-            observation_norm(stage).load_state_dict(norm.state_dict())
-            observation_norm(stage).freeze()
+        if (norm := observation_norm(self.env)) is not None and (copy := observation_norm(stage)) is not None:
+            copy.load_state_dict(norm.state_dict())
+            copy.freeze()
         film_episodes(stage, self.policy, self.folder / "film.mp4", max_steps=cfg.env.max_steps)
         stage.close(raise_if_closed=False)
 

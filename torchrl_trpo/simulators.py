@@ -16,8 +16,8 @@ from torchrl.envs import EnvBase, GymEnv, PettingZooWrapper, VmasEnv
 
 from torchrl_trpo.suggest import SettingError, nearest
 
-_ROBOTS = ("Ant", "CoupledHalfCheetah", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "Pusher", "Reacher")
-_ROBOTS += ("Swimmer", "Walker2d")
+_ROBOTS = ["Ant", "CoupledHalfCheetah", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup"]
+_ROBOTS += ["Pusher", "Reacher", "Swimmer", "Walker2d"]
 
 
 def known_environments() -> dict[str, list[str]]:
@@ -31,7 +31,7 @@ def known_environments() -> dict[str, list[str]]:
         modules = [module.name for module in pkgutil.iter_modules(importlib.import_module("mpe2").__path__)]
         known["pettingzoo"] = sorted(name for name in modules if re.fullmatch(r"simple\w*_v\d+", name))
     if importlib.util.find_spec("gymnasium_robotics"):
-        known["mamujoco"] = list(_ROBOTS)
+        known["mamujoco"] = _ROBOTS
     if importlib.util.find_spec("gymnasium"):
         registry = importlib.import_module("gymnasium").registry
         known["gym"] = [name for name in registry if re.fullmatch(r"[\w-]+", name)]
@@ -81,7 +81,7 @@ def _vmas(
     device: torch.device,
     continuous: bool | None,
     one_group: bool,
-    **_: Any,
+    **unused: Any,
 ) -> Callable[[], EnvBase]:
     """VMAS, vectorised. VMAS reports time limits as terminations, so that they are left to TorchRL (max_steps=None)."""
     scenario = _known_task(name, "vmas", "VMAS is", "vmas")
@@ -112,7 +112,7 @@ def _vmas(
 
 
 def _pettingzoo(
-    name: str, *, kwargs: dict, continuous: bool | None, one_group: bool, state: bool, render: bool, **_: Any
+    name: str, *, kwargs: dict, continuous: bool | None, one_group: bool, state: bool, render: bool, **unused: Any
 ) -> Callable[[], EnvBase]:
     """The multi-agent particle environments, from the package ``mpe2``."""
     task = _known_task(name, "pettingzoo", "mpe2, PettingZoo's particle environments, is", "pettingzoo")
@@ -125,7 +125,7 @@ def _pettingzoo(
 
 
 def _mamujoco(
-    name: str, *, kwargs: dict, one_group: bool, state: bool, render: bool, **_: Any
+    name: str, *, kwargs: dict, one_group: bool, state: bool, render: bool, **unused: Any
 ) -> Callable[[], EnvBase]:
     """Multi-agent MuJoCo, from Gymnasium-Robotics: ``env.kwargs.agent_conf`` says how the robot is divided."""
     robot = _known_task(name, "mamujoco", "Gymnasium-Robotics is", "mamujoco")
@@ -134,7 +134,7 @@ def _mamujoco(
     return functools.partial(_wrap_pettingzoo, make, _pettingzoo_groups(make(), one_group), state)
 
 
-def _gym(name: str, *, kwargs: dict, device: torch.device, render: bool, **_: Any) -> Callable[[], EnvBase]:
+def _gym(name: str, *, kwargs: dict, device: torch.device, render: bool, **unused: Any) -> Callable[[], EnvBase]:
     """A single-agent task of Gymnasium."""
     task = _known_task(name, "gym", "Gymnasium is", "gym")
     kwargs |= {"render_mode": "rgb_array"} if render else {}
@@ -145,7 +145,7 @@ def _gym(name: str, *, kwargs: dict, device: torch.device, render: bool, **_: An
 
 
 def _custom(
-    name: str, *, num_envs: int, kwargs: dict, seed: int, device: torch.device, factory: str | None, **_: Any
+    name: str, *, num_envs: int, kwargs: dict, seed: int, device: torch.device, factory: str | None, **unused: Any
 ) -> Callable[[], EnvBase]:
     """The user's own TorchRL environment."""
     module, _, function = (factory or "").rpartition(".")
