@@ -2,7 +2,7 @@
 # make test    the test suite, under 10 minutes on 2 cores
 # make check   format, lint, docstring rules and types
 # make bench   costs of the policy update, as ratios
-# make test-slow   the learning results of the README, about 10 minutes on 2 cores
+# make test-slow   the learning results of the README, about 20 minutes on 2 cores
 # Each creates the virtual environment in $(VENV) if there is none, and reuses it if there is.
 
 PYTHON ?= python3

@@ -9,19 +9,19 @@ from torchrl.modules import ValueNorm
 
 
 @torch.no_grad()
-def update_value_norm(value_norm: ValueNorm, targets: Tensor, critic: TensorDictBase | None) -> None:
+def update_value_norm(value_norm: ValueNorm, targets: Tensor, critic: TensorDictBase | None = None) -> None:
     r"""Moves the statistics of normalised values, and corrects the critic's last layer so that no output changes.
 
     With :math:`\sigma, \mu` before and :math:`\sigma', \mu'` after, the last layer's weight becomes
     :math:`W \sigma / \sigma'` and its bias :math:`(\sigma b + \mu - \mu') / \sigma'` (van Hasselt et al. 2016,
-    arXiv:1602.07714, equation 1). The first statistics are taken over without a correction: there are none to preserve.
+    arXiv:1602.07714, equation 1).
 
     Args:
         value_norm: the statistics, of shape ``(1,)``.
         targets: the value targets that count, ``[*B, 1]``.
-        critic: the parameters of the critic, if it outputs normalised values.
+        critic: the parameters of the critic, if it outputs normalised values. Default: no correction.
     """
-    if critic is None or not any(bool(buffer.any()) for buffer in value_norm.buffers()):
+    if critic is None:
         value_norm.update(targets)
         return
     scale, mean = value_norm.scale().clone(), _mean(value_norm).clone()

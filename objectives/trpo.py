@@ -136,6 +136,7 @@ class TRPOLoss(PPOLoss):
             trust_region, self.actor_network, self.actor_parameters
         )
         self._data_has_distribution = False
+        self._norm_has_started = False
 
     @property
     def actor_parameters(self) -> TensorDictBase:
@@ -374,9 +375,19 @@ class TRPOLoss(PPOLoss):
             mask = self._row_mask(tensordict, targets)
             if mask is not None:
                 targets = targets[mask].unsqueeze(-1)
-            critic = self.critic_network_params if self.functional else TensorDict.from_module(self.critic_network)
-            update_value_norm(self.value_norm, targets, critic if self._outputs_normalised_values() else None)
+            update_value_norm(self.value_norm, targets, self._normalised_critic())
         return super().loss_critic(tensordict)
+
+    def _normalised_critic(self) -> TensorDictBase | None:
+        """The critic's parameters if other statistics would change its values; the first statistics are no change."""
+        if not self._outputs_normalised_values():
+            return None
+        if not self._norm_has_started:
+            norm: Any = self.value_norm
+            self._norm_has_started = any(bool(buffer.any()) for buffer in norm.buffers())  # waits for the device
+            if not self._norm_has_started:
+                return None
+        return self.critic_network_params if self.functional else TensorDict.from_module(self.critic_network)
 
     def _outputs_normalised_values(self) -> bool:
         """Whether the critic does: the estimator denormalises with the same statistics."""

@@ -8,12 +8,16 @@ from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, Unbo
 from torchrl.envs import EnvBase
 
 
+def shape_of(size):
+    return (size,) if isinstance(size, int) else size
+
+
 class Copy(EnvBase):
     """Every agent is paid for doing what its observation says: its largest entries, or the values themselves.
 
     Args:
-        groups: the number of agents, the size of their observations and their actions, by group: ``("discrete", n)``,
-            ``("masked", n)``, ``("multi", [n, m])``, ``("continuous", n)`` or ``("unbounded", n)``.
+        groups: the number of agents, the size or shape of their observations and their actions, by group. Actions are
+            ``("discrete", n)``, ``("masked", n)``, ``("multi", [n, m])``, ``("continuous", n)``, ``("unbounded", n)``.
         num_envs: the number of environments.
         death: the share of the agents that die each step: their ``"mask"`` goes off, what they observe and earn is 0.
     """
@@ -23,7 +27,7 @@ class Copy(EnvBase):
         self.groups, self.death = groups, death
         observation, action, reward = {}, {}, {}
         for group, (n, n_obs, (kind, size)) in groups.items():
-            entries = {"observation": Unbounded((num_envs, n, n_obs))}
+            entries = {"observation": Unbounded((num_envs, n, *shape_of(n_obs)))}
             if kind == "masked":
                 entries["action_mask"] = Categorical(2, (num_envs, n, size), dtype=torch.bool)
             if death:
@@ -49,7 +53,7 @@ class Copy(EnvBase):
     def _observe(self, alive):
         out = TensorDict({}, self.batch_size)
         for group, (n, n_obs, (kind, size)) in self.groups.items():
-            observation = torch.rand(*self.batch_size, n, n_obs, generator=self.generator) * 2 - 1
+            observation = torch.rand(*self.batch_size, n, *shape_of(n_obs), generator=self.generator) * 2 - 1
             entries = {"observation": observation}
             if kind == "masked":
                 entries["action_mask"] = observation[..., :size] > observation[..., :size].mean(-1, keepdim=True)
@@ -66,7 +70,7 @@ class Copy(EnvBase):
     def _step(self, tensordict):
         alive, rewards = {}, {}
         for group, (n, _, (kind, size)) in self.groups.items():
-            action, observation = tensordict[group, "action"], tensordict[group, "observation"]
+            action, observation = tensordict[group, "action"], tensordict[group, "observation"].flatten(2)
             if kind == "multi":
                 parts = observation[..., : sum(size)].split(size, -1)
                 right = [a == part.argmax(-1) for a, part in zip(action.unbind(-1), parts, strict=True)]
@@ -165,3 +169,8 @@ def make_different(num_envs=4):
 def make_mixed(num_envs=4):
     """Discrete and continuous agents in one team."""
     return Copy({"drivers": (2, 5, ("continuous", 2)), "callers": (1, 7, ("masked", 4))}, num_envs)
+
+
+def make_pictures(num_envs=4):
+    """Observations [1, 7, 7], which a convolutional network reads."""
+    return Copy({"agents": (2, (1, 7, 7), ("discrete", 3))}, num_envs)

@@ -43,6 +43,7 @@ ENVIRONMENTS = {
     "custom, unbounded": COPY + "unbounded",
     "custom, agents that die": COPY + "discrete env.kwargs.death=0.1",
     "custom, 17/18/19 observations, 5/6/7 actions": "env=custom env.factory=tests.environments.make_different",
+    "custom, pictures": "env=custom env.factory=tests.environments.make_pictures",
     "custom, continuous and masked discrete": "env=custom env.factory=tests.environments.make_mixed",
 }
 ONE_GROUP = {name for name in ENVIRONMENTS if "simple_" not in ENVIRONMENTS[name] or "spread" in ENVIRONMENTS[name]}

@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 from torchrl.envs import VmasEnv
 
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.envs import make_env, resolve_device
+from torchrl_trpo.envs import make_env, observation_norm, resolve_device
 from torchrl_trpo.evaluation import evaluate
 from torchrl_trpo.networks import group_keys, make_actor
 from torchrl_trpo.recipes import hatrpo, itrpo, matrpo, trpo
-from torchrl_trpo.run import COLUMNS
+from torchrl_trpo.run import COLUMNS, Run
 from torchrl_trpo.settings import check_overrides, check_settings, register_environments
 
 # imageio's reader leaves the pipes of ffmpeg to the garbage collector.
@@ -275,3 +275,45 @@ def evaluate_by_hand(env, actor, steps):
             alive &= ~data["next", "done"].squeeze(-1)
             data = following
     return total
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("trpo", ["env=gym/Pendulum-v1"]),
+        ("hatrpo", ["env=custom", "env.factory=tests.environments.make_memory", "actor.network=gru"]),
+    ],
+    ids=["normalised-observations", "custom"],
+)
+def test_resume_of_other_simulators(name, task, tmp_path):
+    """The statistics of normalised observations, a factory and recurrent networks are part of what is continued."""
+    first = RECIPES[name].train(config(name, tmp_path, "film=false", *task))
+    resumed = config(name, tmp_path / "unused", "film=false", "train.total_frames=400", f"resume={tmp_path}")
+    assert resumed.env.name == first["env"]
+    summary = RECIPES[name].train(resumed)
+    assert summary["frames"] == 400
+    assert [int(row["iteration"]) for row in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_the_statistics_of_observations_are_in_the_checkpoint(tmp_path, monkeypatch):
+    norms = []
+
+    def capture(self, *args, original=Run.__init__, **kwargs):
+        original(self, *args, **kwargs)
+        norm = observation_norm(self.env)
+        norms.append((norm, norm.loc["observation"].clone(), norm._count["observation"].clone()))
+
+    monkeypatch.setattr(Run, "__init__", capture)
+    trpo.train(config("trpo", tmp_path, "film=false"))
+    trained, count = norms[0][0].loc["observation"].clone(), norms[0][0]._count["observation"].clone()
+    trpo.train(config("trpo", tmp_path / "unused", "film=false", "train.total_frames=400", f"resume={tmp_path}"))
+    assert torch.equal(norms[1][1], trained)
+    assert torch.equal(norms[1][2], count)
+    assert norms[1][0]._count["observation"] > count, "and they go on"
+
+
+def test_single_agent_recipes_refuse_teams(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"env: 'vmas/balance' has groups of agents, \['agents'\]\. Use the recipes itrpo"
+    ):
+        trpo.train(config("trpo", tmp_path, "env=vmas/balance"))

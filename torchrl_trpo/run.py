@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torchrl._utils import logger
 from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
@@ -206,6 +207,7 @@ class Run:
             f"{summary['evaluation_return']:.1f} acting deterministically, "
             f"{self.frames} frames in {summary['wall_s']:.0f} s."
         )
+        self.env.close(raise_if_closed=False)
         for name in ("learning_curve.png", "film.mp4", "metrics.csv", "summary.json", "config.yaml", "checkpoints"):
             if (self.folder / name).exists():
                 print(f"  {self.folder / name}")
@@ -224,14 +226,18 @@ class Run:
     def _film(self) -> None:
         cfg = self.cfg
         settings = {**cfg.env, "num_envs": 4, "parallel": False}
-        stage = make_env(
-            **settings,
-            seed=cfg.seed,
-            device=self.env.device,
-            one_group=cfg.get("actor", {}).get("sharing") == "all",
-            render=True,
-            normalize_observations=cfg.normalize_observations,
-        )
+        try:
+            stage = make_env(
+                **settings,
+                seed=cfg.seed,
+                device=self.env.device,
+                one_group=cfg.actor.get("sharing") == "all",
+                render=True,
+                normalize_observations=cfg.normalize_observations,
+            )
+        except SettingError as error:  # a factory that makes other batches than four
+            logger.warning(f"No film: {error}")
+            return
         carry_states(stage, self.policy)
         if (norm := observation_norm(self.env)) is not None and (copy := observation_norm(stage)) is not None:
             copy.load_state_dict(norm.state_dict())
