@@ -25,7 +25,9 @@ class AgentGAE(MultiAgentGAE):
     to the agents, steps that were truncated but not terminated are bootstrapped. Beyond its parent it
 
     - keeps padded steps out: where no agent of a step counts (``mask_key``), nothing of that step reaches the
-      steps before it, and what is not finite in masked entries is not read;
+      steps before it, and what is not finite in masked entries is not read. An agent that does not count while others
+      do keeps its sequence, as in games by turns, where it is paid for its move after the move of others: an agent that
+      dies must be told by its own done and terminated flags;
     - evaluates recurrent critics over whole sequences, and :math:`V(o_{t+1})` with the state that follows :math:`o_t`,
       also where an episode ends. A sequence starts with the state recorded in the data, or with none;
     - denormalises the values of a critic that outputs normalised ones (``value_norm``);
@@ -41,6 +43,7 @@ class AgentGAE(MultiAgentGAE):
             they are.
         reward_keys: whose rewards ``team_reward`` takes together, for teams of several groups. Default: the
             estimator's own reward.
+        other_mask_keys: masks of other groups whose entries are read too. Default: none.
         value_norm: a :class:`~torchrl.modules.ValueNorm`: the critic outputs normalised values, which are denormalised
             here. Give the same one to the loss, which normalises the targets. Default: raw values.
         **kwargs: keywords of :class:`~torchrl.objectives.value.MultiAgentGAE`.
@@ -57,15 +60,19 @@ class AgentGAE(MultiAgentGAE):
         self,
         *,
         mask_key: NestedKey | None = None,
+        other_mask_keys: Sequence[NestedKey] = (),
         team_reward: Literal["mean", "sum"] | None = None,
         reward_keys: Sequence[NestedKey] | None = None,
         value_norm: ValueNorm | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if self.value_network is not None and reads_init(self.value_network):
+            self.deactivate_vmap = True  # TorchRL's own recurrent modules branch on what is in the data
         if team_reward not in (None, "mean", "sum"):
             raise ValueError(f"team_reward: {team_reward!r}. {nearest(team_reward, ['mean', 'sum', None])}")
         self.mask_keys: tuple[NestedKey, ...] = () if mask_key is None else (mask_key,)
+        self.other_mask_keys = [unravel_key(key) for key in other_mask_keys]
         self.team_reward = team_reward
         self.reward_keys = None if reward_keys is None else [unravel_key(key) for key in reward_keys]
         self.value_norm = value_norm
@@ -96,8 +103,9 @@ class AgentGAE(MultiAgentGAE):
         with set_recurrent_mode(True):
             super().forward(data, params=params, target_params=target_params, time_dim=time_dim)
         keys = self.tensor_keys
-        for key in (keys.value, ("next", *path(keys.value)), keys.advantage, keys.value_target):
-            tensordict.set(key, data.get(key))
+        for key in (keys.value, ("next", *path(keys.value)), keys.advantage, keys.value_target, "shifted_valid"):
+            if data.get(key, None) is not None:
+                tensordict.set(key, data.get(key))
         return tensordict
 
     def value_estimate(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> Tensor:
@@ -120,7 +128,12 @@ class AgentGAE(MultiAgentGAE):
         masks = [data.get(key, None) for key in self.mask_keys]
         masks = [mask.reshape(*data.batch_size, -1) for mask in masks if mask is not None]
         if masks:
-            self._clear_masked(data, torch.stack(torch.broadcast_tensors(*masks)).all(0), time_dim)
+            mask = torch.stack(torch.broadcast_tensors(*masks)).all(0)  # [*B, T, n], or [*B, T, 1] of all agents
+            self._clear_masked(data, mask, group_of(keys.value))
+            self._end_before_padding(data, mask, time_dim)
+        for key in self.other_mask_keys:
+            if data.get(key, None) is not None and group_of(key) != group_of(keys.value):
+                self._clear_masked(data, data.get(key).reshape(*data.batch_size, -1), group_of(key))
         if self.team_reward is not None:
             names = [keys.reward] if self.reward_keys is None else self.reward_keys
             own_rewards = [entry(data, ("next", *path(name)), "reward_keys") for name in dict.fromkeys(names)]
@@ -131,14 +144,19 @@ class AgentGAE(MultiAgentGAE):
             data.set(("next", *path(keys.reward)), team)
         return data
 
-    def _clear_masked(self, data: TensorDictBase, mask: Tensor, time_dim: int | None) -> None:
-        """Removes what is not finite where the mask ``[*B, T, n]`` (or 1) is off, and ends sequences before padding."""
+    def _clear_masked(self, data: TensorDictBase, mask: Tensor, group: str | None) -> None:
+        """Removes what is not finite where the mask ``[*B, T, n]`` (or 1) of a group is off."""
+        own_group = group == group_of(self.tensor_keys.value)
         for name in self._read_keys():
+            if not own_group and group_of(name) != group:
+                continue
             for key in (name, ("next", *path(name))):
                 value = data.get(key, None)
                 if value is not None and value.is_floating_point():
-                    data.set(key, self._finite(key, value, mask))
-        # The step before a padded one is the last of its sequence, whatever the flags say; it is bootstrapped.
+                    data.set(key, self._finite(value, mask, per_agent=group_of(name) == group))
+
+    def _end_before_padding(self, data: TensorDictBase, mask: Tensor, time_dim: int | None) -> None:
+        """The step before a padded one is the last of its sequence, whatever the flags say; it is bootstrapped."""
         time_dim = self._get_time_dim(time_dim, data)
         padded = ~mask.any(-1)
         ends = padded | padded.roll(-1, time_dim)
@@ -152,15 +170,12 @@ class AgentGAE(MultiAgentGAE):
     def _read_keys(self) -> list[NestedKey]:
         """What is read at ``t`` or ``t+1`` that masked entries may spoil."""
         read = [] if self.value_network is None else self.value_network.in_keys
-        return [*read, self.tensor_keys.reward]
+        return [*read, self.tensor_keys.reward, *(self.reward_keys or ())]
 
-    def _finite(self, key: NestedKey, value: Tensor, mask: Tensor) -> Tensor:
+    @staticmethod
+    def _finite(value: Tensor, mask: Tensor, *, per_agent: bool) -> Tensor:
         """Zeros for what is not finite in entries that do not count."""
-        batch_dims = mask.ndim - 1
-        keep = mask.any(-1)  # [*B, T]
-        name = key[1:] if isinstance(key, tuple) and key[0] == "next" else key
-        if group_of(name) == group_of(self.tensor_keys.value) and has_agent_dim(value, mask.shape[-1], batch_dims):
-            keep = mask
+        keep = mask if per_agent and has_agent_dim(value, mask.shape[-1], mask.ndim - 1) else mask.any(-1)
         return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)) | value.isfinite(), value, 0.0)
 
     def _call_value_nets(
@@ -178,11 +193,20 @@ class AgentGAE(MultiAgentGAE):
     def _add_states(self, data: TensorDictBase, params: TensorDictBase | None) -> None:
         """Adds the recurrent states that follow each step, from which the values at ``t+1`` start."""
         network: Any = self.value_network
-        inputs = data.select(*network.in_keys, strict=False)
+        time_dim = self._get_time_dim(None, data)
+        carried = [key for key in network.in_keys if ("next", *path(key)) in network.out_keys]
         own = contextlib.nullcontext() if params is None else params.to_module(network, preserve_module_state=False)
-        with torch.no_grad(), own:
-            states = network(inputs).get("next")
-        for key, state in states.items(True, True):
+        before, steps = None, []
+        with torch.no_grad(), own, set_recurrent_mode(False):
+            for step in data.select(*network.in_keys, strict=False).unbind(time_dim):
+                for key in carried if before is not None else ():
+                    state = before.get(("next", *path(key)))
+                    recorded = step.get(key, None)
+                    begins = step.get("is_init").reshape(*step.batch_size, *[1] * (state.ndim - step.batch_dims))
+                    step.set(key, torch.where(begins, torch.zeros_like(state) if recorded is None else recorded, state))
+                before = network(step)
+                steps.append(before.get("next").select(*carried))
+        for key, state in torch.stack(steps, time_dim).items(True, True):
             data.set(("next", *path(key)), state)
             if data.get(key, None) is None:
                 data.set(key, torch.zeros_like(state))

@@ -66,6 +66,7 @@ class PolicyTrustRegion:
         self._network = network
         self._dist_keys = distribution_keys(network)
         self._rows = rows
+        self._batch_dims = rows.log_prob.ndim - 1
         self._agent_slice = agent_slice
         self._entropy_coeff = entropy_coeff
         self._max_importance_ratio = max_importance_ratio
@@ -139,7 +140,8 @@ class PolicyTrustRegion:
         for chunk, gain_k in zip(self._chunks, self._gains, strict=True):
             dist = self._distribution(self._distribution_parameters(chunk.rows.inputs, leaves))
             improvement = improvement + self._total(chunk.rows, self._surrogate_rows(chunk.rows, dist) - gain_k)
-            kl = kl + self._total(chunk.rows, kl_divergence(chunk.dist, dist).unsqueeze(-1))
+            divergence = kl_divergence(chunk.dist, dist, self._batch_dims)
+            kl = kl + self._total(chunk.rows, divergence.unsqueeze(-1))
         return improvement, kl
 
     @torch.no_grad()
@@ -184,7 +186,7 @@ class PolicyTrustRegion:
             moved = detached.clone(False)
             for key, tensor in zip(keys, tensors, strict=True):
                 moved.set(key, tensor)
-            kl = kl_divergence(chunk.dist, self._distribution(moved))
+            kl = kl_divergence(chunk.dist, self._distribution(moved), self._batch_dims)
             return (chunk.rows.weight * kl.unsqueeze(-1)).sum()
 
         return fisher_product(outputs, self._leaves, output_hessian_product(mean_kl, outputs), len(self.indices))
@@ -206,7 +208,7 @@ class PolicyTrustRegion:
         gain = rows.factor * ratio * rows.advantage  # [*R, *A, 1]
         if self._entropy_coeff is None:
             return gain
-        return gain + self._entropy_coeff * entropy(dist).unsqueeze(-1)
+        return gain + self._entropy_coeff * entropy(dist, self._batch_dims).unsqueeze(-1)
 
     def _total(self, rows: PolicyRows, values: Tensor) -> Tensor:
         """The weighted sum over the rows of each region, ``[*R, *A, 1]`` to ``[n]``."""

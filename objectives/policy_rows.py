@@ -83,7 +83,7 @@ class PolicyRows:
         Returns:
             The logarithms, ``[*R, *A, 1]``.
         """
-        log_ratio = log_prob(dist, self.action).unsqueeze(-1) - self.log_prob
+        log_ratio = log_prob(dist, self.action, self.log_prob.ndim - 1).unsqueeze(-1) - self.log_prob
         return log_ratio if cap is None else log_ratio + (cap.log() - log_ratio.detach()).clamp_max(0)
 
     def with_factor(self, factor: Tensor) -> PolicyRows:
@@ -102,16 +102,17 @@ class PolicyRows:
         """Applies a function of an entry, and whether it is one per agent, to what there is per row."""
         agents = self.agent_shape.numel()
 
-        def of_tensordict(value: TensorDictBase) -> TensorDict:
-            in_group = value.batch_dims > self.row_dims  # its entries are one per agent, whatever their shape
+        def of_tensordict(value: TensorDictBase, in_group: bool = False) -> TensorDict:
+            has_agents = value.batch_dims > self.row_dims
+            in_group = in_group or has_agents  # its entries are one per agent, whatever their shape
             like = self.log_prob.new_empty((*value.batch_size, 1))
             inner = {}
             for key, child in value.items():
                 if is_tensor_collection(child):
-                    inner[key] = of_tensordict(child)
+                    inner[key] = of_tensordict(child, in_group)
                 else:
                     inner[key] = function(child, in_group or has_agent_dim(child, agents, self.row_dims))
-            return TensorDict(inner, batch_size=function(like, in_group).shape[:-1])
+            return TensorDict(inner, batch_size=function(like, has_agents).shape[:-1])
 
         def of_scalar_rows(value: Tensor) -> Tensor:
             per_agent = value.ndim > self.row_dims + 1 and value.shape[self.row_dims] > 1
@@ -121,7 +122,9 @@ class PolicyRows:
         return replace(
             self,
             inputs=of_tensordict(self.inputs),
-            action=function(self.action, per_agent) if isinstance(self.action, Tensor) else of_tensordict(self.action),
+            action=function(self.action, per_agent)
+            if isinstance(self.action, Tensor)
+            else of_tensordict(self.action, per_agent),
             log_prob=function(self.log_prob, per_agent),
             advantage=function(self.advantage, per_agent),
             weight=of_scalar_rows(self.weight),
@@ -269,8 +272,10 @@ def _clear_masked(key: NestedKey, value: Tensor, mask: Tensor, row_dims: int) ->
     if keep.ndim > _leading_dims(key, value, mask, row_dims):
         keep = keep.any(dim=row_dims)
     keep = keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim))
-    if row_dims > 1 and value.is_floating_point() and key[0] == "inputs":
-        keep = keep | value.isfinite()  # a recurrent policy has read it
+    if row_dims > 1 and key[0] == "inputs":  # a recurrent policy has read it
+        if key[-1] == "is_init":
+            return value
+        keep = keep | value.isfinite() if value.is_floating_point() else keep
     neutral = torch.ones_like(value) if value.dtype == torch.bool else torch.zeros_like(value)
     return torch.where(keep, value, neutral)
 

@@ -21,6 +21,7 @@ def update_value_norm(value_norm: ValueNorm, targets: Tensor, critic: TensorDict
         targets: the value targets that count, ``[*B, 1]``.
         critic: the parameters of the critic, if it outputs normalised values. Default: no correction.
     """
+    targets = torch.where(targets.isfinite(), targets, _mean(value_norm))  # one NaN would stay in the statistics
     if critic is None:
         value_norm.update(targets)
         return

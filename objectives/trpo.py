@@ -184,7 +184,7 @@ class TRPOLoss(PPOLoss):
         with torch.no_grad():
             out.set("ESS", effective_sample_size(log_weight, self._row_mask(tensordict, log_weight)))
             if collected is not None:
-                kl = kl_divergence(collected, dist).unsqueeze(-1)
+                kl = kl_divergence(collected, dist, log_weight.ndim - 1).unsqueeze(-1)
                 out.set("kl", self._reduce_loss(kl, tensordict, reduction="mean"))
         if self.entropy_bonus:
             bonus = self._get_entropy(dist, adv_shape=advantage.shape[:-1])
@@ -314,7 +314,7 @@ class TRPOLoss(PPOLoss):
             written = tensordict.select(*distribution_keys(self.actor_network), strict=False)
             collected = self._collected_distribution(written.reshape(rows.inputs.batch_size))
             kl = torch.full_like(rows.log_prob, torch.nan)
-            kl = kl if collected is None else kl_divergence(collected, dist).unsqueeze(-1)
+            kl = kl if collected is None else kl_divergence(collected, dist, kl.ndim - 1).unsqueeze(-1)
             kl = (rows.weight * torch.where(counts, kl, 0.0)).flatten(0, rows.row_dims - 1).flatten(1).sum(0)
         terms = (ratio, rows.weight * rows.advantage)
         ratio, weighted_advantage = (term.flatten(0, rows.row_dims - 1).flatten(1) for term in terms)
@@ -373,9 +373,9 @@ class TRPOLoss(PPOLoss):
         if self.value_norm is not None:
             targets = entry(tensordict, self.tensor_keys.value_target, "value_target")
             mask = self._row_mask(tensordict, targets)
-            if mask is not None:
-                targets = targets[mask].unsqueeze(-1)
-            update_value_norm(self.value_norm, targets, self._normalised_critic())
+            targets = targets if mask is None else targets[mask].unsqueeze(-1)
+            if targets.numel() > 0:
+                update_value_norm(self.value_norm, targets, self._normalised_critic())
         return super().loss_critic(tensordict)
 
     def _normalised_critic(self) -> TensorDictBase | None:
@@ -457,7 +457,7 @@ class TRPOLoss(PPOLoss):
         if not has_exact_entropy(dist):
             return super()._get_entropy(dist, adv_shape)
         if not isinstance(dist, CompositeDistribution) or composite_lp_aggregate():
-            return entropy(dist).unsqueeze(-1)
+            return entropy(dist, len(adv_shape)).unsqueeze(-1)
         parts = {(*path(name)[:-1], f"{path(name)[-1]}_entropy"): entropy(dist[name]) for name in dist}
         return TensorDict(parts, batch_size=adv_shape).unsqueeze(-1)
 

@@ -24,7 +24,7 @@ from torchrl_trpo.networks import group_keys, make_actor, make_central_critic, m
 from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
 from torchrl_trpo.recurrent import carry_states
 from torchrl_trpo.run import Run
-from torchrl_trpo.settings import check_settings, plain_errors, run_recipe
+from torchrl_trpo.settings import check_settings, check_teams, plain_errors, run_recipe
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         state=cfg.critic.inputs != "observations",
         normalize_observations=cfg.normalize_observations,
     )
-    groups = group_keys(env)
+    groups = check_teams(cfg, group_keys(env))
     policy = TensorDictSequential(*[
         make_actor(env, keys, share_params=False, hidden=cfg.actor.hidden, network=cfg.actor.network) for keys in groups
     ])
@@ -84,13 +84,14 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             observation_keys=[other.observation for other in groups] if cfg.critic.inputs != "state" else [],
             state_key="state" if cfg.critic.inputs != "observations" else None,
             n_agents=keys.n_agents,
+            other_mask_keys=[other.mask for other in groups if other.mask],
             central_key=keys.central,
             agent_one_hot=cfg.critic.agent_one_hot,
             team_reward=cfg.team_reward,
             reward_keys=[other.reward for other in groups],
             value_norm=value_norm,
         )
-        losses[keys.group or "agent"] = loss
+        losses[keys.group] = loss
     objective = HATRPOSequentialObjective(losses, agent_order=cfg.agent_order)
     updater = TrustRegionUpdater(objective, **cfg.updater)
     critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]

@@ -25,7 +25,7 @@ from torchrl_trpo.networks import group_keys, make_actor, make_critic, make_valu
 from torchrl_trpo.objectives import TRPOLoss
 from torchrl_trpo.recurrent import carry_states
 from torchrl_trpo.run import Run
-from torchrl_trpo.settings import check_settings, plain_errors, run_recipe
+from torchrl_trpo.settings import check_settings, check_teams, plain_errors, run_recipe
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         one_group=cfg.actor.sharing == "all",
         normalize_observations=cfg.normalize_observations,
     )
-    groups = group_keys(env)
+    groups = check_teams(cfg, group_keys(env))
     share_params = cfg.actor.sharing != "none"
     policy = TensorDictSequential(*[
         make_actor(env, keys, share_params=share_params, hidden=cfg.actor.hidden, network=cfg.actor.network)
@@ -75,7 +75,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         loss.set_keys(**keys.loss_keys)
         loss.loss_mask_key = keys.mask or "auto"
         loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda, value_norm=value_norm)
-        losses[keys.group or "agent"] = loss
+        losses[keys.group] = loss
     updaters = [TrustRegionUpdater(loss, **cfg.updater) for loss in losses.values()]
     critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]
     critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr)

@@ -9,6 +9,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.modules import MultiAgentMLP, PopArtValueNorm, RunningValueNorm
 from torchrl.modules.models.cross_group_critic import CrossCriticGroupSpec, CrossGroupCritic
+from torchrl.objectives.value import MultiAgentGAE
 
 from tests.cases import ACTION, GROUP, LOG_PROB, OBSERVATION, REWARD, VALUE, make_actor, make_data
 from torchrl_trpo import TrustRegionUpdater
@@ -145,6 +146,59 @@ def test_a_dead_agents_rows_stay_in_the_fit_of_the_others():
     assert fit["loss_critic"] == pytest.approx(float(distance))
 
 
+def test_dead_agents_of_another_group_spoil_no_pool():
+    data = rollout()
+    for part in (data, data["next"]):
+        part["cars"] = TensorDict({"observation": torch.randn(4, 6, 2, 5, dtype=torch.float64)}, [4, 6, 2])
+    data["cars", "mask"] = torch.rand(4, 6, 2) < 0.5
+    for part in (data, data["next"]):
+        part["cars", "observation"][~data["cars", "mask"]] = torch.nan
+    critic = TensorDictModule(nn.Linear(3 * 3 + 2 * 5, 1).double(), in_keys=[CENTRAL], out_keys=[VALUE])
+    estimator = CentralCriticValueEstimator(
+        gamma=GAMMA,
+        lmbda=LMBDA,
+        value_network=critic,
+        central_key=CENTRAL,
+        observation_keys=[OBSERVATION, ("cars", "observation")],
+        other_mask_keys=[("cars", "mask")],
+    )
+    estimator.set_keys(value=VALUE, reward=REWARD)
+    assert estimator(data)["advantage"].isfinite().all()
+
+
+def test_a_batch_without_a_row_that_counts_leaves_the_critic_alone():
+    """The statistics of no targets are NaN, and would have stayed so."""
+    actor, critic, norm = make_actor(), make_critic(), PopArtValueNorm(beta=0.5).double()
+    data = rollout(actor)
+    loss = TRPOLoss(actor, critic, value_norm=norm)
+    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, reward=REWARD, value=VALUE)
+    loss.make_value_estimator(gamma=GAMMA, lmbda=LMBDA, value_norm=norm)
+    loss.loss_mask_key = "alive"
+    data["value_target"] = torch.randn(4, 6, 3, 1, dtype=torch.float64)
+    data["alive"] = torch.ones(4, 6, 3, dtype=torch.bool)
+    loss.loss_critic(data)
+    data["alive"][:] = False
+    loss.loss_critic(data)
+    data["alive"][:] = True
+    data["value_target"][0, 0] = torch.nan
+    loss.loss_critic(data)
+    assert all(buffer.isfinite().all() for buffer in norm.buffers())
+    assert all(parameter.isfinite().all() for parameter in critic.parameters())
+
+
+def test_shifted_values_keep_what_is_valid():
+    data = rollout()
+    data["next", "done"][:, 2] = True
+    data["next", "terminated"][:, 2] = False
+    theirs = MultiAgentGAE(gamma=GAMMA, lmbda=LMBDA, value_network=make_critic(), shifted=True)
+    theirs.set_keys(value=VALUE, reward=REWARD)
+    gae = make_gae(theirs.value_network, shifted=True)
+    expected, actual = theirs(data.clone()), gae(data.clone())
+    assert not expected["shifted_valid"].all()
+    assert torch.equal(actual["shifted_valid"], expected["shifted_valid"])
+    torch.testing.assert_close(actual["advantage"], expected["advantage"])
+
+
 # ------------------------------------------------------------------ rewards of a team of groups
 
 
@@ -158,6 +212,18 @@ def test_one_reward_for_all_groups(team_reward):
     team = getattr(pooled, team_reward)(2, keepdim=True)
     data[("next", *REWARD)] = team.expand(4, 6, 3, 1).clone()
     torch.testing.assert_close(actual, make_gae(critic)(data)["advantage"])
+
+
+def test_a_reward_of_the_team_counts_once():
+    data = rollout()
+    data["next", "reward"] = torch.randn(4, 6, 1, dtype=torch.float64)
+    results = []
+    for keywords in ({}, {"team_reward": "sum", "reward_keys": ["reward", "reward"]}):
+        gae = AgentGAE(gamma=GAMMA, lmbda=LMBDA, value_network=make_critic(), **keywords)
+        gae.value_network.load_state_dict({k: torch.ones_like(v) for k, v in gae.value_network.state_dict().items()})
+        gae.set_keys(value=VALUE)
+        results.append(gae(data.clone())["advantage"])
+    torch.testing.assert_close(*results)
 
 
 def test_hatrpo_warns_once_when_rewards_differ():

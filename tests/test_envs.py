@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from tensordict.nn import TensorDictSequential
 from torchrl.envs import ParallelEnv, SerialEnv
+from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
+from torchrl.modules import IndependentNormal, TanhNormal
 
 from tests.environments import HARL_BREAKS
+from torchrl_trpo.distributions import MultiCategorical
 from torchrl_trpo.envs import agent_groups, make_env, observation_norm
 from torchrl_trpo.evaluation import episode_statistics, evaluate
 from torchrl_trpo.film import film_episodes
-from torchrl_trpo.networks import group_keys, make_actor, make_central_critic
+from torchrl_trpo.networks import _distribution, group_keys, make_actor, make_central_critic
 from torchrl_trpo.objectives import CentralCriticValueEstimator
 from torchrl_trpo.simulators import group_agents, known_environments
 
@@ -206,6 +211,37 @@ def test_what_is_not_installed(monkeypatch):
     assert known_environments()["pettingzoo"] == []
     with pytest.raises(ImportError, match=r"mpe2.* is not installed\. Use: pip install torchrl-trpo\[pettingzoo,recip"):
         build("pettingzoo/simple_spread_v3")
+
+
+@pytest.mark.parametrize(
+    ("space", "distribution"),
+    [
+        (Box(-2, 3, (2,)), TanhNormal),
+        (Box(-np.inf, np.inf, (2,)), IndependentNormal),
+        (Discrete(4), torch.distributions.Categorical),
+        (MultiDiscrete([3, 2]), MultiCategorical),
+        (Box(np.array([-np.inf, -1], np.float32), np.array([np.inf, 1], np.float32)), None),
+        (Box(0, np.inf, (2,)), None),
+        (MultiBinary(3), None),
+    ],
+    ids=str,
+)
+def test_the_policy_fits_the_action_space(space, distribution):
+    """Half-bounded boxes once gave NaN actions, and one-hot ones a Gaussian."""
+    spec = _gym_to_torchrl_spec_transform(space, categorical_action_encoding=True)
+    if distribution is None:
+        with pytest.raises(ValueError, match=r"(?s)no policy for the action space.*Legal: "):
+            _distribution(spec, masked=False)
+    else:
+        assert _distribution(spec, masked=False)[0] is distribution
+
+
+def test_one_hot_actions():
+    env = build("custom", factory="torchrl.envs.GymEnv", kwargs={"env_name": "CartPole-v1"})
+    actor = make_actor(env, *group_keys(env), share_params=True)
+    actions = env.rollout(5, actor)["action"]
+    assert (actions.sum(-1) == 1).all()
+    env.close(raise_if_closed=False)
 
 
 # ------------------------------------------------------------------ films

@@ -317,3 +317,18 @@ def test_single_agent_recipes_refuse_teams(tmp_path):
         ValueError, match=r"env: 'vmas/balance' has groups of agents, \['agents'\]\. Use the recipes itrpo"
     ):
         trpo.train(config("trpo", tmp_path, "env=vmas/balance"))
+
+
+@pytest.mark.parametrize("name", ["itrpo", "matrpo", "hatrpo"])
+def test_recipes_for_teams_refuse_a_single_agent(name, tmp_path):
+    """Advantages of a single agent were normalised over time alone, and so 0 in a batch of one environment."""
+    with pytest.raises(
+        ValueError, match=r"'gym/CartPole-v1' has a single agent, without a group\. Use the recipe trpo"
+    ):
+        RECIPES[name].train(config(name, tmp_path, "env=gym/CartPole-v1"))
+
+
+def test_settings_of_the_resumed_environment_are_known(tmp_path):
+    itrpo.train(config("itrpo", tmp_path, "env=pettingzoo/simple_spread_v3", "film=false"))
+    overrides = check_overrides([f"resume={tmp_path}", "env.parallel=true"], CONFIG_DIR, "itrpo")
+    assert "env=pettingzoo/simple_spread_v3" in overrides

@@ -223,6 +223,23 @@ def test_a_recurrent_sequence_of_agents():
     assert TrustRegionUpdater(objective).step(data)["accepted"].sum() >= 3
 
 
+def test_gradients_flow_through_masked_steps():
+    """An agent that does not count at a step has a memory of it; a masked step once cut the sequence."""
+    actor = recurrent_actor(share_params=True)
+    data = sequences(actor)
+    data["is_init"][:] = False
+    data["mask"] = torch.ones(4, 6, dtype=torch.bool)
+    data["mask"][:, 3] = False
+    loss = TRPOLoss(actor)
+    loss.loss_mask_key = "mask"
+    region = next(iter(loss.trust_regions(data)))
+    theta = flat_parameters(actor).requires_grad_()
+    ratio = (distribution(actor, theta, data).log_prob(data[ACTION]) - data[LOG_PROB]).exp()
+    counted = data["mask"].unsqueeze(-1).expand_as(ratio)
+    surrogate = (ratio * data["advantage"].squeeze(-1))[counted].mean()
+    torch.testing.assert_close(region.gradient(), torch.autograd.grad(surrogate, theta)[0])
+
+
 @pytest.mark.parametrize("module", [GRUModule, LSTMModule])
 def test_torchrls_recurrent_modules(module):
     """One agent, TorchRL's own module in its Python form, which can be differentiated twice."""
@@ -298,6 +315,37 @@ def test_values_of_a_recurrent_critic(share_params):
         later = TensorDict({OBSERVATION: data[("next", *OBSERVATION)][:, t], STATE: state}, [3])
         later["is_init"] = torch.zeros(3, 1, dtype=torch.bool)
         torch.testing.assert_close(data[("next", *VALUE)][:, t], critic(later)[VALUE])
+
+
+@pytest.mark.parametrize("module", [GRUModule, LSTMModule])
+def test_values_of_torchrls_recurrent_critics(module):
+    """TorchRL's modules write their states at the ends of trajectories alone, in sequences."""
+    states = ["h"] if module is GRUModule else ["h", "c"]
+    layer = module(
+        input_size=3,
+        hidden_size=4,
+        python_based=True,
+        in_keys=["observation", *states, "is_init"],
+        out_keys=["features", *[("next", name) for name in states]],
+    ).double()
+    critic = TensorDictSequential(layer, TensorDictModule(nn.Linear(4, 1).double(), ["features"], ["state_value"]))
+    data = rollout()
+    observation, following = data[OBSERVATION][:, :, 0], data[("next", *OBSERVATION)][:, :, 0]
+    data = data.exclude(GROUP, ("next", GROUP))
+    data["observation"], data["next", "observation"] = observation, following
+    for name in states:
+        data[name] = torch.zeros(3, 7, 1, 4, dtype=torch.float64)
+    AgentGAE(gamma=0.9, lmbda=0.8, value_network=critic)(data)
+    carried = {name: torch.zeros(3, 1, 4, dtype=torch.float64) for name in states}
+    for t in range(7):
+        begins = data["is_init"][:, t].unsqueeze(-1)
+        carried = {name: torch.where(begins, torch.zeros_like(value), value) for name, value in carried.items()}
+        never = torch.zeros(3, 1, dtype=torch.bool)
+        now = critic(TensorDict({"observation": observation[:, t], "is_init": never, **carried}, [3]))
+        torch.testing.assert_close(data["state_value"][:, t], now["state_value"])
+        carried = {name: now["next", name] for name in states}
+        later = critic(TensorDict({"observation": following[:, t], "is_init": never, **carried}, [3]))
+        torch.testing.assert_close(data["next", "state_value"][:, t], later["state_value"])
 
 
 def test_a_recurrent_critic_is_fitted_on_sequences():

@@ -34,7 +34,7 @@ from tests.cases import (
     textbook_kl,
 )
 from torchrl_trpo import TrustRegionUpdater, entropy, kl_divergence
-from torchrl_trpo.objectives import TRPOLoss
+from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 
 SHARING = pytest.mark.parametrize("share_params", [True, False], ids=["shared", "per_agent"])
 
@@ -505,3 +505,36 @@ def test_distributions_without_an_exact_kl():
     data["action_log_prob"], data["advantage"] = torch.zeros(4, 2).double(), torch.randn(4, 2, 1).double()
     with pytest.raises(NotImplementedError, match=r"StudentT.*register_kl"):
         TrustRegionUpdater(TRPOLoss(actor, entropy_bonus=False)).step(data)
+
+
+def test_a_policy_that_masks_itself():
+    """Logits of -inf once made the KL NaN and every step a rejected one."""
+    actor = make_actor("categorical", share_params=True)
+    actor.module[0].module = nn.Sequential(actor.module[0].module, NeverTheLast())
+    data = make_data(actor)
+    assert (data[ACTION] < 3).all()
+    stats = TrustRegionUpdater(TRPOLoss(actor)).step(data)
+    assert stats["accepted"].all()
+    assert 0.003 < stats["kl"] <= 0.01
+
+
+class NeverTheLast(nn.Module):
+    def forward(self, logits):
+        return torch.cat([logits[..., :-1], torch.full_like(logits[..., -1:], -torch.inf)], -1)
+
+
+def test_composite_actions_in_a_tensordict_without_the_agents_in_its_batch_size():
+    """A categorical part, ``[N, n]``, was not sliced for one agent of a sequence."""
+    actor = make_actor("composite")
+    full = make_data(actor)
+    flat = TensorDict({key: full[key] for key in full.keys(True, True)}, batch_size=full.batch_size)
+    assert flat[GROUP].batch_size == (5, 8)
+    results = []
+    for data in (full, flat):
+        twin = make_actor("composite")
+        twin.load_state_dict(actor.state_dict())
+        objective = HATRPOSequentialObjective(make_loss(twin), agent_order="fixed")
+        results.append(TrustRegionUpdater(objective).step(data))
+    assert results[0]["accepted"].all()
+    torch.testing.assert_close(results[1]["kl"], results[0]["kl"])
+    torch.testing.assert_close(results[1]["improvement"], results[0]["improvement"])

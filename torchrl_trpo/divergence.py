@@ -18,7 +18,7 @@ from torchrl.modules.distributions.utils import has_analytic_entropy
 from torchrl_trpo.distributions import MultiCategorical
 
 
-def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
+def kl_divergence(p: D.Distribution, q: D.Distribution, batch_dims: int | None = None) -> Tensor:
     """The exact ``KL(p ‖ q)`` of two action distributions of the same policy, in nats.
 
     It is the KL of the joint action: summed over the action's dimensions, not averaged. A bijection that both share
@@ -30,6 +30,8 @@ def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
         p: the distribution that the expectation is taken under, with batch shape ``[*B]``.
         q: the other one, of the same type and shape, squashed by the same bijection and with the same mask; this is
             not checked.
+        batch_dims: the number of dimensions in ``*B``, for a composite distribution whose parameters lie in a
+            TensorDict of fewer. Default: those of ``p``.
 
     Returns:
         The divergences, ``[*B]``.
@@ -38,8 +40,7 @@ def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
         NotImplementedError: if there is no closed form; a sampled KL would make the trust region a matter of luck.
     """
     if isinstance(p, CompositeDistribution) and isinstance(q, CompositeDistribution):
-        parts = [kl_divergence(p[name], q[name]) for name in p]
-        return torch.stack([_sum_to(part, len(p.batch_shape)) for part in parts]).sum(0)
+        return _sum_of_parts(p, [kl_divergence(p[name], q[name]) for name in p], batch_dims)
     if isinstance(p, MultiCategorical) and isinstance(q, MultiCategorical):
         pairs = zip(p.categoricals, q.categoricals, strict=True)
         return torch.stack([kl_divergence(*pair) for pair in pairs]).sum(0)
@@ -66,37 +67,31 @@ def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
 
 def _categorical_kl(p: D.Categorical, q: D.Categorical) -> Tensor:
     """``Σ_u p(u) (log p(u) − log q(u))`` over the actions that ``p`` allows."""
-    log_p, log_q = (_allowed(dist.logits, p) for dist in (p, q))
-    return (_allowed(p.probs, p) * (log_p - log_q)).sum(-1)
+    allowed = p.probs > 0  # an action that is masked adds nothing, neither to the value nor, as NaN, to the gradient
+    log_p, log_q = (torch.where(allowed, dist.logits, 0.0) for dist in (p, q))
+    return (p.probs * (log_p - log_q)).sum(-1)
 
 
-def _allowed(values: Tensor, dist: D.Categorical) -> Tensor:
-    """The values of the actions that are not masked, 0 for the others; their gradient is 0 too, not NaN."""
-    mask = getattr(dist, "_mask", None)
-    if mask is None or getattr(dist, "_sparse_mask", False):
-        return values
-    return torch.where(mask, values, 0.0)
+def _sum_of_parts(dist: CompositeDistribution, parts: list[Tensor], batch_dims: int | None) -> Tensor:
+    """The sum over a composite's parts; parts that are not ``Independent`` keep event dimensions, which are summed."""
+    ndim = len(dist.batch_shape) if batch_dims is None else batch_dims
+    return torch.stack([part.flatten(ndim).sum(-1) if part.ndim > ndim else part for part in parts]).sum(0)
 
 
-def _sum_to(values: Tensor, ndim: int) -> Tensor:
-    """Sums over the dimensions after the first ``ndim``: parts that are not ``Independent`` keep event dimensions."""
-    return values.flatten(ndim).sum(-1) if values.ndim > ndim else values
-
-
-def log_prob(dist: D.Distribution, action: Tensor | TensorDictBase) -> Tensor:
+def log_prob(dist: D.Distribution, action: Tensor | TensorDictBase, batch_dims: int | None = None) -> Tensor:
     """The logarithm of the density of a joint action; of a composite one, the sum over its parts.
 
     Args:
         dist: the distribution, batch shape ``[*B]``.
         action: the action, or the actions of a composite distribution by name.
+        batch_dims: as for :func:`kl_divergence`.
 
     Returns:
         The logarithms, ``[*B]``.
     """
     if isinstance(dist, CompositeDistribution):
         actions: Any = action
-        parts = [_sum_to(dist[name].log_prob(actions.get(name)), len(dist.batch_shape)) for name in dist]
-        return torch.stack(parts).sum(0)
+        return _sum_of_parts(dist, [dist[name].log_prob(actions.get(name)) for name in dist], batch_dims)
     return dist.log_prob(action)
 
 
@@ -114,7 +109,7 @@ def has_exact_entropy(dist: D.Distribution) -> bool:
     return has_analytic_entropy(dist) or _is_squashed_normal(dist)
 
 
-def entropy(dist: D.Distribution, nodes: int = 16) -> Tensor:
+def entropy(dist: D.Distribution, batch_dims: int | None = None, *, nodes: int = 16) -> Tensor:
     """The entropy of an action distribution in nats, without sampling.
 
     Closed form where there is one. For a squashed normal ``u = f(z)``, ``H(u) = H(z) + E[log |f'(z)|]``, whose
@@ -123,6 +118,9 @@ def entropy(dist: D.Distribution, nodes: int = 16) -> Tensor:
 
     Args:
         dist: the distribution, batch shape ``[*B]``.
+        batch_dims: as for :func:`kl_divergence`.
+
+    Keyword Args:
         nodes: the number of quadrature nodes for squashed normals.
 
     Returns:
@@ -132,8 +130,7 @@ def entropy(dist: D.Distribution, nodes: int = 16) -> Tensor:
         NotImplementedError: if the distribution has neither.
     """
     if isinstance(dist, CompositeDistribution):
-        parts = [_sum_to(entropy(dist[name], nodes), len(dist.batch_shape)) for name in dist]
-        return torch.stack(parts).sum(0)
+        return _sum_of_parts(dist, [entropy(dist[name], nodes=nodes) for name in dist], batch_dims)
     if has_analytic_entropy(dist):
         return dist.entropy()
     if not _is_squashed_normal(dist):

@@ -12,16 +12,18 @@ from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 from torch.distributions import Distribution
-from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, TensorSpec
+from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, OneHot, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 from torchrl.modules import (
     MLP,
     ConvNet,
     IndependentNormal,
     MaskedCategorical,
+    MaskedOneHotCategorical,
     MultiAgentConvNet,
     MultiAgentMLP,
     NormalParamExtractor,
+    OneHotCategorical,
     PopArtValueNorm,
     ProbabilisticActor,
     TanhNormal,
@@ -32,6 +34,7 @@ from torchrl_trpo.action_features import n_action_features
 from torchrl_trpo.envs import agent_groups
 from torchrl_trpo.layout import in_group, path
 from torchrl_trpo.recurrent import RecurrentModule
+from torchrl_trpo.suggest import SettingError
 
 
 @dataclass(frozen=True)
@@ -250,12 +253,22 @@ def _distribution(
     if isinstance(spec, MultiCategorical):
         nvec = spec.nvec.reshape(-1, spec.shape[-1])[0].tolist()
         return distributions.MultiCategorical, {"nvec": nvec}, ["logits"], sum(nvec)
-    if isinstance(spec, Categorical):
+    if type(spec) is Categorical:
         return MaskedCategorical if masked else torch.distributions.Categorical, {}, ["logits"], spec.n
-    if isinstance(spec, Bounded):
+    if type(spec) is OneHot:
+        return MaskedOneHotCategorical if masked else OneHotCategorical, {}, ["logits"], spec.shape[-1]
+    if isinstance(spec, (Bounded, Unbounded)) and spec.dtype.is_floating_point:
         bounds = {"low": spec.space.low, "high": spec.space.high}
-        return TanhNormal, bounds, ["loc", "scale"], 2 * spec.shape[-1]
-    return IndependentNormal, {}, ["loc", "scale"], 2 * spec.shape[-1]
+        bounded = torch.stack([bound.abs() < 1e30 for bound in bounds.values()])  # no bound may be inf, or the largest
+        if bounded.all():
+            return TanhNormal, bounds, ["loc", "scale"], 2 * spec.shape[-1]
+        if not bounded.any():
+            return IndependentNormal, {}, ["loc", "scale"], 2 * spec.shape[-1]
+    raise SettingError(
+        f"the recipes have no policy for the action space {type(spec).__name__} {tuple(spec.shape)} of {spec.space}. "
+        "Legal: Categorical, OneHot or MultiCategorical, and continuous actions with all bounds or none; change the "
+        "space with a transform of TorchRL."
+    )
 
 
 def _network(

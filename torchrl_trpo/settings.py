@@ -141,6 +141,9 @@ def register_environments(config_dir: Path) -> list[str]:
 def _setting_names(config_dir: Path, config_name: str, overrides: Sequence[str]) -> list[str]:
     """The settings there are, with the environment that the overrides choose."""
     chosen = [override.partition(",")[0] for override in overrides if override.startswith("env=")]
+    folders = [Path(override.partition("=")[2]) for override in overrides if override.startswith("resume=")]
+    if not chosen and folders and (folders[-1] / "config.yaml").exists():
+        chosen = [f"env={OmegaConf.load(folders[-1] / 'config.yaml').env.name}"]
     with initialize_config_dir(str(config_dir), version_base=None):
         config: Any = OmegaConf.to_container(compose(config_name, chosen), resolve=False)
     return [name for name, _ in _settings(config)]
@@ -217,6 +220,24 @@ def check_single_agent(cfg: DictConfig, groups: Sequence[GroupKeys]) -> GroupKey
             f"env: {cfg.env.name!r} has groups of agents, {names}. Use the recipes itrpo, matrpo or hatrpo."
         )
     return groups[0]
+
+
+def check_teams(cfg: DictConfig, groups: Sequence[GroupKeys]) -> Sequence[GroupKeys]:
+    """Checks that an environment has groups of agents.
+
+    Args:
+        cfg: the recipe's config.
+        groups: the environment's groups.
+
+    Returns:
+        The groups.
+
+    Raises:
+        SettingError: if it has a single agent without a group.
+    """
+    if groups[0].group is None:
+        raise SettingError(f"env: {cfg.env.name!r} has a single agent, without a group. Use the recipe trpo.")
+    return groups
 
 
 def _is_size(value: object) -> bool:
