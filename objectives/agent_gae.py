@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from tensordict import NestedKey, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 from torchrl.modules import ValueNorm, set_recurrent_mode
@@ -196,17 +196,19 @@ class AgentGAE(MultiAgentGAE):
         time_dim = self._get_time_dim(None, data)
         carried = [key for key in network.in_keys if ("next", *path(key)) in network.out_keys]
         own = contextlib.nullcontext() if params is None else params.to_module(network, preserve_module_state=False)
-        before, steps = None, []
+        before: TensorDictBase = TensorDict()
+        steps = []
         with torch.no_grad(), own, set_recurrent_mode(False):
             for step in data.select(*network.in_keys, strict=False).unbind(time_dim):
-                for key in carried if before is not None else ():
-                    state = before.get(("next", *path(key)))
-                    recorded = step.get(key, None)
-                    begins = step.get("is_init").reshape(*step.batch_size, *[1] * (state.ndim - step.batch_dims))
-                    step.set(key, torch.where(begins, torch.zeros_like(state) if recorded is None else recorded, state))
+                for key in carried:
+                    state, recorded = before.get(("next", *path(key)), None), step.get(key, None)
+                    if state is not None:
+                        begins = step.get("is_init").reshape(*step.batch_size, *[1] * (state.ndim - step.batch_dims))
+                        fresh = torch.zeros_like(state) if recorded is None else recorded
+                        step.set(key, torch.where(begins, fresh, state))
                 before = network(step)
                 steps.append(before.get("next").select(*carried))
-        for key, state in torch.stack(steps, time_dim).items(True, True):
+        for key, state in cast("TensorDict", torch.stack(steps, time_dim)).items(True, True):
             data.set(("next", *path(key)), state)
             if data.get(key, None) is None:
                 data.set(key, torch.zeros_like(state))

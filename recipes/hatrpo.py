@@ -91,7 +91,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             reward_keys=[other.reward for other in groups],
             value_norm=value_norm,
         )
-        losses[keys.group] = loss
+        losses[str(keys.group)] = loss
     objective = HATRPOSequentialObjective(losses, agent_order=cfg.agent_order)
     updater = TrustRegionUpdater(objective, **cfg.updater)
     critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]

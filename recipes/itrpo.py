@@ -75,7 +75,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         loss.set_keys(**keys.loss_keys)
         loss.loss_mask_key = keys.mask or "auto"
         loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda, value_norm=value_norm)
-        losses[keys.group] = loss
+        losses[str(keys.group)] = loss
     updaters = [TrustRegionUpdater(loss, **cfg.updater) for loss in losses.values()]
     critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]
     critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr)

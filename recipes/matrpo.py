@@ -96,7 +96,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             agent_one_hot=cfg.critic.agent_one_hot,
             value_norm=value_norm,
         )
-        losses[keys.group] = loss
+        losses[str(keys.group)] = loss
     updaters = [TrustRegionUpdater(loss, **cfg.updater) for loss in losses.values()]
     critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]
     critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr)
