@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
 from torch import nn
+from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import (
     GRUModule,
@@ -39,7 +42,7 @@ from tests.environments import Memory
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.networks import group_keys, make_actor, make_central_critic, make_critic
+from torchrl_trpo.networks import GroupKeys, group_keys, make_actor, make_central_critic, make_critic
 from torchrl_trpo.objectives import AgentGAE, CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
 from torchrl_trpo.recurrent import RecurrentModule, carry_states
 
@@ -240,17 +243,20 @@ def test_gradients_flow_through_masked_steps():
     torch.testing.assert_close(region.gradient(), torch.autograd.grad(surrogate, theta)[0])
 
 
+def torchrl_layer(module):
+    """TorchRL's own layer, for one agent, and the names of its states."""
+    states = ["h"] if module is GRUModule else ["h", "c"]
+    keys = {
+        "in_keys": ["observation", *states, "is_init"],
+        "out_keys": ["features", *[("next", name) for name in states]],
+    }
+    return module(input_size=3, hidden_size=4, python_based=True, **keys).double(), states
+
+
 @pytest.mark.parametrize("module", [GRUModule, LSTMModule])
 def test_torchrls_recurrent_modules(module):
     """One agent, TorchRL's own module in its Python form, which can be differentiated twice."""
-    states = ["h"] if module is GRUModule else ["h", "c"]
-    layer = module(
-        input_size=3,
-        hidden_size=4,
-        python_based=True,
-        in_keys=["observation", *states, "is_init"],
-        out_keys=["features", *[("next", name) for name in states]],
-    ).double()
+    layer, states = torchrl_layer(module)
     head = nn.Sequential(nn.Linear(4, 4), NormalParamExtractor()).double()
     actor = ProbabilisticActor(
         TensorDictSequential(layer, TensorDictModule(head, ["features"], ["loc", "scale"])),
@@ -320,14 +326,7 @@ def test_values_of_a_recurrent_critic(share_params):
 @pytest.mark.parametrize("module", [GRUModule, LSTMModule])
 def test_values_of_torchrls_recurrent_critics(module):
     """TorchRL's modules write their states at the ends of trajectories alone, in sequences."""
-    states = ["h"] if module is GRUModule else ["h", "c"]
-    layer = module(
-        input_size=3,
-        hidden_size=4,
-        python_based=True,
-        in_keys=["observation", *states, "is_init"],
-        out_keys=["features", *[("next", name) for name in states]],
-    ).double()
+    layer, states = torchrl_layer(module)
     critic = TensorDictSequential(layer, TensorDictModule(nn.Linear(4, 1).double(), ["features"], ["state_value"]))
     data = rollout()
     observation, following = data[OBSERVATION][:, :, 0], data[("next", *OBSERVATION)][:, :, 0]
@@ -479,6 +478,21 @@ def test_pictures(share_params):
     step = stats["step_fraction"].unsqueeze(-1) * full_step
     torch.testing.assert_close(flat_parameters(actor, n), theta + step, rtol=1e-6, atol=1e-9)
     assert stats["accepted"].all()
+
+
+def test_pictures_of_a_single_agent():
+    pictures = Composite({"observation": Unbounded((1, 7, 7))})
+    env = SimpleNamespace(
+        device=None,
+        full_observation_spec_unbatched=pictures,
+        full_action_spec_unbatched=Composite({"action": Categorical(3)}),
+    )
+    keys = GroupKeys(None, 1, reward="reward", done="done", terminated="terminated", action_mask=None, mask=None)
+    actor = make_actor(env, keys, share_params=True, hidden=[8])
+    data = actor(TensorDict({"observation": torch.randn(6, 1, 7, 7)}, [6]))
+    assert data["action"].shape == (6,)
+    critic = make_critic(env, keys, share_params=True, hidden=[8])
+    assert critic(data)["state_value"].shape == (6, 1)
 
 
 def test_nothing_moves_when_a_state_is_not_finite():

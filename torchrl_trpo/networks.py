@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,6 +62,11 @@ class GroupKeys:
         if name in _ENTRIES:
             return in_group(self.group, _ENTRIES[name])
         raise AttributeError(name)
+
+    @property
+    def agent_shape(self) -> tuple[int, ...]:
+        """The agent dimension of the group's entries, if they have one."""
+        return () if self.group is None else (self.n_agents,)
 
     @property
     def loss_keys(self) -> dict[str, NestedKey]:
@@ -133,7 +138,8 @@ def make_actor(
     distribution, kwargs, names, n_outputs = _distribution(spec, keys.action_mask is not None)
     last = [] if "logits" in names else [NormalParamExtractor()]
     outputs = [in_group(keys.group, name) for name in names]
-    module = _network(env, keys, keys.observation, outputs, n_outputs, share_params, hidden, network, "policy", last)
+    settings: dict[str, Any] = {"share_params": share_params, "hidden": hidden, "network": network}
+    module = _network(env, keys, keys.observation, outputs, n_outputs, **settings, name="policy", last=last)
     parameters = dict(zip(names, outputs, strict=True))
     if keys.action_mask is not None:
         parameters["mask"] = keys.action_mask
@@ -166,7 +172,8 @@ def make_critic(
     Returns:
         The critic, from observations ``[*B, n_agents, F]`` to values ``[*B, n_agents, 1]``.
     """
-    return _network(env, keys, keys.observation, [keys.value], 1, share_params, hidden, network, "critic")
+    settings: dict[str, Any] = {"share_params": share_params, "hidden": hidden, "network": network}
+    return _network(env, keys, keys.observation, [keys.value], 1, **settings, name="critic")
 
 
 def make_central_critic(
@@ -204,7 +211,8 @@ def make_central_critic(
     size += observations["state"].shape.numel() if inputs != "observations" else 0
     differ = agent_one_hot or others_actions
     if network != "mlp" or differ:
-        return _network(env, keys, keys.central, [keys.value], 1, True, hidden, network, "critic", size=size)
+        settings: dict[str, Any] = {"share_params": True, "hidden": hidden, "network": network}
+        return _network(env, keys, keys.central, [keys.value], 1, **settings, name="critic", size=size)
     value = MLP(size, 1, num_cells=list(hidden), activation_class=nn.Tanh, device=env.device)
     return TensorDictModule(TeamCritic(value), in_keys=[keys.central], out_keys=[keys.value])
 
@@ -277,6 +285,7 @@ def _network(
     in_key: NestedKey,
     out_keys: list[NestedKey],
     n_outputs: int,
+    *,
     share_params: bool,
     hidden: Sequence[int],
     network: str,
@@ -285,24 +294,16 @@ def _network(
     size: int | None = None,
 ) -> TensorDictModuleBase:
     """A network of each agent's own input, ``[*B, n_agents, F]`` to ``[*B, n_agents, n_outputs]``."""
-    device = env.device
     agents: dict[str, Any] = {"n_agents": keys.n_agents, "centralized": False, "share_params": share_params}
-    modules: list[TensorDictModuleBase] = []
-    shape = (size,) if size else env.full_observation_spec_unbatched[in_key].shape[keys.group is not None :]
-    if len(shape) == 3:
-        convolution = {
-            "in_features": shape[0],
-            "num_cells": [16, 32],
-            "kernel_sizes": 3,
-            "strides": 2,
-            "device": device,
-        }
-        images = ConvNet(**convolution) if keys.group is None else MultiAgentConvNet(**agents, **convolution)
-        example = torch.zeros(*(() if keys.group is None else (keys.n_agents,)), *shape, device=device)
-        features = in_group(keys.group, f"{name}_pixels")
-        modules.append(TensorDictModule(images, in_keys=[in_key], out_keys=[features]))
-        shape, in_key = images(example).shape[-1:], features
     hidden = list(hidden)
+    modules: list[TensorDictModuleBase] = []
+    shape = env.full_observation_spec_unbatched[in_key].shape[len(keys.agent_shape) :] if size is None else (size,)
+    if len(shape) == 3:
+        pixels = in_group(keys.group, f"{name}_pixels")
+        images = _convolutions(env, keys, shape, agents)
+        modules.append(TensorDictModule(images, in_keys=[in_key], out_keys=[pixels]))
+        example = torch.zeros(*keys.agent_shape, *shape, device=env.device)
+        shape, in_key = images(example).shape[-1:], pixels
     n_inputs = shape[-1]
     if network != "mlp":
         features, state = in_group(keys.group, f"{name}_features"), in_group(keys.group, f"{name}_state")
@@ -314,14 +315,21 @@ def _network(
             out_keys=[features, ("next", *path(state))],
             n_agents=None if keys.group is None else keys.n_agents,
             share_params=share_params,
-            device=device,
+            device=env.device,
         )
         modules.append(recurrent)
         n_inputs, in_key, hidden = hidden[0], features, hidden[1:]
-    head: dict[str, Any] = {"num_cells": hidden, "depth": len(hidden), "activation_class": nn.Tanh, "device": device}
-    mlp = (
-        MLP(n_inputs, n_outputs, **head) if keys.group is None else MultiAgentMLP(n_inputs, n_outputs, **agents, **head)
-    )
-    body = nn.Sequential(mlp, *last) if last else mlp
-    modules.append(TensorDictModule(body, in_keys=[in_key], out_keys=out_keys))
+    layers: dict[str, Any] = {"num_cells": hidden, "depth": len(hidden), "activation_class": nn.Tanh}
+    layers |= {"device": env.device} if keys.group is None else {"device": env.device, **agents}
+    head: nn.Module = (MLP if keys.group is None else MultiAgentMLP)(n_inputs, n_outputs, **layers)
+    head = nn.Sequential(head, *last) if last else head
+    modules.append(TensorDictModule(head, in_keys=[in_key], out_keys=out_keys))
     return modules[0] if len(modules) == 1 else TensorDictSequential(*modules)
+
+
+def _convolutions(env: EnvBase, keys: GroupKeys, shape: Sequence[int], agents: Mapping[str, Any]) -> nn.Module:
+    """A network that reads pictures ``[*B, n_agents, C, H, W]``."""
+    layers: dict[str, Any] = {"num_cells": [16, 32], "kernel_sizes": 3, "strides": 2, "device": env.device}
+    if keys.group is None:
+        return ConvNet(in_features=shape[0], **layers)
+    return MultiAgentConvNet(in_features=shape[0], **layers, **agents)
