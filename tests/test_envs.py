@@ -32,6 +32,9 @@ MPE = [
     "simple_world_comm_v3",
 ]
 
+SCENARIOS = ["balance", "navigation", "transport", "give_way", "sampling", "discovery"]
+SCENARIOS += ["simple_tag", "simple_adversary", "simple_push", "simple_crypto"]
+
 
 def build(name, **settings):
     defaults = {"num_envs": 3, "max_steps": 6, "kwargs": {}, "seed": 0, "device": torch.device("cpu")}
@@ -89,6 +92,19 @@ def test_the_nine_particle_tasks(task, continuous):
         own = data[("next", *groups[-1].reward)][:, :6].sum(1).mean()
         assert statistics[f"episode_return_{name}"] == pytest.approx(float(own), abs=1e-4)
     env.close(raise_if_closed=False)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("continuous", [True, False], ids=["continuous", "discrete"])
+def test_scenarios_of_vmas(scenario, continuous):
+    env = build(f"vmas/{scenario}", continuous_actions=continuous)
+    groups = group_keys(env)
+    policy = TensorDictSequential(*[make_actor(env, keys, share_params=False) for keys in groups])
+    data = env.rollout(7, policy, break_when_any_done=False)
+    for keys in groups:
+        assert data[keys.log_prob].isfinite().all()
+        assert data[keys.observation].shape[:3] == (3, 7, keys.n_agents)
+        assert data["next", keys.group, "episode_reward"].isfinite().all()
 
 
 # ------------------------------------------------------------------ time, state, seeds

@@ -182,7 +182,7 @@ def test_from_the_command_line(name, tmp_path):
 )
 def test_unknown_names(override, message):
     with pytest.raises(ValueError, match=message):
-        check_overrides([override], CONFIG_DIR, "hatrpo")
+        check_overrides(["seed=1", override], CONFIG_DIR, "hatrpo")
 
 
 @pytest.mark.parametrize(

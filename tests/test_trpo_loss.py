@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.modules import PopArtValueNorm, ProbabilisticActor, TanhNormal
+from torchrl.modules import PopArtValueNorm, ProbabilisticActor, TanhNormal, TruncatedNormal
 from torchrl.objectives import PPOLoss
 from torchrl.objectives.value import MultiAgentGAE
 
@@ -505,6 +505,12 @@ def test_distributions_without_an_exact_kl():
     data["action_log_prob"], data["advantage"] = torch.zeros(4, 2).double(), torch.randn(4, 2, 1).double()
     with pytest.raises(NotImplementedError, match=r"StudentT.*register_kl"):
         TrustRegionUpdater(TRPOLoss(actor, entropy_bonus=False)).step(data)
+
+
+def test_truncated_normals_are_refused():
+    p = TruncatedNormal(torch.zeros(4, 2), torch.ones(4, 2))
+    with pytest.raises(NotImplementedError, match=r"TruncatedNormal.*normaliser.*Legal: .*TanhNormal"):
+        kl_divergence(p, p)
 
 
 def test_a_policy_that_masks_itself():

@@ -71,16 +71,15 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
         SettingError: if a setting or an environment is unknown.
     """
     environments = register_environments(config_dir)
+    for choice in [c for override in overrides if override.startswith("env=") for c in override[4:].split(",")]:
+        if choice not in environments:
+            raise SettingError(f"env: {choice!r}. {nearest(choice, environments)}")
     known: list[str] = []
     checked: list[str] = []
     for override in overrides:
-        name, equals, value = override.partition("=")
-        if not equals or name.startswith(("-", "+", "~", "hydra")):
+        name, equals, _ = override.partition("=")
+        if not equals or name == "env" or name.startswith(("-", "+", "~", "hydra")):
             pass
-        elif name == "env":
-            for choice in value.split(","):
-                if choice not in environments:
-                    raise SettingError(f"env: {choice!r}. {nearest(choice, environments)}")
         elif name.startswith(_OPEN):
             override = f"++{override}"
         else:
