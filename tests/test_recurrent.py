@@ -39,7 +39,7 @@ from tests.cases import (
     textbook_kl,
 )
 from tests.environments import Memory
-from torchrl_trpo import TrustRegionUpdater
+from torchrl_trpo import TrustRegionUpdater, line_search
 from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.envs import make_env
 from torchrl_trpo.networks import GroupKeys, group_keys, make_actor, make_central_critic, make_critic
@@ -51,7 +51,7 @@ SHARING = pytest.mark.parametrize("share_params", [True, False], ids=["shared", 
 CELLS = pytest.mark.parametrize("cell", ["gru", "lstm"])
 
 
-def recurrent_layer(cell="gru", share_params=False, hidden=3, n_agents=2, n_obs=3):
+def recurrent_layer(cell="gru", share_params=False, hidden=3, n_agents=2, n_obs=3, device=None):
     return RecurrentModule(
         n_obs,
         hidden,
@@ -60,14 +60,15 @@ def recurrent_layer(cell="gru", share_params=False, hidden=3, n_agents=2, n_obs=
         out_keys=[FEATURES, ("next", *STATE)],
         n_agents=n_agents,
         share_params=share_params,
+        device=device,
     ).double()
 
 
-def recurrent_actor(cell="gru", share_params=False, kind="normal", hidden=3, n_agents=2):
-    head = MultiAgentMLP(hidden, 4, n_agents=n_agents, centralized=False, share_params=share_params, depth=0).double()
-    policy = make_policy(head, kind)
+def recurrent_actor(cell="gru", share_params=False, kind="normal", hidden=3, n_agents=2, device=None, **keywords):
+    sharing = {"centralized": False, "share_params": share_params, "device": device}
+    policy = make_policy(MultiAgentMLP(hidden, 4, n_agents=n_agents, depth=0, **sharing).double(), kind, **keywords)
     policy.module[0].in_keys = [FEATURES]
-    layer = recurrent_layer(cell, share_params, hidden, n_agents)
+    layer = recurrent_layer(cell, share_params, hidden, n_agents, device=device)
     return ProbabilisticTensorDictSequential(layer, *policy.module)
 
 
@@ -153,6 +154,20 @@ def test_the_step_is_the_definition(cell, share_params):
     torch.testing.assert_close(kept, theta + stats["step_fraction"].unsqueeze(-1) * full_step, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(stats["kl"], region_mean(textbook_kl(old, distribution(actor, kept, data)), per_agent))
     assert stats["accepted"].all()
+
+
+@CELLS
+@pytest.mark.parametrize("sequential", [False, True], ids=["batched", "sequential"])
+def test_the_whole_step_on_the_meta_device(cell, sequential, monkeypatch):
+    """Apart from the accept decision of the line search nothing waits for the device or sits on the CPU."""
+    monkeypatch.setattr(line_search, "_all_decided", lambda decided: False)
+    data = sequences(recurrent_actor(cell)).to("meta")
+    actor = recurrent_actor(cell, device="meta", validate_args=False)
+    loss = TRPOLoss(actor, entropy_bonus=False)
+    objective = HATRPOSequentialObjective(loss) if sequential else loss
+    stats = TrustRegionUpdater(objective, fisher_subsample=0.5).step(data)
+    assert stats["kl"].device.type == "meta"
+    assert stats.batch_size == (2,)
 
 
 @SHARING
