@@ -31,6 +31,7 @@ def returns(recipe, env, frames, folder, seeds):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The agents' rewards differ")
 @pytest.mark.parametrize(
     ("recipe", "env", "frames", "least"),
     [
