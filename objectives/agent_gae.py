@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrl.modules import ValueNorm, set_recurrent_mode
 from torchrl.objectives.value import MultiAgentGAE
 
-from torchrl_trpo.layout import group_of, has_agent_dim, path, reads_init
+from torchrl_trpo.layout import finite_where_masked, group_of, path, reads_init
 from torchrl_trpo.objectives.policy_rows import entry
 from torchrl_trpo.suggest import nearest
 
@@ -153,7 +153,7 @@ class AgentGAE(MultiAgentGAE):
             for key in (name, ("next", *path(name))):
                 value = data.get(key, None)
                 if value is not None and value.is_floating_point():
-                    data.set(key, self._finite(value, mask, per_agent=group_of(name) == group))
+                    data.set(key, finite_where_masked(value, mask, per_agent=group_of(name) == group))
 
     def _end_before_padding(self, data: TensorDictBase, mask: Tensor, time_dim: int | None) -> None:
         """The step before a padded one is the last of its sequence, whatever the flags say; it is bootstrapped."""
@@ -171,12 +171,6 @@ class AgentGAE(MultiAgentGAE):
         """What is read at ``t`` or ``t+1`` that masked entries may spoil."""
         read = [] if self.value_network is None else self.value_network.in_keys
         return [*read, self.tensor_keys.reward, *(self.reward_keys or ())]
-
-    @staticmethod
-    def _finite(value: Tensor, mask: Tensor, *, per_agent: bool) -> Tensor:
-        """Zeros for what is not finite in entries that do not count."""
-        keep = mask if per_agent and has_agent_dim(value, mask.shape[-1], mask.ndim - 1) else mask.any(-1)
-        return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)) | value.isfinite(), value, 0.0)
 
     def _call_value_nets(
         self, data: TensorDictBase, params: TensorDictBase | None, *args: Any, value_key: NestedKey, **kwargs: Any

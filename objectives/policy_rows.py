@@ -267,7 +267,7 @@ def _non_finite(rows: TensorDict, row_dims: int) -> Tensor:
 
 
 def _clear_masked(key: NestedKey, value: Tensor, mask: Tensor, row_dims: int) -> Tensor:
-    """Zeros, and for flags (every action allowed, an episode begins) True, where the mask ``[*R, *A, 1]`` is off."""
+    """Zeros, and for flags (every action is allowed) True, where the mask ``[*R, *A, 1]`` is off."""
     keep = mask.squeeze(-1)  # [*R, *A]
     if keep.ndim > _leading_dims(key, value, mask, row_dims):
         keep = keep.any(dim=row_dims)

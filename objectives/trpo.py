@@ -352,7 +352,7 @@ class TRPOLoss(PPOLoss):
         self._forward_masks()
 
     def _forward_masks(self) -> None:
-        estimator = self.__dict__.get("_value_estimator", self._modules.get("_value_estimator"))
+        estimator = getattr(self, "_value_estimator", None)
         if isinstance(estimator, AgentGAE):
             # What an estimator itself writes says nothing about the data.
             estimator.mask_keys = tuple(key for key in self._loss_mask_keys() if key != "shifted_valid")

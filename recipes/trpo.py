@@ -19,7 +19,8 @@ from torchrl.collectors import Collector
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.envs import make_env, resolve_device
-from torchrl_trpo.networks import group_keys, make_actor, make_critic, make_value_norm
+from torchrl_trpo.groups import group_keys
+from torchrl_trpo.networks import make_actor, make_critic, make_value_norm
 from torchrl_trpo.objectives import TRPOLoss
 from torchrl_trpo.recurrent import carry_states
 from torchrl_trpo.run import Run

@@ -10,7 +10,8 @@ from tensordict.nn import TensorDictSequential
 
 from tests.test_combinations import ALGORITHMS, ENVIRONMENTS, ONE_GROUP
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.networks import group_keys, make_actor
+from torchrl_trpo.groups import group_keys
+from torchrl_trpo.networks import make_actor
 
 DOCS = Path(__file__).parents[1] / "docs"
 

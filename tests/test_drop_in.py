@@ -12,7 +12,8 @@ from torchrl.modules import MultiAgentMLP
 
 from tests.loops import mappo, matrpo
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.networks import group_keys, make_actor
+from torchrl_trpo.groups import group_keys
+from torchrl_trpo.networks import make_actor
 
 
 @pytest.mark.parametrize("loop", [mappo, matrpo], ids=["mappo", "matrpo"])

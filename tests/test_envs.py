@@ -13,10 +13,11 @@ from torchrl.modules import IndependentNormal, TanhNormal
 
 from tests.environments import HARL_BREAKS
 from torchrl_trpo.distributions import MultiCategorical
-from torchrl_trpo.envs import agent_groups, make_env, observation_norm
+from torchrl_trpo.envs import make_env, observation_norm
 from torchrl_trpo.evaluation import episode_statistics, evaluate
 from torchrl_trpo.film import film_episodes
-from torchrl_trpo.networks import _distribution, group_keys, make_actor, make_central_critic
+from torchrl_trpo.groups import agent_groups, group_keys
+from torchrl_trpo.networks import _distribution, make_actor, make_central_critic
 from torchrl_trpo.objectives import CentralCriticValueEstimator
 from torchrl_trpo.simulators import group_agents, known_environments
 

@@ -9,7 +9,8 @@ import torch
 
 from torchrl_trpo.envs import make_env
 from torchrl_trpo.film import draw_world, film_episodes
-from torchrl_trpo.networks import group_keys, make_actor
+from torchrl_trpo.groups import group_keys
+from torchrl_trpo.networks import make_actor
 
 # imageio's reader leaves the pipes of ffmpeg to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

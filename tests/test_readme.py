@@ -8,7 +8,8 @@ import torch
 from torchrl.collectors import Collector
 
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.networks import group_keys, make_actor, make_critic
+from torchrl_trpo.groups import group_keys
+from torchrl_trpo.networks import make_actor, make_critic
 
 README = Path(__file__).parents[1] / "README.md"
 

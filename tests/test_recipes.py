@@ -20,7 +20,8 @@ from torchrl.envs import VmasEnv
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.envs import make_env, observation_norm, resolve_device
 from torchrl_trpo.evaluation import evaluate
-from torchrl_trpo.networks import group_keys, make_actor
+from torchrl_trpo.groups import group_keys
+from torchrl_trpo.networks import make_actor
 from torchrl_trpo.recipes import hatrpo, itrpo, matrpo, trpo
 from torchrl_trpo.run import COLUMNS, Run
 from torchrl_trpo.settings import check_overrides, check_settings, register_environments

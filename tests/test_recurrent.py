@@ -42,7 +42,8 @@ from tests.environments import Memory
 from torchrl_trpo import TrustRegionUpdater, line_search
 from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.networks import GroupKeys, group_keys, make_actor, make_central_critic, make_critic
+from torchrl_trpo.groups import GroupKeys, group_keys
+from torchrl_trpo.networks import make_actor, make_central_critic, make_critic
 from torchrl_trpo.objectives import AgentGAE, CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
 from torchrl_trpo.recurrent import RecurrentModule, carry_states
 

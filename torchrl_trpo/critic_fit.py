@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import PPOLoss
 
-from torchrl_trpo.layout import has_agent_dim, reads_init
+from torchrl_trpo.layout import finite_where_masked, reads_init
 
 
 def fit_critics(
@@ -112,17 +112,10 @@ def _countable_rows(loss: PPOLoss, data: TensorDictBase) -> tuple[TensorDict, Te
     for name in present:
         value = rows.get(name)
         if value.is_floating_point():
-            value = _finite_where_masked(value, counted, rows.batch_dims)
+            value = finite_where_masked(value, counted.reshape(*rows.batch_size, -1))
             rows.set(name, value)
             finite &= value.flatten(1).isfinite().all(1)
     counts = counted.flatten(1).any(1)
     dropped = int((counts & ~finite).sum()) * rows.shape[1:].numel()
     kept = counts & finite
     return rows[kept], counted[kept], dropped
-
-
-def _finite_where_masked(value: Tensor, counted: Tensor, row_dims: int) -> Tensor:
-    """Zeros for what is not finite in entries that do not count."""
-    per_agent = counted.ndim > row_dims + 1 and has_agent_dim(value, counted.shape[row_dims], row_dims)
-    keep = counted.flatten(row_dims + 1 if per_agent else row_dims).any(-1)
-    return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)) | value.isfinite(), value, 0.0)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torchrl.data import Composite
 from torchrl.envs import (
     Compose,
     DoubleToFloat,
@@ -22,7 +21,8 @@ from torchrl.envs import (
 )
 from torchrl.envs.transforms import VecNormV2
 
-from torchrl_trpo.layout import in_group, path
+from torchrl_trpo.groups import agent_groups
+from torchrl_trpo.layout import in_group, return_key
 from torchrl_trpo.simulators import SIMULATORS
 from torchrl_trpo.suggest import SettingError, nearest
 
@@ -134,20 +134,6 @@ def make_env(
     return env
 
 
-def agent_groups(env: EnvBase) -> dict[str | None, int]:
-    """The groups of an environment's agents.
-
-    Args:
-        env: the environment.
-
-    Returns:
-        The number of agents by group; ``{None: 1}`` for a single agent without a group.
-    """
-    spec = env.full_action_spec_unbatched
-    groups = [group for group in spec.keys() if isinstance(spec[group], Composite)]
-    return {group: spec[group, "action"].shape[0] for group in groups} if groups else {None: 1}
-
-
 def observation_norm(env: EnvBase) -> VecNormV2 | None:
     """The transform that normalises an environment's observations, which has a state to be saved.
 
@@ -164,7 +150,7 @@ def _transforms(env: EnvBase, max_steps: int, normalize_observations: bool) -> l
     groups = agent_groups(env)
     observations = [in_group(group, "observation") for group in groups]
     rewards = list(env.reward_keys)
-    returns = [(*path(key)[:-1], "episode_reward") for key in rewards]
+    returns = [return_key(key) for key in rewards]
     transforms = [InitTracker(), StepCounter(max_steps), RewardSum(in_keys=rewards, out_keys=returns)]
     double = [key for key in observations if env.full_observation_spec_unbatched[key].dtype == torch.float64]
     if double:

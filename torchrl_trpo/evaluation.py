@@ -11,8 +11,8 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_trpo.layout import path
-from torchrl_trpo.networks import GroupKeys, group_keys
+from torchrl_trpo.groups import GroupKeys, group_keys
+from torchrl_trpo.layout import return_key
 
 
 @torch.no_grad()
@@ -69,9 +69,6 @@ def _returns(data: TensorDictBase, groups: Sequence[GroupKeys]) -> Tensor:
     """The running returns of all agents of all groups, ``[num_envs, T, n_agents]``; of a team, each agent has them."""
     parts = []
     for keys in groups:
-        returns = data["next"].get((
-            *path(keys.reward)[:-1],
-            "episode_reward",
-        ))  # [num_envs, T, n_agents, 1] or [num_envs, T, 1]
+        returns = data["next"].get(return_key(keys.reward))  # [num_envs, T, n_agents, 1] or [num_envs, T, 1]
         parts.append(returns.flatten(data.batch_dims).expand(*data.batch_size, keys.n_agents))
     return torch.cat(parts, -1)

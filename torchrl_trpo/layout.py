@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -68,3 +69,33 @@ def has_agent_dim(value: Tensor, n_agents: int, row_dims: int) -> bool:
         True if it is.
     """
     return value.ndim > row_dims + 1 and value.shape[row_dims] == n_agents
+
+
+def finite_where_masked(value: Tensor, mask: Tensor, *, per_agent: bool = True) -> Tensor:
+    """Zeros for what is not finite in entries that do not count.
+
+    Args:
+        value: the entry, ``[*R, n_agents, ...]``, or one of all agents, ``[*R, ...]``.
+        mask: which agents count, bool ``[*R, n_agents]``, or ``[*R, 1]`` for all of them.
+
+    Keyword Args:
+        per_agent: whether an entry of as many agents as the mask is of the same agents. An entry of all agents counts
+            where any of them does.
+
+    Returns:
+        The entry.
+    """
+    keep = mask if per_agent and has_agent_dim(value, mask.shape[-1], mask.ndim - 1) else mask.any(-1)
+    return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)) | value.isfinite(), value, 0.0)
+
+
+def return_key(reward: NestedKey) -> NestedKey:
+    """Where the running return of an episode is, beside the reward.
+
+    Args:
+        reward: the reward's key.
+
+    Returns:
+        The key.
+    """
+    return (*path(reward)[:-1], "episode_reward")

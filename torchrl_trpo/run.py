@@ -25,7 +25,7 @@ from torchrl_trpo.divergence import entropy
 from torchrl_trpo.envs import make_env, observation_norm
 from torchrl_trpo.evaluation import episode_statistics, evaluate
 from torchrl_trpo.film import film_episodes
-from torchrl_trpo.networks import group_keys
+from torchrl_trpo.groups import group_keys
 from torchrl_trpo.plots import plot_learning_curve
 from torchrl_trpo.recurrent import carry_states
 from torchrl_trpo.suggest import SettingError

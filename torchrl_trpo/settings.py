@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from torchrl_trpo.networks import GroupKeys
+from torchrl_trpo.groups import GroupKeys
 from torchrl_trpo.simulators import known_environments
 from torchrl_trpo.suggest import SettingError, nearest
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -26,16 +27,28 @@ def known_environments() -> dict[str, list[str]]:
     Returns:
         The tasks by library.
     """
-    known = {"vmas": list(VmasEnv.available_envs), "pettingzoo": [], "mamujoco": [], "gym": []}
-    if importlib.util.find_spec("mpe2"):
-        modules = [module.name for module in pkgutil.iter_modules(importlib.import_module("mpe2").__path__)]
-        known["pettingzoo"] = sorted(name for name in modules if re.fullmatch(r"simple\w*_v\d+", name))
-    if importlib.util.find_spec("gymnasium_robotics"):
-        known["mamujoco"] = _ROBOTS
-    if importlib.util.find_spec("gymnasium"):
-        registry = importlib.import_module("gymnasium").registry
-        known["gym"] = [name for name in registry if re.fullmatch(r"[\w-]+", name)]
-    return known
+    return {library: tasks() for library, tasks in _TASKS.items()}
+
+
+def _particle_tasks() -> list[str]:
+    if not importlib.util.find_spec("mpe2"):
+        return []
+    modules = [module.name for module in pkgutil.iter_modules(importlib.import_module("mpe2").__path__)]
+    return sorted(name for name in modules if re.fullmatch(r"simple\w*_v\d+", name))
+
+
+def _gym_tasks() -> list[str]:
+    if not importlib.util.find_spec("gymnasium"):
+        return []
+    return [name for name in importlib.import_module("gymnasium").registry if re.fullmatch(r"[\w-]+", name)]
+
+
+_TASKS: dict[str, Callable[[], list[str]]] = {
+    "vmas": lambda: list(VmasEnv.available_envs),
+    "pettingzoo": _particle_tasks,
+    "mamujoco": lambda: _ROBOTS if importlib.util.find_spec("gymnasium_robotics") else [],
+    "gym": _gym_tasks,
+}
 
 
 def group_agents(spaces: Mapping[str, Any], one_group: bool = False) -> dict[str, list[str]]:
@@ -172,7 +185,7 @@ SIMULATORS: dict[str, Callable[..., Callable[[], EnvBase]]] = {
 
 
 def _known_task(name: str, library: str, package: str, extra: str) -> str:
-    known = known_environments()[library]
+    known = _TASKS[library]()
     task = name.partition("/")[2]
     if not known:
         raise ImportError(f"{package} not installed. Use: pip install torchrl-trpo[{extra},recipes].")

@@ -27,7 +27,8 @@ from torchrl.modules import MultiAgentMLP, NormalParamExtractor, ProbabilisticAc
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.networks import group_keys, make_actor, make_central_critic
+from torchrl_trpo.groups import group_keys
+from torchrl_trpo.networks import make_actor, make_central_critic
 from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, PolicyRows, TRPOLoss
 
 NUM_ENVS, STEPS, N_OBS, N_ACT = 60, 100, 16, 2
