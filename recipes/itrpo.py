@@ -16,9 +16,9 @@ import torch
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
-from torchrl.collectors import Collector
 
 from torchrl_trpo import TrustRegionUpdater
+from torchrl_trpo.collection import make_collector
 from torchrl_trpo.critic_fit import fit_critics
 from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.groups import group_keys
@@ -82,12 +82,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr)
 
     run = Run(cfg, "ITRPO", env=env, policy=policy, losses=torch.nn.ModuleDict(losses), critic_optim=critic_optim)
-    collector = Collector(
+    collector = make_collector(
         env,
         policy,
         frames_per_batch=cfg.train.frames_per_batch,
         total_frames=cfg.train.total_frames - run.frames,
-        auto_register_policy_transforms=False,
+        **cfg.collector,
     )
     for data in collector:  # [num_envs, T]
         run.lap("collect_s")

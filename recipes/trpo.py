@@ -14,9 +14,9 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import DictConfig
-from torchrl.collectors import Collector
 
 from torchrl_trpo import TrustRegionUpdater
+from torchrl_trpo.collection import make_collector
 from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.groups import group_keys
@@ -56,12 +56,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     critic_optim = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=cfg.critic.lr)
 
     run = Run(cfg, "TRPO", env=env, policy=actor, loss=loss, critic_optim=critic_optim)
-    collector = Collector(
+    collector = make_collector(
         env,
         actor,
         frames_per_batch=cfg.train.frames_per_batch,
         total_frames=cfg.train.total_frames - run.frames,
-        auto_register_policy_transforms=False,
+        **cfg.collector,
     )
     for data in collector:  # [num_envs, T]
         run.lap("collect_s")

@@ -95,6 +95,7 @@ def test_the_nine_particle_tasks(task, continuous):
     env.close(raise_if_closed=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*are reset one by one")
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("continuous", [True, False], ids=["continuous", "discrete"])
 def test_scenarios_of_vmas(scenario, continuous):

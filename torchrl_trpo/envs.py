@@ -21,10 +21,13 @@ from torchrl.envs import (
 )
 from torchrl.envs.transforms import VecNormV2
 
+from torchrl_trpo.batched_reset import BatchedResetVmasEnv
 from torchrl_trpo.groups import agent_groups
 from torchrl_trpo.layout import in_group, return_key
 from torchrl_trpo.simulators import SIMULATORS
 from torchrl_trpo.suggest import SettingError, nearest
+
+__all__ = ["BatchedResetVmasEnv", "make_env", "observation_norm", "resolve_device"]
 
 
 def resolve_device(name: str) -> torch.device:

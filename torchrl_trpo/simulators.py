@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torchrl.envs import EnvBase, GymEnv, PettingZooWrapper, VmasEnv
 
+from torchrl_trpo.batched_reset import BatchedResetVmasEnv
 from torchrl_trpo.suggest import SettingError, nearest
 
 _ROBOTS = ["Ant", "CoupledHalfCheetah", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup"]
@@ -108,7 +109,7 @@ def _vmas(
     }
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        env = VmasEnv(scenario, **settings)
+        env = BatchedResetVmasEnv(scenario, **settings)
     for warning in caught:
         if "not used by the scenario" not in str(warning.message):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
@@ -121,7 +122,7 @@ def _vmas(
     groups = group_agents({a.name: kind for a, kind in zip(simulator.agents, spaces, strict=True)}, one_group)
     if groups == env.group_map:
         return lambda: env
-    return functools.partial(VmasEnv, scenario, **settings, group_map=groups)
+    return functools.partial(BatchedResetVmasEnv, scenario, **settings, group_map=groups)
 
 
 def _pettingzoo(

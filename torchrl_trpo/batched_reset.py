@@ -1,0 +1,149 @@
+"""VMAS with vectorised partial resets."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Composite
+from torchrl.envs import VmasEnv
+
+from torchrl_trpo.object_snapshot import InexactError, ObjectSnapshot, tensors_in
+
+
+class BatchedResetVmasEnv(VmasEnv):
+    """TorchRL's ``VmasEnv``, whose ended environments are reset together, in one vectorised reset of the world.
+
+    ``VmasEnv`` resets them one by one, which takes nearly all of the time when there are thousands. Here the whole
+    batch is reset at once, and everything that the scenario and its world hold (tensors of entities, sensors and
+    controllers, in attributes, lists and dicts) is then put back for the environments that go on, to the bit. Where
+    that cannot be exact, because a reset changes something that all environments share, they are reset one by one as in
+    ``VmasEnv``, and a warning says so, once. What a scenario draws once for its whole batch (a permutation of the
+    agents) is common to the environments that are reset together, as after a reset of all.
+
+    It also differs from ``VmasEnv`` in that
+
+    - a step at which ``max_steps`` ran out is ``truncated`` and not ``terminated``;
+    - each environment object has random numbers of its own: VMAS's generator is shared by all in a process, so that a
+      second one, say for evaluation, changes what the first one draws.
+
+    Args:
+        *args: as of :class:`~torchrl.envs.VmasEnv`.
+
+    Keyword Args:
+        **kwargs: as of :class:`~torchrl.envs.VmasEnv`.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_trpo.envs import BatchedResetVmasEnv
+        >>> env = BatchedResetVmasEnv("balance", num_envs=32, max_steps=100, seed=0)
+        >>> env.rollout(5).batch_size
+        torch.Size([32, 5])
+    """
+
+    def _build_env(
+        self,
+        scenario: Any,
+        num_envs: int,
+        continuous_actions: bool,
+        max_steps: int | None,
+        seed: int | None,
+        **scenario_kwargs: Any,
+    ) -> Any:
+        untouched = copy.deepcopy(scenario)  # one that is an object can be built only once
+        self._time_limit = max_steps
+        env = super()._build_env(scenario, num_envs, continuous_actions, None, seed, **scenario_kwargs)
+        self._random_state = list(env.vmas_random_state)
+        with self._own_random_state(env), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # given for the first already
+            twin = self.lib.make_env(untouched, 2 if num_envs > 2 else 3, env.device, seed=seed, **scenario_kwargs)
+            self._shared = _shared_tensors(env, twin)
+        self._random_state = list(env.vmas_random_state)
+        self._why_slowly = ""
+        return env
+
+    def _make_specs(self, env: Any) -> None:
+        super()._make_specs(env)
+        if self._time_limit is not None:
+            done = self.full_done_spec_unbatched["done"]
+            names = ("done", "terminated", "truncated")
+            self.full_done_spec_unbatched = Composite({name: done.clone() for name in names}, device=self.device)
+
+    def _set_seed(self, seed: int | None) -> None:
+        with self._own_random_state(self._env):
+            super()._set_seed(seed)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        with self._own_random_state(self._env):
+            return self._with_time_limit(super()._step(tensordict))
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        with self._own_random_state(self._env):
+            result = None
+            if tensordict is not None and "_reset" in tensordict.keys():
+                result = self._reset_together(tensordict.get("_reset").squeeze(-1))
+            return self._with_time_limit(super()._reset(tensordict, **kwargs) if result is None else result)
+
+    def _reset_together(self, ended: Tensor) -> TensorDictBase | None:
+        """Resets the ended environments at once; None, and nothing has happened, if that cannot be exact."""
+        if self._why_slowly:
+            return None
+        env = self._env
+        snapshot = ObjectSnapshot((env.scenario, env.world), self.num_envs, self._shared)
+        steps, drawn = env.steps, list(env.vmas_random_state)
+        env.reset(return_observations=False)
+        env.steps = torch.where(ended, env.steps, steps)
+        try:
+            snapshot.keep(~ended)
+            result = super()._reset(TensorDict({"_reset": torch.zeros(1, 1, dtype=torch.bool)}))  # only reads
+            snapshot.keep(~ended)  # a scenario may write while it is read
+        except InexactError as error:
+            snapshot.restore()
+            env.steps, env.vmas_random_state[:] = steps, drawn
+            self._why_slowly = str(error)
+            warnings.warn(
+                f"{self.scenario_name}: ended environments are reset one by one, which is slow when there are many. A "
+                f"vectorised reset would change those that go on: {self._why_slowly}.",
+                stacklevel=2,
+            )
+            return None
+        return result
+
+    def _with_time_limit(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if self._time_limit is None:
+            return tensordict
+        truncated = (self._env.steps >= self._time_limit).unsqueeze(-1)
+        return tensordict.update({"truncated": truncated, "done": tensordict.get("terminated") | truncated})
+
+    @contextlib.contextmanager
+    def _own_random_state(self, env: Any) -> Iterator[None]:
+        """VMAS keeps the state of its generators in a list, once per process; here it holds this object's."""
+        shared = list(env.vmas_random_state)
+        env.vmas_random_state[:] = self._random_state
+        try:
+            yield
+        finally:
+            self._random_state = list(env.vmas_random_state)
+            env.vmas_random_state[:] = shared
+
+
+def _shared_tensors(env: Any, twin: Any) -> set[str]:
+    """The paths of tensors whose first dimension has the number of environments only by coincidence.
+
+    Args:
+        env: the simulator.
+        twin: the same with another number of environments.
+
+    Returns:
+        The paths.
+    """
+    sizes = {path: tensor.shape[:1] for path, tensor in tensors_in((twin.scenario, twin.world)).items()}
+    tensors = tensors_in((env.scenario, env.world))
+    batched = [path for path, tensor in tensors.items() if tensor.shape[:1] == (env.num_envs,)]
+    return {path for path in batched if sizes.get(path, ()) not in {(), (twin.num_envs,)}}

@@ -1,0 +1,55 @@
+"""The recipes' collector."""
+
+from __future__ import annotations
+
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors import BaseCollector, Collector
+from torchrl.envs import EnvBase
+
+from torchrl_trpo.suggest import SettingError
+
+
+def make_collector(
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    *,
+    frames_per_batch: int,
+    total_frames: int,
+    compile_policy: bool = False,
+    cudagraph_policy: bool = False,
+) -> BaseCollector:
+    """TorchRL's collector, without what on-policy training on one device does not need.
+
+    Trajectory ids cost a few operations at each step, and nothing reads them; environment and policy live on one device
+    in one process, so that CUDA need not be waited for between them. ``torch.inference_mode`` is not for training data:
+    its tensors cannot enter a graph.
+
+    Args:
+        env: the environment.
+        policy: the policy, on the environment's device.
+
+    Keyword Args:
+        frames_per_batch: the environment steps of a batch, of all environments together.
+        total_frames: the environment steps after which it ends; -1 for no end.
+        compile_policy: whether the policy is compiled (``torch.compile``).
+        cudagraph_policy: whether the policy is captured as a CUDA graph (``tensordict.nn.CudaGraphModule``).
+
+    Returns:
+        The collector; it gives batches ``[num_envs, frames_per_batch / num_envs]``.
+
+    Raises:
+        SettingError: if a CUDA graph is asked for elsewhere than on a GPU.
+    """
+    if cudagraph_policy and (env.device is None or env.device.type != "cuda"):
+        raise SettingError(f"collector.cudagraph_policy=true needs device=cuda, got {env.device}. Legal: false.")
+    return Collector(
+        env,
+        policy,
+        frames_per_batch=frames_per_batch,
+        total_frames=total_frames,
+        track_traj_ids=False,
+        compile_policy=compile_policy,
+        cudagraph_policy=cudagraph_policy,
+        no_cuda_sync=True,
+        auto_register_policy_transforms=False,
+    )
