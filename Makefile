@@ -1,7 +1,7 @@
 # make train   train HATRPO on VMAS; ALGO=itrpo|matrpo|hatrpo|trpo, ARGS="seed=1 env=vmas/navigation" for other settings
 # make test    the test suite, under 10 minutes on 2 cores
 # make check   format, lint, docstring rules and types
-# make bench   costs of the policy update, as ratios
+# make bench   what update, memory and sampling cost, as ratios, about 10 minutes; ARGS="--quick --only update,textbook"
 # make test-slow   the learning results of the README, about 20 minutes on 2 cores
 # Each creates the virtual environment in $(VENV) if there is none, and reuses it if there is.
 
@@ -47,5 +47,5 @@ check: $(READY)
 	@echo "==> Done."
 
 bench: $(READY)
-	@echo "==> Costs of the policy update, one thread"
-	$(BIN)/python tests/benchmarks/update.py $(ARGS)
+	@echo "==> What update, memory and sampling cost, one thread"
+	$(BIN)/python -m tests.benchmarks $(ARGS)

@@ -10,25 +10,34 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 from torch import distributions as D
-from torchrl.modules import set_recurrent_mode
+from torchrl.modules import TanhNormal, set_recurrent_mode
 
+from torchrl_trpo.distributions import tanh_normal_like
 from torchrl_trpo.divergence import entropy, kl_divergence
 from torchrl_trpo.fisher import fisher_product, output_hessian_product
 from torchrl_trpo.objectives.policy_network import distribution_keys, slice_agents, stacked_prefixes
 from torchrl_trpo.objectives.policy_rows import PolicyRows
 from torchrl_trpo.vectors import flatten, unflatten
 
-_CPU_CHUNK = 4096
+_CPU_ROWS = 4096
 """Rows times agents that are evaluated at once on a CPU."""
 
 
 @dataclass
-class _Chunk:
-    """Some rows, and the policy at ``θ_k`` on them; the distribution's parameters keep their graph until it is used."""
+class _Piece:
+    """Some rows that are evaluated at once, and what is known of them at ``θ_k``.
+
+    Attributes:
+        rows: the rows.
+        dist_params: the distribution's parameters; with their graph, from when it is made until the last who needs it.
+        dist: the distribution, without a graph.
+        gain: what each row gives to the surrogate, ``[*R, *A, 1]``, without a graph.
+    """
 
     rows: PolicyRows
-    dist_params: TensorDict
-    dist: D.Distribution
+    dist_params: TensorDict | None = None
+    dist: D.Distribution | None = None
+    gain: Tensor | None = None
 
 
 class PolicyTrustRegion:
@@ -36,7 +45,8 @@ class PolicyTrustRegion:
 
     The surrogate is ``L(θ) = mean[M · π_θ(u|o)/π_k(u|o) · Â] + entropy_coeff · mean[H(π_θ)]``, the divergence the exact
     mean ``KL(π_k ‖ π_θ)`` from the policy with the parameters that were current when this object was made. It serves
-    one solve: :meth:`gradient`, then :meth:`fisher_product`, once each, then any number of evaluations and one write.
+    one solve: :meth:`fisher_product`, then :meth:`gradient`, once each, then any number of evaluations and one write.
+    With all rows in the Fisher matrix, the two share one forward pass.
 
     Args:
         network: the policy.
@@ -49,6 +59,8 @@ class PolicyTrustRegion:
             over all parameters.
         entropy_coeff: the weight of the entropy, a scalar tensor, or None to leave it out.
         max_importance_ratio: the cap on ``π_θ/π_k``, a scalar tensor, or None.
+        chunk_size: how many rows may have a graph, or anything computed from them, at a time; more are evaluated in
+            pieces, anew for each product and each try. None for all.
     """
 
     def __init__(
@@ -61,6 +73,7 @@ class PolicyTrustRegion:
         agent_slice: slice | None = None,
         entropy_coeff: Tensor | None = None,
         max_importance_ratio: Tensor | None = None,
+        chunk_size: int | None = None,
     ) -> None:
         self.indices = indices
         self._network = network
@@ -84,27 +97,15 @@ class PolicyTrustRegion:
         self._live = [self._stateless.get(names[0]) for names in self._keys]
         self._leaves = [value.clone().requires_grad_() for value in self._live]
         self._accepted = torch.zeros(len(indices), dtype=torch.bool, device=rows.log_prob.device)
-        self._chunks = [self._linearise(chunk) for chunk in _split(rows)]
-        with torch.enable_grad():
-            self._gains = [
-                self._surrogate_rows(chunk.rows, self._distribution(chunk.dist_params)) for chunk in self._chunks
-            ]
+        self._chunk_rows = None if chunk_size is None else max(1, chunk_size // rows.steps_per_row)
+        self._fits_in_chunk = chunk_size is None or len(rows) <= self._chunk_rows
+        self._bounded: TanhNormal | None = None
+        self._pieces = self._split(rows)
 
     @property
     def parameters(self) -> Tensor:
         """The parameters ``θ_k``, ``[n, P]``."""
         return flatten(self._leaves, len(self.indices)).detach()
-
-    def gradient(self) -> Tensor:
-        """The gradient of the surrogate at ``θ_k``, ``[n, P]``."""
-        total = torch.zeros_like(self.parameters)
-        for index, chunk in enumerate(self._chunks):
-            with torch.enable_grad():
-                surrogate = (chunk.rows.weight * self._gains[index]).sum()
-            slopes = torch.autograd.grad(surrogate, self._leaves, retain_graph=True, materialize_grads=True)
-            total += flatten(slopes, len(self.indices))
-            self._gains[index] = self._gains[index].detach()
-        return total
 
     def fisher_product(self, subsample: float = 1.0) -> Callable[[Tensor], Tensor]:
         """The product with the Fisher matrix, the Hessian of the mean KL at ``θ_k``, from and to ``[n, P]``.
@@ -113,17 +114,33 @@ class PolicyTrustRegion:
             subsample: the share of the rows that the mean is taken over, drawn from torch's generator.
 
         Returns:
-            The product; it keeps the graph of the policy alive.
+            The product; it keeps the graph of the policy alive, if the rows fit into ``chunk_size``.
         """
-        chunks = self._chunks
+        rows, pieces = self._rows, self._pieces
         if subsample < 1:
-            drawn = torch.randperm(len(self._rows), device=self._rows.log_prob.device)
-            sample = self._renormalise(self._rows.take(drawn[: max(1, round(subsample * len(self._rows)))]))
-            chunks = [self._linearise(rows) for rows in _split(sample)]
-        products = [self._chunk_product(chunk) for chunk in chunks]
-        for chunk in self._chunks:
-            chunk.dist_params = chunk.dist_params.detach()  # from here on the products alone hold the graph
+            drawn = torch.randperm(len(rows), device=rows.log_prob.device)
+            rows = self._renormalise(rows.take(drawn[: max(1, round(subsample * len(rows)))]))
+            pieces = self._split(rows)
+        if self._chunk_rows is not None and len(rows) > self._chunk_rows:
+            return lambda vectors: sum(self._piece_product(piece.rows)(vectors) for piece in pieces)
+        products = [self._piece_product(piece.rows, piece) for piece in pieces]
         return lambda vectors: sum((product(vectors) for product in products[1:]), products[0](vectors))
+
+    def gradient(self) -> Tensor:
+        """The gradient of the surrogate at ``θ_k``, ``[n, P]``."""
+        total = torch.zeros_like(self.parameters)
+        for piece in self._pieces:
+            shared = piece.dist_params is not None  # with the products
+            with torch.enable_grad():
+                dist_params = piece.dist_params if shared else self._distribution_parameters(piece.rows, self._leaves)
+                gain = self._gain(piece.rows, self._distribution(dist_params))
+                surrogate = (piece.rows.weight * gain).sum()
+            slopes = torch.autograd.grad(surrogate, self._leaves, retain_graph=shared, materialize_grads=True)
+            total += flatten(slopes, len(self.indices))
+            piece.dist_params = None
+            if self._fits_in_chunk:
+                piece.dist, piece.gain = self._distribution(dist_params.detach()), gain.detach()
+        return total
 
     @torch.no_grad()
     def evaluate(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,11 +154,13 @@ class PolicyTrustRegion:
         """
         leaves = unflatten(parameters, self._leaves)
         improvement = kl = torch.zeros_like(parameters[:, 0])
-        for chunk, gain_k in zip(self._chunks, self._gains, strict=True):
-            dist = self._distribution(self._distribution_parameters(chunk.rows.inputs, leaves))
-            improvement = improvement + self._total(chunk.rows, self._surrogate_rows(chunk.rows, dist) - gain_k)
-            divergence = kl_divergence(chunk.dist, dist, self._batch_dims)
-            kl = kl + self._total(chunk.rows, divergence.unsqueeze(-1))
+        for piece in self._pieces:
+            rows = piece.rows
+            dist_k = piece.dist or self._distribution(self._distribution_parameters(rows, self._leaves))
+            gain_k = self._gain(rows, dist_k) if piece.gain is None else piece.gain
+            dist = self._distribution(self._distribution_parameters(rows, leaves))
+            improvement = improvement + self._total(rows, self._gain(rows, dist) - gain_k)
+            kl = kl + self._total(rows, kl_divergence(dist_k, dist, self._batch_dims).unsqueeze(-1))
         return improvement, kl
 
     @torch.no_grad()
@@ -164,48 +183,61 @@ class PolicyTrustRegion:
         It is 1, whatever the data, for regions whose step was rejected, and where a row is masked.
         """
         ratios = []
-        for rows in (chunk.rows for chunk in self._chunks):
-            dist = self._distribution(self._distribution_parameters(rows.inputs, self._live))
+        for rows in (piece.rows for piece in self._pieces):
+            dist = self._distribution(self._distribution_parameters(rows, self._live))
             ratio = rows.log_ratio(dist, self._max_importance_ratio).exp()
             ratios.append(torch.where(self._per_region(self._accepted, ratio) & (rows.weight > 0), ratio, 1.0))
         return torch.cat(ratios)
 
-    def _linearise(self, rows: PolicyRows) -> _Chunk:
-        """Evaluates the policy at ``θ_k``, keeping the graph."""
-        with torch.enable_grad():
-            dist_params = self._distribution_parameters(rows.inputs, self._leaves)
-        return _Chunk(rows, dist_params, self._distribution(dist_params.detach()))
+    def _piece_product(self, rows: PolicyRows, kept: _Piece | None = None) -> Callable[[Tensor], Tensor]:
+        """Some rows' share of the product with the Fisher matrix: ``v ↦ Jᵀ Fdist J v``.
 
-    def _chunk_product(self, chunk: _Chunk) -> Callable[[Tensor], Tensor]:
-        """One chunk's share of the product with the Fisher matrix: ``v ↦ Jᵀ Fdist J v``."""
-        keys = [key for key, value in chunk.dist_params.items(True, True) if value.requires_grad]
-        outputs = [chunk.dist_params.get(key) for key in keys]
-        detached = chunk.dist_params.detach()
+        Args:
+            rows: the rows.
+            kept: where the graph is left for the gradient.
+
+        Returns:
+            The product.
+        """
+        with torch.enable_grad():
+            dist_params = self._distribution_parameters(rows, self._leaves)
+        if kept is not None:
+            kept.dist_params = dist_params
+        keys = [key for key, value in dist_params.items(True, True) if value.requires_grad]
+        outputs = [dist_params.get(key) for key in keys]
+        detached = dist_params.detach()
+        dist_k = self._distribution(detached)
 
         def mean_kl(tensors: list[Tensor]) -> Tensor:
             moved = detached.clone(False)
             for key, tensor in zip(keys, tensors, strict=True):
                 moved.set(key, tensor)
-            kl = kl_divergence(chunk.dist, self._distribution(moved), self._batch_dims)
-            return (chunk.rows.weight * kl.unsqueeze(-1)).sum()
+            kl = kl_divergence(dist_k, self._distribution(moved), self._batch_dims)
+            return (rows.weight * kl.unsqueeze(-1)).sum()
 
         return fisher_product(outputs, self._leaves, output_hessian_product(mean_kl, outputs), len(self.indices))
 
-    def _distribution_parameters(self, inputs: TensorDict, leaves: Sequence[Tensor]) -> TensorDict:
+    def _distribution_parameters(self, rows: PolicyRows, leaves: Sequence[Tensor]) -> TensorDict:
         parameters = self._stateless.clone(False)
         for keys, leaf in zip(self._keys, leaves, strict=True):
             for key in keys:
                 parameters.set(key, leaf)
         with set_recurrent_mode(True), parameters.to_module(self._network, preserve_module_state=False):
-            outputs = self._network.get_dist_params(inputs.copy())
+            outputs = self._network.get_dist_params(rows.inputs.copy())
         return outputs.select(*self._dist_keys)
 
     def _distribution(self, dist_params: TensorDict) -> D.Distribution:
-        return self._network.build_dist_from_params(dist_params)
+        if self._bounded is not None:
+            return tanh_normal_like(self._bounded, *(dist_params.get(key) for key in self._dist_keys))
+        dist = self._network.build_dist_from_params(dist_params)
+        if type(dist) is TanhNormal:
+            self._bounded = tanh_normal_like(dist, dist.loc.detach(), dist.scale.detach())
+        return dist
 
-    def _surrogate_rows(self, rows: PolicyRows, dist: D.Distribution) -> Tensor:
+    def _gain(self, rows: PolicyRows, dist: D.Distribution) -> Tensor:
+        """What each row gives to the surrogate, ``[*R, *A, 1]``."""
         ratio = rows.log_ratio(dist, self._max_importance_ratio).exp()
-        gain = rows.factor * ratio * rows.advantage  # [*R, *A, 1]
+        gain = rows.factor * ratio * rows.advantage
         if self._entropy_coeff is None:
             return gain
         return gain + self._entropy_coeff * entropy(dist, self._batch_dims).unsqueeze(-1)
@@ -233,10 +265,10 @@ class PolicyTrustRegion:
         total = total if self._agent_slice is None else total.reshape(*[1] * sample.row_dims, *total.shape)
         return replace(sample, weight=sample.weight / torch.where(total > 0, total, 1.0))
 
-
-def _split(rows: PolicyRows) -> list[PolicyRows]:
-    """Splits rows on the CPU, so that a layer's activations stay in a core's cache; a GPU takes all at once."""
-    if rows.log_prob.device.type != "cpu":
-        return [rows]
-    size = max(1, _CPU_CHUNK // rows.log_prob.shape[1:].numel())
-    return [rows.take(slice(start, start + size)) for start in range(0, len(rows), size)]
+    def _split(self, rows: PolicyRows) -> list[_Piece]:
+        """Pieces of at most a chunk; smaller on a CPU, so that a layer's activations stay in a core's cache."""
+        size = len(rows) if self._chunk_rows is None else self._chunk_rows
+        if rows.log_prob.device.type == "cpu":
+            size = min(size, max(1, _CPU_ROWS // rows.log_prob.shape[1:].numel()))
+        slices = [rows.take(slice(start, start + size)) for start in range(0, len(rows), size)]
+        return [_Piece(part.contiguous() if self._fits_in_chunk else part) for part in slices]

@@ -45,12 +45,17 @@ class PolicyRows:
         return self.log_prob.shape[0]
 
     @property
+    def steps_per_row(self) -> int:
+        """The environment steps in a row: 1, or those of a sequence."""
+        return self.log_prob.shape[1 : self.row_dims].numel()
+
+    @property
     def agent_shape(self) -> torch.Size:
         """The agent dimension ``*A``, if there is one."""
         return self.log_prob.shape[self.row_dims : -1]
 
     def of_agent(self, agent: int) -> PolicyRows:
-        """The rows of one agent, contiguous, with an agent dimension of 1.
+        """The rows of one agent, views with an agent dimension of 1.
 
         Args:
             agent: the agent's index.
@@ -58,9 +63,11 @@ class PolicyRows:
         Returns:
             The agent's rows.
         """
-        return self._map(
-            lambda value, per_agent: value.narrow(self.row_dims, agent, 1).contiguous() if per_agent else value
-        )
+        return self._map(lambda value, per_agent: value.narrow(self.row_dims, agent, 1) if per_agent else value)
+
+    def contiguous(self) -> PolicyRows:
+        """The rows, copied where they are spread over memory."""
+        return self._map(lambda value, _: value.contiguous())
 
     def take(self, index: Tensor | slice) -> PolicyRows:
         """Some of the rows, with the weights they have.
@@ -261,7 +268,8 @@ def _non_finite(rows: TensorDict, row_dims: int) -> Tensor:
     for key, value in rows.items(True, True):
         if value.is_floating_point():
             leading = _leading_dims(key, value, log_prob, row_dims)
-            found = (0 * value).reshape(*value.shape[:leading], -1).sum(-1)
+            lowest, highest = value.reshape(*value.shape[:leading], -1).aminmax(dim=-1)
+            found = 0 * lowest + 0 * highest
             spread = spread + found.reshape(*found.shape, *[1] * (spread.ndim - leading))
     return spread
 

@@ -73,6 +73,9 @@ class TRPOLoss(PPOLoss):
         entropy_coeff: the weight :math:`c_H` of the entropy. Default: 0.
         value_norm: a :class:`~torchrl.modules.ValueNorm` that the critic's targets are normalised with. If the value
             estimator has the same one, the critic outputs normalised values; otherwise raw values, as in ``MAPPOLoss``.
+        chunk_size: how many environment steps the policy update evaluates at a time, with the same result to rounding.
+            Its memory then depends on this number and no longer on the size of the batch, beyond the batch itself; but
+            a product with the Fisher matrix costs a forward pass more. Default: all, fastest.
         **kwargs: keywords of :class:`~torchrl.objectives.PPOLoss`.
 
     Output keys of :meth:`forward`:
@@ -127,11 +130,15 @@ class TRPOLoss(PPOLoss):
         agent_dim: int = -2,
         entropy_coeff: float | Mapping[NestedKey, float] = 0.0,
         value_norm: ValueNorm | None = None,
+        chunk_size: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ValueError(f"chunk_size: {chunk_size!r}. Legal: None, or a whole number of at least 1.")
         super().__init__(actor_network, critic_network, entropy_coeff=entropy_coeff, **kwargs)
         self.value_norm = value_norm
         self.agent_dim = agent_dim
+        self.chunk_size = chunk_size
         self.trust_region, self.n_regions = resolve_trust_region(
             trust_region, self.actor_network, self.actor_parameters
         )
@@ -252,6 +259,7 @@ class TRPOLoss(PPOLoss):
             agent_slice=agent_slice,
             entropy_coeff=self.entropy_coeff if self._entropy_counts() else None,
             max_importance_ratio=self.max_importance_ratio,
+            chunk_size=self.chunk_size,
         )
 
     def policy_rows(self, tensordict: TensorDictBase) -> PolicyRows:

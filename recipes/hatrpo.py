@@ -73,6 +73,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             normalize_advantage=True,
             normalize_advantage_exclude_dims=(-2,),
             entropy_coeff=cfg.entropy_coeff,
+            chunk_size=cfg.chunk_size,
             value_norm=value_norm,
         )
         loss.set_keys(**keys.loss_keys)

@@ -49,7 +49,14 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     # Objective, and the two things that learn from it.
     value_norm = make_value_norm(cfg.critic.value_norm, device)
-    loss = TRPOLoss(actor, critic, normalize_advantage=True, entropy_coeff=cfg.entropy_coeff, value_norm=value_norm)
+    loss = TRPOLoss(
+        actor,
+        critic,
+        normalize_advantage=True,
+        entropy_coeff=cfg.entropy_coeff,
+        chunk_size=cfg.chunk_size,
+        value_norm=value_norm,
+    )
     loss.set_keys(**keys.loss_keys)
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda, value_norm=value_norm)
     updater = TrustRegionUpdater(loss, **cfg.updater)

@@ -73,11 +73,25 @@ def test_non_finite_is_never_accepted(where, bad):
 
 
 @pytest.mark.parametrize("expected", [0.0, -1.0])
-def test_no_ascent_direction_is_not_tried(expected):
+def test_without_an_ascent_direction_nothing_is_tried_but_the_present(expected):
+    fractions = []
+
     def evaluate(s):
-        raise AssertionError("nothing should be evaluated")
+        fractions.append(s.item())
+        return torch.ones_like(s), torch.zeros_like(s)
 
     assert not search(evaluate, expected=expected).accepted.item()
+    assert fractions == [0]
+
+
+def test_the_host_waits_once_per_try_and_not_after_the_last(monkeypatch):
+    waits = []
+    monkeypatch.setattr(line_search, "_all_decided", lambda decided: waits.append(bool(decided.all())) or waits[-1])
+    search(lambda s: (s, s), max_kl=0.6)  # first holds at 0.8³ = 0.512
+    assert waits == [False, False, False, True]
+    waits.clear()
+    search(lambda s: (s, s + 1))
+    assert waits == 10 * [False]
 
 
 def test_meta_device(monkeypatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.cases import (
     ACTION,
@@ -265,3 +267,26 @@ def test_the_whole_step_on_the_meta_device(kind, sequential, monkeypatch):
     stats = TrustRegionUpdater(objective, fisher_subsample=0.5).step(data)
     assert stats["kl"].device.type == "meta"
     assert stats.batch_size == (3,)
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts how often a number of a tensor is asked for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sequential", [False, True], ids=["batched", "sequential"])
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_the_host_waits_twice_and_once_per_try(kind, sequential):
+    actor = make_actor(kind)
+    data, loss = make_data(actor), make_loss(actor, entropy_bonus=False)
+    updater = TrustRegionUpdater(HATRPOSequentialObjective(loss) if sequential else loss, fisher_subsample=0.5)
+    with HostWaits() as waits:
+        stats = updater.step(data)
+    tries = 1 + (stats["step_fraction"].log() / math.log(0.8)).round().int()
+    assert waits.count <= ((2 + tries).sum() if sequential else 2 + tries.max())
+    assert waits.count >= tries.max()

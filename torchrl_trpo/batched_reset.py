@@ -95,12 +95,17 @@ class BatchedResetVmasEnv(VmasEnv):
         if self._why_slowly:
             return None
         env = self._env
-        snapshot = ObjectSnapshot((env.scenario, env.world), self.num_envs, self._shared)
+        roots = (env.scenario, env.world)
+        indices = ended.nonzero().flatten().tolist()
+        if len(indices) == 1:
+            env.reset_at(indices[0], return_observations=False)
+        snapshot = ObjectSnapshot(roots, self.num_envs, self._shared)
         steps, drawn = env.steps, list(env.vmas_random_state)
-        env.reset(return_observations=False)
-        env.steps = torch.where(ended, env.steps, steps)
         try:
-            snapshot.keep(~ended)
+            if len(indices) > 1:
+                env.reset(return_observations=False)
+                env.steps = torch.where(ended, env.steps, steps)
+                snapshot.keep(~ended)
             result = super()._reset(TensorDict({"_reset": torch.zeros(1, 1, dtype=torch.bool)}))  # only reads
             snapshot.keep(~ended)  # a scenario may write while it is read
         except InexactError as error:

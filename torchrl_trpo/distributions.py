@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch import distributions as D
-from torchrl.modules import MaskedCategorical
+from torchrl.modules import MaskedCategorical, TanhNormal
 
 
 class MultiCategorical(D.Distribution):
@@ -81,3 +82,20 @@ class MultiCategorical(D.Distribution):
     def deterministic_sample(self) -> Tensor:
         """What a deterministic policy does: the mode."""
         return self.mode
+
+
+def tanh_normal_like(dist: TanhNormal, loc: Tensor, scale: Tensor) -> TanhNormal:
+    """A ``TanhNormal`` with the bounds of another one, without its checks of them: each waits for the device.
+
+    Args:
+        dist: where the bounds are taken from.
+        loc: the location before the tanh, ``[*B, action_dim]``.
+        scale: the scale before the tanh, ``[*B, action_dim]``.
+
+    Returns:
+        The distribution.
+    """
+    other = copy.copy(dist)
+    del other.base_dist  # update() would write into what both share
+    other.update(loc, scale)
+    return other

@@ -57,8 +57,6 @@ def backtrack(
     zeros = torch.zeros_like(expected_improvement)
     accepted, fraction, improvement, kl = torch.zeros_like(possible), zeros, zeros, zeros
     for tries in range(max_backtracks + 1):
-        if _all_decided(accepted | ~possible):
-            break
         share = backtrack_coeff**tries
         # A region that has decided is evaluated at the step it keeps: its answer is not used again.
         candidate = torch.where(accepted, fraction, share * possible)
@@ -71,6 +69,8 @@ def backtrack(
         improvement = torch.where(now, new_improvement, improvement)
         kl = torch.where(now, new_kl.clamp_min(0), kl)
         accepted = accepted | now
+        if tries < max_backtracks and _all_decided(accepted | ~possible):
+            break
     return LineSearchResult(accepted, fraction, improvement, kl)
 
 

@@ -191,6 +191,9 @@ def _distribution(
         bounds = {"low": spec.space.low, "high": spec.space.high}
         bounded = torch.stack([bound.abs() < 1e30 for bound in bounds.values()])  # no bound may be inf, or the largest
         if bounded.all():
+            low, high = ({value.item() for value in bound.unique()} for bound in bounds.values())
+            if len(low) == len(high) == 1:  # TanhNormal compares numbers without waiting for the device
+                bounds = {"low": low.pop(), "high": high.pop()}
             return TanhNormal, bounds, ["loc", "scale"], 2 * spec.shape[-1]
         if not bounded.any():
             return IndependentNormal, {}, ["loc", "scale"], 2 * spec.shape[-1]

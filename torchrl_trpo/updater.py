@@ -165,8 +165,10 @@ class TrustRegionUpdater:
         return stats.set("order", torch.tensor(order, device=stats["kl"].device))
 
     def _solve(self, problem: TrustRegionProblem) -> TensorDict:
+        fisher = problem.fisher_product(self.fisher_subsample)  # first: the gradient then uses its forward pass
         gradient = problem.gradient()  # [n, P]
-        full_step, relative_residual = self._full_step(problem, gradient)
+        full_step, relative_residual = self._full_step(fisher, gradient)
+        del fisher  # and the graph that it holds
         expected = (gradient * full_step).sum(-1)
         theta = problem.parameters
         search = backtrack(
@@ -191,11 +193,10 @@ class TrustRegionUpdater:
             batch_size=search.accepted.shape,
         )
 
-    def _full_step(self, problem: TrustRegionProblem, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def _full_step(self, fisher: Callable[[Tensor], Tensor], gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The step ``β x`` to the trust region's border in the quadratic model, and the residual of ``x``."""
         scale = gradient.abs().amax(-1, keepdim=True)
         g = gradient / torch.where(scale > 0, scale, 1.0)  # the step does not depend on the gradient's length
-        fisher = problem.fisher_product(self.fisher_subsample)
         x, residual, relative_residual, _ = conjugate_gradient(
             lambda v: fisher(v) + self.damping * v, g, iterations=self.cg_iters, tol=self.cg_tol
         )
