@@ -97,7 +97,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     objective = HATRPOSequentialObjective(losses, agent_order=cfg.agent_order)
     updater = TrustRegionUpdater(objective, **cfg.updater)
     critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]
-    critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr)
+    critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr, fused=True)
 
     run = Run(cfg, "HATRPO", env=env, policy=policy, losses=objective, critic_optim=critic_optim)
     collector = make_collector(

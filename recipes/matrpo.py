@@ -101,7 +101,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         losses[str(keys.group)] = loss
     updaters = [TrustRegionUpdater(loss, **cfg.updater) for loss in losses.values()]
     critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]
-    critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr)
+    critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr, fused=True)
 
     run = Run(cfg, "MATRPO", env=env, policy=policy, losses=torch.nn.ModuleDict(losses), critic_optim=critic_optim)
     collector = make_collector(

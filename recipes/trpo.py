@@ -60,7 +60,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     loss.set_keys(**keys.loss_keys)
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda, value_norm=value_norm)
     updater = TrustRegionUpdater(loss, **cfg.updater)
-    critic_optim = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=cfg.critic.lr)
+    critic_optim = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=cfg.critic.lr, fused=True)
 
     run = Run(cfg, "TRPO", env=env, policy=actor, loss=loss, critic_optim=critic_optim)
     collector = make_collector(

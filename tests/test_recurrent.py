@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -169,6 +170,21 @@ def test_the_whole_step_on_the_meta_device(cell, sequential, monkeypatch):
     stats = TrustRegionUpdater(objective, fisher_subsample=0.5).step(data)
     assert stats["kl"].device.type == "meta"
     assert stats.batch_size == (2,)
+
+
+@pytest.mark.parametrize("sequential", [False, True], ids=["batched", "sequential"])
+def test_chunks_hold_whole_sequences(sequential):
+    """A chunk of 13 steps holds two of the four sequences of six."""
+    actor = recurrent_actor()
+    data = sequences(actor)
+    results = []
+    for chunk_size in (None, 13):
+        policy = deepcopy(actor)
+        loss = TRPOLoss(policy, chunk_size=chunk_size, entropy_bonus=False)
+        objective = HATRPOSequentialObjective(loss, agent_order="fixed") if sequential else loss
+        TrustRegionUpdater(objective, cg_iters=4).step(data)
+        results.append(flat_parameters(policy))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
 @SHARING

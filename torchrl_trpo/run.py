@@ -46,6 +46,7 @@ COLUMNS = (
     "policy_s",
     "critic_s",
     "wall_s",
+    "cpu_s",
 )
 """The columns of ``metrics.csv``; with several groups of agents, ``episode_return_<group>`` follow."""
 
@@ -99,7 +100,7 @@ class Run:
         if (norm := observation_norm(env)) is not None:
             components["observation_norm"] = norm
         self.folder = Path(cfg.resume or cfg.output_dir)
-        self._progress: dict[str, Any] = {"iteration": 0, "frames": 0, "wall_s": 0.0}
+        self._progress: dict[str, Any] = {"iteration": 0, "frames": 0, "wall_s": 0.0, "cpu_s": 0.0}
         self._optimizers = [c for c in components.values() if isinstance(c, torch.optim.Optimizer)]
         self._checkpoint = Checkpoint(progress=self._progress, generators=GlobalRNGState(), **components)
         self._rotation = CheckpointRotation(self.folder / "checkpoints", keep_last=cfg.checkpoint.keep)
@@ -116,6 +117,7 @@ class Run:
         self._laps: dict[str, float] = {}
         self._last_lap = self._start = time.perf_counter()
         self._start -= self._progress["wall_s"]
+        self._cpu_start = time.process_time() - self._progress["cpu_s"]
         self._bar = tqdm(total=cfg.train.total_frames, initial=self.frames, unit="frame", desc=algorithm, smoothing=0.1)
         self._bar.write(f"Training {algorithm} on {cfg.env.name}; everything goes to {self.folder}")
 
@@ -147,6 +149,7 @@ class Run:
         self._progress["iteration"] += 1
         self._progress["frames"] += data.numel()
         self._progress["wall_s"] = time.perf_counter() - self._start
+        self._progress["cpu_s"] = time.process_time() - self._cpu_start
         row = {
             **self._progress,
             **episode_statistics(data, self.groups),
@@ -184,6 +187,7 @@ class Run:
             "seed": cfg.seed,
             "frames": self.frames,
             "wall_s": self._progress["wall_s"],
+            "cpu_s": self._progress["cpu_s"],
             "frames_per_s": self.frames / self._progress["wall_s"],
             "episode_return": sum(recent) / len(recent),
             "evaluation_return": float(returns.mean()),
