@@ -8,6 +8,7 @@ from typing import Literal
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
 from torch import Tensor
+from torchrl.modules import set_recurrent_mode
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
 from torchrl_trpo.layout import path
@@ -76,6 +77,23 @@ def distribution_keys(network: ProbabilisticTensorDictSequential) -> list[Nested
         The keys.
     """
     return list(_distribution_module(network).in_keys)
+
+
+def distribution_parameters(
+    network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, inputs: TensorDictBase
+) -> TensorDictBase:
+    """The parameters of a policy's distribution, as a function of the policy's own.
+
+    Args:
+        network: the policy.
+        parameters: its parameters and buffers.
+        inputs: what it reads, batch size ``[*R]``; for a recurrent policy the last dimension is time.
+
+    Returns:
+        The distribution's parameters, batch size ``[*R]``.
+    """
+    with set_recurrent_mode(True), parameters.to_module(network, preserve_module_state=False):
+        return network.get_dist_params(inputs.copy()).select(*distribution_keys(network))
 
 
 def input_keys(network: ProbabilisticTensorDictSequential) -> list[NestedKey]:

@@ -6,16 +6,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 from torch import distributions as D
-from torchrl.modules import TanhNormal, set_recurrent_mode
+from torchrl.modules import TanhNormal
 
 from torchrl_trpo.distributions import tanh_normal_like
 from torchrl_trpo.divergence import entropy, kl_divergence
 from torchrl_trpo.fisher import fisher_product, output_hessian_product
-from torchrl_trpo.objectives.policy_network import distribution_keys, slice_agents, stacked_prefixes
+from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
+from torchrl_trpo.objectives.policy_network import (
+    distribution_keys,
+    distribution_parameters,
+    slice_agents,
+    stacked_prefixes,
+)
 from torchrl_trpo.objectives.policy_rows import PolicyRows
 from torchrl_trpo.vectors import flatten, unflatten
 
@@ -35,7 +41,7 @@ class _Piece:
     """
 
     rows: PolicyRows
-    dist_params: TensorDict | None = None
+    dist_params: TensorDictBase | None = None
     dist: D.Distribution | None = None
     gain: Tensor | None = None
 
@@ -59,6 +65,7 @@ class PolicyTrustRegion:
             over all parameters.
         entropy_coeff: the weight of the entropy, a scalar tensor, or None to leave it out.
         max_importance_ratio: the cap on ``π_θ/π_k``, a scalar tensor, or None.
+        compiled: the policy's forward pass where it is differentiated once or not at all. Default: as the network is.
         chunk_size: how many rows may have a graph, or anything computed from them, at a time; more are evaluated in
             pieces, anew for each product and each try. None for all.
     """
@@ -73,10 +80,12 @@ class PolicyTrustRegion:
         agent_slice: slice | None = None,
         entropy_coeff: Tensor | None = None,
         max_importance_ratio: Tensor | None = None,
+        compiled: CompiledPolicy | None = None,
         chunk_size: int | None = None,
     ) -> None:
         self.indices = indices
         self._network = network
+        self._compiled = compiled
         self._dist_keys = distribution_keys(network)
         self._rows = rows
         self._batch_dims = rows.log_prob.ndim - 1
@@ -200,7 +209,7 @@ class PolicyTrustRegion:
             The product.
         """
         with torch.enable_grad():
-            dist_params = self._distribution_parameters(rows, self._leaves)
+            dist_params = self._distribution_parameters(rows, self._leaves, twice=True)
         if kept is not None:
             kept.dist_params = dist_params
         keys = [key for key, value in dist_params.items(True, True) if value.requires_grad]
@@ -217,16 +226,19 @@ class PolicyTrustRegion:
 
         return fisher_product(outputs, self._leaves, output_hessian_product(mean_kl, outputs), len(self.indices))
 
-    def _distribution_parameters(self, rows: PolicyRows, leaves: Sequence[Tensor]) -> TensorDict:
+    def _distribution_parameters(
+        self, rows: PolicyRows, leaves: Sequence[Tensor], *, twice: bool = False
+    ) -> TensorDictBase:
+        """The distribution's parameters; ``twice`` if they are differentiated twice."""
         parameters = self._stateless.clone(False)
         for keys, leaf in zip(self._keys, leaves, strict=True):
             for key in keys:
                 parameters.set(key, leaf)
-        with set_recurrent_mode(True), parameters.to_module(self._network, preserve_module_state=False):
-            outputs = self._network.get_dist_params(rows.inputs.copy())
-        return outputs.select(*self._dist_keys)
+        if self._compiled is not None and not twice:
+            return self._compiled(parameters, rows.inputs)
+        return distribution_parameters(self._network, parameters, rows.inputs)
 
-    def _distribution(self, dist_params: TensorDict) -> D.Distribution:
+    def _distribution(self, dist_params: TensorDictBase) -> D.Distribution:
         if self._bounded is not None:
             return tanh_normal_like(self._bounded, *(dist_params.get(key) for key in self._dist_keys))
         dist = self._network.build_dist_from_params(dist_params)

@@ -23,6 +23,7 @@ from torchrl.objectives.utils import _sum_td_features, default_value_kwargs
 from torchrl_trpo.divergence import entropy, has_exact_entropy, kl_divergence
 from torchrl_trpo.layout import path, reads_init
 from torchrl_trpo.objectives.agent_gae import AgentGAE
+from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
 from torchrl_trpo.objectives.policy_network import (
     distribution_keys,
     input_keys,
@@ -76,6 +77,9 @@ class TRPOLoss(PPOLoss):
         chunk_size: how many environment steps the policy update evaluates at a time, with the same result to rounding.
             Its memory then depends on this number and no longer on the size of the batch, beyond the batch itself; but
             a product with the Fisher matrix costs a forward pass more. Default: all, fastest.
+        compile_policy: whether the policy's forward pass in the update's gradient and line search is compiled
+            (``torch.compile``), with the same result to rounding; or the keywords for it. Products with the Fisher
+            matrix differentiate twice, which ``torch.compile`` does not support, and stay as they are. Default: False.
         **kwargs: keywords of :class:`~torchrl.objectives.PPOLoss`.
 
     Output keys of :meth:`forward`:
@@ -131,6 +135,7 @@ class TRPOLoss(PPOLoss):
         entropy_coeff: float | Mapping[NestedKey, float] = 0.0,
         value_norm: ValueNorm | None = None,
         chunk_size: int | None = None,
+        compile_policy: bool | Mapping[str, Any] = False,
         **kwargs: Any,
     ) -> None:
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
@@ -139,6 +144,8 @@ class TRPOLoss(PPOLoss):
         self.value_norm = value_norm
         self.agent_dim = agent_dim
         self.chunk_size = chunk_size
+        self.compile_policy = compile_policy
+        self._compiled: dict[str, CompiledPolicy] = {}
         self.trust_region, self.n_regions = resolve_trust_region(
             trust_region, self.actor_network, self.actor_parameters
         )
@@ -259,8 +266,23 @@ class TRPOLoss(PPOLoss):
             agent_slice=agent_slice,
             entropy_coeff=self.entropy_coeff if self._entropy_counts() else None,
             max_importance_ratio=self.max_importance_ratio,
+            compiled=self._compiled_policy(network),
             chunk_size=self.chunk_size,
         )
+
+    def _compiled_policy(self, network: ProbabilisticTensorDictSequential) -> CompiledPolicy | None:
+        """The compiled forward pass; one agent's is a function of its parameters, the same for all of them."""
+        if self.compile_policy is False:
+            return None
+        name = "all agents" if network is self.actor_network else "one agent"
+        if name not in self._compiled:
+            options = dict(self.compile_policy) if isinstance(self.compile_policy, Mapping) else {}
+            self._compiled[name] = CompiledPolicy(network, options)
+        return self._compiled[name]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> TRPOLoss:
+        self._compiled = {}  # constants in it stay on the device where they were
+        return super()._apply(*args, **kwargs)
 
     def policy_rows(self, tensordict: TensorDictBase) -> PolicyRows:
         """Reads from a batch what the policy update needs, flattened to ``N`` rows; the batch is not modified.

@@ -74,6 +74,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             normalize_advantage_exclude_dims=(-2,),
             entropy_coeff=cfg.entropy_coeff,
             chunk_size=cfg.chunk_size,
+            compile_policy=cfg.compile_update,
             value_norm=value_norm,
         )
         loss.set_keys(**keys.loss_keys)

@@ -55,6 +55,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         normalize_advantage=True,
         entropy_coeff=cfg.entropy_coeff,
         chunk_size=cfg.chunk_size,
+        compile_policy=cfg.compile_update,
         value_norm=value_norm,
     )
     loss.set_keys(**keys.loss_keys)

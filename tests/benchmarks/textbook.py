@@ -1,9 +1,9 @@
 """TRPO and HATRPO as commonly published, in plain PyTorch: the baseline that ours is measured against.
 
 The same subproblem as :class:`~torchrl_trpo.TrustRegionUpdater` solves (surrogate, mean KL, damping, conjugate
-gradient, line search), done the usual way (ikostrikov/pytorch-trpo, HARL): each Fisher product reruns the forward passes of the
-old policy and the new one and differentiates twice through the mean KL, ``xᵀFx`` is another product, each try of the
-line search writes the parameters and reruns the forward pass, and several agents are a Python loop.
+gradient, line search), done the usual way (ikostrikov/pytorch-trpo, HARL): each Fisher product reruns the forward
+passes of the old policy and the new one and differentiates twice through the mean KL, ``xᵀFx`` is another product, each
+try of the line search writes the parameters and reruns the forward pass, and several agents are a Python loop.
 """
 
 from __future__ import annotations
