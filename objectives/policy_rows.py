@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributions as D
 
 from torchrl_trpo.divergence import log_prob
-from torchrl_trpo.layout import has_agent_dim
+from torchrl_trpo.layout import has_agent_dim, non_finite
 from torchrl_trpo.suggest import nearest
 
 
@@ -268,8 +268,7 @@ def _non_finite(rows: TensorDict, row_dims: int) -> Tensor:
     for key, value in rows.items(True, True):
         if value.is_floating_point():
             leading = _leading_dims(key, value, log_prob, row_dims)
-            lowest, highest = value.reshape(*value.shape[:leading], -1).aminmax(dim=-1)
-            found = 0 * lowest + 0 * highest
+            found = non_finite(value, leading)
             spread = spread + found.reshape(*found.shape, *[1] * (spread.ndim - leading))
     return spread
 

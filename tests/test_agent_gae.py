@@ -7,11 +7,12 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.modules import MultiAgentMLP, PopArtValueNorm, RunningValueNorm
 from torchrl.modules.models.cross_group_critic import CrossCriticGroupSpec, CrossGroupCritic
 from torchrl.objectives.value import MultiAgentGAE
 
-from tests.cases import ACTION, GROUP, LOG_PROB, OBSERVATION, REWARD, VALUE, make_actor, make_data
+from tests.cases import ACTION, GROUP, LOG_PROB, OBSERVATION, REWARD, VALUE, make_actor, make_data, make_single
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.objectives import AgentGAE, CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
@@ -357,3 +358,33 @@ def test_any_sequence_of_modules_may_be_the_critic():
     data = rollout()
     make_gae(TensorDictSequential(first, last))(data)
     torch.testing.assert_close(data[VALUE], last.module(first.module(data[OBSERVATION])))
+
+
+class LargestCopy(TorchDispatchMode):
+    """The bytes of the largest floating-point tensor that does not share memory with the data."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.known = {value.untyped_storage().data_ptr() for value in data.values(True, True)}
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for output in outputs if isinstance(outputs, (tuple, list)) else [outputs]:
+            if isinstance(output, torch.Tensor) and output.is_floating_point():
+                storage = output.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.nbytes = max(self.nbytes, storage.nbytes())
+        return outputs
+
+
+def test_the_fit_never_copies_the_whole_batch():
+    critic = TensorDictModule(nn.Linear(64, 1), in_keys=["observation"], out_keys=["state_value"])
+    actor, _ = make_single()
+    loss = TRPOLoss(actor, critic)
+    shapes = {"observation": (30, 20, 64), "state_value": (30, 20, 1), "value_target": (30, 20, 1)}
+    data = TensorDict({name: torch.randn(shape) for name, shape in shapes.items()}, batch_size=(30, 20))
+    optimizer = torch.optim.Adam(list(loss.critic_network_params.flatten_keys().values()), lr=1e-3)
+    with LargestCopy(data) as copies:
+        fit_critic(loss, optimizer, data, epochs=2, minibatch_size=60)
+    assert copies.nbytes == data["observation"].numel() * 4 / 10

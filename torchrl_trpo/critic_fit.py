@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import PPOLoss
 
-from torchrl_trpo.layout import finite_where_masked, reads_init
+from torchrl_trpo.layout import finite_where_masked, non_finite, reads_init
 
 
 def fit_critics(
@@ -63,19 +63,31 @@ def fit_critic(
         ``loss_critic``, the mean over the last epoch, ``explained_variance`` of the targets by the values that the
         advantages were computed with, and ``dropped``, the number of rows left out for what is not finite.
     """
-    rows, counted, dropped = _countable_rows(loss, data)
-    if len(rows) == 0:
+    rows, counted, has_masks = _rows_of_fit(loss, data)
+    names = [name for name in rows.keys(True, True) if rows.get(name).is_floating_point()]
+    finite = torch.ones(len(rows), dtype=torch.bool, device=counted.device)
+    for name in names:
+        value = rows.get(name)
+        value = finite_where_masked(value, counted) if has_masks else value
+        finite &= non_finite(value, 1) == 0
+    counts = counted.flatten(1).any(1)
+    dropped = int((counts & ~finite).sum()) * rows.shape[1:].numel()
+    kept = (counts & finite).nonzero().squeeze(-1)
+    if len(kept) == 0:
         return {"loss_critic": math.nan, "explained_variance": math.nan, "dropped": dropped}
-    keys = loss.tensor_keys
-    target, value = rows.get(keys.value_target)[counted], rows.get(keys.value)[counted]
+    target, value = (
+        rows.get(key)[kept][counted[kept]] for key in (loss.tensor_keys.value_target, loss.tensor_keys.value)
+    )
     unexplained = (target - value).var() / target.var()
     if rows.batch_dims > 1:
         minibatch_size = max(1, minibatch_size // rows.shape[1])
     total = target.new_zeros(())
     steps = 0
     for epoch in range(epochs):
-        for drawn in torch.randperm(len(rows), device=target.device).split(minibatch_size):
-            batch = rows[drawn]
+        for drawn in torch.randperm(len(kept), device=kept.device).split(minibatch_size):
+            batch = rows[kept[drawn]]
+            if has_masks:
+                batch.update({name: finite_where_masked(batch.get(name), counted[kept[drawn]]) for name in names})
             with set_recurrent_mode(True):
                 loss_critic = loss._reduce_loss(loss.loss_critic(batch)[0], batch, reduction="mean")
             optimizer.zero_grad()
@@ -91,11 +103,11 @@ def fit_critic(
     }
 
 
-def _countable_rows(loss: PPOLoss, data: TensorDictBase) -> tuple[TensorDict, Tensor, int]:
-    """What the fit reads, ``[N]`` or for a recurrent critic ``[N, T]``, where it counts and is finite.
+def _rows_of_fit(loss: PPOLoss, data: TensorDictBase) -> tuple[TensorDict, Tensor, bool]:
+    """What the fit reads, ``[N]`` or for a recurrent critic ``[N, T]``: views on the batch.
 
     Returns:
-        The rows; which of their values count, bool ``[*R, n_agents, 1]``; how many rows that count were left out.
+        The rows; which of their values count, bool ``[*R, n_agents]``; whether a mask says so.
     """
     keys = loss.tensor_keys
     recurrent = reads_init(loss.critic_network)
@@ -108,14 +120,4 @@ def _countable_rows(loss: PPOLoss, data: TensorDictBase) -> tuple[TensorDict, Te
     counted = torch.ones_like(target, dtype=torch.bool)
     for name in masks:
         counted &= loss._expand_loss_mask(rows.get(name), target)
-    finite = torch.ones(len(rows), dtype=torch.bool, device=target.device)
-    for name in present:
-        value = rows.get(name)
-        if value.is_floating_point():
-            value = finite_where_masked(value, counted.reshape(*rows.batch_size, -1))
-            rows.set(name, value)
-            finite &= value.flatten(1).isfinite().all(1)
-    counts = counted.flatten(1).any(1)
-    dropped = int((counts & ~finite).sum()) * rows.shape[1:].numel()
-    kept = counts & finite
-    return rows[kept], counted[kept], dropped
+    return rows, counted.reshape(*rows.batch_size, -1), bool(masks)

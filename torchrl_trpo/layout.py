@@ -89,6 +89,20 @@ def finite_where_masked(value: Tensor, mask: Tensor, *, per_agent: bool = True) 
     return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)) | value.isfinite(), value, 0.0)
 
 
+def non_finite(value: Tensor, row_dims: int) -> Tensor:
+    """NaN where a row has anything that is not finite, else 0; without a copy of the rows.
+
+    Args:
+        value: the rows, ``[*R, ...]``.
+        row_dims: the number of dimensions in ``*R``.
+
+    Returns:
+        A number for each row, ``[*R]``.
+    """
+    lowest, highest = value.reshape(*value.shape[:row_dims], -1).aminmax(dim=-1)
+    return 0 * lowest + 0 * highest
+
+
 def return_key(reward: NestedKey) -> NestedKey:
     """Where the running return of an episode is, beside the reward.
 
