@@ -90,7 +90,9 @@ def finite_where_masked(value: Tensor, mask: Tensor, *, per_agent: bool = True) 
 
 
 def non_finite(value: Tensor, row_dims: int) -> Tensor:
-    """NaN where a row has anything that is not finite, else 0; without a copy of the rows.
+    """NaN where a row has anything that is not finite, or a sum beyond the range of its type, else 0.
+
+    The rows are not copied.
 
     Args:
         value: the rows, ``[*R, ...]``.
@@ -99,8 +101,7 @@ def non_finite(value: Tensor, row_dims: int) -> Tensor:
     Returns:
         A number for each row, ``[*R]``.
     """
-    lowest, highest = value.reshape(*value.shape[:row_dims], -1).aminmax(dim=-1)
-    return 0 * lowest + 0 * highest
+    return 0 * value.reshape(*value.shape[:row_dims], -1).sum(-1)
 
 
 def return_key(reward: NestedKey) -> NestedKey:
