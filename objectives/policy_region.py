@@ -106,8 +106,7 @@ class PolicyTrustRegion:
         self._live = [self._stateless.get(names[0]) for names in self._keys]
         self._leaves = [value.clone().requires_grad_() for value in self._live]
         self._accepted = torch.zeros(len(indices), dtype=torch.bool, device=rows.log_prob.device)
-        self._chunk_rows = None if chunk_size is None else max(1, chunk_size // rows.steps_per_row)
-        self._fits_in_chunk = chunk_size is None or len(rows) <= self._chunk_rows
+        self._chunk_rows = len(rows) if chunk_size is None else max(1, chunk_size // rows.steps_per_row)
         self._bounded: TanhNormal | None = None
         self._pieces = self._split(rows)
 
@@ -130,24 +129,28 @@ class PolicyTrustRegion:
             drawn = torch.randperm(len(rows), device=rows.log_prob.device)
             rows = self._renormalise(rows.take(drawn[: max(1, round(subsample * len(rows)))]))
             pieces = self._split(rows)
-        if self._chunk_rows is not None and len(rows) > self._chunk_rows:
-            return lambda vectors: sum(self._piece_product(piece.rows)(vectors) for piece in pieces)
-        products = [self._piece_product(piece.rows, piece) for piece in pieces]
-        return lambda vectors: sum((product(vectors) for product in products[1:]), products[0](vectors))
+        if self._fits_in_chunk(rows):
+            products = [self._piece_product(piece.rows, piece) for piece in pieces]
+            return lambda vectors: sum((product(vectors) for product in products), torch.zeros_like(vectors))
+        return lambda vectors: sum(
+            (self._piece_product(piece.rows)(vectors) for piece in pieces), torch.zeros_like(vectors)
+        )
 
     def gradient(self) -> Tensor:
         """The gradient of the surrogate at ``θ_k``, ``[n, P]``."""
         total = torch.zeros_like(self.parameters)
         for piece in self._pieces:
-            shared = piece.dist_params is not None  # with the products
+            dist_params = piece.dist_params
+            shared = dist_params is not None  # with the products
             with torch.enable_grad():
-                dist_params = piece.dist_params if shared else self._distribution_parameters(piece.rows, self._leaves)
+                if dist_params is None:
+                    dist_params = self._distribution_parameters(piece.rows, self._leaves)
                 gain = self._gain(piece.rows, self._distribution(dist_params))
                 surrogate = (piece.rows.weight * gain).sum()
             slopes = torch.autograd.grad(surrogate, self._leaves, retain_graph=shared, materialize_grads=True)
             total += flatten(slopes, len(self.indices))
             piece.dist_params = None
-            if self._fits_in_chunk:
+            if self._fits_in_chunk(self._rows):
                 piece.dist, piece.gain = self._distribution(dist_params.detach()), gain.detach()
         return total
 
@@ -279,8 +282,11 @@ class PolicyTrustRegion:
 
     def _split(self, rows: PolicyRows) -> list[_Piece]:
         """Pieces of at most a chunk; smaller on a CPU, so that a layer's activations stay in a core's cache."""
-        size = len(rows) if self._chunk_rows is None else self._chunk_rows
+        size = self._chunk_rows
         if rows.log_prob.device.type == "cpu":
             size = min(size, max(1, _CPU_ROWS // rows.log_prob.shape[1:].numel()))
         slices = [rows.take(slice(start, start + size)) for start in range(0, len(rows), size)]
-        return [_Piece(part.contiguous() if self._fits_in_chunk else part) for part in slices]
+        return [_Piece(part.contiguous() if self._fits_in_chunk(rows) else part) for part in slices]
+
+    def _fits_in_chunk(self, rows: PolicyRows) -> bool:
+        return len(rows) <= self._chunk_rows

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Composite
+from torchrl.data import Categorical, Composite
 from torchrl.envs import VmasEnv
 
 from torchrl_trpo.object_snapshot import InexactError, ObjectSnapshot, tensors_in
@@ -71,9 +71,9 @@ class BatchedResetVmasEnv(VmasEnv):
     def _make_specs(self, env: Any) -> None:
         super()._make_specs(env)
         if self._time_limit is not None:
-            done = self.full_done_spec_unbatched["done"]
+            flag = Categorical(2, shape=(1,), dtype=torch.bool, device=self.device)
             names = ("done", "terminated", "truncated")
-            self.full_done_spec_unbatched = Composite({name: done.clone() for name in names}, device=self.device)
+            self.full_done_spec_unbatched = Composite({name: flag.clone() for name in names}, device=self.device)
 
     def _set_seed(self, seed: int | None) -> None:
         with self._own_random_state(self._env):

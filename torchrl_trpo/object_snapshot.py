@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_LEAVES = (int, float, complex, str, bytes, type, enum.Enum, types.ModuleType, types.BuiltinFunctionType)
-_LEAVES += (torch.device, torch.dtype, torch.Size, torch.Generator, types.NoneType, range, slice)
+_LEAVES: tuple[type, ...] = (int, float, complex, str, bytes, type, enum.Enum, range, slice)
+_LEAVES += (types.NoneType, types.ModuleType, types.BuiltinFunctionType)
+_LEAVES += (torch.device, torch.dtype, torch.Size, torch.Generator)
 _CONTAINERS: dict[str, tuple[type, ...]] = {
     "tensor": (Tensor,),
     "array": (np.ndarray,),
@@ -23,6 +24,8 @@ _CONTAINERS: dict[str, tuple[type, ...]] = {
     "set": (set,),
     "function": (types.FunctionType, types.MethodType, functools.partial),
 }
+
+_KINDS: dict[type, str] = {}  # of the types met so far
 
 
 class InexactError(Exception):
@@ -50,7 +53,7 @@ class ObjectSnapshot:
         self._saved: dict[int, tuple[Any, Any]] = {}  # by identity: the object, which stays alive, and what it held
         self._merged: dict[tuple[int, int], Any] = {}  # in one pass over everything
         self._kept: dict[int, tuple[Tensor, object]] = {}  # what earlier passes made, and which version it had
-        pending = list(self._roots)
+        pending: list[Any] = list(self._roots)
         while pending:
             value = pending.pop()
             kind = _kind(type(value))
@@ -208,15 +211,13 @@ def _path(place: _Place) -> str:
     return f"{_path(holder)}.{key}" if holder else str(key)
 
 
-@functools.cache
 def _kind(cls: type) -> str:
     """How values of a type are copied, compared and written."""
-    if issubclass(cls, _LEAVES):
-        return "leaf"
-    for kind, classes in _CONTAINERS.items():
-        if issubclass(cls, classes):
-            return kind
-    return "object" if getattr(cls, "__dictoffset__", 0) else "leaf"
+    if cls not in _KINDS:
+        kinds = [kind for kind, classes in _CONTAINERS.items() if issubclass(cls, classes)]
+        kinds += ["object"] if getattr(cls, "__dictoffset__", False) else []
+        _KINDS[cls] = kinds[0] if kinds and not issubclass(cls, _LEAVES) else "leaf"
+    return _KINDS[cls]
 
 
 def _parts(kind: str, value: Any) -> Any:
