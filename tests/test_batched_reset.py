@@ -225,3 +225,20 @@ def test_a_snapshot_merges_what_places_share_and_refuses_what_it_cannot_split():
         snapshot.restore()
         assert vars(root) == before
         torch.testing.assert_close(root.second, value)
+
+
+def test_what_is_nested_too_deeply_is_refused():
+    root = SimpleNamespace(value=torch.zeros(3))
+    deep = root
+    for _ in range(2000):
+        deep.next = deep = SimpleNamespace()
+    deep.value = torch.zeros(3)
+    snapshot = ObjectSnapshot([root], 3)
+    root.value.add_(1)
+    deep.value.add_(1)
+    with pytest.raises(InexactError, match="too deeply"):
+        snapshot.keep(torch.tensor([True, False, False]))
+    snapshot.restore()
+    assert not root.value.any()
+    assert not deep.value.any()
+    assert list(tensors_in([root])) == ["SimpleNamespace.value"]

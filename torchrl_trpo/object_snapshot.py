@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import types
@@ -80,7 +81,10 @@ class ObjectSnapshot:
         """
         self._merged = {}
         for root in self._roots:
-            self._merge(root, root, rows, (None, type(root).__name__))
+            try:
+                self._merge(root, root, rows, (None, type(root).__name__))
+            except RecursionError as error:
+                raise InexactError(f"{type(root).__name__} is nested too deeply") from error
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -180,7 +184,7 @@ def tensors_in(roots: Iterable[object]) -> dict[str, Tensor]:
         roots: where to begin.
 
     Returns:
-        The tensors by the path of their place.
+        The tensors by the path of their place; those that are nested too deeply to be reached are left out.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -198,7 +202,8 @@ def tensors_in(roots: Iterable[object]) -> dict[str, Tensor]:
             walk(part, (place, key if isinstance(key, str) else position))
 
     for root in roots:
-        walk(root, (None, type(root).__name__))
+        with contextlib.suppress(RecursionError):
+            walk(root, (None, type(root).__name__))
     return found
 
 
