@@ -62,11 +62,11 @@ class Keeper(BaseScenario):
         return self.in_list[0]
 
 
-def make(scenario: object, **kwargs: object) -> BatchedResetVmasEnv:
+def make(scenario: object, cls: type = BatchedResetVmasEnv, **kwargs: object) -> BatchedResetVmasEnv:
     """An environment; VMAS remarks on controllers without force limits, and on arguments it does not know."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Force limits not specified")
-        return BatchedResetVmasEnv(scenario, num_envs=NUM_ENVS, seed=0, **kwargs)
+        return cls(scenario, num_envs=NUM_ENVS, seed=0, **kwargs)
 
 
 def reset(env: VmasEnv, ended: torch.Tensor = ENDED) -> TensorDict:
@@ -123,9 +123,30 @@ def test_each_scenario_is_reset_exactly(scenario):
         assert_same_rows({k: ours[k] for k in leaves}, {k: fresh[k] for k in leaves}, ENDED)
 
 
+@pytest.mark.parametrize("continuous", [True, False], ids=["continuous", "discrete"])
+@pytest.mark.parametrize("scenario", [name for name in VmasEnv.available_envs if name != "road_traffic"])  # has a clock
+def test_data_is_that_of_torchrls_wrapper(scenario, continuous):
+    """The same keys, shapes, types and values at a reset and at steps, in groups of any kind."""
+    env = make(scenario, continuous_actions=continuous)
+    theirs = make(scenario, VmasEnv, continuous_actions=continuous)
+    results = []
+    for each in (env, theirs):
+        torch.manual_seed(0)
+        each.set_seed(0)
+        data = [each.reset()]
+        for _ in range(3):
+            data.append(each.rand_step(data[-1].clone())["next"])
+        results.append(data)
+    for ours, expected in zip(*results, strict=True):
+        assert set(ours.keys(True, True)) == set(expected.keys(True, True))
+        for key in expected.keys(True, True):
+            torch.testing.assert_close(ours[key], expected[key], rtol=0, atol=0, equal_nan=True)
+    check_env_specs(env)
+
+
 @pytest.mark.parametrize("scenario", sorted(SLOW))
 def test_scenarios_that_share_state_are_reset_one_by_one_and_say_so_once(scenario):
-    env, theirs = make(scenario), VmasEnv(scenario, num_envs=NUM_ENVS, seed=0)
+    env, theirs = make(scenario), make(scenario, VmasEnv)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for seed in range(3 if scenario == "road_traffic" else 20):  # a goal that is drawn anew may be the old one

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Categorical, Composite
 from torchrl.envs import VmasEnv
@@ -81,32 +81,39 @@ class BatchedResetVmasEnv(VmasEnv):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         with self._own_random_state(self._env):
-            return self._with_time_limit(super()._step(tensordict))
+            action = [torch.empty(0)] * len(self.agent_names)
+            for group, names in self.group_map.items():
+                of_agents = self.read_action(tensordict.get((group, "action")), group=group)
+                for name, of_agent in zip(names, of_agents, strict=True):
+                    action[self.agent_names_to_indices_map[name]] = of_agent
+            return self._data(*self._env.step(action))
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
         with self._own_random_state(self._env):
-            result = None
-            if tensordict is not None and "_reset" in tensordict.keys():
-                result = self._reset_together(tensordict.get("_reset").squeeze(-1))
-            return self._with_time_limit(super()._reset(tensordict, **kwargs) if result is None else result)
+            ended = None if tensordict is None else tensordict.get("_reset", None)
+            if ended is None:
+                self._env.reset(return_observations=False)
+            else:
+                ended = ended.squeeze(-1)
+                data = self._reset_together(ended)
+                if data is not None:
+                    return data
+                for index in ended.nonzero().squeeze(-1).tolist():
+                    self._env.reset_at(index, return_observations=False)
+            return self._read()
 
     def _reset_together(self, ended: Tensor) -> TensorDictBase | None:
         """Resets the ended environments at once; None, and nothing has happened, if that cannot be exact."""
         if self._why_slowly:
             return None
         env = self._env
-        roots = (env.scenario, env.world)
-        indices = ended.nonzero().flatten().tolist()
-        if len(indices) == 1:
-            env.reset_at(indices[0], return_observations=False)
-        snapshot = ObjectSnapshot(roots, self.num_envs, self._shared)
+        snapshot = ObjectSnapshot((env.scenario, env.world), env.num_envs, self._shared)
         steps, drawn = env.steps, list(env.vmas_random_state)
+        env.reset(return_observations=False)
+        env.steps = torch.where(ended, env.steps, steps)
         try:
-            if len(indices) > 1:
-                env.reset(return_observations=False)
-                env.steps = torch.where(ended, env.steps, steps)
-                snapshot.keep(~ended)
-            result = super()._reset(TensorDict({"_reset": torch.zeros(1, 1, dtype=torch.bool)}))  # only reads
+            snapshot.keep(~ended)
+            data = self._read()
             snapshot.keep(~ended)  # a scenario may write while it is read
         except InexactError as error:
             snapshot.restore()
@@ -118,13 +125,54 @@ class BatchedResetVmasEnv(VmasEnv):
                 stacklevel=2,
             )
             return None
-        return result
+        return data
 
-    def _with_time_limit(self, tensordict: TensorDictBase) -> TensorDictBase:
-        if self._time_limit is None:
-            return tensordict
-        truncated = (self._env.steps >= self._time_limit).unsqueeze(-1)
-        return tensordict.update({"truncated": truncated, "done": tensordict.get("terminated") | truncated})
+    def _read(self) -> TensorDictBase:
+        observations, dones, infos = self._env.get_from_scenario(
+            get_observations=True, get_rewards=False, get_infos=True, get_dones=True
+        )
+        return self._data(observations, None, dones, infos)
+
+    def _data(self, observations: list, rewards: list | None, dones: Tensor, infos: list) -> TensorDictBase:
+        """What the simulator says, each group's agents stacked at once; VmasEnv makes a TensorDict for each."""
+        terminated = self.read_done(dones)
+        data: dict[str, Any] = {"done": terminated, "terminated": terminated.clone()}
+        if self._time_limit is not None:
+            truncated = (self._env.steps >= self._time_limit).unsqueeze(-1)
+            data |= {"done": terminated | truncated, "truncated": truncated}
+        for group, names in self.group_map.items():
+            agents = [self.agent_names_to_indices_map[name] for name in names]
+            entries: dict[str, list] = {"observation": [observations[agent] for agent in agents]}
+            if rewards is not None:
+                entries["reward"] = [rewards[agent] for agent in agents]
+            info = [{name: value.float() for name, value in infos[agent].items()} for agent in agents]
+            if all(info):
+                entries["info"] = info
+            data[group] = (self._stack_lazily if self.het_specs_map[group] else self._stack)(entries)
+        return TensorDict(data, batch_size=self.batch_size, device=self.device)
+
+    def _stack(self, entries: Mapping[str, list]) -> TensorDictBase:
+        """Entries of agents that are alike, each a list of tensors or of dicts, ``[num_envs, n_agents, ...]``."""
+        stacked: dict[str, Any] = {}
+        for name, values in entries.items():
+            if isinstance(values[0], Tensor):
+                value = torch.stack(values, 1)
+                stacked[name] = value.unsqueeze(-1) if value.ndim == 2 else value
+            else:
+                common = [key for key in values[0] if all(key in other for other in values)]
+                stacked[name] = self._stack({key: [value[key] for value in values] for key in common})
+        n_agents = len(next(iter(entries.values())))
+        return TensorDict(stacked, batch_size=(*self.batch_size, n_agents), device=self.device)
+
+    def _stack_lazily(self, entries: Mapping[str, list]) -> TensorDictBase:
+        """Entries of agents whose observations or actions differ, as TorchRL stacks them."""
+        agents = [
+            TensorDict(
+                {name: self.read_obs(value) for name, value in zip(entries, values, strict=True)}, self.batch_size
+            )
+            for values in zip(*entries.values(), strict=True)
+        ]
+        return LazyStackedTensorDict.maybe_dense_stack(agents, dim=1).to(self.device)
 
     @contextlib.contextmanager
     def _own_random_state(self, env: Any) -> Iterator[None]:

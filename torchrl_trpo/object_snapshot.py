@@ -54,6 +54,7 @@ class ObjectSnapshot:
         self._saved: dict[int, tuple[Any, Any]] = {}  # by identity: the object, which stays alive, and what it held
         self._merged: dict[tuple[int, int], Any] = {}  # in one pass over everything
         self._kept: dict[int, tuple[Tensor, object]] = {}  # what earlier passes made, and which version it had
+        self._held: list[tuple[str, Any, Any]] = []  # what the last pass saw: kind, value, what it held then
         pending: list[Any] = list(self._roots)
         while pending:
             value = pending.pop()
@@ -79,7 +80,9 @@ class ObjectSnapshot:
         Args:
             rows: which, bool ``[batch_size]``; the others keep what they hold now.
         """
-        self._merged = {}
+        if self._held and all(_holding(kind, value) == held for kind, value, held in self._held):
+            return  # nothing has changed since the last pass
+        self._merged, self._held = {}, []
         for root in self._roots:
             try:
                 self._merge(root, root, rows, (None, type(root).__name__))
@@ -124,11 +127,13 @@ class ObjectSnapshot:
         self._merged[pair] = new
         if kind == "tensor":
             self._merged[pair] = merged = self._merge_tensor(old, new, rows, place)
+            self._held.append((kind, merged, _version(merged)))
             return merged
         saved = self._saved[id(old)][1]
         if kind == "array":
             if new.shape != saved.shape or not np.array_equal(new, saved, equal_nan=new.dtype.kind in "fc"):
                 raise InexactError(f"{_path(place)}, a NumPy array, changed")
+            self._held.append(("array", new, None))  # has no version: always looked at again
             return new
         parts = _parts(kind, new)
         if kind == "set":
@@ -151,6 +156,7 @@ class ObjectSnapshot:
                 new[key] = merged
             else:
                 raise InexactError(f"{_path((place, position))}, in a {type(new).__name__}, was replaced")
+        self._held.append((kind, new, _holding(kind, new)))
         return new
 
     def _merge_tensor(self, old: Tensor, new: Tensor, rows: Tensor, place: _Place) -> Tensor:
@@ -236,6 +242,15 @@ def _parts(kind: str, value: Any) -> Any:
     if isinstance(value, functools.partial):
         return (value.func, *value.args, *value.keywords.values())
     return (value.__code__, *(cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()))
+
+
+def _holding(kind: str, value: Any) -> Any:
+    """What tells whether a value still holds the same: a tensor its version, a container the identity of its parts."""
+    if kind == "tensor":
+        return _version(value)
+    if kind == "array":
+        return object()
+    return [id(part) for part in _values(vars(value) if kind == "object" else _parts(kind, value))]
 
 
 def _values(parts: Any) -> Iterable[Any]:

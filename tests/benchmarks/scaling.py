@@ -47,19 +47,20 @@ def _agents(counts: tuple[int, ...], repetitions: int) -> dict[str, float]:
 
 
 def _rows(most: int, repetitions: int) -> dict[str, float]:
-    """A single agent's update, in one piece up to a tenth of the most rows, and in chunks from there."""
-    tenth = most // 10
-    cases = [(tenth // 100, None), (tenth // 10, None), (tenth, None), (tenth, CHUNK_SIZE), (most, CHUNK_SIZE)]
+    """A single agent's update, as a whole and in chunks."""
+    counts = [most // 1000, most // 100, most // 10, most]
+    cases = [*((count, None) for count in counts), *((count, CHUNK_SIZE) for count in counts[2:])]
     tasks = {}
     for rows, chunk_size in cases:
         loss, data = policy_and_data(1, share_params=True, rows=rows, chunk_size=chunk_size)
         updater = TrustRegionUpdater(loss, fisher_subsample=DEFAULT_SUBSAMPLE)
         tasks[_case(rows, chunk_size)] = kept_step(updater, data)
     cost = medians(tasks, repetitions)
-    labels = list(cost)
     times = {f"update, {label} [ms]": 1e3 * seconds for label, seconds in cost.items()}
-    ratios = {f"update, {large} / {small}": cost[large] / cost[small] for small, large in itertools.pairwise(labels)}
-    return {**times, **ratios}
+    pairs = [((small, None), (large, None)) for small, large in itertools.pairwise(counts)]
+    pairs += [((counts[2], CHUNK_SIZE), (most, CHUNK_SIZE)), ((most, None), (most, CHUNK_SIZE))]
+    labels = [(_case(*small), _case(*large)) for small, large in pairs]
+    return {**times, **{f"update, {large} / {small}": cost[large] / cost[small] for small, large in labels}}
 
 
 def _case(rows: int, chunk_size: int | None) -> str:
