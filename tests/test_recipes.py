@@ -15,10 +15,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from torchrl.envs import VmasEnv
 
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.envs import make_env, observation_norm, resolve_device
+from torchrl_trpo.envs import BatchedResetVmasEnv, make_env, observation_norm, resolve_device
 from torchrl_trpo.evaluation import evaluate
 from torchrl_trpo.groups import group_keys
 from torchrl_trpo.networks import make_actor
@@ -136,7 +135,7 @@ def test_one_nan_costs_one_iteration(tmp_path, monkeypatch, capfd):
     """
     calls, kept = [], []
 
-    def step(self, data, original=VmasEnv._step):
+    def step(self, data, original=BatchedResetVmasEnv._step):
         out = original(self, data)
         calls.append(None)
         if len(calls) == 25:  # in the second iteration of 20 steps
@@ -150,7 +149,7 @@ def test_one_nan_costs_one_iteration(tmp_path, monkeypatch, capfd):
         kept.append(all(torch.equal(p, b) for p, b in zip(actor, before, strict=True)))
         return stats
 
-    monkeypatch.setattr(VmasEnv, "_step", step)
+    monkeypatch.setattr(BatchedResetVmasEnv, "_step", step)
     monkeypatch.setattr(TrustRegionUpdater, "step", update)
     hatrpo.train(config("hatrpo", tmp_path, "film=false", "env.kwargs.n_agents=3"))
     first, broken, after = metrics(tmp_path)
