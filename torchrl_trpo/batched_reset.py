@@ -81,12 +81,12 @@ class BatchedResetVmasEnv(VmasEnv):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         with self._own_random_state(self._env):
-            action = [torch.empty(0)] * len(self.agent_names)
+            action: dict[int, Tensor] = {}
             for group, names in self.group_map.items():
                 of_agents = self.read_action(tensordict.get((group, "action")), group=group)
                 for name, of_agent in zip(names, of_agents, strict=True):
                     action[self.agent_names_to_indices_map[name]] = of_agent
-            return self._data(*self._env.step(action))
+            return self._data(*self._env.step([action[index] for index in sorted(action)]))
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
         with self._own_random_state(self._env):
