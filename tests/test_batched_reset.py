@@ -263,3 +263,21 @@ def test_what_is_nested_too_deeply_is_refused():
     assert not root.value.any()
     assert not deep.value.any()
     assert list(tensors_in([root])) == ["SimpleNamespace.value"]
+
+
+def test_a_later_pass_sees_every_change_since_the_first():
+    """A number that was dropped once left its identity to the one that took its place."""
+    rows = torch.tensor([True, False, False])
+    for change in ({"count": 2.5}, {"value": torch.ones(3)}):
+        root = SimpleNamespace(value=torch.zeros(3), count=float("1.5"))
+        snapshot = ObjectSnapshot([root], 3)
+        snapshot.keep(rows)
+        held = [part for _, value, parts in snapshot._held if value is root for part in parts]
+        assert any(part is root.count for part in held)
+        vars(root).update(change)
+        if "count" in change:
+            with pytest.raises(InexactError, match=r"count changed from 1.5 to 2.5"):
+                snapshot.keep(rows)
+        else:
+            snapshot.keep(rows)
+            assert root.value.tolist() == [0, 1, 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import operator
 import types
 from collections.abc import Container, Iterable
 from typing import Any
@@ -80,7 +81,7 @@ class ObjectSnapshot:
         Args:
             rows: which, bool ``[batch_size]``; the others keep what they hold now.
         """
-        if self._held and all(_holding(kind, value) == held for kind, value, held in self._held):
+        if self._held and all(_holds_still(kind, value, held) for kind, value, held in self._held):
             return  # nothing has changed since the last pass
         self._merged, self._held = {}, []
         for root in self._roots:
@@ -133,7 +134,7 @@ class ObjectSnapshot:
         if kind == "array":
             if new.shape != saved.shape or not np.array_equal(new, saved, equal_nan=new.dtype.kind in "fc"):
                 raise InexactError(f"{_path(place)}, a NumPy array, changed")
-            self._held.append(("array", new, None))  # has no version: always looked at again
+            self._held.append((kind, new, None))
             return new
         parts = _parts(kind, new)
         if kind == "set":
@@ -156,7 +157,7 @@ class ObjectSnapshot:
                 new[key] = merged
             else:
                 raise InexactError(f"{_path((place, position))}, in a {type(new).__name__}, was replaced")
-        self._held.append((kind, new, _holding(kind, new)))
+        self._held.append((kind, new, _flat(_parts(kind, new))))
         return new
 
     def _merge_tensor(self, old: Tensor, new: Tensor, rows: Tensor, place: _Place) -> Tensor:
@@ -244,13 +245,19 @@ def _parts(kind: str, value: Any) -> Any:
     return (value.__code__, *(cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()))
 
 
-def _holding(kind: str, value: Any) -> Any:
-    """What tells whether a value still holds the same: a tensor its version, a container the identity of its parts."""
+def _holds_still(kind: str, value: Any, held: Any) -> bool:
+    """Whether a tensor has the version that it had, or a container the very parts; of an array nothing tells."""
     if kind == "tensor":
-        return _version(value)
+        return _version(value) == held
     if kind == "array":
-        return object()
-    return [id(part) for part in _values(vars(value) if kind == "object" else _parts(kind, value))]
+        return False
+    parts = _flat(vars(value) if kind == "object" else _parts(kind, value))
+    return len(parts) == len(held) and all(map(operator.is_, parts, held))
+
+
+def _flat(parts: Any) -> list:
+    """The parts themselves, kept alive so that nothing new can take their identity, with their keys."""
+    return [*parts, *_values(parts)]
 
 
 def _values(parts: Any) -> Iterable[Any]:
