@@ -16,7 +16,7 @@ from tensordict.nn import (
 )
 from torch import Tensor
 from torch import distributions as D
-from torchrl.modules import ValueNorm, set_recurrent_mode
+from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss, ValueEstimators
 from torchrl.objectives.utils import _sum_td_features, default_value_kwargs
 
@@ -26,6 +26,7 @@ from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
 from torchrl_trpo.objectives.policy_network import (
     distribution_keys,
+    distribution_parameters,
     input_keys,
     is_composite,
     resolve_trust_region,
@@ -335,9 +336,8 @@ class TRPOLoss(PPOLoss):
             parameters.
         """
         rows = self.policy_rows(tensordict)
-        own = self.actor_parameters.to_module(self.actor_network, preserve_module_state=False)
-        with set_recurrent_mode(True), own:
-            dist = self.actor_network.get_dist(rows.inputs.copy())
+        dist_params = distribution_parameters(self.actor_network, self.actor_parameters, rows.inputs)
+        dist = self.actor_network.build_dist_from_params(dist_params)
         counts = rows.weight > 0
         ratio = torch.where(counts, rows.log_ratio(dist, self.max_importance_ratio).exp(), 1.0)
         with torch.no_grad():
