@@ -198,6 +198,8 @@ def test_time_limits_are_truncations():
     reset(env, result["done"].squeeze(-1) | ENDED)
     result = env.step(env.full_action_spec.zero())["next"]
     assert result["truncated"].squeeze(-1).tolist() == (~ENDED).tolist()
+    assert torch.equal(result["terminated"].squeeze(-1), env._env.scenario.done()), "the time limit is no end"
+    assert not result["terminated"].all()
 
 
 def test_without_a_limit_it_has_torchrls_keys():

@@ -15,6 +15,8 @@ from torchrl.data import Categorical, Composite
 from torchrl.envs import VmasEnv
 
 from torchrl_trpo.object_snapshot import InexactError, ObjectSnapshot, tensors_in
+from torchrl_trpo.object_state import ObjectState
+from torchrl_trpo.suggest import SettingError
 
 
 class BatchedResetVmasEnv(VmasEnv):
@@ -66,7 +68,56 @@ class BatchedResetVmasEnv(VmasEnv):
             self._shared = _shared_tensors(env, twin)
         self._random_state = list(env.vmas_random_state)
         self._why_slowly = ""
+        roots = {f"{type(each).__name__} {each.name}": each for each in (*env.world.agents, *env.world.landmarks)}
+        roots |= {"scenario": env.scenario, "world": env.world, "agents": env.agents}
+        self._object_state = ObjectState(roots, env.device)
         return env
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The simulator's state, down to its next random numbers, for ``state_dict()``.
+
+        It ends with an :class:`~torchrl_trpo.object_snapshot.InexactError` if the scenario holds what cannot be saved.
+        What VMAS draws on a GPU comes from PyTorch's generator of that GPU, which all share, and is to be saved apart.
+
+        Returns:
+            The state, of dicts, lists, tensors, numbers and strings.
+        """
+        state = self._object_state.save(self._env.steps, self._random_state, self._why_slowly)
+        return {"scenario": self._scenario_title(), **state}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Puts the simulator in a saved state, as ``load_state_dict()`` does.
+
+        Args:
+            state: from :meth:`get_extra_state`, of an environment with the same arguments.
+
+        Raises:
+            SettingError: if the state is of another scenario, or of one with other arguments.
+        """
+        if state["scenario"] != self._scenario_title():
+            names = f"{state['scenario']!r}, and this is {self._scenario_title()!r}"
+            raise SettingError(f"The saved state is of the scenario {names}.")
+        self._env.steps, self._random_state, self._why_slowly = self._object_state.load(state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
+        """Loads what ``state_dict()`` gave, here or in another process: the environment goes on from there, to the bit.
+
+        Args:
+            state_dict: the state.
+            strict: whether the state has to fit. Otherwise the simulator keeps its own: TorchRL's ``EnvCreator`` gives
+                all environments what one of them had, and they would have the same random numbers.
+            **kwargs: as of :class:`torch.nn.Module`.
+
+        Returns:
+            Which keys were missing or not expected.
+        """
+        if not strict:
+            state_dict = {key: value for key, value in state_dict.items() if key != "_extra_state"}
+        return super().load_state_dict(state_dict, strict=strict, **kwargs)
+
+    def _scenario_title(self) -> str:
+        name = self.scenario_name
+        return name if isinstance(name, str) else type(name).__qualname__
 
     def _make_specs(self, env: Any) -> None:
         super()._make_specs(env)

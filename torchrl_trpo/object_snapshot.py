@@ -31,7 +31,7 @@ _KINDS: dict[type, str] = {}  # of the types met so far
 
 
 class InexactError(Exception):
-    """A change that cannot be taken back for some environments of a batch and kept for the others."""
+    """A change that cannot be taken back for some environments of a batch only, or a state that cannot be saved."""
 
 
 class ObjectSnapshot:
@@ -59,7 +59,7 @@ class ObjectSnapshot:
         pending: list[Any] = list(self._roots)
         while pending:
             value = pending.pop()
-            kind = _kind(type(value))
+            kind = kind_of(type(value))
             if kind == "leaf" or id(value) in self._saved:
                 continue
             if kind == "tensor":
@@ -67,9 +67,9 @@ class ObjectSnapshot:
             elif kind == "array":
                 self._saved[id(value)] = (value, value.copy())
             else:
-                parts = _parts(kind, value)
+                parts = parts_of(kind, value)
                 self._saved[id(value)] = (value, parts)
-                pending.extend(_values(parts))
+                pending.extend(values_of(parts))
 
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:
@@ -94,7 +94,7 @@ class ObjectSnapshot:
     def restore(self) -> None:
         """Puts the old state back for all environments, whatever changed."""
         for value, saved in self._saved.values():
-            kind = _kind(type(value))
+            kind = kind_of(type(value))
             if kind == "tensor":
                 clone, version = saved
                 if _version(value) != version:
@@ -111,20 +111,20 @@ class ObjectSnapshot:
                 value.clear()
                 value.update(saved)
 
-    def _merge(self, old: Any, new: Any, rows: Tensor, place: _Place) -> Any:
+    def _merge(self, old: Any, new: Any, rows: Tensor, place: Place) -> Any:
         """What belongs where ``old`` was and ``new`` is; what containers hold is merged in them."""
-        kind = _kind(type(new))
+        kind = kind_of(type(new))
         if kind == "leaf":
             if old is not new and (type(old) is not type(new) or old != new):
-                raise InexactError(f"{_path(place)} changed from {old!r} to {new!r}")
+                raise InexactError(f"{path_of(place)} changed from {old!r} to {new!r}")
             return new
         pair = (id(old), id(new))
         if pair in self._merged:
             return self._merged[pair]
-        if _kind(type(old)) != kind:
-            raise InexactError(f"{_path(place)} changed from {type(old).__name__} to {type(new).__name__}")
+        if kind_of(type(old)) != kind:
+            raise InexactError(f"{path_of(place)} changed from {type(old).__name__} to {type(new).__name__}")
         if old is not new and id(new) in self._saved:
-            raise InexactError(f"{_path(place)} became what was another {type(new).__name__} before")
+            raise InexactError(f"{path_of(place)} became what was another {type(new).__name__} before")
         self._merged[pair] = new
         if kind == "tensor":
             self._merged[pair] = merged = self._merge_tensor(old, new, rows, place)
@@ -133,20 +133,20 @@ class ObjectSnapshot:
         saved = self._saved[id(old)][1]
         if kind == "array":
             if new.shape != saved.shape or not np.array_equal(new, saved, equal_nan=new.dtype.kind in "fc"):
-                raise InexactError(f"{_path(place)}, a NumPy array, changed")
+                raise InexactError(f"{path_of(place)}, a NumPy array, changed")
             self._held.append((kind, new, None))
             return new
-        parts = _parts(kind, new)
+        parts = parts_of(kind, new)
         if kind == "set":
             if parts != saved:
-                raise InexactError(f"{_path(place)}, a set, changed")
+                raise InexactError(f"{path_of(place)}, a set, changed")
             saved = parts = list(parts)
         keys = list(parts) if isinstance(parts, dict) else range(len(parts))
         if keys != (list(saved) if isinstance(saved, dict) else range(len(saved))):
-            raise InexactError(f"{_path(place)} changed its entries")
+            raise InexactError(f"{path_of(place)} changed its entries")
         for position, key in enumerate(keys):
             before, part = saved[key], parts[key]
-            if before is part and _kind(type(part)) == "leaf":
+            if before is part and kind_of(type(part)) == "leaf":
                 continue
             merged = self._merge(before, part, rows, (place, key if isinstance(key, str) else position))
             if merged is part:
@@ -156,11 +156,11 @@ class ObjectSnapshot:
             elif kind in {"dict", "list"}:
                 new[key] = merged
             else:
-                raise InexactError(f"{_path((place, position))}, in a {type(new).__name__}, was replaced")
-        self._held.append((kind, new, _flat(_parts(kind, new))))
+                raise InexactError(f"{path_of((place, position))}, in a {type(new).__name__}, was replaced")
+        self._held.append((kind, new, _flat(parts_of(kind, new))))
         return new
 
-    def _merge_tensor(self, old: Tensor, new: Tensor, rows: Tensor, place: _Place) -> Tensor:
+    def _merge_tensor(self, old: Tensor, new: Tensor, rows: Tensor, place: Place) -> Tensor:
         clone, version = self._saved[id(old)][1]
         if new is old and _version(new) == version:
             return new
@@ -168,17 +168,17 @@ class ObjectSnapshot:
             return new
         if new.shape != clone.shape or new.dtype != clone.dtype:
             raise InexactError(
-                f"{_path(place)} changed from {clone.dtype} of shape {tuple(clone.shape)} to {new.dtype} of "
+                f"{path_of(place)} changed from {clone.dtype} of shape {tuple(clone.shape)} to {new.dtype} of "
                 f"{tuple(new.shape)}"
             )
-        if new.ndim == 0 or new.shape[0] != self._batch_size or (self._shared and _path(place) in self._shared):
+        if new.ndim == 0 or new.shape[0] != self._batch_size or (self._shared and path_of(place) in self._shared):
             if not torch.equal(new, clone):
-                raise InexactError(f"{_path(place)}, of shape {tuple(new.shape)}, belongs to all environments")
+                raise InexactError(f"{path_of(place)}, of shape {tuple(new.shape)}, belongs to all environments")
             return new
         merged = torch.where(rows.reshape(-1, *[1] * (new.ndim - 1)), clone, new)
         if new is old:
             if any(size > 1 and stride == 0 for size, stride in zip(new.shape, new.stride(), strict=True)):
-                raise InexactError(f"{_path(place)} is expanded, and was written to")
+                raise InexactError(f"{path_of(place)} is expanded, and was written to")
             merged = new.copy_(merged)
         self._kept[id(merged)] = (merged, _version(merged))
         return merged
@@ -196,16 +196,16 @@ def tensors_in(roots: Iterable[object]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
 
-    def walk(value: Any, place: _Place) -> None:
-        kind = _kind(type(value))
+    def walk(value: Any, place: Place) -> None:
+        kind = kind_of(type(value))
         if kind == "tensor":
-            found[_path(place)] = value
+            found[path_of(place)] = value
         if kind in {"leaf", "array", "tensor"} or id(value) in seen:
             return
         seen.add(id(value))
-        parts = _parts(kind, value)
+        parts = parts_of(kind, value)
         keys = parts if isinstance(parts, dict) else range(len(parts))
-        for position, (key, part) in enumerate(zip(keys, _values(parts), strict=True)):
+        for position, (key, part) in enumerate(zip(keys, values_of(parts), strict=True)):
             walk(part, (place, key if isinstance(key, str) else position))
 
     for root in roots:
@@ -214,17 +214,36 @@ def tensors_in(roots: Iterable[object]) -> dict[str, Tensor]:
     return found
 
 
-_Place = tuple[Any, Any]
+Place = tuple[Any, Any]
 """Where a value is: the place of what holds it, and its key there."""
 
 
-def _path(place: _Place) -> str:
-    holder, key = place
-    return f"{_path(holder)}.{key}" if holder else str(key)
+def path_of(place: Place) -> str:
+    """The names on the way to a place.
+
+    Args:
+        place: the place.
+
+    Returns:
+        The names, with dots between them.
+    """
+    names = []
+    while place:
+        place, key = place
+        names.append(str(key))
+    return ".".join(reversed(names))
 
 
-def _kind(cls: type) -> str:
-    """How values of a type are copied, compared and written."""
+def kind_of(cls: type) -> str:
+    """How values of a type are copied, compared and written.
+
+    Args:
+        cls: the type.
+
+    Returns:
+        ``"tensor"``, ``"array"``, ``"dict"``, ``"list"``, ``"tuple"``, ``"set"``, ``"function"``, ``"object"``, or
+        ``"leaf"`` for what is not looked into.
+    """
     if cls not in _KINDS:
         kinds = [kind for kind, classes in _CONTAINERS.items() if issubclass(cls, classes)]
         kinds += ["object"] if getattr(cls, "__dictoffset__", False) else []
@@ -232,8 +251,16 @@ def _kind(cls: type) -> str:
     return _KINDS[cls]
 
 
-def _parts(kind: str, value: Any) -> Any:
-    """What a value holds, in a container of its own."""
+def parts_of(kind: str, value: Any) -> Any:
+    """What a value holds, in a container of its own.
+
+    Args:
+        kind: the kind of its type.
+        value: the value, not a leaf.
+
+    Returns:
+        A dict for objects and dicts, a list, tuple or set for others.
+    """
     if kind == "object":
         return dict(vars(value))
     if kind != "function":
@@ -242,7 +269,8 @@ def _parts(kind: str, value: Any) -> Any:
         return (value.__func__, value.__self__)
     if isinstance(value, functools.partial):
         return (value.func, *value.args, *value.keywords.values())
-    return (value.__code__, *(cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()))
+    cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+    return (value.__code__, *cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
 
 
 def _holds_still(kind: str, value: Any, held: Any) -> bool:
@@ -251,16 +279,24 @@ def _holds_still(kind: str, value: Any, held: Any) -> bool:
         return _version(value) == held
     if kind == "array":
         return False
-    parts = _flat(vars(value) if kind == "object" else _parts(kind, value))
+    parts = _flat(vars(value) if kind == "object" else parts_of(kind, value))
     return len(parts) == len(held) and all(map(operator.is_, parts, held))
 
 
 def _flat(parts: Any) -> list:
     """The parts themselves, kept alive so that nothing new can take their identity, with their keys."""
-    return [*parts, *_values(parts)]
+    return [*parts, *values_of(parts)]
 
 
-def _values(parts: Any) -> Iterable[Any]:
+def values_of(parts: Any) -> Iterable[Any]:
+    """The values among the parts.
+
+    Args:
+        parts: from :func:`parts_of`.
+
+    Returns:
+        The values of a dict, what others hold.
+    """
     return parts.values() if isinstance(parts, dict) else parts
 
 
