@@ -167,6 +167,29 @@ def test_normalised_observations():
     assert torch.equal(norm.loc["observation"], before), "an evaluation does not move the statistics"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_does_not_vary_is_normalised_to_something_finite(seed):
+    """The velocities at the first reset, where the variance of TorchRL's VecNormV2 is negative by rounding."""
+    env = build("vmas/balance", num_envs=16, seed=seed, normalize_observations=True)
+    assert env.reset()["agents", "observation"].isfinite().all()
+    assert env.rollout(3)["next", "agents", "observation"].isfinite().all()
+
+
+def test_one_nan_does_not_reach_the_statistics_of_observations(monkeypatch):
+    env = build("gym/Pendulum-v1", normalize_observations=True)
+    env.reset()
+    broken = env.base_env._envs[1]
+
+    def reset(*args, original=broken._reset, **kwargs):
+        data = original(*args, **kwargs)
+        return data.set("observation", data["observation"] * torch.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, "_reset", reset)
+        assert env.reset()["observation"].isnan().all(-1).tolist() == [False, True, False]
+    assert env.rollout(3)["observation"].isfinite().all()
+
+
 # ------------------------------------------------------------------ a team that breaks HARL
 
 

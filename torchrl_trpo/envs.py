@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torchrl.envs import (
     Compose,
     DoubleToFloat,
     EnvBase,
     InitTracker,
-    ParallelEnv,
     RewardSum,
     SerialEnv,
     StepCounter,
@@ -22,9 +23,10 @@ from torchrl.envs import (
 from torchrl.envs.transforms import VecNormV2
 
 from torchrl_trpo.batched_reset import BatchedResetVmasEnv
+from torchrl_trpo.faults import NamedFaultsParallelEnv, guard, make_guarded
 from torchrl_trpo.groups import agent_groups
 from torchrl_trpo.layout import in_group, return_key
-from torchrl_trpo.simulators import SIMULATORS
+from torchrl_trpo.simulators import SIMULATORS, named_construction
 from torchrl_trpo.suggest import SettingError, nearest
 
 __all__ = ["BatchedResetVmasEnv", "make_env", "observation_norm", "resolve_device"]
@@ -77,6 +79,10 @@ def make_env(
     Time limits are counted here: a step at which ``max_steps`` ran out is ``truncated`` and not ``terminated``, and so
     is bootstrapped. The running return is in ``("next", group, "episode_reward")``.
 
+    An environment that fails later, or gives what its specs do not say, raises an
+    :class:`~torchrl_trpo.faults.EnvironmentFault` that names it. The state of Gym's, PettingZoo's and MuJoCo's
+    environments is in ``env.base_env.state_dict()``, see :class:`~torchrl_trpo.replay.Replayed`.
+
     Args:
         name: ``"vmas/<scenario>"``, ``"pettingzoo/<task>"``, ``"mamujoco/<robot>"``, ``"gym/<id>"``, or ``"custom"``.
 
@@ -102,7 +108,8 @@ def make_env(
         The environment, batch size ``[num_envs]``.
 
     Raises:
-        SettingError: if the name or an argument is unknown, a size is not positive, or there is no such state.
+        SettingError: if the name or an argument is unknown, the simulator refuses its arguments, a size is not
+            positive, or there is no such state.
     """
     library = name.partition("/")[0]
     if library not in SIMULATORS:
@@ -111,19 +118,31 @@ def make_env(
         if value < 1:
             raise SettingError(f"{setting} must be at least 1, got {value}.")
     settings = {"one_group": one_group, "state": state, "render": render, "factory": factory}
-    make = SIMULATORS[library](
-        name,
-        num_envs=num_envs,
-        kwargs=dict(kwargs),
-        seed=seed,
-        device=device,
-        continuous=continuous_actions,
-        **settings,
-    )
-    env = make()
-    if not env.batch_size:
+    with named_construction(name, kwargs):
+        make = SIMULATORS[library](
+            name,
+            num_envs=num_envs,
+            kwargs=dict(kwargs),
+            seed=seed,
+            device=device,
+            continuous=continuous_actions,
+            **settings,
+        )
+        env = make()
+    if env.batch_size:
+        env = guard(env, num_envs)
+    else:
         env.close(raise_if_closed=False)
-        env = (ParallelEnv if parallel else SerialEnv)(num_envs, make, device=device)
+        if parallel:
+            env = NamedFaultsParallelEnv(num_envs, make, device=device)
+        else:
+            indices = [{"index": index} for index in range(num_envs)]
+            env = SerialEnv(
+                num_envs,
+                functools.partial(make_guarded, make, num_envs),
+                create_env_kwargs=indices,
+                device=device,
+            )
     if env.batch_size != (num_envs,):
         raise SettingError(
             f"env: {name!r} has batch size {tuple(env.batch_size)}. Legal: (), or (env.num_envs,) = ({num_envs},)."
@@ -152,10 +171,12 @@ def observation_norm(env: EnvBase) -> VecNormV2 | None:
 def _transforms(env: EnvBase, max_steps: int, normalize_observations: bool) -> list[Transform]:
     groups = agent_groups(env)
     observations = [in_group(group, "observation") for group in groups]
+    spec = env.full_observation_spec_unbatched
     rewards = list(env.reward_keys)
     returns = [return_key(key) for key in rewards]
     transforms = [InitTracker(), StepCounter(max_steps), RewardSum(in_keys=rewards, out_keys=returns)]
-    double = [key for key in observations if env.full_observation_spec_unbatched[key].dtype == torch.float64]
+    read = [*observations, *(["state"] if "state" in spec.keys() else [])]
+    double = [key for key in read if spec[key].dtype == torch.float64]
     if double:
         transforms.append(DoubleToFloat(in_keys=double))
     if normalize_observations:
@@ -164,9 +185,17 @@ def _transforms(env: EnvBase, max_steps: int, normalize_observations: bool) -> l
 
 
 class _ObservationNorm(VecNormV2):
-    """Without TorchRL's remark, at every access, that normalising a batch of environments is experimental."""
+    """``VecNormV2`` that stays finite, and without its remark that batches are experimental."""
 
     def set_container(self, container: Any) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Support of .* for containers with non-empty batch-size")
             super().set_container(container)
+
+    def _stateful_update(self, data: TensorDictBase) -> None:
+        # One NaN would make the statistics NaN for good, and with them the observations of all environments.
+        super()._stateful_update(data.apply(lambda value, mean: torch.where(value.isfinite(), value, mean), self._loc))
+
+    def _norm(self, data: TensorDictBase, loc: TensorDictBase, var: TensorDictBase, count: TensorDictBase) -> Any:
+        # TorchRL keeps E[x] and E[x²]: of what does not vary, rounding can make E[x²] − E[x]² negative, the root NaN.
+        return super()._norm(data, loc, var.maximum(loc.pow(2)), count)

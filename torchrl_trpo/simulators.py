@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import inspect
 import pkgutil
 import re
+import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torchrl.envs import EnvBase, GymEnv, PettingZooWrapper, VmasEnv
+from torchrl.envs import EnvBase, VmasEnv
 
 from torchrl_trpo.batched_reset import BatchedResetVmasEnv
+from torchrl_trpo.replay import ReplayedGymEnv, ReplayedPettingZooWrapper
 from torchrl_trpo.suggest import SettingError, nearest
 
 _ROBOTS = ["Ant", "CoupledHalfCheetah", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup"]
@@ -144,6 +147,7 @@ def _mamujoco(
     """Multi-agent MuJoCo, from Gymnasium-Robotics: ``env.kwargs.agent_conf`` says how the robot is divided."""
     robot = _known_task(name, "mamujoco", "Gymnasium-Robotics is", "mamujoco")
     kwargs |= {"render_mode": "rgb_array"} if render else {}
+    _check_call(name, importlib.import_module("gymnasium_robotics").mamujoco_v1.parallel_env, kwargs, "scenario")
     make = functools.partial(_silent_mamujoco, robot, **kwargs)
     return functools.partial(_wrap_pettingzoo, make, _pettingzoo_groups(make(), one_group), state)
 
@@ -154,7 +158,7 @@ def _gym(name: str, *, kwargs: dict, device: torch.device, render: bool, **unuse
     kwargs |= {"render_mode": "rgb_array"} if render else {}
     # TorchRL counts the steps: a time limit inside would come first and hide whether it is env.max_steps.
     return functools.partial(
-        GymEnv, task, categorical_action_encoding=True, device=device, max_episode_steps=2**31 - 1, **kwargs
+        ReplayedGymEnv, task, categorical_action_encoding=True, device=device, max_episode_steps=2**31 - 1, **kwargs
     )
 
 
@@ -172,7 +176,9 @@ def _custom(
         ) from error
     known = {"num_envs": num_envs, "device": device, "seed": seed}
     taken = inspect.signature(make).parameters
-    return functools.partial(make, **{**{name: value for name, value in known.items() if name in taken}, **kwargs})
+    known = {argument: value for argument, value in known.items() if argument in taken and argument not in kwargs}
+    _check_call(name, make, kwargs, *known)
+    return functools.partial(make, **known, **kwargs)
 
 
 SIMULATORS: dict[str, Callable[..., Callable[[], EnvBase]]] = {
@@ -183,6 +189,34 @@ SIMULATORS: dict[str, Callable[..., Callable[[], EnvBase]]] = {
     "custom": _custom,
 }
 """What makes the function that makes an environment, by the first part of the environment's name."""
+
+
+@contextlib.contextmanager
+def named_construction(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Turns what a simulator raises while it is made into an error that names the settings it was made of.
+
+    What this package raises itself, also inside torch, passes as it is.
+
+    Args:
+        name: the environment's name.
+        kwargs: its arguments.
+
+    Raises:
+        SettingError: if the simulator cannot be made of them.
+    """
+    try:
+        yield
+    except (SettingError, ImportError):
+        raise
+    except Exception as error:
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        culprits = [module for module in modules if module.partition(".")[0] not in {"torch", "tensordict", "numpy"}]
+        if culprits[-1].partition(".")[0] == __package__:
+            raise
+        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise SettingError(
+            f"env: {name!r} cannot be made with env.kwargs={dict(kwargs)}: {type(error).__name__}: {said}"
+        ) from error
 
 
 def _known_task(name: str, library: str, package: str, extra: str) -> str:
@@ -203,6 +237,16 @@ def _check_arguments(name: str, constructor: Any, raw: Any, kwargs: Mapping[str,
             raise SettingError(f"env.kwargs.{argument} is no argument of {name!r}. {nearest(argument, known)}")
 
 
+def _check_call(name: str, constructor: Any, kwargs: Mapping[str, Any], *given: str) -> None:
+    """Whether a constructor can be called with the user's arguments and with what is given to it besides."""
+    signature = inspect.signature(constructor)
+    try:
+        signature.bind(**dict.fromkeys(given), **kwargs)
+    except TypeError as error:
+        legal = [argument for argument in signature.parameters if argument not in given]
+        raise SettingError(f"env.kwargs={dict(kwargs)} of {name!r}: {error}. Legal: {', '.join(legal)}.") from error
+
+
 def _pettingzoo_groups(env: Any, one_group: bool) -> dict[str, list[str]]:
     agents = env.possible_agents
     spaces = {agent: (env.observation_space(agent), env.action_space(agent)) for agent in agents}
@@ -213,7 +257,7 @@ def _pettingzoo_groups(env: Any, one_group: bool) -> dict[str, list[str]]:
 def _wrap_pettingzoo(make: Callable[[], Any], groups: dict[str, list[str]], state: bool) -> EnvBase:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "PettingZoo in TorchRL is tested using version")
-        return PettingZooWrapper(make(), group_map=groups, return_state=state)
+        return ReplayedPettingZooWrapper(make(), group_map=groups, return_state=state)
 
 
 def _silent_mamujoco(robot: str, **kwargs: Any) -> Any:
