@@ -1,4 +1,5 @@
 # make train   train HATRPO on VMAS; ALGO=itrpo|matrpo|hatrpo|trpo, ARGS="seed=1 env=vmas/navigation" for other settings
+# make evaluate RUN=<folder>   plays the trained policy of a run and films it; ARGS="--episodes 500 --checkpoint best"
 # make test    the test suite, under 10 minutes on 2 cores
 # make check   format, lint, docstring rules and types
 # make bench   what update, memory and sampling cost, as ratios, about 10 minutes; ARGS="--quick --only update,textbook"
@@ -8,12 +9,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 ALGO ?= hatrpo
+RUN ?=
 ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-slow check bench
+.PHONY: train evaluate test test-slow check bench
 .DEFAULT_GOAL := train
 
 $(READY): pyproject.toml constraints.txt
@@ -27,6 +29,12 @@ train: $(READY)
 	@echo "==> Training $(ALGO) (other settings: make train ARGS=\"env=vmas/navigation seed=1\")"
 	$(BIN)/python -m torchrl_trpo.recipes.$(ALGO) $(ARGS)
 	@echo "==> Done. The lines above say where the learning curve, the film and the metrics are."
+
+evaluate: $(READY)
+	@test -n "$(RUN)" || { echo "Which run? make evaluate RUN=outputs/hatrpo/2026-01-31_12-00-00"; exit 2; }
+	@echo "==> Evaluating the policy of $(RUN) (other settings: ARGS=\"--episodes 500 --checkpoint best --sampled\")"
+	$(BIN)/python -m torchrl_trpo.evaluate "$(RUN)" $(ARGS)
+	@echo "==> Done. The lines above say where the numbers and the film are."
 
 test: $(READY)
 	@echo "==> Running the test suite on 2 processes"

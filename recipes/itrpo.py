@@ -15,20 +15,21 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from tensordict import TensorDict
-from tensordict.nn import TensorDictSequential
 
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.collection import make_collector
 from torchrl_trpo.critic_fit import fit_critics
 from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.groups import group_keys
-from torchrl_trpo.networks import make_actor, make_critic, make_value_norm
+from torchrl_trpo.networks import make_critic, make_value_norm
 from torchrl_trpo.objectives import TRPOLoss
+from torchrl_trpo.policy import make_policy
 from torchrl_trpo.recurrent import carry_states
-from torchrl_trpo.run import Run
-from torchrl_trpo.settings import check_settings, check_teams, plain_errors, run_recipe
+from torchrl_trpo.run import Run, training_run
+from torchrl_trpo.settings import check_teams, plain_errors, run_recipe
 
 
+@training_run
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Trains ITRPO.
 
@@ -38,9 +39,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         The run's summary.
     """
-    check_settings(cfg)
     device = resolve_device(cfg.device)
-    torch.manual_seed(cfg.seed)
 
     # Environment, and the policies of its groups of agents.
     env = make_env(
@@ -51,11 +50,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         normalize_observations=cfg.normalize_observations,
     )
     groups = check_teams(cfg, group_keys(env))
-    share_params = cfg.actor.sharing != "none"
-    policy = TensorDictSequential(*[
-        make_actor(env, keys, share_params=share_params, hidden=cfg.actor.hidden, network=cfg.actor.network)
-        for keys in groups
-    ])
+    policy = make_policy(env, groups, **cfg.actor)
     carry_states(env, policy)
 
     # Each group's objective and critic, and the two things that learn from them.
@@ -83,34 +78,36 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]
     critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr, fused=True)
 
-    run = Run(cfg, "ITRPO", env=env, policy=policy, losses=torch.nn.ModuleDict(losses), critic_optim=critic_optim)
-    collector = make_collector(
-        env,
-        policy,
-        frames_per_batch=cfg.train.frames_per_batch,
-        total_frames=cfg.train.total_frames - run.frames,
-        **cfg.collector,
-    )
-    for data in collector:  # [num_envs, T]
-        run.lap("collect_s")
+    collector = make_collector(env, policy, frames_per_batch=cfg.train.frames_per_batch, **cfg.collector)
+    with Run(
+        cfg,
+        "ITRPO",
+        collector=collector,
+        policy=policy,
+        losses=torch.nn.ModuleDict(losses),
+        updaters=updaters,
+        critic_optim=critic_optim,
+    ) as run:
+        for data in run.batches():  # [num_envs, T]
+            run.lap("collect_s")
 
-        with torch.no_grad():
-            for loss in losses.values():
-                loss.value_estimator(
-                    data, params=loss.critic_network_params, target_params=loss.target_critic_network_params
-                )
-        run.lap("critic_s")
+            with torch.no_grad():
+                for loss in losses.values():
+                    loss.value_estimator(
+                        data, params=loss.critic_network_params, target_params=loss.target_critic_network_params
+                    )
+            run.lap("critic_s")
 
-        stats = TensorDict.cat([updater.step(data) for updater in updaters])
-        run.lap("policy_s")
+            stats = TensorDict.cat([updater.step(data) for updater in updaters])
+            run.lap("policy_s")
 
-        fit = fit_critics(
-            losses.values(), critic_optim, data, epochs=cfg.critic.epochs, minibatch_size=cfg.critic.minibatch_size
-        )
-        run.lap("critic_s")
+            fit = fit_critics(
+                losses.values(), critic_optim, data, epochs=cfg.critic.epochs, minibatch_size=cfg.critic.minibatch_size
+            )
+            run.lap("critic_s")
 
-        run.log(data, stats, fit)
-    return run.finish()
+            run.log(data, stats, fit)
+        return run.finish()
 
 
 @hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="itrpo")

@@ -20,13 +20,15 @@ from torchrl_trpo.collection import make_collector
 from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.groups import group_keys
-from torchrl_trpo.networks import make_actor, make_critic, make_value_norm
+from torchrl_trpo.networks import make_critic, make_value_norm
 from torchrl_trpo.objectives import TRPOLoss
+from torchrl_trpo.policy import make_policy
 from torchrl_trpo.recurrent import carry_states
-from torchrl_trpo.run import Run
-from torchrl_trpo.settings import check_settings, check_single_agent, plain_errors, run_recipe
+from torchrl_trpo.run import Run, training_run
+from torchrl_trpo.settings import check_single_agent, plain_errors, run_recipe
 
 
+@training_run
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Trains TRPO.
 
@@ -36,14 +38,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         The run's summary.
     """
-    check_settings(cfg)
     device = resolve_device(cfg.device)
-    torch.manual_seed(cfg.seed)
 
     # Environment, policy and critic.
     env = make_env(**cfg.env, seed=cfg.seed, device=device, normalize_observations=cfg.normalize_observations)
     keys = check_single_agent(cfg, group_keys(env))
-    actor = make_actor(env, keys, share_params=True, hidden=cfg.actor.hidden, network=cfg.actor.network)
+    actor = make_policy(env, [keys], **cfg.actor)
     critic = make_critic(env, keys, share_params=True, hidden=cfg.critic.hidden, network=cfg.critic.network)
     carry_states(env, actor)
 
@@ -63,31 +63,35 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     updater = TrustRegionUpdater(loss, **cfg.updater)
     critic_optim = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=cfg.critic.lr, fused=True)
 
-    run = Run(cfg, "TRPO", env=env, policy=actor, loss=loss, critic_optim=critic_optim)
-    collector = make_collector(
-        env,
-        actor,
-        frames_per_batch=cfg.train.frames_per_batch,
-        total_frames=cfg.train.total_frames - run.frames,
-        **cfg.collector,
-    )
-    for data in collector:  # [num_envs, T]
-        run.lap("collect_s")
+    collector = make_collector(env, actor, frames_per_batch=cfg.train.frames_per_batch, **cfg.collector)
+    with Run(
+        cfg,
+        "TRPO",
+        collector=collector,
+        policy=actor,
+        losses=loss,
+        updaters=[updater],
+        critic_optim=critic_optim,
+    ) as run:
+        for data in run.batches():  # [num_envs, T]
+            run.lap("collect_s")
 
-        with torch.no_grad():
-            loss.value_estimator(
-                data, params=loss.critic_network_params, target_params=loss.target_critic_network_params
+            with torch.no_grad():
+                loss.value_estimator(
+                    data, params=loss.critic_network_params, target_params=loss.target_critic_network_params
+                )
+            run.lap("critic_s")
+
+            stats = updater.step(data)
+            run.lap("policy_s")
+
+            fit = fit_critic(
+                loss, critic_optim, data, epochs=cfg.critic.epochs, minibatch_size=cfg.critic.minibatch_size
             )
-        run.lap("critic_s")
+            run.lap("critic_s")
 
-        stats = updater.step(data)
-        run.lap("policy_s")
-
-        fit = fit_critic(loss, critic_optim, data, epochs=cfg.critic.epochs, minibatch_size=cfg.critic.minibatch_size)
-        run.lap("critic_s")
-
-        run.log(data, stats, fit)
-    return run.finish()
+            run.log(data, stats, fit)
+        return run.finish()
 
 
 @hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="trpo")

@@ -130,8 +130,8 @@ def test_resume_continues(tmp_path, capsys):
 def test_one_nan_costs_one_iteration(tmp_path, monkeypatch, capfd):
     """A single NaN reward once made the critic NaN, and with it every later advantage.
 
-    The policy's step is rejected to the bit, the critic leaves the rows out, the progress bar says so, and the next
-    iteration is as if nothing had been.
+    With ``non_finite=drop`` the policy's step is rejected to the bit, the critic leaves the rows out, the progress bar
+    says so, and the next iteration is as if nothing had been.
     """
     calls, kept = [], []
 
@@ -151,7 +151,7 @@ def test_one_nan_costs_one_iteration(tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(BatchedResetVmasEnv, "_step", step)
     monkeypatch.setattr(TrustRegionUpdater, "step", update)
-    hatrpo.train(config("hatrpo", tmp_path, "film=false", "env.kwargs.n_agents=3"))
+    hatrpo.train(config("hatrpo", tmp_path, "film=false", "env.kwargs.n_agents=3", "non_finite=drop"))
     first, broken, after = metrics(tmp_path)
     assert kept == [False, True, False]
     assert (float(first["accepted"]), float(broken["accepted"]), float(after["accepted"])) == (1, 0, 1)
@@ -254,13 +254,16 @@ def test_time_limits_truncate():
     assert not last["terminated"].any()
 
 
-def test_evaluation_plays_one_episode_per_environment():
+@pytest.mark.parametrize("max_steps", [30, 10])
+def test_evaluation_plays_one_episode_per_environment(max_steps):
+    """To its end, or as far as it may."""
     env = make_env("vmas/balance", num_envs=6, max_steps=30, kwargs={}, seed=0, device=torch.device("cpu"))
     actor = make_actor(env, *group_keys(env), share_params=True)
-    returns = evaluate(env, actor, max_steps=30)
+    returns = evaluate(env, actor, max_steps=max_steps)
     assert returns.shape == (6,)
+    by_hand = evaluate_by_hand(env, actor, max_steps)
     env.set_seed(0)
-    torch.testing.assert_close(evaluate(env, actor, max_steps=30), evaluate_by_hand(env, actor, 30))
+    torch.testing.assert_close(evaluate(env, actor, max_steps=max_steps), by_hand)
 
 
 def evaluate_by_hand(env, actor, steps):
@@ -298,12 +301,13 @@ def test_resume_of_other_simulators(name, task, tmp_path):
 def test_the_statistics_of_observations_are_in_the_checkpoint(tmp_path, monkeypatch):
     norms = []
 
-    def capture(self, *args, original=Run.__init__, **kwargs):
-        original(self, *args, **kwargs)
+    def capture(self, original=Run.__enter__):
+        original(self)
         norm = observation_norm(self.env)
         norms.append((norm, norm.loc["observation"].clone(), norm._count["observation"].clone()))
+        return self
 
-    monkeypatch.setattr(Run, "__init__", capture)
+    monkeypatch.setattr(Run, "__enter__", capture)
     trpo.train(config("trpo", tmp_path, "film=false"))
     trained, count = norms[0][0].loc["observation"].clone(), norms[0][0]._count["observation"].clone()
     trpo.train(config("trpo", tmp_path / "unused", "film=false", "train.total_frames=400", f"resume={tmp_path}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tensordict.nn import TensorDictModuleBase
-from torchrl.collectors import BaseCollector, Collector
+from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 
 from torchrl_trpo.suggest import SettingError
@@ -14,10 +14,10 @@ def make_collector(
     policy: TensorDictModuleBase,
     *,
     frames_per_batch: int,
-    total_frames: int,
+    total_frames: int = -1,
     compile_policy: bool = False,
     cudagraph_policy: bool = False,
-) -> BaseCollector:
+) -> Collector:
     """TorchRL's collector, without what on-policy training on one device does not need.
 
     Trajectory ids cost a few operations at each step, and nothing reads them; environment and policy live on one device
@@ -30,7 +30,7 @@ def make_collector(
 
     Keyword Args:
         frames_per_batch: the environment steps of a batch, of all environments together.
-        total_frames: the environment steps after which it ends; -1 for no end.
+        total_frames: the environment steps after which it ends. Default: -1, no end.
         compile_policy: whether the policy is compiled (``torch.compile``).
         cudagraph_policy: whether the policy is captured as a CUDA graph (``tensordict.nn.CudaGraphModule``).
 

@@ -1,11 +1,11 @@
-"""Episode returns: of collected data, and of a policy that acts deterministically."""
+"""Episode returns: of collected data, and of a policy that plays for it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.envs import EnvBase
@@ -15,7 +15,6 @@ from torchrl_trpo.groups import GroupKeys, group_keys
 from torchrl_trpo.layout import return_key
 
 
-@torch.no_grad()
 def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, max_steps: int) -> Tensor:
     """Plays one episode in each environment, acting deterministically.
 
@@ -29,13 +28,35 @@ def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, max_steps: int) -> T
     Returns:
         Each episode's return averaged over agents, ``[num_envs]``.
     """
-    with set_exploration_type(ExplorationType.DETERMINISTIC):
+    return play_episodes(env, policy, max_steps=max_steps)["episode_return"].mean(-1)
+
+
+@torch.no_grad()
+def play_episodes(
+    env: EnvBase, policy: TensorDictModuleBase, *, max_steps: int, deterministic: bool = True
+) -> TensorDict:
+    """Plays one episode in each environment: its first after a reset, long or short.
+
+    Args:
+        env: the environment, batch size ``[num_envs]``.
+        policy: the policy.
+
+    Keyword Args:
+        max_steps: the episodes' length at most, in steps.
+        deterministic: whether the policy acts deterministically, or samples.
+
+    Returns:
+        ``"episode_return"`` ``[num_envs, n_agents]``, of the agents of all groups in order, and ``"episode_length"``
+        ``[num_envs]``, in steps.
+    """
+    with set_exploration_type(ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM):
         data = env.rollout(max_steps, policy, break_when_any_done=False)
-    returns = _returns(data, group_keys(env)).mean(-1)  # [num_envs, T]
+    returns = _returns(data, group_keys(env))  # [num_envs, T, n_agents]
     done = data["next", "done"].squeeze(-1)
     done[:, -1] = True
-    first = done.long().argmax(dim=1, keepdim=True)
-    return returns.gather(1, first).squeeze(1)
+    first = done.long().argmax(dim=1)  # [num_envs]
+    episodes = torch.arange(len(first), device=first.device)
+    return TensorDict({"episode_return": returns[episodes, first], "episode_length": first + 1}, [len(first)])
 
 
 def episode_statistics(data: TensorDictBase, groups: Sequence[GroupKeys]) -> dict[str, float]:

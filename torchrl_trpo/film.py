@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,58 @@ from torchrl._utils import logger
 from torchrl.envs import EnvBase, SerialEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_trpo.policy import make_run_env
+from torchrl_trpo.recurrent import carry_states
+from torchrl_trpo.suggest import SettingError
+
 FRAMES_PER_SECOND = 20
+_EPISODES = 4
 
 
-def film_episodes(env: EnvBase, policy: TensorDictModuleBase, path: Path, *, max_steps: int) -> Path | None:
-    """Films one episode in each environment of a batch, side by side, acting deterministically.
+def film_run(
+    config: Mapping[str, Any],
+    policy: TensorDictModuleBase,
+    path: Path,
+    *,
+    seed: int,
+    device: torch.device,
+    deterministic: bool = True,
+) -> Path | None:
+    """Films four episodes of a run's policy in the run's environment.
+
+    Args:
+        config: the run's settings, as in its ``config.yaml``.
+        policy: the policy, for observations that are not normalised
+            (:func:`~torchrl_trpo.policy.on_raw_observations`).
+        path: where the film goes, an ``.mp4`` or ``.gif`` file.
+
+    Keyword Args:
+        seed: the seed of the environments' randomness.
+        device: where the policy is.
+        deterministic: whether the policy acts deterministically, or samples.
+
+    Returns:
+        The path, or None where the environment cannot be drawn, which is said.
+    """
+    try:
+        stage = make_run_env(config, num_envs=_EPISODES, seed=seed, device=device, render=True)
+    except SettingError as error:
+        logger.warning(f"No film: {error}")
+        return None
+    try:
+        if stage.batch_size != (_EPISODES,):
+            logger.warning(f"No film: the factory makes {stage.batch_size[0]} environments, and not {_EPISODES}.")
+            return None
+        carry_states(stage, policy)
+        return film_episodes(stage, policy, path, max_steps=config["env"]["max_steps"], deterministic=deterministic)
+    finally:
+        stage.close(raise_if_closed=False)
+
+
+def film_episodes(
+    env: EnvBase, policy: TensorDictModuleBase, path: Path, *, max_steps: int, deterministic: bool = True
+) -> Path | None:
+    """Films one episode in each environment of a batch, side by side.
 
     VMAS's own renderer draws the frames where it finds OpenGL; elsewhere, on a bare server, they are drawn from the
     world's state with matplotlib. Other simulators draw themselves. An episode that ends early stays at its last frame.
@@ -37,10 +84,12 @@ def film_episodes(env: EnvBase, policy: TensorDictModuleBase, path: Path, *, max
 
     Keyword Args:
         max_steps: the episodes' length at most, in steps.
+        deterministic: whether the policy acts deterministically, or samples.
 
     Returns:
         The path, or None where the environment cannot be drawn, which is said.
     """
+    data = env.reset()
     try:
         render = _choose_renderer(env.base_env)
         render(0)
@@ -51,8 +100,8 @@ def film_episodes(env: EnvBase, policy: TensorDictModuleBase, path: Path, *, max
     shrink = math.ceil(num_envs**0.5)
     films: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
     running = [True] * num_envs
-    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        data = env.reset()
+    acting = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
+    with torch.no_grad(), set_exploration_type(acting):
         for step in range(max_steps + 1):
             for index, film in enumerate(films):
                 film.append(_shrink(render(index), shrink) if running[index] else film[-1])
@@ -60,7 +109,8 @@ def film_episodes(env: EnvBase, policy: TensorDictModuleBase, path: Path, *, max
                 break
             data = env.step(policy(data))["next"]
             running = [was and not done for was, done in zip(running, data["done"].flatten().tolist(), strict=True)]
-    imageio.mimsave(path, [_mosaic(tiles) for tiles in zip(*films, strict=True)], fps=FRAMES_PER_SECOND)
+    speed = {"duration": 1000 / FRAMES_PER_SECOND} if path.suffix == ".gif" else {"fps": FRAMES_PER_SECOND}
+    imageio.mimsave(path, [_mosaic(tiles) for tiles in zip(*films, strict=True)], **speed)
     return path
 
 

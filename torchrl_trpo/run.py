@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import importlib.metadata
+import functools
+import io
 import json
 import math
-import platform
+import os
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import nn
 from torchrl._utils import logger
-from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
-from torchrl.envs import EnvBase
+from torchrl.collectors import Collector
 from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
 
+from torchrl_trpo.checkpoints import Checkpoints, check_continued, find_checkpoint, full_record, read_record
+from torchrl_trpo.diagnosis import RejectionWatch
 from torchrl_trpo.divergence import entropy
-from torchrl_trpo.envs import make_env, observation_norm
+from torchrl_trpo.envs import observation_norm
 from torchrl_trpo.evaluation import episode_statistics, evaluate
-from torchrl_trpo.film import film_episodes
+from torchrl_trpo.faults import EnvironmentFault, find_non_finite
+from torchrl_trpo.film import film_run
 from torchrl_trpo.groups import group_keys
 from torchrl_trpo.plots import plot_learning_curve
-from torchrl_trpo.recurrent import carry_states
+from torchrl_trpo.policy import on_raw_observations
+from torchrl_trpo.seeding import untouched_generators
+from torchrl_trpo.settings import check_settings
+from torchrl_trpo.stopping import StopSignals
 from torchrl_trpo.suggest import SettingError
+from torchrl_trpo.updater import TrustRegionUpdater
+
+_SETTINGS_IN_LOSSES = ("entropy_coeff", "gamma", "lmbda")
 
 COLUMNS = (
     "iteration",
@@ -50,76 +65,161 @@ COLUMNS = (
 )
 """The columns of ``metrics.csv``; with several groups of agents, ``episode_return_<group>`` follow."""
 
-_NETWORK_SETTINGS = (
-    "actor.hidden",
-    "actor.sharing",
-    "actor.network",
-    "critic.hidden",
-    "critic.network",
-    "critic.share_params",
-    "critic.inputs",
-    "critic.agent_one_hot",
-    "critic.others_actions",
-    "critic.value_norm",
-    "normalize_observations",
-)
-_PACKAGES = ("torchrl-trpo", "torch", "torchrl", "tensordict", "vmas", "mpe2", "gymnasium", "hydra-core")
+
+_Result = TypeVar("_Result")
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def training_run(train: Callable[[DictConfig], _Result]) -> Callable[[DictConfig], _Result]:
+    """Makes a function of a config a run of its own.
+
+    Its settings are checked first. The global generators of Python, NumPy and PyTorch begin at ``cfg.seed``, and are
+    afterwards as they were before: runs in one process, one after another, do not change each other.
+
+    Args:
+        train: the function.
+
+    Returns:
+        The function, which raises a :class:`~torchrl_trpo.suggest.SettingError` if settings cannot be, and a
+        ``RuntimeError`` if another run is going on in another thread, with which it would share random numbers.
+    """
+
+    @functools.wraps(train)
+    def run(cfg: DictConfig) -> _Result:
+        check_settings(cfg)
+        if not _ONE_AT_A_TIME.acquire(blocking=False):
+            raise RuntimeError(
+                "another training is running in this process, and both would draw from the same random numbers. Legal: "
+                "one after the other, or a process for each."
+            )
+        try:
+            with untouched_generators(cfg.seed):
+                return train(cfg)
+        finally:
+            _ONE_AT_A_TIME.release()
+
+    return run
 
 
 class Run:
-    """Keeps a run's records; the recipe does the learning.
+    """A training run: its records, its checkpoints and its end; the recipe does the learning.
+
+    It is a context manager, to be entered around the training loop. Inside, the first SIGINT or SIGTERM ends the run
+    after the iteration and a checkpoint; whatever ends it otherwise, it is said how to continue.
 
     Args:
         cfg: the recipe's config; ``cfg.resume`` names a run folder to continue.
         algorithm: the algorithm's name, for titles.
 
     Keyword Args:
-        env: the environment.
+        collector: what collects, without an end of its own (``total_frames=-1``).
         policy: the policy of all groups.
-        **components: what a checkpoint must hold to continue, objects with ``state_dict`` and ``load_state_dict``.
+        losses: the losses of all groups, with their critics and value normalisers.
+        updaters: the policy's updaters.
+        critic_optim: the critics' optimiser.
 
     Attributes:
         folder: the run's folder.
-        frames: the environment steps done so far.
 
     Raises:
-        SettingError: if ``cfg.resume`` has no checkpoint, has done all its frames, or had another algorithm, task or
-            network.
+        SettingError: if ``cfg.resume`` has no checkpoint that can be read, is finished, is in use or had another
+            algorithm, task, network or seed; or if the output folder holds another run.
     """
 
     def __init__(
-        self, cfg: DictConfig, algorithm: str, *, env: EnvBase, policy: TensorDictModuleBase, **components: Any
+        self,
+        cfg: DictConfig,
+        algorithm: str,
+        *,
+        collector: Collector,
+        policy: TensorDictModuleBase,
+        losses: nn.Module,
+        updaters: Sequence[TrustRegionUpdater],
+        critic_optim: torch.optim.Optimizer,
     ) -> None:
         self.cfg = cfg
         self.algorithm = algorithm
-        self.env = env
+        self.env = collector.env
         self.policy = policy
-        self.groups = group_keys(env)
+        self.groups = group_keys(self.env)
+        self.folder = Path(cfg.resume or cfg.output_dir)
         several = [f"episode_return_{keys.group}" for keys in self.groups] if len(self.groups) > 1 else []
         self.columns = (*COLUMNS, *several)
-        if (norm := observation_norm(env)) is not None:
-            components["observation_norm"] = norm
-        self.folder = Path(cfg.resume or cfg.output_dir)
-        self._progress: dict[str, Any] = {"iteration": 0, "frames": 0, "wall_s": 0.0, "cpu_s": 0.0}
-        self._optimizers = [c for c in components.values() if isinstance(c, torch.optim.Optimizer)]
-        self._checkpoint = Checkpoint(progress=self._progress, generators=GlobalRNGState(), **components)
-        self._rotation = CheckpointRotation(self.folder / "checkpoints", keep_last=cfg.checkpoint.keep)
-        if cfg.resume:
-            self._resume()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write_config()
-        rows = self._kept_rows()
-        self._file = (self.folder / "metrics.csv").open("w", newline="")
-        self._writer = csv.DictWriter(self._file, self.columns)
-        self._writer.writeheader()
-        self._writer.writerows(rows)
-        self._returns = [float(row["episode_return"] or "nan") for row in rows]
+        self._collector = collector
+        self._losses = losses
+        self._updaters = updaters
+        self._critic_optim = critic_optim
+        self._record = full_record(cfg, algorithm)
+        self._progress: dict[str, Any] = {"iteration": 0, "frames": 0, "wall_s": 0.0, "cpu_s": 0.0, "best_return": None}
+        self._watch = RejectionWatch(self.groups, max_kl=cfg.updater.max_kl, damping=cfg.updater.damping)
+        components = {"policy": policy, "losses": losses, "critic_optim": critic_optim, "rejections": self._watch}
+        components |= {f"updater_{index}": updater for index, updater in enumerate(updaters)}
+        self._checkpoints = Checkpoints(self.folder, collector, components, cfg.checkpoint.keep)
+        self._saved_at: int | None = None
+        self._signals = StopSignals()
+        self._stack = contextlib.ExitStack()
         self._laps: dict[str, float] = {}
-        self._last_lap = self._start = time.perf_counter()
-        self._start -= self._progress["wall_s"]
-        self._cpu_start = time.process_time() - self._progress["cpu_s"]
-        self._bar = tqdm(total=cfg.train.total_frames, initial=self.frames, unit="frame", desc=algorithm, smoothing=0.1)
-        self._bar.write(f"Training {algorithm} on {cfg.env.name}; everything goes to {self.folder}")
+
+    def __enter__(self) -> Run:
+        """Begins the run, or continues it."""
+        with contextlib.ExitStack() as stack:
+            rows = self._resume(stack) if self.cfg.resume else self._begin(stack)
+            self._returns = [float(row["episode_return"] or "nan") for row in rows]
+            _replace(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self._record)))
+            table = io.StringIO(newline="")
+            writer = csv.DictWriter(table, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+            _replace(self.folder / "metrics.csv", table.getvalue())
+            if not self.cfg.resume:
+                self._save()
+            stack.enter_context(self._signals)
+            self._file = stack.enter_context((self.folder / "metrics.csv").open("a", newline=""))
+            self._writer = csv.DictWriter(self._file, self.columns)
+            total = self.cfg.train.total_frames
+            bar = tqdm(total=total, initial=self.frames, unit="frame", desc=self.algorithm, smoothing=0.1)
+            self._bar = stack.enter_context(bar)
+            self._bar.write(f"Training {self.algorithm} on {self.cfg.env.name}; everything goes to {self.folder}")
+            self._last_lap = self._start = time.perf_counter()
+            self._start -= self._progress["wall_s"]
+            self._cpu_start = time.process_time() - self._progress["cpu_s"]
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends the run, and says how to continue it if it did not come to its end."""
+        self._stack.close()
+        self.env.close(raise_if_closed=False)
+        if error is not None:
+            self._say_how_to_continue(error)
+
+    def batches(self) -> Iterator[TensorDictBase]:
+        """The batches that remain to be collected, ``[num_envs, T]``.
+
+        Yields:
+            A batch; :meth:`log` must be called before the next one.
+
+        Raises:
+            EnvironmentFault: if anything in a batch is not finite and ``cfg.non_finite`` is ``stop``; environments of
+                ``make_env`` raise one of themselves when they fail.
+        """
+        batches = iter(self._collector)
+        while self.frames < self.cfg.train.total_frames:
+            data = next(batches)
+            found = find_non_finite(data, self.groups) if self.cfg.non_finite == "stop" else None
+            if found is not None:
+                index, step, key, count = found
+                raise EnvironmentFault(
+                    f"environment {index} of {self.env.batch_size[0]}, step {step} of the batch of iteration "
+                    f"{self._progress['iteration'] + 1}: {key!r} is not finite, one of {count} such numbers in the "
+                    "batch. Mend the environment, or set non_finite=drop to leave such rows out.",
+                    index,
+                    step,
+                    key,
+                )
+            yield data
 
     @property
     def frames(self) -> int:
@@ -145,6 +245,9 @@ class Run:
             data: the iteration's batch.
             stats: what the updater returned.
             critic: what the critic's fit returned.
+
+        Raises:
+            SystemExit: after a checkpoint, if a signal asked to stop; with the code 128 + the signal, as shells do.
         """
         self._progress["iteration"] += 1
         self._progress["frames"] += data.numel()
@@ -161,10 +264,16 @@ class Run:
         self._writer.writerow({name: _cell(row[name]) for name in self.columns})
         self._file.flush()
         self._returns.append(row["episode_return"])
+        self._progress["best_return"] = max(filter(math.isfinite, self._returns), default=None)
         self._show(data, stats, row)
+        for report in self._watch.see(data, stats):
+            self._bar.write(report)
         last = self.frames >= self.cfg.train.total_frames
-        if last or self._progress["iteration"] % self.cfg.checkpoint.every == 0:
-            self._rotation.save(self._checkpoint, step=self._progress["iteration"], metadata=dict(self._progress))
+        asked = self._signals.received
+        if last or asked or self._progress["iteration"] % self.cfg.checkpoint.every == 0:
+            self._save()
+        if asked and not last:
+            raise SystemExit(128 + asked)
         self._laps = {}
         self._last_lap = time.perf_counter()
 
@@ -174,8 +283,7 @@ class Run:
         Returns:
             What ``summary.json`` holds.
         """
-        self._bar.close()
-        self._file.close()
+        self._stack.close()
         cfg = self.cfg
         recent = [value for value in self._returns if math.isfinite(value)][-5:] or [math.nan]
         if (norm := observation_norm(self.env)) is not None:
@@ -190,12 +298,12 @@ class Run:
             "cpu_s": self._progress["cpu_s"],
             "frames_per_s": self.frames / self._progress["wall_s"],
             "episode_return": sum(recent) / len(recent),
+            "best_return": self._progress["best_return"] or math.nan,
             "evaluation_return": float(returns.mean()),
             "evaluation_episodes": returns.numel(),
         }
-        (self.folder / "summary.json").write_text(
-            json.dumps({k: _finite(v) for k, v in summary.items()}, indent=2) + "\n"
-        )
+        finite = {name: _finite(value) for name, value in summary.items()}
+        _replace(self.folder / "summary.json", json.dumps(finite, indent=2) + "\n")
         title = f"{self.algorithm} on {cfg.env.name}, seed {cfg.seed}"
         plot_learning_curve(
             self.folder / "metrics.csv",
@@ -204,14 +312,14 @@ class Run:
             max_kl=cfg.updater.max_kl,
         )
         if cfg.film:
-            self._film()
+            policy = on_raw_observations(self.env, self.policy)
+            film_run(self._record, policy, self.folder / "film.mp4", seed=cfg.seed, device=self.env.device)
         print(
             f"{title}: episode return {summary['episode_return']:.1f} (mean of the last {len(recent)} iterations "
             "with finished episodes), "
             f"{summary['evaluation_return']:.1f} acting deterministically, "
             f"{self.frames} frames in {summary['wall_s']:.0f} s."
         )
-        self.env.close(raise_if_closed=False)
         for name in ("learning_curve.png", "film.mp4", "metrics.csv", "summary.json", "config.yaml", "checkpoints"):
             if (self.folder / name).exists():
                 print(f"  {self.folder / name}")
@@ -227,28 +335,6 @@ class Run:
             total, count = total + (values * counts).sum(), count + counts.sum()
         return float(total / count)
 
-    def _film(self) -> None:
-        cfg = self.cfg
-        settings = {**cfg.env, "num_envs": 4, "parallel": False}
-        try:
-            stage = make_env(
-                **settings,
-                seed=cfg.seed,
-                device=self.env.device,
-                one_group=cfg.actor.get("sharing") == "all",
-                render=True,
-                normalize_observations=cfg.normalize_observations,
-            )
-        except SettingError as error:  # a factory that makes other batches than four
-            logger.warning(f"No film: {error}")
-            return
-        carry_states(stage, self.policy)
-        if (norm := observation_norm(self.env)) is not None and (copy := observation_norm(stage)) is not None:
-            copy.load_state_dict(norm.state_dict())
-            copy.freeze()
-        film_episodes(stage, self.policy, self.folder / "film.mp4", max_steps=cfg.env.max_steps)
-        stage.close(raise_if_closed=False)
-
     def _show(self, data: TensorDictBase, stats: TensorDictBase, row: dict[str, Any]) -> None:
         self._bar.update(data.numel())
         postfix = {
@@ -263,55 +349,103 @@ class Run:
             postfix["dropped"] = f"{row['dropped']} rows"
         self._bar.set_postfix(postfix)
 
-    def _resume(self) -> None:
-        latest = self._rotation.latest()
-        if latest is None:
+    def _begin(self, stack: contextlib.ExitStack) -> list[dict[str, str]]:
+        """Takes the folder of a new run."""
+        if (self.folder / "checkpoints").exists():
             raise SettingError(
-                f"resume: {str(self.folder)!r} has no checkpoint in {self._rotation.directory}. Legal: the folder of a "
-                "run, the one that holds metrics.csv and checkpoints."
+                f"output_dir: {str(self.folder)!r} holds a run already, which would be lost. Legal: another folder, or "
+                f"resume={self.folder} to continue that run."
             )
-        self._check_resumed()
-        rates = [group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups]
-        self._checkpoint.load(latest)
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate  # the setting given now counts
-        if self.frames >= self.cfg.train.total_frames:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock(stack)
+        return []
+
+    def _resume(self, stack: contextlib.ExitStack) -> list[dict[str, str]]:
+        """Takes the folder of a run, puts its state back, and gives the rows of its metrics up to there."""
+        latest = find_checkpoint(self.folder)
+        changed = check_continued(read_record(latest)["config"], self._record, self.folder)
+        self._lock(stack)
+        self._checkpoints.clean()
+        given = {name: value.clone() for name, value in self._losses.named_buffers() if _is_setting(name)}
+        self._progress |= self._checkpoints.load(latest)
+        self._saved_at = self._progress["iteration"]
+        for name, value in self._losses.named_buffers():
+            if name in given:
+                value.copy_(given[name])
+        if "critic.lr" in changed:
+            for group in self._critic_optim.param_groups:
+                group["lr"] = self.cfg.critic.lr
+        for name in changed:
+            section, _, setting = name.partition(".")
+            if section == "updater":
+                for updater in self._updaters:
+                    setattr(updater, setting, self.cfg.updater[setting])
+        summary = self.folder / "summary.json"
+        finished = summary.exists() and json.loads(summary.read_text())["frames"] == self.frames
+        if self.frames >= self.cfg.train.total_frames and finished:
             raise SettingError(
                 f"resume: {str(self.folder)!r} has done {self.frames} frames already, and train.total_frames="
                 f"{self.cfg.train.total_frames}. Nearest that continues: "
                 f"train.total_frames={self.frames + self.cfg.train.frames_per_batch}."
             )
+        return self._kept_rows()
 
-    def _check_resumed(self) -> None:
-        """Refuses to continue a run with another algorithm, task or network."""
-        record = OmegaConf.load(self.folder / "config.yaml")
-        settings: Any = OmegaConf.to_container(self.cfg)
-        given = OmegaConf.create({**settings, "algorithm": self.algorithm})
-        for name in ("algorithm", "env.name", "env.kwargs", "env.continuous_actions", *_NETWORK_SETTINGS):
-            before, now = OmegaConf.select(record, name), OmegaConf.select(given, name)
-            if before != now:
-                advice = f"Use the recipe of {before}." if name == "algorithm" else f"Leave {name} out to continue it."
-                raise SettingError(
-                    f"resume: the run in {str(self.folder)!r} has {name}={before}, and now it is {now}. {advice}"
-                )
+    def _lock(self, stack: contextlib.ExitStack) -> None:
+        """Keeps other processes out of the folder until the run ends, however it ends."""
+        try:
+            stack.enter_context(FileLock(self.folder / ".lock", timeout=0))
+        except Timeout as error:
+            raise SettingError(
+                f"the run in {str(self.folder)!r} is going on in another process. Legal: another folder, or to wait."
+            ) from error
 
     def _kept_rows(self) -> list[dict[str, str]]:
-        metrics = self.folder / "metrics.csv"
-        if not self.cfg.resume or not metrics.exists():
+        """The rows of the metrics up to the checkpoint: what was done after it will be done again."""
+        metrics, done = self.folder / "metrics.csv", self._progress["iteration"]
+        if not metrics.exists():
+            logger.warning(f"{metrics} is gone: it begins anew with iteration {done + 1}.")
             return []
         with metrics.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if int(row["iteration"]) <= self._progress["iteration"]]
+            rows = [row for row in csv.DictReader(file) if _is_number(row["iteration"]) and row["cpu_s"]]
+        rows = [row for row in rows if int(row["iteration"]) <= done]
+        numbers = [int(row["iteration"]) for row in rows]
+        if numbers != list(range(done - len(rows) + 1, done + 1)):
+            missing = sorted(set(range(1, done + 1)) - set(numbers))
+            raise SettingError(
+                f"resume: {metrics} should have one row for each iteration up to {done}, in order; missing are "
+                f"{missing or 'none'}. Put the file back as it was, or move it away to begin it anew."
+            )
+        return rows
 
-    def _write_config(self) -> None:
-        versions = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
-        resolved: Any = OmegaConf.to_container(self.cfg, resolve=True)
-        record = {
-            **resolved,
-            "algorithm": self.algorithm,
-            "versions": {"python": platform.python_version(), **versions},
-        }
-        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(record)))
+    def _save(self) -> None:
+        """Writes a checkpoint, unless this iteration has one."""
+        if self._saved_at != self._progress["iteration"]:
+            self._checkpoints.save(self._progress, self._record, self._returns[-1] if self._returns else math.nan)
+            self._saved_at = self._progress["iteration"]
+
+    def _say_how_to_continue(self, error: BaseException) -> None:
+        iteration, name = self._progress["iteration"], type(error).__name__
+        how = "Stopped" if isinstance(error, SystemExit) else f"Stopped by {name} in iteration {iteration + 1},"
+        print(
+            f"{how} after {self.frames} frames. The checkpoint of iteration {self._saved_at} is whole. To continue: "
+            f"resume={self.folder}"
+        )
+
+
+def _is_setting(name: str) -> bool:
+    return name.rpartition(".")[2] in _SETTINGS_IN_LOSSES
+
+
+def _is_number(text: str | None) -> bool:
+    return text is not None and text.isdigit()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file that at any time is the old one or the new one."""
+    beside = path.with_name(f".{path.name}.new")
+    with beside.open("w", newline="") as file:
+        file.write(text)
+    os.replace(beside, path)
 
 
 def _cell(value: float) -> str | float:
@@ -320,11 +454,3 @@ def _cell(value: float) -> str | float:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

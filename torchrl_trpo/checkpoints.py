@@ -1,0 +1,334 @@
+"""Checkpoints of a training run: what they hold, how they are found, and when a run may be continued."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase, is_tensor_collection
+from torchrl._utils import logger
+from torchrl.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointRotation,
+    GlobalRNGState,
+    StateDictCheckpointAdapter,
+)
+from torchrl.collectors import Collector
+
+from torchrl_trpo.object_snapshot import InexactError
+from torchrl_trpo.suggest import SettingError, nearest
+
+FORMAT_VERSION = 1
+"""Of what a checkpoint holds; newer ones are refused."""
+
+WHICH = ("latest", "best")
+"""The checkpoints of a run that have a name."""
+_DIRECTORY = "checkpoints"
+_PACKAGES = ("torchrl-trpo", "torch", "torchrl", "tensordict", "vmas", "mpe2", "gymnasium", "hydra-core")
+_FIXED = (  # what a run cannot change on its way: its task, its networks and its random numbers
+    "algorithm",
+    "env.name",
+    "env.factory",
+    "env.kwargs",
+    "env.num_envs",
+    "env.max_steps",
+    "env.continuous_actions",
+    "normalize_observations",
+    "actor.hidden",
+    "actor.sharing",
+    "actor.network",
+    "critic.hidden",
+    "critic.network",
+    "critic.share_params",
+    "critic.inputs",
+    "critic.agent_one_hot",
+    "critic.others_actions",
+    "critic.value_norm",
+    "seed",
+)
+_UNSAID = ("output_dir", "resume", "versions", "film", "checkpoint")  # a change of these changes no result
+
+
+class Checkpoints:
+    """The checkpoints of a run folder, on ``torchrl.checkpoint``.
+
+    Each is a folder ``checkpoints/checkpoint-<iteration>``, written beside its place and then moved there: there is
+    never half of one. Its components are files of ``torch.save``, read with ``weights_only=True``: loading one runs no
+    code. Its manifest holds the format's version, the packages' versions, the config and the progress.
+
+    Args:
+        folder: the run's folder.
+        collector: the run's collector: what it is about to continue, and its environment.
+        components: the other objects with ``state_dict`` and ``load_state_dict``, by name.
+        keep: how many of the last are kept; the one with the best return is kept besides.
+    """
+
+    def __init__(self, folder: Path, collector: Collector, components: Mapping[str, Any], keep: int) -> None:
+        self.folder = folder
+        own = {"collection": CollectionState(collector), "generators": GlobalRNGState()}
+        self._checkpoint = _checkpoint_of({**own, **components})
+        directory = folder / _DIRECTORY
+        self._rotation = CheckpointRotation(directory, keep_last=keep, keep_best=("best_metric", "max"))
+
+    def save(self, progress: Mapping[str, Any], config: Mapping[str, Any], episode_return: float) -> Path:
+        """Writes a checkpoint and removes those that are not kept.
+
+        Args:
+            progress: numbers such as ``iteration`` and ``frames``.
+            config: the run's settings, with the algorithm and the packages' versions.
+            episode_return: the return by which the best is told; NaN where there was none.
+
+        Returns:
+            Where it is.
+        """
+        metric = episode_return if episode_return == episode_return else -1e300  # the manifest wants a finite number
+        record = {"format_version": FORMAT_VERSION, "progress": progress, "config": config, "best_metric": metric}
+        return self._rotation.save(self._checkpoint, step=progress["iteration"], metadata=record)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Puts the state of a checkpoint back, all of it.
+
+        Args:
+            path: the checkpoint.
+
+        Returns:
+            The progress that it was saved with. A :class:`~torchrl_trpo.suggest.SettingError` says if something in it
+            is missing, or cannot be read.
+        """
+        _load(self._checkpoint, path)
+        return read_record(path)["progress"]
+
+    def clean(self) -> None:
+        """Removes what writers that were killed have left."""
+        for rest in self._rotation.directory.glob(".checkpoint-*"):
+            Checkpoint._remove_path(rest)
+
+
+class CollectionState:
+    """What a collector is about to continue: the data of the last step, the transforms and the simulator.
+
+    A simulator whose ``state_dict`` holds nothing has, as far as anyone can know, a state that is not saved: it then
+    begins new episodes, and this is said.
+
+    Args:
+        collector: the collector.
+    """
+
+    def __init__(self, collector: Collector) -> None:
+        self._collector = collector
+        self._told = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in plain containers and tensors."""
+        env = self._collector.env
+        try:
+            simulator = env.base_env.state_dict()
+        except InexactError as error:
+            simulator = {}
+            self._tell(f"The environment's state cannot be saved ({error}).")
+        return {
+            "transforms": env.transform.state_dict(),
+            "simulator": simulator if _holds_something(simulator) else {},
+            "step": _packed(self._collector._carrier),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Puts the state back.
+
+        Args:
+            state_dict: what :meth:`state_dict` gave.
+        """
+        env = self._collector.env
+        env.transform.load_state_dict(state_dict["transforms"])
+        if state_dict["simulator"]:
+            env.base_env.load_state_dict(state_dict["simulator"])
+            self._collector._carrier = _unpacked(state_dict["step"], self._collector._carrier.device, env.device)
+        else:
+            self._tell("The checkpoint does not hold the environment's own state (it has no get_extra_state).")
+
+    def _tell(self, why: str) -> None:
+        if not self._told:
+            logger.warning(f"{why} A resumed run begins new episodes, and is not the same to the bit.")
+        self._told = True
+
+
+def find_checkpoint(folder: Path, which: str = "latest") -> Path:
+    """A checkpoint of a run.
+
+    Args:
+        folder: the run's folder.
+        which: ``"latest"``, or ``"best"``: the one with the highest episode return in its iteration.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        SettingError: if there is none, or it cannot be read by this version.
+    """
+    if which not in WHICH:
+        raise SettingError(f"checkpoint: {which!r}. {nearest(which, WHICH)}")
+    found = sorted((folder / _DIRECTORY).glob("checkpoint-*"))
+    if not found:
+        raise SettingError(
+            f"{str(folder)!r} has no checkpoint. Legal: the folder of a run, the one that holds metrics.csv and "
+            "checkpoints. A run that was stopped before its first checkpoint begins anew."
+        )
+    if which == "latest":
+        read_record(found[-1])
+        return found[-1]
+    return max(found, key=lambda path: (read_record(path)["best_metric"], path.name))
+
+
+def load_components(path: Path, components: Mapping[str, Any]) -> None:
+    """Puts the state of some components of a checkpoint back.
+
+    Args:
+        path: the checkpoint.
+        components: objects with ``load_state_dict``, by name. A :class:`~torchrl_trpo.suggest.SettingError` says if one
+            is missing or cannot be read.
+    """
+    _load(_checkpoint_of(components), path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a checkpoint says about itself: ``format_version``, ``progress``, ``config``, ``best_metric``.
+
+    Args:
+        path: the checkpoint.
+
+    Returns:
+        The record.
+
+    Raises:
+        SettingError: if it is broken, or of another format.
+    """
+    try:
+        record = Checkpoint.manifest(path)["metadata"]
+        version = record["format_version"]
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingError(_unreadable(path, error)) from error
+    if version != FORMAT_VERSION:
+        written = record["config"]["versions"]["torchrl-trpo"]
+        raise SettingError(
+            f"the checkpoint {path} has format {version}, of torchrl-trpo {written}, and this is torchrl-trpo "
+            f"{importlib.metadata.version('torchrl-trpo')}, which reads format {FORMAT_VERSION}. Use: pip install "
+            f"torchrl-trpo=={written}."
+        )
+    return record
+
+
+def full_record(cfg: DictConfig, algorithm: str) -> dict[str, Any]:
+    """The settings of a run, resolved, with its algorithm and the versions of the packages.
+
+    Args:
+        cfg: the recipe's config.
+        algorithm: the algorithm's name.
+
+    Returns:
+        The record, of plain containers.
+    """
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {**settings, "algorithm": algorithm, "versions": versions}
+
+
+def check_continued(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
+    """Refuses to continue a run with another task, network or seed.
+
+    Args:
+        before: the record of the run that is continued.
+        now: the record of this one.
+        folder: the run's folder, for the message.
+
+    Returns:
+        The settings, by dotted name, that differ, and may.
+
+    Raises:
+        SettingError: if one differs that may not.
+    """
+    old, new = OmegaConf.create(dict(before)), OmegaConf.create(dict(now))
+    for name in _FIXED:
+        was, is_now = OmegaConf.select(old, name), OmegaConf.select(new, name)
+        if was != is_now:
+            advice = f"Use the recipe of {was}." if name == "algorithm" else f"Leave {name} out to continue it."
+            raise SettingError(
+                f"resume: the run in {str(folder)!r} has {name}={_plain(was)}, and now it is {_plain(is_now)}. {advice}"
+            )
+    versions = {n: (v, now["versions"].get(n)) for n, v in before["versions"].items() if now["versions"].get(n) != v}
+    if versions:
+        told = ", ".join(f"{name} {was} (now {is_now})" for name, (was, is_now) in versions.items())
+        logger.warning(f"The run was made with {told}: what follows may differ from what it would have been.")
+    changed = []
+    for name in dict.fromkeys([*_names(before), *_names(now)]):
+        was, is_now = OmegaConf.select(old, name), OmegaConf.select(new, name)
+        if was != is_now and name.partition(".")[0] not in _UNSAID:
+            logger.warning(f"{name} was {_plain(was)} until now, and is {_plain(is_now)} from here on.")
+            changed.append(name)
+    return changed
+
+
+def _names(record: Mapping[str, Any], prefix: str = "") -> list[str]:
+    names = []
+    for name, value in record.items():
+        names += _names(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else [f"{prefix}{name}"]
+    return names
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _checkpoint_of(components: Mapping[str, Any]) -> Checkpoint:
+    checkpoint = Checkpoint()
+    for name, component in components.items():
+        checkpoint.register(name, component, adapter=StateDictCheckpointAdapter("torch"))
+    return checkpoint
+
+
+def _load(checkpoint: Checkpoint, path: Path) -> None:
+    try:
+        checkpoint.load(path, map_location="cpu")
+    except CheckpointError as error:
+        raise SettingError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    others = [other for other in sorted(path.parent.glob("checkpoint-*")) if other.name < path.name]
+    advice = f"Remove it to use the one before, {others[-1].name}." if others else "There is none before it."
+    return f"the checkpoint {path} cannot be read ({str(error).splitlines()[0]}). {advice}"
+
+
+def _holds_something(state: Any) -> bool:
+    if isinstance(state, Mapping):
+        return any(_holds_something(value) for value in state.values())
+    return state is not None
+
+
+def _packed(data: TensorDictBase) -> dict[str, Any]:
+    """A TensorDict as plain dicts, which ``weights_only`` reads, with the batch sizes of what is nested."""
+    if isinstance(data, LazyStackedTensorDict):
+        return {"stack_dim": data.stack_dim, "parts": [_packed(part) for part in data.tensordicts]}
+    entries = {name: _packed(value) if is_tensor_collection(value) else value.detach() for name, value in data.items()}
+    return {"batch_size": list(data.batch_size), "entries": entries}
+
+
+def _unpacked(packed: Mapping[str, Any], device: torch.device | None, tensors_on: torch.device) -> TensorDictBase:
+    if "parts" in packed:
+        parts = [_unpacked(part, device, tensors_on) for part in packed["parts"]]
+        return LazyStackedTensorDict(*parts, stack_dim=packed["stack_dim"])
+    entries = {
+        name: value.to(tensors_on) if isinstance(value, torch.Tensor) else _unpacked(value, device, tensors_on)
+        for name, value in packed["entries"].items()
+    }
+    return TensorDict(entries, packed["batch_size"], device=device)

@@ -1,0 +1,35 @@
+"""Global random numbers: seeded for a while, and left as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torchrl.checkpoint import GlobalRNGState
+
+
+@contextlib.contextmanager
+def untouched_generators(seed: int | None = None) -> Iterator[None]:
+    """Leaves the global generators of Python, NumPy and PyTorch as they were.
+
+    Args:
+        seed: where they begin inside; None for where they are.
+
+    Yields:
+        Nothing.
+    """
+    generators, uninitialized = GlobalRNGState(), not torch.cuda.is_initialized()
+    before = generators.state_dict()
+    try:
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002 - simulators may use the global one
+            torch.manual_seed(seed)
+        yield
+    finally:
+        generators.load_state_dict(before)
+        if uninitialized:  # CUDA takes the last seed when it is initialised, and simulators seed
+            torch.cuda.manual_seed_all(torch.initial_seed())
