@@ -140,11 +140,13 @@ def test_a_dead_agents_rows_stay_in_the_fit_of_the_others():
     loss.loss_mask_key = "alive"
     with torch.no_grad():
         loss.value_estimator(data, params=loss.critic_network_params, target_params=loss.target_critic_network_params)
-    distance = (data["value_target"] - data[VALUE]).squeeze(-1)[data["alive"]].square().mean()
+    target, value = (data[key].squeeze(-1)[data["alive"]] for key in ("value_target", VALUE))
+    explained = 1 - (target - value).var() / target.var()
     optimizer = torch.optim.SGD(loss.critic_network_params.flatten_keys().values(), lr=0.1)
     fit = fit_critic(loss, optimizer, data, epochs=1, minibatch_size=1000)
     assert fit["dropped"] == 0
-    assert fit["loss_critic"] == pytest.approx(float(distance))
+    assert fit["loss_critic"] == pytest.approx(float((target - value).square().mean()))
+    assert fit["explained_variance"] == pytest.approx(float(explained))
 
 
 def test_dead_agents_of_another_group_spoil_no_pool():

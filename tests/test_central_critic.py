@@ -168,7 +168,10 @@ def test_a_normalised_critic_is_denormalised():
     data, critic = rollout(), make_critic(9)
     estimator = make_estimator(value_network=critic, value_norm=norm)
     estimator(data)
-    torch.testing.assert_close(data[VALUE], norm.denormalize(critic.module(data[CENTRAL])))
+    value, next_value = (norm.denormalize(critic.module(part[CENTRAL])) for part in (data, data["next"]))
+    torch.testing.assert_close(data[VALUE], value)
+    bootstrapped = data["next", "reward"][1, 3] + GAMMA * next_value[1, 3] - value[1, 3]  # a truncated step
+    torch.testing.assert_close(data["advantage"][1, 3], bootstrapped)
     loss = TRPOLoss(make_actor(), critic, value_norm=norm, loss_critic_type="l2")
     loss.set_keys(value=VALUE)
     loss.make_value_estimator(estimator)

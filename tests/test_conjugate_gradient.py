@@ -74,6 +74,17 @@ def test_zero_right_hand_side_has_the_zero_solution():
     assert result.iterations.item() == 0
 
 
+def test_a_direction_without_positive_curvature_is_not_followed():
+    """The step to the minimum along it would be backwards, or infinite; what was found before it stays."""
+    A = torch.diag_embed(torch.tensor([[-1.0, -2.0], [1.0, -1.0], [2.0, -1.0]], dtype=torch.float64))
+    b = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.5]], dtype=torch.float64)
+    result = conjugate_gradient(product(A), b)
+    assert result.iterations.tolist() == [0, 0, 1]
+    assert (result.solution[:2] == 0).all()
+    torch.testing.assert_close(result.solution[2], b[2] * 1.25 / 1.75)  # of the first direction, b itself
+    torch.testing.assert_close(result.residual, b - product(A)(result.solution))
+
+
 @pytest.mark.parametrize(
     ("b", "keywords", "message"),
     [

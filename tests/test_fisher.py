@@ -51,10 +51,14 @@ def test_twice_the_same_product():
     assert torch.equal(product(v), product(v))
 
 
-def test_subsamples_average_to_the_full_matrix():
-    """F is estimated on a share of the rows, without bias."""
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_subsamples_average_to_the_full_matrix(masked):
+    """F is estimated on a share of the rows, without bias; of rows that are masked, on those that count."""
     actor = make_actor()
     data, loss = make_data(actor, batch=(6, 10)), TRPOLoss(actor)
+    if masked:
+        data["mask"] = torch.rand(6, 10, 3, 1) < 0.7
+        loss.loss_mask_key = "mask"
     v = torch.randn(3, 36, dtype=torch.float64)
     full = product_of(loss, data)(v)
     draws = torch.stack([product_of(loss, data, subsample=0.2)(v) for _ in range(400)])

@@ -37,20 +37,20 @@ from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 
 
 def test_sequence_and_factor_against_a_hand_calculation():
-    """Agent 1 first with M = 1, then agent 0 with M = π_new(1)/π_k(1): each step by the dense formulas."""
-    actor = make_actor(n_agents=2)
-    data, damping, max_kl = make_data(actor, n_agents=2), 0.1, 0.01
-    theta = flat_parameters(actor, 2)
+    """Agent 1 with M = 1, agent 2 with M = π_new(1)/π_k(1), agent 0 with both ratios: each step by dense formulas."""
+    actor = make_actor()
+    data, damping, max_kl = make_data(actor), 0.1, 0.01
+    theta = flat_parameters(actor, 3)
     old = distribution(actor, theta, data)
     damped = dense_fisher(actor, data, True) + damping * torch.eye(theta.shape[1], dtype=torch.float64)
     updater = TrustRegionUpdater(
-        HATRPOSequentialObjective(TRPOLoss(actor), agent_order=[1, 0]), max_kl=max_kl, cg_iters=60, cg_tol=1e-13
+        HATRPOSequentialObjective(TRPOLoss(actor), agent_order=[1, 2, 0]), max_kl=max_kl, cg_iters=60, cg_tol=1e-13
     )
     stats = updater.step(data)
-    assert stats["order"].tolist() == [1, 0]
+    assert stats["order"].tolist() == [1, 2, 0]
 
     current, factor = theta.clone(), torch.ones(5, 8, 1, dtype=torch.float64)
-    for agent in [1, 0]:
+    for agent in [1, 2, 0]:
         leaf = current.clone().requires_grad_()
         surrogate = dense_surrogate(actor, data, True, leaf, factor)
         (g,) = torch.autograd.grad(surrogate[agent], leaf)
@@ -60,7 +60,7 @@ def test_sequence_and_factor_against_a_hand_calculation():
         current[agent] += step
         ratio = (distribution(actor, current, data).log_prob(data[ACTION]) - data[LOG_PROB]).exp()
         factor = factor * ratio[..., agent : agent + 1].detach()
-    torch.testing.assert_close(flat_parameters(actor, 2), current, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(flat_parameters(actor, 3), current, rtol=1e-7, atol=1e-10)
     assert not torch.allclose(factor, torch.ones_like(factor), atol=1e-3)
     kl = region_mean(textbook_kl(old, distribution(actor, current, data)), True)
     torch.testing.assert_close(stats["kl"], kl)
@@ -75,6 +75,24 @@ def test_the_factor_changes_what_the_second_agent_does():
     sequential, simultaneous = flat_parameters(actor, 2), flat_parameters(twin, 2)
     torch.testing.assert_close(sequential[0], simultaneous[0])
     assert not torch.allclose(sequential[1], simultaneous[1], rtol=1e-3)
+
+
+def test_an_agent_that_is_masked_leaves_the_factor_as_it_was():
+    """Where agent 0 is dead, M stays 1 for agent 1: what the padding's ratio would be is nobody's change."""
+    actor = make_actor(n_agents=2)
+    data, theta = make_data(actor, n_agents=2), flat_parameters(actor, 2)
+    data["alive"] = torch.ones(5, 8, 2, 1, dtype=torch.bool)
+    data["alive"][..., 0, :] = torch.rand(5, 8, 1) < 0.5
+    loss = TRPOLoss(actor)
+    loss.loss_mask_key = "alive"
+    stats = TrustRegionUpdater(HATRPOSequentialObjective(loss, agent_order="fixed")).step(data)
+    assert stats["accepted"].all()
+    current = torch.stack([flat_parameters(actor, 2)[0], theta[1]])
+    ratio = (distribution(actor, current, data).log_prob(data[ACTION]) - data[LOG_PROB]).exp().detach()
+    factor = torch.where(data["alive"].squeeze(-1), ratio, 1.0)[..., :1]
+    leaf = current.requires_grad_()
+    (g,) = torch.autograd.grad(dense_surrogate(actor, data, True, leaf, factor)[1], leaf)
+    torch.testing.assert_close(stats["grad_norm"][1], g[1].norm())
 
 
 def test_one_agent_is_trpo():
@@ -187,13 +205,13 @@ def test_forward_is_the_sequential_surrogate():
     objective = HATRPOSequentialObjective(TRPOLoss(actor), agent_order=[2, 0, 1])
     TrustRegionUpdater(objective).step(data)
     old = TensorDict({key: data[GROUP, key] for key in ("loc", "scale")})
-    theta = flat_parameters(actor, 3)
+    theta = flat_parameters(actor, 3).requires_grad_()
     dist = distribution(actor, theta, data)
     ratio = (dist.log_prob(data[ACTION]) - data[LOG_PROB]).exp()  # [5, 8, 3]
     advantage, expected, factor = data["advantage"].squeeze(-1), 0.0, 1.0
     for agent in [2, 0, 1]:
         expected = expected + (factor * ratio[..., agent] * advantage[..., agent]).mean()
-        factor = factor * ratio[..., agent]
+        factor = factor * ratio[..., agent].detach()
     first, second = objective(data), objective(data)
     torch.testing.assert_close(first["loss_objective"], -expected)
     kl = region_mean(textbook_kl(actor[-1].distribution_class(**old), dist), True)
@@ -203,7 +221,8 @@ def test_forward_is_the_sequential_surrogate():
     assert set(first.keys()) == set(objective.out_keys)
     assert deepcopy(objective).select_out_keys("kl").out_keys == ["kl"]
     first["loss_objective"].backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in actor.parameters())
+    slopes = [parameter.grad.reshape(3, -1) for parameter in TensorDict.from_module(actor).values(True, True)]
+    torch.testing.assert_close(-torch.cat(slopes, 1), torch.autograd.grad(expected, theta)[0])
 
 
 def test_deepcopy_and_state_dict():

@@ -8,9 +8,10 @@ from copy import deepcopy
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import CompositeDistribution, TensorDictModule
 from torch import nn
-from torchrl.modules import PopArtValueNorm, ProbabilisticActor, TanhNormal, TruncatedNormal
+from torch.distributions import Normal
+from torchrl.modules import IndependentNormal, PopArtValueNorm, ProbabilisticActor, TanhNormal, TruncatedNormal
 from torchrl.objectives import PPOLoss
 from torchrl.objectives.value import MultiAgentGAE
 
@@ -34,6 +35,8 @@ from tests.cases import (
     textbook_kl,
 )
 from torchrl_trpo import TrustRegionUpdater, entropy, kl_divergence
+from torchrl_trpo.distributions import MultiCategorical
+from torchrl_trpo.divergence import log_prob
 from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 
 SHARING = pytest.mark.parametrize("share_params", [True, False], ids=["shared", "per_agent"])
@@ -130,6 +133,25 @@ def test_the_entropy_of_a_squashed_normal_is_an_integral(low, high):
     log_p = TanhNormal(loc, scale, low=low, high=high, event_dims=0).log_prob(grid)  # [3, grid]
     expected = torch.trapezoid(-log_p.exp() * log_p, grid)
     torch.testing.assert_close(entropy(dist), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_entropy_of_several_discrete_actions_is_a_sum_over_joint_actions():
+    dist = MultiCategorical(torch.randn(4, 5, dtype=torch.float64), nvec=(3, 2))
+    log_p = torch.stack([dist.log_prob(torch.tensor([a, b]).expand(4, 2)) for a in range(3) for b in range(2)])
+    torch.testing.assert_close(log_p.exp().sum(0), torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(entropy(dist), -(log_p.exp() * log_p).sum(0))
+
+
+def test_a_part_of_a_composite_action_is_summed_over_its_dimensions():
+    """Its distribution may be a plain ``Normal``, which leaves a number for each dimension."""
+    p, q = (TensorDict({"move": {"loc": torch.randn(4, 2), "scale": torch.rand(4, 2) + 0.5}}, [4]) for _ in range(2))
+    action = TensorDict({"move": torch.randn(4, 2)}, [4])
+    results = []
+    for kind in (Normal, IndependentNormal):
+        dist, other = (CompositeDistribution(params, distribution_map={"move": kind}) for params in (p, q))
+        results.append([kl_divergence(dist, other), log_prob(dist, action), entropy(dist)])
+    for plain, independent in zip(*results, strict=True):
+        torch.testing.assert_close(plain, independent)
 
 
 def test_entropy_counts_in_the_policy_update():
@@ -407,6 +429,16 @@ def test_masked_rows_count_nowhere(share_params):
     assert stats["accepted"].all()
     torch.testing.assert_close(flat_parameters(actor), flat_parameters(twin))
     torch.testing.assert_close(stats.exclude("accepted", "order"), expected.exclude("accepted", "order"))
+
+
+def test_each_agents_advantages_are_normalised_over_its_rows():
+    actor = make_actor()
+    data = make_data(actor)
+    raw = data["advantage"] * torch.tensor([1.0, 10.0, 100.0]).unsqueeze(-1) + 5
+    data["advantage"] = raw.clone()
+    loss = TRPOLoss(actor, normalize_advantage=True, normalize_advantage_exclude_dims=(-2,))
+    expected = (raw - raw.mean((0, 1))) / raw.std((0, 1))
+    torch.testing.assert_close(loss.normalized_advantage(data), expected)
 
 
 @pytest.mark.parametrize("padding", [1e3, torch.nan])

@@ -157,8 +157,9 @@ def test_equal_advantages_move_nothing(value, dtype):
     assert stats.isfinite().all()
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("scale", [1e-200, 1e-8, 1e8, 1e200])
 def test_the_step_does_not_depend_on_the_scale_of_rewards(scale):
+    """Not even where the squares of a gradient are 0 or infinite."""
     actor = make_actor()
     twin, data = deepcopy(actor), make_data(actor)
     scaled = data.clone()
@@ -171,6 +172,7 @@ def test_the_step_does_not_depend_on_the_scale_of_rewards(scale):
 def test_subsampling_touches_only_the_fisher_matrix():
     """sb3-contrib sub-samples the whole batch; here gradient, surrogate and KL are those of all rows."""
     actor = make_actor()
+    twin = deepcopy(actor)
     data, theta = make_data(actor, batch=(10, 20)), flat_parameters(actor, 3)
     old, g = distribution(actor, theta, data), dense_gradient(actor, data, True)
     stats = TrustRegionUpdater(TRPOLoss(actor), fisher_subsample=0.1).step(data)
@@ -178,6 +180,8 @@ def test_subsampling_touches_only_the_fisher_matrix():
     torch.testing.assert_close(stats["kl"], kl)
     torch.testing.assert_close(stats["grad_norm"], g.norm(dim=-1))
     assert (stats["kl"] <= 0.01).all()
+    whole = TrustRegionUpdater(TRPOLoss(twin)).step(data)
+    assert not torch.isclose(stats["expected_improvement"], whole["expected_improvement"], rtol=1e-3).any()
 
 
 def test_the_batch_is_not_modified():

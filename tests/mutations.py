@@ -1,0 +1,780 @@
+"""Whether the tests notice mistakes: each is made in a copy of the repository, and the tests must fail.
+
+    python -m tests.mutations
+    python -m tests.mutations --only cg-beta --only damping-forgotten
+    python -m tests.mutations --list
+
+A mistake is one replacement of text in the numerics, most of them made by some published implementation. The test
+files that ought to notice it run first, then all others. The exit status is 1 if a mistake survives, if its text is
+not found exactly once (the list must follow the code), or if the copy fails without any mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TIME_LIMIT = 1800
+"""Seconds for one run of tests; a mistake that makes them endless counts as noticed."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A mistake.
+
+    Attributes:
+        name: what it is called on the command line.
+        file: where it is made.
+        old: the text that is replaced, found exactly once in the file.
+        new: what replaces it.
+        meaning: what goes wrong, in words.
+        tests: the tests that ought to notice it, by file: ``"updater hatrpo::test_one_agent_is_trpo"``.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    meaning: str
+    tests: str
+
+    @property
+    def test_ids(self) -> list[str]:
+        """The tests as pytest names them."""
+        return [_test_id(name) for name in self.tests.split()]
+
+
+MUTATIONS = (
+    # Vectors
+    Mutation(
+        "regions-interleaved",
+        "torchrl_trpo/vectors.py",
+        "tensor.reshape(n_regions, -1) for",
+        "tensor.reshape(-1, n_regions).T for",
+        "a flat vector mixes the parameters of several agents",
+        "updater",
+    ),
+    # Conjugate gradient
+    Mutation(
+        "cg-beta",
+        "torchrl_trpo/conjugate_gradient.py",
+        "r + rr_next / rr * p",
+        "r + rr / rr_next * p",
+        "directions are conjugated with the inverse of beta",
+        "conjugate_gradient",
+    ),
+    Mutation(
+        "cg-absolute-tolerance",
+        "torchrl_trpo/conjugate_gradient.py",
+        "tol**2 * bb",
+        "tol**2",
+        "stops on an absolute residual: a small gradient gets a step along itself (HARL)",
+        "conjugate_gradient",
+    ),
+    Mutation(
+        "cg-negative-curvature",
+        "torchrl_trpo/conjugate_gradient.py",
+        "~(rr <= tol**2 * bb) & ~(pAp <= 0)",
+        "~(rr <= tol**2 * bb)",
+        "follows directions along which the curvature is not positive",
+        "conjugate_gradient",
+    ),
+    # Fisher products
+    Mutation(
+        "metric-diagonal",
+        "torchrl_trpo/fisher.py",
+        "(blocks * torch.cat(list(tangents), -1).unsqueeze(-2)).sum(-1)",
+        "(blocks.diagonal(dim1=-2, dim2=-1) * torch.cat(list(tangents), -1))",
+        "the distribution's own Fisher matrix without what couples its parameters",
+        "fisher",
+    ),
+    # Line search
+    Mutation(
+        "kl-not-checked",
+        "torchrl_trpo/line_search.py",
+        "& enough & inside & finite",
+        "& enough & finite",
+        "accepts a step whatever its KL",
+        "line_search",
+    ),
+    Mutation(
+        "accept-ratio-ignored",
+        "torchrl_trpo/line_search.py",
+        "new_improvement >= accept_ratio * share * expected_improvement",
+        "new_improvement >= 0",
+        "accepts any improvement",
+        "line_search",
+    ),
+    Mutation(
+        "expected-not-scaled",
+        "torchrl_trpo/line_search.py",
+        "accept_ratio * share * expected_improvement",
+        "accept_ratio * expected_improvement",
+        "asks a fraction of the step for the improvement of the full step",
+        "line_search",
+    ),
+    Mutation(
+        "expected-compounds",
+        "torchrl_trpo/line_search.py",
+        "accept_ratio * share * expected_improvement",
+        "accept_ratio * backtrack_coeff ** (tries * (tries + 1) / 2) * expected_improvement",
+        "scales the prediction once more at each try (skrl)",
+        "line_search",
+    ),
+    Mutation(
+        "all-or-none",
+        "torchrl_trpo/line_search.py",
+        "now = possible & ~accepted & enough & inside & finite",
+        "now = (possible & ~accepted & enough & inside & finite).all().expand_as(possible)",
+        "one agent's failure rejects the steps of all",
+        "line_search",
+    ),
+    Mutation(
+        "refused-kl-reported",
+        "torchrl_trpo/line_search.py",
+        "kl = torch.where(now, new_kl.clamp_min(0), kl)",
+        "kl = torch.where(accepted, kl, new_kl.clamp_min(0))",
+        "reports the KL of the candidate that was refused (tianshou, HARL)",
+        "line_search",
+    ),
+    # The step
+    Mutation(
+        "step-without-2",
+        "torchrl_trpo/updater.py",
+        "(2 * self.max_kl / xFx)",
+        "(self.max_kl / xFx)",
+        "√(δ / xᵀHx) in place of √(2δ / xᵀHx)",
+        "updater",
+    ),
+    Mutation(
+        "step-without-damping",
+        "torchrl_trpo/updater.py",
+        "x * (g - residual)",
+        "x * fisher(x)",
+        "the length of the step from the matrix without damping",
+        "updater",
+    ),
+    Mutation(
+        "damping-forgotten",
+        "torchrl_trpo/updater.py",
+        "fisher(v) + self.damping * v",
+        "fisher(v)",
+        "solves without damping",
+        "updater",
+    ),
+    Mutation(
+        "damping-multiplied",
+        "torchrl_trpo/updater.py",
+        "fisher(v) + self.damping * v",
+        "(1 + self.damping) * fisher(v)",
+        "damping lengthens the products in place of the diagonal",
+        "updater",
+    ),
+    Mutation(
+        "gradient-not-scaled",
+        "torchrl_trpo/updater.py",
+        "g = gradient / torch.where(scale > 0, scale, 1.0)",
+        "g = gradient",
+        "the squares of a small gradient vanish in float32",
+        "updater",
+    ),
+    Mutation(
+        "rejected-step-kept",
+        "torchrl_trpo/updater.py",
+        "problem.write(theta + search.fraction.unsqueeze(-1) * full_step, search.accepted)",
+        "problem.write(theta + search.fraction.clamp_min(0.1).unsqueeze(-1) * full_step, ~search.kl.isnan())",
+        "the last candidate stays when none was accepted (MARLlib)",
+        "updater",
+    ),
+    Mutation(
+        "one-fraction-for-all",
+        "torchrl_trpo/updater.py",
+        "problem.write(theta + search.fraction.unsqueeze(-1) * full_step",
+        "problem.write(theta + search.fraction.max() * full_step",
+        "every agent takes the fraction that suits one of them",
+        "updater",
+    ),
+    Mutation(
+        "statistics-by-position",
+        "torchrl_trpo/updater.py",
+        "stats[sorted(range(len(order)), key=order.__getitem__)]",
+        "stats[order]",
+        "statistics are sorted by the inverse of the order",
+        "hatrpo",
+    ),
+    Mutation(
+        "subsample-ignored",
+        "torchrl_trpo/updater.py",
+        "problem.fisher_product(self.fisher_subsample)",
+        "problem.fisher_product(1.0)",
+        "the Fisher matrix is that of all rows whatever the setting",
+        "updater",
+    ),
+    # Divergences, entropies, distributions
+    Mutation(
+        "kl-unweighted",
+        "torchrl_trpo/divergence.py",
+        "(p.probs * (log_p - log_q)).sum(-1)",
+        "((log_q - log_p).exp() - 1 - (log_q - log_p)).sum(-1)",
+        "the categorical KL is not weighted by π (HARL)",
+        "trpo_loss",
+    ),
+    Mutation(
+        "masked-curvature",
+        "torchrl_trpo/divergence.py",
+        "allowed = p.probs > 0",
+        "allowed = p.probs > -1",
+        "actions that are masked enter the KL",
+        "trpo_loss",
+    ),
+    Mutation(
+        "parts-averaged",
+        "torchrl_trpo/divergence.py",
+        "if part.ndim > ndim else part for part in parts]).sum(0)",
+        "if part.ndim > ndim else part for part in parts]).mean(0)",
+        "KL and log-probability of a composite action are means over its parts",
+        "trpo_loss",
+    ),
+    Mutation(
+        "dimensions-averaged",
+        "torchrl_trpo/divergence.py",
+        "part.flatten(ndim).sum(-1)",
+        "part.flatten(ndim).mean(-1)",
+        "the mean over the dimensions of a part's action (sb3-contrib, omnisafe)",
+        "trpo_loss",
+    ),
+    Mutation(
+        "squashing-forgotten",
+        "torchrl_trpo/divergence.py",
+        "return base.entropy() + (expected.sum(event_dims) if event_dims else expected)",
+        "return base.entropy()",
+        "the entropy of a squashed normal is that of the normal",
+        "trpo_loss",
+    ),
+    Mutation(
+        "entropies-averaged",
+        "torchrl_trpo/distributions.py",
+        "torch.stack([part.entropy() for part in self.categoricals]).sum(0)",
+        "torch.stack([part.entropy() for part in self.categoricals]).mean(0)",
+        "the entropy of several discrete actions is their mean",
+        "trpo_loss",
+    ),
+    # The surrogate and its rows
+    Mutation(
+        "ratio-inverted",
+        "objectives/policy_rows.py",
+        "log_ratio = log_prob(dist, self.action, self.log_prob.ndim - 1).unsqueeze(-1) - self.log_prob",
+        "log_ratio = self.log_prob - log_prob(dist, self.action, self.log_prob.ndim - 1).unsqueeze(-1)",
+        "π_k / π_θ in place of π_θ / π_k",
+        "updater",
+    ),
+    Mutation(
+        "ratio-not-capped",
+        "objectives/policy_rows.py",
+        "return log_ratio if cap is None else log_ratio + (cap.log() - log_ratio.detach()).clamp_max(0)",
+        "return log_ratio",
+        "max_importance_ratio is ignored",
+        "trpo_loss",
+    ),
+    Mutation(
+        "mean-over-all-rows",
+        "objectives/policy_rows.py",
+        "weight = mask / count.clamp_min(1).to(log_prob.dtype)",
+        "weight = mask / count.clamp_min(mask[..., 0, 0].numel()).to(log_prob.dtype)",
+        "masked rows count in the number that a mean is divided by",
+        "trpo_loss",
+    ),
+    Mutation(
+        "mask-missing",
+        "objectives/policy_rows.py",
+        "weight = mask / count.clamp_min(1).to(log_prob.dtype)",
+        "weight = torch.ones_like(mask) / count.clamp_min(1).to(log_prob.dtype)",
+        "padding counts in the KL (MARLlib, HARL)",
+        "trpo_loss",
+    ),
+    Mutation(
+        "mean-over-agents",
+        "objectives/policy_rows.py",
+        "1 / max(rows.numel() if per_agent else log_prob.numel(), 1)",
+        "1 / max(log_prob.numel(), 1)",
+        "each agent's KL is divided by the number of agents",
+        "updater",
+    ),
+    # The trust region
+    Mutation(
+        "surrogate-sign",
+        "objectives/policy_region.py",
+        "surrogate = (piece.rows.weight * gain).sum()",
+        "surrogate = -(piece.rows.weight * gain).sum()",
+        "the gradient of the loss in place of the surrogate's",
+        "updater",
+    ),
+    Mutation(
+        "kl-swapped",
+        "objectives/policy_region.py",
+        "kl_divergence(dist_k, dist, self._batch_dims).unsqueeze(-1))",
+        "kl_divergence(dist, dist_k, self._batch_dims).unsqueeze(-1))",
+        "KL(π_θ ‖ π_k) in place of KL(π_k ‖ π_θ)",
+        "updater",
+    ),
+    Mutation(
+        "factor-ignored",
+        "objectives/policy_region.py",
+        "gain = rows.factor * ratio * rows.advantage",
+        "gain = ratio * rows.advantage",
+        "HATRPO is not sequential (MARLlib's default)",
+        "hatrpo",
+    ),
+    Mutation(
+        "entropy-sign",
+        "objectives/policy_region.py",
+        "return gain + self._entropy_coeff",
+        "return gain - self._entropy_coeff",
+        "the entropy bonus is a penalty",
+        "trpo_loss",
+    ),
+    Mutation(
+        "old-policy-in-factor",
+        "objectives/policy_region.py",
+        "self._distribution_parameters(rows, self._live)",
+        "self._distribution_parameters(rows, self._leaves)",
+        "the factor's ratio is that of the policy before the step: 1",
+        "hatrpo",
+    ),
+    Mutation(
+        "factor-of-rejected",
+        "objectives/policy_region.py",
+        "torch.where(self._per_region(self._accepted, ratio) & (rows.weight > 0), ratio, 1.0)",
+        "torch.where(rows.weight > 0, ratio, 1.0)",
+        "the factor takes in ratios of agents whose step was rejected",
+        "hatrpo",
+    ),
+    Mutation(
+        "factor-of-masked",
+        "objectives/policy_region.py",
+        "torch.where(self._per_region(self._accepted, ratio) & (rows.weight > 0), ratio, 1.0)",
+        "torch.where(self._per_region(self._accepted, ratio), ratio, 1.0)",
+        "the factor takes in ratios of rows that are masked",
+        "hatrpo",
+    ),
+    Mutation(
+        "subsample-not-scaled",
+        "objectives/policy_region.py",
+        "sample.weight * (len(self._rows) / len(sample))",
+        "sample.weight",
+        "the Fisher matrix of a share of the rows is that share too small",
+        "fisher",
+    ),
+    Mutation(
+        "masked-subsample-not-scaled",
+        "objectives/policy_region.py",
+        "sample.weight / torch.where(total > 0, total, 1.0)",
+        "sample.weight",
+        "the same, where rows are masked",
+        "fisher",
+    ),
+    Mutation(
+        "last-chunk-alone",
+        "objectives/policy_region.py",
+        "total += flatten(slopes, len(self.indices))",
+        "total = flatten(slopes, len(self.indices))",
+        "the gradient is that of the last chunk of rows",
+        "chunk_size::test_masked_rows_count_as_little_in_chunks",
+    ),
+    # The objectives
+    Mutation(
+        "loss-sign",
+        "objectives/trpo.py",
+        '{"loss_objective": -log_weight.exp() * advantage}',
+        '{"loss_objective": log_weight.exp() * advantage}',
+        "the loss is the surrogate itself",
+        "trpo_loss",
+    ),
+    Mutation(
+        "logged-kl-swapped",
+        "objectives/trpo.py",
+        "kl_divergence(collected, dist, log_weight.ndim - 1)",
+        "kl_divergence(dist, collected, log_weight.ndim - 1)",
+        "forward reports KL(π_θ ‖ π_k)",
+        "trpo_loss",
+    ),
+    Mutation(
+        "normalised-over-agents",
+        "objectives/trpo.py",
+        "if dim not in excluded]",
+        "if dim in excluded]",
+        "advantages are standardised over the agents in place of the rows",
+        "trpo_loss",
+    ),
+    Mutation(
+        "padding-in-normalisation",
+        "objectives/trpo.py",
+        "standardize(advantage, self._row_mask(tensordict, advantage), dims)",
+        "standardize(advantage, None, dims)",
+        "masked rows move the mean of the advantages",
+        "trpo_loss",
+    ),
+    Mutation(
+        "padding-in-statistics",
+        "objectives/trpo.py",
+        "targets = targets if mask is None else targets[mask].unsqueeze(-1)",
+        "targets = targets",
+        "targets of masked rows move the statistics of the value norm",
+        "agent_gae",
+    ),
+    Mutation(
+        "all-agents-for-one",
+        "objectives/trpo.py",
+        "agent_slice = slice(agent, agent + 1)",
+        "agent_slice = slice(self.n_regions - 1 - agent, self.n_regions - agent)",
+        "an agent's step is written into another's parameters",
+        "hatrpo",
+    ),
+    Mutation(
+        "popart-bias",
+        "objectives/popart.py",
+        "bias.mul_(scale).add_(mean - _mean(value_norm)).div_(value_norm.scale())",
+        "bias.mul_(scale / value_norm.scale())",
+        "PopArt's correction forgets the mean",
+        "agent_gae",
+    ),
+    Mutation(
+        "factor-not-accumulated",
+        "objectives/hatrpo.py",
+        "factor = factor * region.ratio().flatten()",
+        "factor = region.ratio().flatten()",
+        "an agent sees only what the one before it has changed",
+        "hatrpo",
+    ),
+    Mutation(
+        "factor-not-updated",
+        "objectives/hatrpo.py",
+        "factor = factor * region.ratio().flatten()",
+        "region.ratio()",
+        "M stays 1",
+        "hatrpo",
+    ),
+    Mutation(
+        "order-not-drawn",
+        "objectives/hatrpo.py",
+        "torch.randperm(self.n_agents).tolist()",
+        "list(range(self.n_agents))",
+        "the random order is the same at each update",
+        "hatrpo",
+    ),
+    Mutation(
+        "index-is-position",
+        "objectives/hatrpo.py",
+        "agent=agent, index=index,",
+        "agent=agent, index=list(order).index(index),",
+        "an agent's statistics are in the row of its position in the order",
+        "hatrpo",
+    ),
+    Mutation(
+        "own-ratio-in-factor",
+        "objectives/hatrpo.py",
+        "torch.cat([torch.ones_like(after[:, :1]), after[:, :-1]], -1)",
+        "after",
+        "an agent's factor holds its own ratio",
+        "hatrpo",
+    ),
+    Mutation(
+        "gradient-through-factor",
+        "objectives/hatrpo.py",
+        "after = ratio.detach().cumprod(-1)",
+        "after = ratio.cumprod(-1)",
+        "M is not held constant",
+        "hatrpo",
+    ),
+    # Advantages and values
+    Mutation(
+        "done-for-terminated",
+        "objectives/agent_gae.py",
+        "data = tensordict.clone(False)",
+        'data = tensordict.clone(False).set(("next", *path(keys.terminated)), tensordict["next", *path(keys.done)])',
+        "episodes that ran out of time are not bootstrapped (CleanRL)",
+        "central_critic",
+    ),
+    Mutation(
+        "lambda-missing",
+        "objectives/agent_gae.py",
+        "super().__init__(**kwargs)",
+        'super().__init__(**{**kwargs, "lmbda": 1.0})',
+        "advantages are Monte Carlo returns",
+        "central_critic",
+    ),
+    Mutation(
+        "gamma-twice",
+        "objectives/agent_gae.py",
+        "super().__init__(**kwargs)",
+        'super().__init__(**{**kwargs, "gamma": kwargs["gamma"] ** 2})',
+        "the discount is squared",
+        "central_critic",
+    ),
+    Mutation(
+        "sum-for-mean",
+        "objectives/agent_gae.py",
+        'team = rewards.mean(-1) if self.team_reward == "mean" else rewards.sum(-1)',
+        "team = rewards.sum(-1)",
+        "the team's mean reward is the sum",
+        "central_critic",
+    ),
+    Mutation(
+        "next-value-normalised",
+        "objectives/agent_gae.py",
+        "self.value_norm.denormalize(value), self.value_norm.denormalize(next_value)",
+        "self.value_norm.denormalize(value), next_value",
+        "the value at t+1 stays normalised",
+        "central_critic",
+    ),
+    Mutation(
+        "padding-terminates",
+        "objectives/agent_gae.py",
+        "data.set(terminated_key, data.get(terminated_key, done))",
+        "data.set(terminated_key, done | ends.reshape(*ends.shape, *[1] * (done.ndim - ends.ndim)))",
+        "the step before padding is not bootstrapped",
+        "agent_gae",
+    ),
+    Mutation(
+        "next-actions-of-now",
+        "objectives/central_critic.py",
+        "torch.where(mask, drawn.get(key), action.roll(-1, time_dim))",
+        "torch.where(mask, drawn.get(key), action)",
+        "the value at t+1 reads the others' actions at t (MARLlib)",
+        "central_critic",
+    ),
+    Mutation(
+        "next-actions-across-episodes",
+        "objectives/central_critic.py",
+        "ends = done.flatten(tensordict.batch_dims).any(-1)",
+        "ends = torch.zeros_like(done.flatten(tensordict.batch_dims).any(-1))",
+        "the value at an episode's end reads the actions of the next one's start",
+        "central_critic",
+    ),
+    Mutation(
+        "own-action-pooled",
+        "objectives/central_critic.py",
+        "(index.unsqueeze(-1) + 1 + index[:-1]) % n_agents",
+        "(index.unsqueeze(-1) + index[:-1]) % n_agents",
+        "an agent's value depends on its own action",
+        "central_critic",
+    ),
+    # Statistics, critic, environment
+    Mutation(
+        "spread-biased",
+        "torchrl_trpo/row_statistics.py",
+        "/ (count - 1).clamp_min(1)).sqrt()",
+        "/ count.clamp_min(1)).sqrt()",
+        "the standard deviation is not that of PPOLoss",
+        "trpo_loss",
+    ),
+    Mutation(
+        "rounding-is-spread",
+        "torchrl_trpo/row_statistics.py",
+        "spread <= rounding",
+        "spread <= 0",
+        "equal advantages are standardised to their rounding errors (HARL)",
+        "updater",
+    ),
+    Mutation(
+        "gradients-accumulate",
+        "torchrl_trpo/critic_fit.py",
+        "            optimizer.zero_grad()\n",
+        "",
+        "the critic's gradients add up over minibatches",
+        "agent_gae",
+    ),
+    Mutation(
+        "rows-by-rank",
+        "torchrl_trpo/critic_fit.py",
+        "batch = rows[kept[drawn]]",
+        "batch = rows[drawn]",
+        "the critic is fitted on rows that were to be left out",
+        "agent_gae",
+    ),
+    Mutation(
+        "explained-by-values",
+        "torchrl_trpo/critic_fit.py",
+        "(target - value).var() / target.var()",
+        "(target - value).var() / value.var()",
+        "the explained variance is a share of the wrong variance",
+        "agent_gae",
+    ),
+    Mutation(
+        "memory-not-reset",
+        "torchrl_trpo/recurrent.py",
+        "torch.where(start, own, state)",
+        "state",
+        "a recurrent policy remembers the episode before",
+        "recurrent::test_sequences_are_the_steps[gru-shared]",
+    ),
+    Mutation(
+        "return-summed",
+        "torchrl_trpo/evaluation.py",
+        "float(returns.mean(-1).mean())",
+        "float(returns.sum(-1).mean())",
+        "the return averaged over agents is their sum",
+        "envs::test_the_nine_particle_tasks[continuous-simple_adversary_v3]",
+    ),
+    Mutation(
+        "unfinished-episode-lost",
+        "torchrl_trpo/evaluation.py",
+        "    done[:, -1] = True\n",
+        "",
+        "an episode that does not end has the return of its first step",
+        "recipes::test_evaluation_plays_one_episode_per_environment",
+    ),
+    Mutation(
+        "reset-leaks",
+        "torchrl_trpo/batched_reset.py",
+        "try:\n            snapshot.keep(~ended)",
+        "try:\n            snapshot.keep(torch.zeros_like(ended))",
+        "environments that go on are reset with those that ended",
+        "batched_reset::test_each_scenario_is_reset_exactly[balance]",
+    ),
+    Mutation(
+        "clocks-reset",
+        "torchrl_trpo/batched_reset.py",
+        "        env.steps = torch.where(ended, env.steps, steps)\n",
+        "",
+        "the time limit of environments that go on starts anew",
+        "batched_reset::test_each_scenario_is_reset_exactly[balance]",
+    ),
+    Mutation(
+        "time-limit-terminates",
+        "torchrl_trpo/batched_reset.py",
+        'data |= {"done": terminated | truncated, "truncated": truncated}',
+        'data |= {"done": terminated | truncated, "terminated": terminated | truncated, "truncated": truncated}',
+        "a time limit is reported as a termination, and so not bootstrapped",
+        "batched_reset::test_time_limits_are_truncations",
+    ),
+)
+
+
+def main() -> None:
+    """Makes the mistakes one after the other and prints which test noticed each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", metavar="NAME", choices=[m.name for m in MUTATIONS], default=[])
+    parser.add_argument("--list", action="store_true", help="print the mistakes and end")
+    arguments = parser.parse_args()
+    mutations = [mutation for mutation in MUTATIONS if not arguments.only or mutation.name in arguments.only]
+    if arguments.list:
+        print("\n".join(f"{m.name:<28} {m.file:<36} {m.meaning}" for m in mutations))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        survived = _check(Path(folder), mutations)
+    if survived:
+        sys.exit(f"not noticed: {', '.join(survived)}")
+
+
+def _check(copy: Path, mutations: Sequence[Mutation]) -> list[str]:
+    """Prints the table row by row; returns what survived."""
+    _copy_repository(copy)
+    for mutation in mutations:
+        count = (copy / mutation.file).read_text().count(mutation.old)
+        if count != 1:
+            sys.exit(f"{mutation.name}: its text is found {count} times in {mutation.file}, not once:\n{mutation.old}")
+    for name in ("torchrl.collectors", "torchrl.envs", "torchrl.objectives"):
+        importlib.import_module(name)
+    start = time.perf_counter()
+    tests = list(dict.fromkeys(test for mutation in mutations for test in mutation.test_ids))
+    if (failed := _first_failure(copy, tests)) is not None:
+        sys.exit(f"without any mistake the copy fails {failed}")
+    print(f"{'none':<28} {'passes ' + ', '.join(tests)} ({time.perf_counter() - start:.0f} s)\n", flush=True)
+    print(f"{'mistake':<28} {'seconds':>7}  noticed by")
+    survived = []
+    for mutation in mutations:
+        file, begin = copy / mutation.file, time.perf_counter()
+        text = file.read_text()
+        file.write_text(text.replace(mutation.old, mutation.new))
+        failed = _first_failure(copy, mutation.test_ids)
+        others = failed is None
+        if others:
+            failed = _first_failure(copy, ["tests"], without=mutation.test_ids)
+        file.write_text(text)
+        if others and failed is not None and _first_failure(copy, [failed]) is not None:
+            sys.exit(f"without any mistake the copy fails {failed}")
+        survived += [mutation.name] if failed is None else []
+        print(f"{mutation.name:<28} {time.perf_counter() - begin:>7.0f}  {failed or 'NO TEST'}", flush=True)
+    print(f"\n{len(mutations) - len(survived)} of {len(mutations)} noticed, {time.perf_counter() - start:.0f} s")
+    return survived
+
+
+def _copy_repository(copy: Path) -> None:
+    """Copies what git tracks or would, and makes it one package, as the installed one is."""
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    for part in ("objectives", "recipes"):
+        (copy / "torchrl_trpo" / part).symlink_to(Path("..") / part)
+
+
+def _first_failure(copy: Path, tests: Sequence[str], *, without: Sequence[str] = ()) -> str | None:
+    """The first test that fails in the copy, or None."""
+    deselected = [word for test in without for word in ("--deselect", test)]
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", *tests, *deselected]
+    with tempfile.TemporaryFile("w+") as output:
+        child = multiprocessing.get_context("fork").Process(target=_run, args=(copy, arguments, output.fileno()))
+        child.start()
+        child.join(TIME_LIMIT)
+        if child.is_alive():
+            child.kill()
+            return f"(no end after {TIME_LIMIT} s)"
+        output.seek(0)
+        text = output.read()
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", text, re.MULTILINE)
+    if child.exitcode == 0:
+        return None
+    if child.exitcode == 1 and failed:
+        return failed[1]
+    sys.exit(f"the tests {' '.join(tests)} do not run:\n{text[-3000:]}")
+
+
+def _run(copy: Path, arguments: list[str], output: int) -> None:
+    """Runs pytest in a fork that has imported TorchRL, which takes longer than most tests, and nothing of ours."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(copy)
+    os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    # Without bytecode: a file written twice within a second, at the same length, would run as it was before.
+    sys.dont_write_bytecode = True
+    sys.path[:] = [str(copy), *(path for path in sys.path if path not in {"", str(ROOT)})]
+    for name in [name for name in sys.modules if name.partition(".")[0] in {"tests", "torchrl_trpo"}]:
+        del sys.modules[name]
+    for name in ("torchrl_trpo", "torchrl_trpo.objectives", "torchrl_trpo.recipes", "tests.cases"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or not Path(str(spec.origin)).resolve().is_relative_to(copy.resolve()):
+            raise ImportError(f"{name} is not imported from the copy: {spec}")
+    sys.exit(int(pytest.main(arguments)))
+
+
+def _test_id(name: str) -> str:
+    file, *test = name.split("::")
+    return "::".join([f"tests/test_{file}.py", *test])
+
+
+if __name__ == "__main__":
+    main()
