@@ -1,0 +1,13 @@
+"""The soak test, in short; ``make soak`` is the long one."""
+
+from __future__ import annotations
+
+from tests.soak import soak
+
+
+def test_a_disturbed_run_ends_as_the_quiet_one(tmp_path):
+    outcome = soak(tmp_path, iterations=30, kills=3, signals=1, faults=3, early=1)
+    print(outcome)
+    assert outcome.differences == []
+    assert outcome.disturbances.total() == 8
+    assert outcome.file_growth <= 0
