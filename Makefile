@@ -3,6 +3,9 @@
 # make test    the test suite, under 10 minutes on 2 cores
 # make check   format, lint, docstring rules and types
 # make bench   what update, memory and sampling cost, as ratios, about 10 minutes; ARGS="--quick --only update,textbook"
+# make soak    an hour of training with kills, signals and faults, against the same training left in peace
+# make mutations   deliberate mistakes in the numerics, each of which the suite must notice, about 10 minutes
+# make coverage   the lines of torchrl_trpo/, objectives/ and recipes/ that the suite runs
 # make test-slow   the learning results of the README, about 20 minutes on 2 cores
 # Each creates the virtual environment in $(VENV) if there is none, and reuses it if there is.
 
@@ -15,7 +18,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train evaluate test test-slow check bench
+.PHONY: train evaluate test test-slow soak mutations coverage check bench
 .DEFAULT_GOAL := train
 
 $(READY): pyproject.toml constraints.txt
@@ -43,6 +46,17 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+soak: $(READY)
+	@echo "==> Training for about an hour, twice at once: one is killed again and again, and must end as the other"
+	$(BIN)/python -m tests.soak $(ARGS)
+
+mutations: $(READY)
+	@echo "==> Making mistakes in a copy of the code, which the tests must notice"
+	$(BIN)/python -m tests.mutations $(ARGS)
+
+coverage: $(READY)
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 check: $(READY)
 	@echo "==> Format, lint and docstring rules"

@@ -254,6 +254,13 @@ def test_time_limits_truncate():
     assert not last["terminated"].any()
 
 
+def test_an_order_of_other_agents_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"agent_order=\[1, 0\] orders 2 agents, and env 'vmas/balance' has 4\. Legal: ran"
+    ):
+        hatrpo.train(config("hatrpo", tmp_path, "agent_order=[1,0]"))
+
+
 @pytest.mark.parametrize("max_steps", [30, 10])
 def test_evaluation_plays_one_episode_per_environment(max_steps):
     """To its end, or as far as it may."""

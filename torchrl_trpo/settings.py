@@ -480,7 +480,7 @@ def check_single_agent(cfg: DictConfig, groups: Sequence[GroupKeys]) -> GroupKey
 
 
 def check_teams(cfg: DictConfig, groups: Sequence[GroupKeys]) -> Sequence[GroupKeys]:
-    """Checks that an environment has groups of agents.
+    """Checks that an environment has groups of agents, and as many as ``agent_order`` orders.
 
     Args:
         cfg: the recipe's config.
@@ -490,10 +490,16 @@ def check_teams(cfg: DictConfig, groups: Sequence[GroupKeys]) -> Sequence[GroupK
         The groups.
 
     Raises:
-        SettingError: if it has a single agent without a group.
+        SettingError: if it has a single agent without a group, or another number of agents.
     """
     if groups[0].group is None:
         raise SettingError(_single_agent(cfg.env.name))
+    order, n_agents = cfg.get("agent_order"), sum(keys.n_agents for keys in groups)
+    if OmegaConf.is_list(order) and len(order) != n_agents:
+        raise SettingError(
+            f"agent_order={list(order)} orders {len(order)} agents, and env {cfg.env.name!r} has {n_agents}. Legal: "
+            f"random, fixed, or a list of the numbers from 0 to {n_agents - 1}."
+        )
     return groups
 
 
