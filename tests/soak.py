@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from tests.test_resume import components, differences, metrics
+from tests.test_resume import components, differences, heed_sigint, metrics
 from torchrl_trpo.envs import BatchedResetVmasEnv
 
 ROWS = 800
@@ -83,7 +83,7 @@ class Training:
             command += [f"train.total_frames={ROWS * self.iterations}", "checkpoint.every=3"]
             command += [f"output_dir={self.folder}"]
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=heed_sigint)
         self.starts += 1
 
     @property

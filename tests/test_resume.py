@@ -281,7 +281,8 @@ def test_a_signal_ends_the_iteration_and_writes_a_checkpoint(number, env, tmp_pa
     settings = [*env, "film=false", "train.total_frames=2000", "train.frames_per_batch=200", "checkpoint.every=1000"]
     settings += ["critic.minibatch_size=200"]
     command = [sys.executable, "-m", "torchrl_trpo.recipes.hatrpo", *TINY, *settings, f"output_dir={folder}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
+    settings_of_process = {"start_new_session": True, "preexec_fn": heed_sigint}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **settings_of_process) as run:
         wait_for(lambda: (folder / "metrics.csv").exists() and len(metrics(folder)) >= 2)
         os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)
         said, _ = run.communicate(timeout=60)
@@ -292,6 +293,11 @@ def test_a_signal_ends_the_iteration_and_writes_a_checkpoint(number, env, tmp_pa
     RECIPES["hatrpo"].train(config("hatrpo", tmp_path / "unused", *settings, f"resume={folder}"))
     RECIPES["hatrpo"].train(config("hatrpo", whole, *settings))
     check_same(whole, folder)
+
+
+def heed_sigint():
+    """A process in the background of a shell inherits that SIGINT is ignored, and then a run ignores it too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition, seconds=60):
