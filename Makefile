@@ -45,7 +45,7 @@ test: $(READY)
 	@echo "==> Done. One file: $(BIN)/python -m pytest tests/test_updater.py; learning runs: make test-slow"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m slow -o faulthandler_timeout=3600 $(ARGS)
 
 soak: $(READY)
 	@echo "==> Training for about an hour, twice at once: one is killed again and again, and must end as the other"

@@ -323,6 +323,13 @@ def test_the_statistics_of_observations_are_in_the_checkpoint(tmp_path, monkeypa
     assert norms[1][0]._count["observation"] > count, "and they go on"
 
 
+def test_an_iteration_that_is_not_logged_is_an_error(tmp_path, monkeypatch):
+    """A loop that forgot it once trained without end."""
+    monkeypatch.setattr(Run, "log", lambda self, *args: None)
+    with pytest.raises(RuntimeError, match=r"log\(\) was not called after the batch of iteration 1\."):
+        hatrpo.train(config("hatrpo", tmp_path, "film=false"))
+
+
 def test_single_agent_recipes_refuse_teams(tmp_path):
     with pytest.raises(
         ValueError, match=r"env: 'vmas/balance' has groups of agents, \['agents'\]\. Use the recipes itrpo"

@@ -204,9 +204,11 @@ class Run:
         Raises:
             EnvironmentFault: if anything in a batch is not finite and ``cfg.non_finite`` is ``stop``; environments of
                 ``make_env`` raise one of themselves when they fail.
+            RuntimeError: if :meth:`log` was not called after a batch, which would then be trained on without end.
         """
         batches = iter(self._collector)
         while self.frames < self.cfg.train.total_frames:
+            iteration = self._progress["iteration"]
             data = next(batches)
             found = find_non_finite(data, self.groups) if self.cfg.non_finite == "stop" else None
             if found is not None:
@@ -220,6 +222,8 @@ class Run:
                     key,
                 )
             yield data
+            if self._progress["iteration"] == iteration:
+                raise RuntimeError(f"log() was not called after the batch of iteration {iteration + 1}.")
 
     @property
     def frames(self) -> int:
