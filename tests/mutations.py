@@ -735,7 +735,8 @@ def _copy_repository(copy: Path) -> None:
 def _first_failure(copy: Path, tests: Sequence[str], *, without: Sequence[str] = ()) -> str | None:
     """The first test that fails in the copy, or None."""
     deselected = [word for test in without for word in ("--deselect", test)]
-    arguments = ["-x", "-q", "-p", "no:cacheprovider", *tests, *deselected]
+    # An end after TIME_LIMIT is told from a failure here, not by the suite's limit for a test.
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0", *tests, *deselected]
     with tempfile.TemporaryFile("w+") as output:
         child = multiprocessing.get_context("fork").Process(target=_run, args=(copy, arguments, output.fileno()))
         child.start()
