@@ -88,3 +88,12 @@ def test_a_run_says_it(tmp_path, capsys):
     RECIPES["itrpo"].train(again)
     output = capsys.readouterr()
     assert "the last 10 policy steps were all rejected. Likely: " in output.out + output.err
+
+
+def test_an_agent_that_never_takes_part_is_named():
+    """The largest of no advantages ended the run, and each that resumed it."""
+    watch = RejectionWatch([group("agents", 2, mask=("agents", "mask"))], max_kl=0.01, damping=0.1)
+    data = data_of(ADVANTAGES).set(("agents", "mask"), torch.ones(5, 20, 2, dtype=torch.bool))
+    data["agents", "mask"][..., 1] = False
+    (report,) = reports(watch, data, stats_of([True, False]), PATIENCE)
+    assert re.search(r"agent 1: the last 10 .* takes part in no row of the batch", report)

@@ -225,7 +225,9 @@ def test_what_cannot_be_loaded(copied, tmp_path):
     last = max((copied / "checkpoints").iterdir())
     (file,) = last.glob("components/*-policy/state.pt")
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(SettingError, match=rf"the checkpoint {last} cannot be read .*Remove it to use the one before"):
+    with pytest.raises(
+        SettingError, match=rf"the checkpoint {last} cannot be read .*Move it elsewhere to use the one before"
+    ):
         load_policy(copied)
     (last / "manifest.json").write_text("{")
     with pytest.raises(SettingError, match=rf"the checkpoint {last} cannot be read"):

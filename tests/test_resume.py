@@ -16,11 +16,13 @@ import pytest
 import torch
 from torchrl.checkpoint import GlobalRNGState
 
+from tests.environments import Copy
 from tests.test_recipes import RECIPES, TINY, config
 from torchrl_trpo.checkpoints import find_checkpoint
 from torchrl_trpo.run import Run
 from torchrl_trpo.suggest import SettingError
 
+EPISODE = ("episode_return", "episode_return_sum", "episode_length")
 TIMES = {"collect_s", "policy_s", "critic_s", "wall_s", "cpu_s"}
 
 
@@ -148,12 +150,18 @@ def change_format(folder, version):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: change_manifest(f, format_version=99), r"newer checkpoint format version 99.*Remove it to use"),
+        (
+            lambda f: change_manifest(f, format_version=99),
+            r"newer checkpoint format version 99.*Move it elsewhere to use",
+        ),
         (lambda f: change_format(f, 2), r"has format 2, of torchrl-trpo .*reads format 1\. Use"),
-        (lambda f: (find_checkpoint(f) / "manifest.json").write_text("{"), r"cannot be read .*Remove it to use"),
-        (lambda f: (find_checkpoint(f) / "manifest.json").unlink(), r"cannot be read .*Remove it to use"),
-        (lambda f: os.truncate(state_file(f, "losses"), 1000), r"cannot be read .*'losses'.*Remove it to use"),
-        (lambda f: state_file(f, "policy").unlink(), r"cannot be read .*'policy'.*Remove it to use"),
+        (
+            lambda f: (find_checkpoint(f) / "manifest.json").write_text("{"),
+            r"cannot be read .*Move it elsewhere to use",
+        ),
+        (lambda f: (find_checkpoint(f) / "manifest.json").unlink(), r"cannot be read .*Move it elsewhere to use"),
+        (lambda f: os.truncate(state_file(f, "losses"), 1000), r"cannot be read .*'losses'.*Move it elsewhere to use"),
+        (lambda f: state_file(f, "policy").unlink(), r"cannot be read .*'policy'.*Move it elsewhere to use"),
         (lambda f: torch.save(Malicious(f), state_file(f, "policy")), r"cannot be read .*'policy'.*[Ww]eights.only"),
         (lambda f: drop_row(f, 3), r"metrics\.csv should have one row .*missing are \[3\]"),
         (lambda f: shutil.rmtree(f / "checkpoints"), r"has no checkpoint\. Legal: "),
@@ -258,6 +266,105 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     assert [path.name for path in (folder / "checkpoints").glob(".*")] == []
     resume(folder)
     assert len(metrics(folder)) == 6
+
+
+class Buffered(Copy):
+    """Has a buffer, and maybe a state of its own of which only ``state`` is saved."""
+
+    def __init__(self, num_envs):
+        super().__init__({"agents": (2, 4, ("continuous", 4))}, num_envs)
+        self.register_buffer("scale", torch.ones(1))
+
+    def set_extra_state(self, state):
+        pass
+
+
+class Stateful(Buffered):
+    def get_extra_state(self):
+        return {"scale": self.scale.numpy()}
+
+
+def make_buffered(num_envs, plain):
+    return (Buffered if plain else Stateful)(num_envs)
+
+
+def custom(plain):
+    name = "tests.test_resume.make_buffered"
+    return ["env=custom", f"env.factory={name}", f"env.kwargs.plain={plain}", "film=false", "team_reward=mean"]
+
+
+def test_buffers_are_not_the_environments_state(tmp_path, caplog):
+    """A buffer was once taken for it: an old observation was continued in a new episode, and nothing said so."""
+    RECIPES["hatrpo"].train(config("hatrpo", tmp_path, *custom("true")))
+    assert components(tmp_path)[collection_of(tmp_path)]["simulator"] == {}
+    RECIPES["hatrpo"].train(
+        config("hatrpo", tmp_path / "unused", f"resume={tmp_path}", "film=false", "train.total_frames=480")
+    )
+    assert "begins new episodes" in caplog.text
+    assert len(metrics(tmp_path)) == 6
+
+
+def test_a_state_that_cannot_be_read_again_is_refused_at_once(tmp_path):
+    """Checkpoints with it were written to the end of the run, and none could be loaded."""
+    with pytest.raises(SettingError, match=r"get_extra_state.*Legal: tensors, numbers, text, and lists"):
+        RECIPES["hatrpo"].train(config("hatrpo", tmp_path, *custom("false")))
+    assert metrics(tmp_path) == []
+
+
+def collection_of(folder):
+    return next(name for name in components(folder) if name.endswith("collection"))
+
+
+def test_a_film_that_failed_is_made_by_resume(run_folder, monkeypatch):
+    """The summary, by which a run is known as finished, was written before."""
+    with monkeypatch.context() as patch:
+        patch.setattr("torchrl_trpo.run.film_run", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            resume(run_folder, "film=true")
+    resume(run_folder, "film=true")
+    assert (run_folder / "film.mp4").exists()
+    assert json.loads((run_folder / "summary.json").read_text())["frames"] == 480
+
+
+def test_a_run_killed_in_its_first_checkpoint_begins_anew(tmp_path):
+    """It could neither be continued nor begun."""
+    rest = tmp_path / "checkpoints" / ".checkpoint-000000000000.stage-0123"
+    rest.mkdir(parents=True)
+    RECIPES["hatrpo"].train(config("hatrpo", tmp_path, "film=false"))
+    assert not rest.exists()
+
+
+def test_random_numbers_of_gpus_that_are_gone_are_left_out(run_folder, caplog):
+    """The advice was to remove the checkpoint."""
+    path = state_file(run_folder, "generators")
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "torch_cuda": [torch.zeros(16, dtype=torch.uint8)] * (torch.cuda.device_count() + 1)}, path)
+    resume(run_folder)
+    assert "their random numbers are not continued" in caplog.text
+
+
+@pytest.mark.parametrize(("value", "best"), [(float("inf"), None), (0.0, 0.0)])
+def test_any_best_return_can_be_recorded(value, best, tmp_path, monkeypatch):
+    """An infinite one ended the run, and 0 was written as none."""
+    monkeypatch.setattr("torchrl_trpo.run.episode_statistics", lambda *_: dict.fromkeys(EPISODE, value))
+    summary = RECIPES["hatrpo"].train(config("hatrpo", tmp_path, "film=false", "non_finite=drop"))
+    assert json.loads((tmp_path / "summary.json").read_text())["best_return"] == best == summary["best_return"]
+
+
+def test_metrics_that_cannot_be_closed_still_say_how_to_continue(tmp_path, monkeypatch, capsys):
+    """And the environment is closed: on a full disk both were left out."""
+    closed = []
+
+    def fill(self, *args):
+        self._loop.callback(os.write, -1, b"")  # as closing a file on a full disk
+        monkeypatch.setattr(self.env, "close", lambda **_: closed.append(True))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Run, "log", fill)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        RECIPES["hatrpo"].train(config("hatrpo", tmp_path, "film=false"))
+    assert closed
+    assert f"resume={tmp_path}" in capsys.readouterr().out
 
 
 def test_what_a_killed_writer_left_is_removed(run_folder):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
+import math
+import pickle
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +74,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, collector: Collector, components: Mapping[str, Any], keep: int) -> None:
         self.folder = folder
-        own = {"collection": CollectionState(collector), "generators": GlobalRNGState()}
+        own = {"collection": CollectionState(collector), "generators": _Generators()}
         self._checkpoint = _checkpoint_of({**own, **components})
         directory = folder / _DIRECTORY
         self._rotation = CheckpointRotation(directory, keep_last=keep, keep_best=("best_metric", "max"))
@@ -82,12 +85,12 @@ class Checkpoints:
         Args:
             progress: numbers such as ``iteration`` and ``frames``.
             config: the run's settings, with the algorithm and the packages' versions.
-            episode_return: the return by which the best is told; NaN where there was none.
+            episode_return: the return by which the best is told; one that is not finite counts as the worst.
 
         Returns:
             Where it is.
         """
-        metric = episode_return if episode_return == episode_return else -1e300  # the manifest wants a finite number
+        metric = episode_return if math.isfinite(episode_return) else -1e300  # the manifest wants a finite number
         record = {"format_version": FORMAT_VERSION, "progress": progress, "config": config, "best_metric": metric}
         return self._rotation.save(self._checkpoint, step=progress["iteration"], metadata=record)
 
@@ -113,8 +116,8 @@ class Checkpoints:
 class CollectionState:
     """What a collector is about to continue: the data of the last step, the transforms and the simulator.
 
-    A simulator whose ``state_dict`` holds nothing has, as far as anyone can know, a state that is not saved: it then
-    begins new episodes, and this is said.
+    A simulator without ``get_extra_state`` has, as far as anyone can know, a state that is not saved, whatever buffers
+    it has: it then begins new episodes, and this is said.
 
     Args:
         collector: the collector.
@@ -122,19 +125,22 @@ class CollectionState:
 
     def __init__(self, collector: Collector) -> None:
         self._collector = collector
-        self._told = False
+        self._told = self._checked = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, in plain containers and tensors."""
+        """The state, in plain containers and tensors; an environment's own that holds anything else is refused."""
         env = self._collector.env
         try:
             simulator = env.base_env.state_dict()
         except InexactError as error:
             simulator = {}
             self._tell(f"The environment's state cannot be saved ({error}).")
+        if not self._checked:
+            _check_plain(simulator)
+            self._checked = True
         return {
             "transforms": env.transform.state_dict(),
-            "simulator": simulator if _holds_something(simulator) else {},
+            "simulator": simulator if _has_extra_state(simulator) else {},
             "step": _packed(self._collector._carrier),
         }
 
@@ -305,14 +311,44 @@ def _load(checkpoint: Checkpoint, path: Path) -> None:
 
 def _unreadable(path: Path, error: Exception) -> str:
     others = [other for other in sorted(path.parent.glob("checkpoint-*")) if other.name < path.name]
-    advice = f"Remove it to use the one before, {others[-1].name}." if others else "There is none before it."
+    advice = f"Move it elsewhere to use the one before, {others[-1].name}." if others else "There is none before it."
     return f"the checkpoint {path} cannot be read ({str(error).splitlines()[0]}). {advice}"
 
 
-def _holds_something(state: Any) -> bool:
-    if isinstance(state, Mapping):
-        return any(_holds_something(value) for value in state.values())
-    return state is not None
+def _has_extra_state(state: Any) -> bool:
+    """Whether a ``state_dict`` has what a ``get_extra_state`` gave, in it or in that of a sub-environment."""
+    if not isinstance(state, Mapping):
+        return False
+    own = any(str(key).endswith("_extra_state") and value is not None for key, value in state.items())
+    return own or any(_has_extra_state(value) for value in state.values())
+
+
+def _check_plain(state: Any) -> None:
+    """Refuses an environment's state that ``weights_only`` would not read, before anything is trained."""
+    file = io.BytesIO()
+    try:
+        torch.save(state, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError, RuntimeError) as error:
+        raise SettingError(
+            f"the environment's state_dict (get_extra_state) cannot be read again without running code: "
+            f"{str(error).splitlines()[0]} Legal: tensors, numbers, text, and lists, tuples and dicts of them."
+        ) from error
+
+
+class _Generators(GlobalRNGState):
+    """The process's generators; those of GPUs that are not there any more are left out, and this is said."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        there = dict(state_dict)
+        if len(there.get("torch_cuda", ())) > torch.cuda.device_count():
+            del there["torch_cuda"]
+            logger.warning(
+                "The checkpoint is of a machine with more GPUs: their random numbers are not continued, and a resumed "
+                "run is not the same to the bit."
+            )
+        super().load_state_dict(there)
 
 
 def _packed(data: TensorDictBase) -> dict[str, Any]:

@@ -56,6 +56,9 @@ class RejectionWatch:
 
     def _report(self, region: int, data: TensorDictBase, stats: TensorDictBase) -> str:
         name, advantage = self._region(region, data)
+        told = f"{name}: the last {self._in_a_row[region]} policy steps were all rejected. Likely:"
+        if not advantage.numel():
+            return f"{told} it takes part in no row of the batch, its mask is false in all of them."
         figures = {key: float(stats[key]) for key in ("grad_norm", "cg_residual", "expected_improvement")}
         # At the solution of (F + λI)x = g the full step's gᵀβx is sqrt(2δ gᵀx): what the matrix is along the gradient.
         along = figures["expected_improvement"] ** 2 / (2 * self._max_kl)
@@ -64,8 +67,7 @@ class RejectionWatch:
         figures["advantage_std"] = float(advantage.std())
         figures["advantage_largest"] = float(advantage.abs().max())
         causes = "; ".join(_causes(figures, self._damping))
-        told = ", ".join(f"{key}={value:.3g}" for key, value in figures.items())
-        return f"{name}: the last {self._in_a_row[region]} policy steps were all rejected. Likely: {causes}. ({told})"
+        return f"{told} {causes}. ({', '.join(f'{key}={value:.3g}' for key, value in figures.items())})"
 
     def _region(self, region: int, data: TensorDictBase) -> tuple[str, Tensor]:
         """A region's name and its advantages, without those that do not count."""

@@ -157,7 +157,8 @@ class Run:
         self._checkpoints = Checkpoints(self.folder, collector, components, cfg.checkpoint.keep)
         self._saved_at: int | None = None
         self._signals = StopSignals()
-        self._stack = contextlib.ExitStack()
+        self._stack = contextlib.ExitStack()  # what the run holds until its end
+        self._loop = contextlib.ExitStack()  # and what the training loop holds
         self._laps: dict[str, float] = {}
 
     def __enter__(self) -> Run:
@@ -173,12 +174,13 @@ class Run:
             _replace(self.folder / "metrics.csv", table.getvalue())
             if not self.cfg.resume:
                 self._save()
-            stack.enter_context(self._signals)
-            self._file = stack.enter_context((self.folder / "metrics.csv").open("a", newline=""))
+            self._loop = stack.enter_context(contextlib.ExitStack())
+            self._loop.enter_context(self._signals)
+            self._file = self._loop.enter_context((self.folder / "metrics.csv").open("a", newline=""))
             self._writer = csv.DictWriter(self._file, self.columns)
             total = self.cfg.train.total_frames
             bar = tqdm(total=total, initial=self.frames, unit="frame", desc=self.algorithm, smoothing=0.1)
-            self._bar = stack.enter_context(bar)
+            self._bar = self._loop.enter_context(bar)
             self._bar.write(f"Training {self.algorithm} on {self.cfg.env.name}; everything goes to {self.folder}")
             self._last_lap = self._start = time.perf_counter()
             self._start -= self._progress["wall_s"]
@@ -190,10 +192,12 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Ends the run, and says how to continue it if it did not come to its end."""
-        self._stack.close()
-        self.env.close(raise_if_closed=False)
-        if error is not None:
-            self._say_how_to_continue(error)
+        try:
+            self._stack.close()
+        finally:  # a full disk lets the metrics not be closed
+            self.env.close(raise_if_closed=False)
+            if error is not None:
+                self._say_how_to_continue(error)
 
     def batches(self) -> Iterator[TensorDictBase]:
         """The batches that remain to be collected, ``[num_envs, T]``.
@@ -236,8 +240,8 @@ class Run:
         Args:
             name: ``"collect_s"``, ``"policy_s"`` or ``"critic_s"``.
         """
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self.env.device is not None and self.env.device.type == "cuda":
+            torch.cuda.synchronize(self.env.device)
         now = time.perf_counter()
         self._laps[name] = self._laps.get(name, 0.0) + now - self._last_lap
         self._last_lap = now
@@ -287,7 +291,7 @@ class Run:
         Returns:
             What ``summary.json`` holds.
         """
-        self._stack.close()
+        self._loop.close()
         cfg = self.cfg
         recent = [value for value in self._returns if math.isfinite(value)][-5:] or [math.nan]
         if (norm := observation_norm(self.env)) is not None:
@@ -302,12 +306,10 @@ class Run:
             "cpu_s": self._progress["cpu_s"],
             "frames_per_s": self.frames / self._progress["wall_s"],
             "episode_return": sum(recent) / len(recent),
-            "best_return": self._progress["best_return"] or math.nan,
+            "best_return": self._progress["best_return"],
             "evaluation_return": float(returns.mean()),
             "evaluation_episodes": returns.numel(),
         }
-        finite = {name: _finite(value) for name, value in summary.items()}
-        _replace(self.folder / "summary.json", json.dumps(finite, indent=2) + "\n")
         title = f"{self.algorithm} on {cfg.env.name}, seed {cfg.seed}"
         plot_learning_curve(
             self.folder / "metrics.csv",
@@ -318,6 +320,8 @@ class Run:
         if cfg.film:
             policy = on_raw_observations(self.env, self.policy)
             film_run(self._record, policy, self.folder / "film.mp4", seed=cfg.seed, device=self.env.device)
+        finite = {name: _finite(value) for name, value in summary.items()}
+        _replace(self.folder / "summary.json", json.dumps(finite, indent=2) + "\n")  # last: with it the run is finished
         print(
             f"{title}: episode return {summary['episode_return']:.1f} (mean of the last {len(recent)} iterations "
             "with finished episodes), "
@@ -355,13 +359,14 @@ class Run:
 
     def _begin(self, stack: contextlib.ExitStack) -> list[dict[str, str]]:
         """Takes the folder of a new run."""
-        if (self.folder / "checkpoints").exists():
+        if list((self.folder / "checkpoints").glob("checkpoint-*")):
             raise SettingError(
                 f"output_dir: {str(self.folder)!r} holds a run already, which would be lost. Legal: another folder, or "
                 f"resume={self.folder} to continue that run."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock(stack)
+        self._checkpoints.clean()
         return []
 
     def _resume(self, stack: contextlib.ExitStack) -> list[dict[str, str]]:
