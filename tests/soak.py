@@ -70,6 +70,7 @@ class Training:
     output: str = ""
     starts: int = 0
     process: subprocess.Popen | None = None
+    inode_at_start: int | None = None  # of the metrics
     watched: list[tuple[int, int]] = field(default_factory=list)  # resident KiB and open files
 
     def start(self) -> None:
@@ -82,6 +83,7 @@ class Training:
             command += ["critic.minibatch_size=200", "critic.value_norm=true", "normalize_observations=true"]
             command += [f"train.total_frames={ROWS * self.iterations}", "checkpoint.every=3"]
             command += [f"output_dir={self.folder}"]
+        self.inode_at_start = self._inode()
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=heed_sigint)
         self.starts += 1
@@ -109,6 +111,17 @@ class Training:
             proc = Path(f"/proc/{self.process.pid}")
             if resident := re.search(r"VmRSS:\s+(\d+)", (proc / "status").read_text()):
                 self.watched.append((int(resident[1]), len(list((proc / "fd").iterdir()))))
+
+    def wait_for_a_row(self, other: Training) -> None:
+        """Waits until it has written the metrics anew and logged an iteration: from then on it heeds signals."""
+        while self.process.poll() is None and self._inode() in {None, self.inode_at_start}:
+            other.look_after()
+            time.sleep(0.1)
+        self.wait_until(self.done + 1, other)
+
+    def _inode(self) -> int | None:
+        path = self.folder / "metrics.csv"
+        return path.stat().st_ino if path.exists() else None
 
     def ended(self, other: Training, seconds: float = 120) -> int:
         """Waits for the end, and gives the exit code."""
@@ -181,6 +194,7 @@ def soak(folder: Path, *, iterations: int, kills: int, signals: int, faults: int
             disturbed.process.kill()
             assert disturbed.ended(quiet) == -signal.SIGKILL
         elif what.startswith("SIG"):
+            disturbed.wait_for_a_row(quiet)
             disturbed.process.send_signal(signal.Signals[what])
             assert disturbed.ended(quiet) == 128 + signal.Signals[what]
         else:
