@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 from tensordict.nn import set_composite_lp_aggregate
@@ -17,3 +19,12 @@ def _log_probs_by_part():
     """What TorchRL's PPOLoss wants for composite actions."""
     with set_composite_lp_aggregate(False):
         yield
+
+
+@pytest.fixture
+def quick_processes():
+    """Processes of environments that are forked from one that has imported what they need."""
+    multiprocessing.set_forkserver_preload(["torchrl_trpo.envs"])
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(None, force=True)

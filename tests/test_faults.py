@@ -85,15 +85,6 @@ def break_the_second(env):
         _, data = env.step_and_maybe_reset(data.set(("agents", "action"), action))
 
 
-@pytest.fixture
-def quick_processes():
-
-    multiprocessing.set_forkserver_preload(["torchrl_trpo.envs"])
-    multiprocessing.set_start_method("forkserver", force=True)
-    yield
-    multiprocessing.set_start_method(None, force=True)
-
-
 # ------------------------------------------------------------------ environments
 
 FAULTS = {

@@ -119,15 +119,6 @@ def elsewhere():
         yield lambda *given: process.submit(continue_elsewhere, *given).result()
 
 
-@pytest.fixture
-def quick_processes():
-
-    multiprocessing.set_forkserver_preload(["torchrl_trpo.envs"])
-    multiprocessing.set_start_method("forkserver", force=True)
-    yield
-    multiprocessing.set_start_method(None, force=True)
-
-
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
