@@ -23,7 +23,7 @@ from torchrl_trpo.envs import resolve_device
 from torchrl_trpo.evaluation import play_episodes
 from torchrl_trpo.film import film_run
 from torchrl_trpo.groups import group_keys
-from torchrl_trpo.policy import find_run, load_policy, make_run_env
+from torchrl_trpo.policy import find_run, make_run_env, policy_at
 from torchrl_trpo.recurrent import carry_states
 from torchrl_trpo.seeding import untouched_generators
 from torchrl_trpo.suggest import SettingError
@@ -77,7 +77,7 @@ def evaluate_run(
         raise SettingError(f"film: {str(film)!r}. Legal: an .mp4 or .gif file in a folder that exists.")
     where = resolve_device(device)
     seed = (config["seed"] + 1000) % 2**32 if seed is None else seed
-    policy = load_policy(run_folder, checkpoint, where)
+    policy = policy_at(path, config, where)
     with untouched_generators(seed):
         num_envs = min(episodes, config["env"]["num_envs"])
         parallel = config["env"].get("parallel", False)

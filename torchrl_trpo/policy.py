@@ -129,7 +129,20 @@ def load_policy(
         >>> env.rollout(100, policy)["next", "agents", "reward"].mean()  # doctest: +SKIP
     """
     where = resolve_device(str(torch.get_default_device() if device is None else device))
-    path, config = find_run(run_folder, checkpoint)
+    return policy_at(*find_run(run_folder, checkpoint), where)
+
+
+def policy_at(path: Path, config: Mapping[str, Any], device: torch.device) -> TensorDictModuleBase:
+    """The policy of a checkpoint, on observations as the environment gives them.
+
+    Args:
+        path: the checkpoint.
+        config: the run's settings, as :func:`find_run` gives both.
+        device: where it is to act.
+
+    Returns:
+        The policy.
+    """
     from torchrl_trpo.checkpoints import load_components
 
     with untouched_generators():
@@ -137,7 +150,7 @@ def load_policy(
             config,
             num_envs=1,
             seed=config["seed"],
-            device=where,
+            device=device,
             normalize_observations=config["normalize_observations"],
         )
         try:
