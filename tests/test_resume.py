@@ -269,17 +269,16 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 
 
 class Buffered(Copy):
-    """Has a buffer, and maybe a state of its own of which only ``state`` is saved."""
+    """Has a buffer, and says nothing of its state."""
 
     def __init__(self, num_envs):
         super().__init__({"agents": (2, 4, ("continuous", 4))}, num_envs)
         self.register_buffer("scale", torch.ones(1))
 
-    def set_extra_state(self, state):
-        pass
-
 
 class Stateful(Buffered):
+    """Gives an array of NumPy as its state."""
+
     def get_extra_state(self):
         return {"scale": self.scale.numpy()}
 
@@ -297,9 +296,7 @@ def test_buffers_are_not_the_environments_state(tmp_path, caplog):
     """A buffer was once taken for it: an old observation was continued in a new episode, and nothing said so."""
     RECIPES["hatrpo"].train(config("hatrpo", tmp_path, *custom("true")))
     assert components(tmp_path)[collection_of(tmp_path)]["simulator"] == {}
-    RECIPES["hatrpo"].train(
-        config("hatrpo", tmp_path / "unused", f"resume={tmp_path}", "film=false", "train.total_frames=480")
-    )
+    resume(tmp_path, "film=false")
     assert "begins new episodes" in caplog.text
     assert len(metrics(tmp_path)) == 6
 
