@@ -139,3 +139,25 @@ class Ranks:
                 f"rank {self.rank} of {self.size}: another process of the job has ended or cannot be reached "
                 f"({str(error).splitlines()[0]}). What it said itself, if anything, stands above."
             ) from error
+
+
+def check_same_bits(tensors: Sequence[Tensor], ranks: Ranks) -> None:
+    """Checks that all ranks hold the same bits; a machine that rounds otherwise would let them drift apart unseen.
+
+    Args:
+        tensors: the parameters.
+        ranks: the ranks.
+
+    Raises:
+        RuntimeError: if they do not.
+    """
+    if ranks.size == 1:
+        return
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = torch.stack([tensor.detach().flatten().view(words[tensor.element_size()]).sum() for tensor in tensors])
+    largest = ranks.max_(torch.cat([sums, -sums]))
+    if bool((largest[: len(sums)] + largest[len(sums) :]).any()):
+        raise RuntimeError(
+            f"rank {ranks.rank}: the parameters of the {ranks.size} processes are not the same to the bit. Legal: "
+            "processors of one kind, and the same versions of all libraries."
+        )
