@@ -28,6 +28,7 @@ from torchrl.collectors import Collector
 from torchrl_trpo.object_snapshot import InexactError
 from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.suggest import SettingError, nearest
+from torchrl_trpo.torchrun import job_id
 
 FORMAT_VERSION = 1
 """Of what a checkpoint holds; newer ones are refused."""
@@ -111,6 +112,7 @@ class Checkpoints:
             "config": config,
             "best_metric": metric,
             "ranks": self._ranks.size,
+            "job": job_id(),
         }
         checkpoint = _checkpoint_of({**self._own, **self._components, **self._of_others(self._ranks.size)})
         return self._rotation.save(checkpoint, step=progress["iteration"], metadata=record)

@@ -136,8 +136,8 @@ class Ranks:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise  # a mistake in the call, not in the connection
             raise RankLostError(
-                f"rank {self.rank} of {self.size}: another process of the job has ended or cannot be reached "
-                f"({str(error).splitlines()[0]}). What it said itself, if anything, stands above."
+                f"rank {self.rank} of {self.size}: another process of the job has ended or cannot be reached. What it "
+                "said itself, if anything, stands above."
             ) from error
 
 

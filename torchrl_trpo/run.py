@@ -42,7 +42,7 @@ from torchrl_trpo.seeding import rank_seed, untouched_generators
 from torchrl_trpo.settings import check_settings
 from torchrl_trpo.stopping import StopSignals
 from torchrl_trpo.suggest import SettingError
-from torchrl_trpo.torchrun import is_restarted, job_ranks
+from torchrl_trpo.torchrun import is_restarted, job_id, job_ranks
 from torchrl_trpo.updater import TrustRegionUpdater
 
 _SETTINGS_IN_LOSSES = ("entropy_coeff", "gamma", "lmbda")
@@ -411,11 +411,17 @@ class Run:
 
     def _take_folder(self, stack: contextlib.ExitStack) -> tuple[Path | None, list[str], list[dict[str, str]]]:
         """Takes the run's folder: gives its last checkpoint, the settings that have changed since, and its metrics."""
-        there = list((self.folder / "checkpoints").glob("checkpoint-*"))
-        if self.cfg.resume or (there and is_restarted()):
+        if self.cfg.resume or self._was_begun_by_this_job():
             return self._resume(stack)
         self._begin(stack)
         return None, [], []
+
+    def _was_begun_by_this_job(self) -> bool:
+        """Whether torchrun, or a scheduler with the job's own number, has started the same job again."""
+        if not list((self.folder / "checkpoints").glob("checkpoint-*")):
+            return False
+        before = read_record(find_checkpoint(self.folder)).get("job")
+        return is_restarted() or (before is not None and before == job_id())
 
     def _begin(self, stack: contextlib.ExitStack) -> None:
         """Takes the folder of a new run."""

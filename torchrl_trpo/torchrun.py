@@ -22,6 +22,12 @@ def is_first() -> bool:
     return not is_job() or int(os.environ["RANK"]) == 0
 
 
+def job_id() -> str | None:
+    """What tells the job from others: torchrun's ``--rdzv-id``, or what ``--standalone`` draws; None without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID") if is_job() else None
+    return None if name == "none" else name
+
+
 def is_restarted() -> bool:
     """Whether torchrun has started the job anew, after a process of it had ended."""
     return is_job() and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
@@ -49,7 +55,11 @@ def job_ranks(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun's store outlives the processes: those of this start must not read the addresses of those before.
+    store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield Ranks(dist.group.WORLD)
     finally:
