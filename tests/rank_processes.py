@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import tempfile
 import traceback
 from pathlib import Path
@@ -11,37 +12,60 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["torchrl_trpo.envs", "tests.cases"]
+PRELOADED = ["torchrl_trpo.envs", "tests.cases", "tests.test_resume"]
 """What processes are forked with, so that they need not import it."""
 
 
-def on_ranks(size, function, *args):
+def on_ranks(size, function, *args, job=None, lost=()):
     """Calls ``function(*args)`` in ``size`` processes of a gloo group; gives what each returned, by rank.
 
-    The function is one of a module. A rank that raises makes this raise, with its traceback.
+    The function is one of a module. A rank that raises makes this raise, with its traceback; the ranks that are
+    ``lost`` return nothing. With a ``job``, the processes are as torchrun starts them for the job of that name, whose
+    ``restarts`` may follow a colon: they have no group yet.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        settings = (folder, size, job, free.getsockname()[1])
         multiprocessing.set_forkserver_preload(PRELOADED)
         context = multiprocessing.get_context("forkserver")
         ranks = range(size)
-        processes = [context.Process(target=_run, args=(folder, rank, size, function, args)) for rank in ranks]
+        processes = [context.Process(target=_run, args=(settings, rank, function, args)) for rank in ranks]
+        free.close()
         for process in processes:
             process.start()
+        for _ in ranks:  # the others would wait for one that has failed
+            ended = multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()])
+            if any(
+                process.sentinel in ended and process.exitcode and index not in lost
+                for index, process in enumerate(processes)
+            ):
+                for process in processes:
+                    process.kill()
         for process in processes:
             process.join()
         problems = [problem.read_text() for problem in sorted(Path(folder).glob("error-*"))]
         if problems:
             raise AssertionError("\n".join(problems))
-        return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in ranks]
+        left = [rank for rank in ranks if rank not in lost]
+        return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in left]
 
 
-def _run(folder, rank, size, function, args):
+def _run(settings, rank, function, args):
+    folder, size, job, port = settings
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size)
+        if job is None:
+            store = dist.FileStore(f"{folder}/store", size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        else:
+            name, _, restarts = job.partition(":")
+            os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{size}"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+            os.environ |= {"TORCHELASTIC_RUN_ID": name, "TORCHELASTIC_RESTART_COUNT": restarts or "0"}
         torch.save(function(*args), Path(folder) / f"result-{rank}")
-        dist.destroy_process_group()
+        if job is None:
+            dist.destroy_process_group()
     except BaseException:
         (Path(folder) / f"error-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
         raise

@@ -25,6 +25,7 @@ from torchrl.checkpoint import (
 )
 from torchrl.collectors import Collector
 
+from torchrl_trpo.envs import TransformState
 from torchrl_trpo.object_snapshot import InexactError
 from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.suggest import SettingError, nearest
@@ -85,6 +86,7 @@ class Checkpoints:
         self.folder = folder
         self._ranks = ranks
         self._own = {"collection": CollectionState(collector), "generators": _Generators()}
+        self._transforms = {"collection": TransformState(collector.env)}
         self._components = dict(components)
         self._others = _OtherRanks()
         directory = folder / _DIRECTORY
@@ -135,7 +137,7 @@ class Checkpoints:
         if self._ranks.is_first:
             try:
                 progress, same_size = self._load_first(path)
-                shared = _as_bytes(_states(self._components))
+                shared = _as_bytes(_states(self._components | self._transforms))
                 states = self._others.states if same_size else [None] * (self._ranks.size - 1)
                 given = [progress, *((progress, shared, own) for own in states)]
             except SettingError as error:
@@ -146,7 +148,7 @@ class Checkpoints:
         if self._ranks.is_first:
             return received
         progress, shared, own = received
-        _restore(self._components, _from_bytes(shared))
+        _restore(self._components | self._transforms, _from_bytes(shared))
         if own is not None:
             _restore(self._own, _from_bytes(own))
         return progress
@@ -160,7 +162,7 @@ class Checkpoints:
                 f"The checkpoint is of {before} processes, and now there are {self._ranks.size}: the run begins new "
                 "episodes, with new random numbers, and is not the same to the bit."
             )
-            _load(_checkpoint_of(self._components), path)
+            _load(_checkpoint_of(self._components | self._transforms), path)
             return record["progress"], False
         _load(_checkpoint_of({**self._own, **self._components, **self._of_others(before)}), path)
         return record["progress"], True

@@ -32,7 +32,14 @@ from torchrl_trpo.simulators import SIMULATORS, named_construction
 from torchrl_trpo.suggest import SettingError, nearest, nearest_multiples
 from torchrl_trpo.torchrun import is_job, local_rank
 
-__all__ = ["BatchedResetVmasEnv", "make_env", "observation_norm", "resolve_device"]
+__all__ = [
+    "BatchedResetVmasEnv",
+    "ObservationNorm",
+    "TransformState",
+    "make_env",
+    "observation_norm",
+    "resolve_device",
+]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -134,11 +141,6 @@ def make_env(
                 f"env.num_envs={num_envs} cannot be spread over {ranks.size} processes. Nearest: "
                 f"{nearest_multiples(num_envs, ranks.size)}."
             )
-        if normalize_observations:
-            raise SettingError(
-                "normalize_observations=true: each of the processes would normalise with statistics of its own. Legal "
-                "in a job of several: false."
-            )
         num_envs, seed = num_envs // ranks.size, rank_seed(seed, ranks.rank)
     settings = {"one_group": one_group, "state": state, "render": render, "factory": factory}
     with named_construction(name, kwargs):
@@ -179,7 +181,7 @@ def make_env(
     return env
 
 
-def observation_norm(env: EnvBase) -> VecNormV2 | None:
+def observation_norm(env: EnvBase) -> ObservationNorm | None:
     """The transform that normalises an environment's observations, which has a state to be saved.
 
     Args:
@@ -188,7 +190,26 @@ def observation_norm(env: EnvBase) -> VecNormV2 | None:
     Returns:
         The transform, or None.
     """
-    return next((transform for transform in env.transform if isinstance(transform, VecNormV2)), None)
+    return next((transform for transform in env.transform if isinstance(transform, ObservationNorm)), None)
+
+
+class TransformState:
+    """The state of an environment's transforms alone: the statistics of the observations.
+
+    Args:
+        env: the environment, of any number of environments.
+    """
+
+    def __init__(self, env: EnvBase) -> None:
+        self._env = env
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, where that of a whole collection has it."""
+        return {"transforms": self._env.transform.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Puts it back; what else there is of a collection is not read."""
+        self._env.transform.load_state_dict(state_dict["transforms"])
 
 
 def _transforms(env: EnvBase, max_steps: int, normalize_observations: bool) -> list[Transform]:
@@ -203,14 +224,45 @@ def _transforms(env: EnvBase, max_steps: int, normalize_observations: bool) -> l
     if double:
         transforms.append(DoubleToFloat(in_keys=double))
     if normalize_observations:
-        transforms.append(_ObservationNorm(in_keys=observations, decay=1.0, reduce_batch_dims=True))
+        transforms.append(ObservationNorm(in_keys=observations, decay=1.0, reduce_batch_dims=True))
     return transforms
 
 
-class _ObservationNorm(VecNormV2):
+class ObservationNorm(VecNormV2):
     """``VecNormV2`` that stays finite, and without its remark that batches are experimental."""
 
+    _merged: tuple[TensorDictBase, ...] | None = None  # count, mean and mean square when ranks last had the same
+
+    @torch.no_grad()
+    def merge(self, ranks: Ranks) -> None:
+        """Makes the statistics those of what all ranks have seen; called by all of them after each batch.
+
+        Between two calls each rank normalises with what was merged and what it has seen itself since.
+
+        Args:
+            ranks: the ranks.
+        """
+        if ranks.size == 1 or self._loc is None:
+            return
+        own = self._count, self._loc, self._var
+        before = self._merged or tuple(part.apply(torch.zeros_like) for part in own)
+        for key in list(self._loc.keys(True, True)):
+            count, mean, square = (part.get(key) for part in own)
+            old_count, old_mean, old_square = (part.get(key).double() for part in before)
+            added = ranks.sum_((count - old_count).reshape(1)).reshape(())
+            for value, old in ((mean, old_mean), (square, old_square)):
+                sums = ranks.sum_(value.double() * count - old * old_count)
+                value.copy_(torch.where(added > 0, (sums + old * old_count) / (old_count + added), value))
+            count.copy_(old_count + added)
+        self._merged = tuple(part.clone() for part in own)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Takes saved statistics, which are merged ones."""
+        super().set_extra_state(state)
+        self._merged = None if self._loc is None else (self._count.clone(), self._loc.clone(), self._var.clone())
+
     def set_container(self, container: Any) -> None:
+        """Puts the transform into an environment."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Support of .* for containers with non-empty batch-size")
             super().set_container(container)

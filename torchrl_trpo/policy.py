@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torchrl.envs import Compose, DoubleToFloat, EnvBase, Transform
 
-from torchrl_trpo.envs import make_env, observation_norm, resolve_device
+from torchrl_trpo.envs import TransformState, make_env, observation_norm, resolve_device
 from torchrl_trpo.groups import GroupKeys, group_keys
 from torchrl_trpo.networks import make_actor
 from torchrl_trpo.seeding import untouched_generators
@@ -157,7 +157,7 @@ def policy_at(path: Path, config: Mapping[str, Any], device: torch.device) -> Te
             policy = make_policy(env, group_keys(env), **config["actor"])
             parts = {"policy": policy}
             if observation_norm(env) is not None:
-                parts["collection"] = _ObservationNormState(env)
+                parts["collection"] = TransformState(env)
             load_components(path, parts)
             return on_raw_observations(env, policy).eval().requires_grad_(False)
         finally:
@@ -220,16 +220,3 @@ class _OnRawObservations(TensorDictModuleBase):
         inputs = tensordict.select(*self.in_keys, strict=False)  # a copy of the structure
         outputs = self.policy(self.transform(inputs))
         return tensordict.update(outputs.select(*self.out_keys))
-
-
-class _ObservationNormState:
-    """Of a run's environments, the statistics of the observations."""
-
-    def __init__(self, env: EnvBase) -> None:
-        self._env = env
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"transforms": self._env.transform.state_dict()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self._env.transform.load_state_dict(state_dict["transforms"])

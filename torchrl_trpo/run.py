@@ -100,7 +100,8 @@ def training_run(train: Callable[[DictConfig, Ranks], _Result]) -> Callable[[Dic
                 "one after the other, or a process for each."
             )
         try:
-            with job_ranks(resolve_device(cfg.device)) as ranks, untouched_generators(rank_seed(cfg.seed, ranks.rank)):
+            ranks = job_ranks(resolve_device(cfg.device))
+            with untouched_generators(rank_seed(cfg.seed, ranks.rank)):
                 return train(cfg, ranks)
         finally:
             _ONE_AT_A_TIME.release()
@@ -181,6 +182,7 @@ class Run:
             latest, changed, rows = self._agreed(lambda: self._take_folder(stack))
             if latest is not None:
                 self._continue(latest, changed)
+            self._merge_statistics()
             self._returns = [float(row["episode_return"] or "nan") for row in rows]
             if self._ranks.is_first:
                 _replace(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self._record)))
@@ -225,6 +227,7 @@ class Run:
         while self.frames < self.cfg.train.total_frames:
             iteration = self._progress["iteration"]
             data = next(batches)
+            self._merge_statistics()
             found = find_non_finite(data, self.groups) if self.cfg.non_finite == "stop" else None
             if found is not None:
                 index, step, key, count = found
@@ -371,6 +374,11 @@ class Run:
         if row["dropped"]:
             postfix["dropped"] = f"{row['dropped']} rows"
         self._bar.set_postfix(postfix)
+
+    def _merge_statistics(self) -> None:
+        """Of the observations, those of all ranks."""
+        if (norm := observation_norm(self.env)) is not None:
+            norm.merge(self._ranks)
 
     def _say(self, text: str) -> None:
         if self._ranks.is_first:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import os
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -38,29 +37,27 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if is_job() else 0
 
 
-@contextlib.contextmanager
-def job_ranks(device: torch.device) -> Iterator[Ranks]:
-    """Joins the processes of the job: NCCL between GPUs, gloo between CPUs.
+def job_ranks(device: torch.device) -> Ranks:
+    """Joins the processes of the job, once: NCCL between GPUs, gloo between CPUs.
 
-    A process group that is there already is not touched: it belongs to someone else (TorchRL's distributed collectors).
+    Without a job, a process group that is there is not touched: it belongs to someone else, such as TorchRL's
+    distributed collectors.
 
     Args:
         device: the device of this process.
 
-    Yields:
+    Returns:
         The job's ranks; this process alone if torchrun did not start it, or started it alone.
     """
-    if not is_job() or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
-        yield Ranks()
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    store, rank, size = next(dist.rendezvous("env://"))
-    # torchrun's store outlives the processes: those of this start must not read the addresses of those before.
-    store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    try:
-        yield Ranks(dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    if not is_job() or int(os.environ["WORLD_SIZE"]) == 1:
+        return Ranks()
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun's store outlives the processes: those of this start must not read the addresses of those before.
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        atexit.register(dist.destroy_process_group)
+    return Ranks(dist.group.WORLD)
