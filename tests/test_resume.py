@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -39,7 +40,11 @@ def components(folder):
     """All that the last checkpoint holds, by file."""
     checkpoint = find_checkpoint(folder)
     files = sorted(checkpoint.rglob("state.pt"))
-    return {str(file.parent.relative_to(checkpoint)): torch.load(file, weights_only=True) for file in files}
+    found = {str(file.parent.relative_to(checkpoint)): torch.load(file, weights_only=True) for file in files}
+    for state in found.values():
+        if "states" in state:  # of other processes, as they sent them
+            state["states"] = [torch.load(io.BytesIO(bytes(part)), weights_only=True) for part in state["states"]]
+    return found
 
 
 def differences(one, other, place=""):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import comparison, iteration, learning, memory, sampling, scaling, update, waits
+from tests.benchmarks import comparison, iteration, learning, memory, ranks, sampling, scaling, update, waits
 from tests.benchmarks.timing import machine
 
 THEMES: dict[str, Callable[[int, bool], dict[str, float]]] = {
@@ -28,6 +28,7 @@ THEMES: dict[str, Callable[[int, bool], dict[str, float]]] = {
     "waits": waits.bench,
     "sampling": sampling.bench,
     "iteration": iteration.bench,
+    "ranks": ranks.bench,
     "learning": learning.bench,
 }
 """What can be measured; each takes the repetitions and whether to be quick, and gives figures by label."""
