@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_the_loop_trains(loop):
     assert data["next", "truncated"][:, 9::10].all()
 
 
+@pytest.mark.slow  # the compiler's tracing; tests/test_collection.py compiles a policy in the fast suite
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_the_policy_may_be_compiled():
     graphs = []
@@ -65,7 +67,9 @@ def test_two_processes_may_sample():
 
 
 @pytest.mark.usefixtures("quick_processes")
-def test_other_machines_may_sample():
+def test_other_machines_may_sample(monkeypatch):
+    with socket.create_server(("localhost", 0)) as server:
+        monkeypatch.setenv("TCP_PORT", str(server.getsockname()[1]))
     check_two_samplers(check_training(distributed_sampling.train(**SMALL)))
     assert not torch.distributed.is_initialized()
 

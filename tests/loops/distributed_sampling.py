@@ -4,8 +4,8 @@ from tests.loops import hatrpo
 
 
 def train(**settings):
-    buffers = {"use_buffers": False}  # batches of vectorised environments are contiguous only so, as gloo needs them
-    options = {"launcher": "mp", "collector_kwargs": buffers}
+    # Buffers would keep the layout of what per-agent networks output; gloo sends contiguous tensors only.
+    options = {"launcher": "mp", "collector_kwargs": {"use_buffers": False}}
     yield from hatrpo.train(workers=2, backend="distributed", sync=True, backend_options=options, **settings)
 
 

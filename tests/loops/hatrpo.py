@@ -46,6 +46,7 @@ def train(
     num_envs=60, max_steps=100, frames=120_000, batch=6_000, epochs=5, minibatch=300, seed=0, workers=1, **options
 ):
     envs = [partial(make_env, num_envs // workers, max_steps, seed + worker) for worker in range(workers)]
+    torch.manual_seed(seed)
     actor, critic = make_networks(envs[0]())
     collector = Collector(envs, actor, frames_per_batch=batch, total_frames=frames, **options)
     replay_buffer = TensorDictReplayBuffer(
