@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchrl.collectors import Collector
 
 from tests.loops import distributed_sampling, hatrpo, itrpo, mappo, matrpo
 
@@ -66,8 +67,17 @@ def test_two_processes_may_sample():
     check_two_samplers(check_training(matrpo.train(workers=2, backend="process", sync=True, **SMALL)))
 
 
+def collector_without_shared_memory(envs, actor, **options):
+    """As on other machines: the workers see new parameters only if they are sent."""
+    collector = Collector(envs, actor, **options)
+    for param in actor.parameters():
+        param.data = param.data.clone()
+    return collector
+
+
 @pytest.mark.usefixtures("quick_processes")
 def test_other_machines_may_sample(monkeypatch):
+    monkeypatch.setattr(hatrpo, "Collector", collector_without_shared_memory)
     with socket.create_server(("localhost", 0)) as server:
         monkeypatch.setenv("TCP_PORT", str(server.getsockname()[1]))
     check_two_samplers(check_training(distributed_sampling.train(**SMALL)))
