@@ -1,39 +1,106 @@
-"""From a hand-written MAPPO loop to trust-region steps: both run, and few lines differ."""
+"""From a hand-written MAPPO loop to trust-region steps: all loops run, and few lines differ."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
+import re
+import socket
 from pathlib import Path
 
 import pytest
 import torch
-from tensordict.nn import TensorDictModule
-from torchrl.modules import MultiAgentMLP
+from torchrl.collectors import Collector
 
-from tests.loops import mappo, matrpo
-from torchrl_trpo.envs import make_env
-from torchrl_trpo.groups import group_keys
-from torchrl_trpo.networks import make_actor
+from tests.loops import distributed_sampling, hatrpo, itrpo, mappo, matrpo
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "drop-in.md").read_text()
+LOOPS = {"mappo": mappo, "itrpo": itrpo, "matrpo": matrpo, "hatrpo": hatrpo}
+SMALL = {"num_envs": 6, "max_steps": 10, "frames": 360, "batch": 120, "epochs": 1, "minibatch": 60}
 
 
-@pytest.mark.parametrize("loop", [mappo, matrpo], ids=["mappo", "matrpo"])
+def check_training(steps):
+    """Three updates: each moves every parameter, and the next batch is sampled by the policy that it left."""
+    policies, parameters = [], []
+    for loss, data in steps:
+        if policies:
+            with torch.no_grad(), policies[-1].to_module(loss.actor_network):
+                own = loss.actor_network.get_dist_params(data.clone())
+            torch.testing.assert_close(own["agents", "loc"], data["agents", "loc"])
+        policies.append(loss.actor_network_params.data.clone())
+        parameters.append([param.detach().clone() for param in loss.parameters()])
+    assert len(parameters) == 3
+    for before, after in itertools.pairwise(parameters):
+        assert not any(torch.equal(new, old) for new, old in zip(after, before, strict=True))
+    return data
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 def test_the_loop_trains(loop):
-    env = make_env("vmas/balance", num_envs=10, max_steps=20, kwargs={}, seed=0, device=torch.device("cpu"))
-    (keys,) = group_keys(env)
-    actor = make_actor(env, keys, share_params=True)
-    n_agents, n_obs = env.full_observation_spec_unbatched[keys.observation].shape
-    critic = MultiAgentMLP(n_obs, 1, n_agents, centralized=True, share_params=True, num_cells=32, depth=1)
-    critic = TensorDictModule(critic, in_keys=[keys.observation], out_keys=[keys.value])
-    before = [p.detach().clone() for p in (*actor.parameters(), *critic.parameters())]
-    assert len(list(loop.train(env, actor, critic))) == 4
-    after = (*actor.parameters(), *critic.parameters())
-    assert not any(torch.equal(new, old) for new, old in zip(after, before, strict=True))
+    data = check_training(loop.train(**SMALL))
+    assert data["next", "agents", "episode_reward"].shape == (6, 20, 4, 1)
+    assert data["next", "truncated"][:, 9::10].all()
 
 
-def test_few_lines_change():
+@pytest.mark.slow  # the compiler's tracing; tests/test_collection.py compiles a policy in the fast suite
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_the_policy_may_be_compiled():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    check_training(hatrpo.train(compile_policy={"backend": backend}, **SMALL))
+    assert graphs
+
+
+def check_two_samplers(data):
+    assert data.shape == (2, 3, 20)
+    first, second = data["agents", "action"]
+    assert torch.isclose(first, second).float().mean() < 0.1  # seeds differ
+
+
+@pytest.mark.usefixtures("quick_processes")
+def test_two_processes_may_sample():
+    check_two_samplers(check_training(matrpo.train(workers=2, backend="process", sync=True, **SMALL)))
+
+
+def collector_without_shared_memory(envs, actor, **options):
+    """As on other machines: the workers see new parameters only if they are sent."""
+    collector = Collector(envs, actor, **options)
+    for param in actor.parameters():
+        param.data = param.data.clone()
+    return collector
+
+
+@pytest.mark.usefixtures("quick_processes")
+def test_other_machines_may_sample(monkeypatch):
+    monkeypatch.setattr(hatrpo, "Collector", collector_without_shared_memory)
+    with socket.create_server(("localhost", 0)) as server:
+        monkeypatch.setenv("TCP_PORT", str(server.getsockname()[1]))
+    check_two_samplers(check_training(distributed_sampling.train(**SMALL)))
+    assert not torch.distributed.is_initialized()
+
+
+def n_changed(old, new):
     """A changed line counts once; the docstring and blank lines do not count."""
-    old, new = ([line for line in Path(loop.__file__).read_text().splitlines()[1:] if line] for loop in (mappo, matrpo))
-    changed = 0
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        changed += 0 if kind == "equal" else max(j - i, m - k)
-    assert changed == 9, "the README says so"
+    old, new = ([line for line in lines[1:] if line] for lines in (old, new))
+    opcodes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    return sum(max(j - i, m - k) for kind, i, j, k, m in opcodes if kind != "equal")
+
+
+@pytest.mark.parametrize("name", ["itrpo", "matrpo", "hatrpo"])
+def test_few_lines_change_and_the_page_shows_them(name):
+    old, new = (Path(loop.__file__).read_text().splitlines() for loop in (mappo, LOOPS[name]))
+    assert n_changed(old, new) <= 10
+    assert re.search(rf"^\| \[`{name}.py`\].* \| {n_changed(old, new)} \|", PAGE, re.MULTILINE)
+    diff = difflib.unified_diff(old, new, "mappo.py", f"{name}.py", lineterm="", n=0)
+    shown = re.findall(rf"```diff\n(--- mappo.py\n\+\+\+ {name}.py\n.*?)```", PAGE, re.DOTALL)
+    assert shown == ["\n".join(diff) + "\n"]
+
+
+def test_the_readme_gives_the_largest_count():
+    old, *others = (Path(loop.__file__).read_text().splitlines() for loop in LOOPS.values())
+    assert f"{max(n_changed(old, new) for new in others)} changed lines" in (ROOT / "README.md").read_text()

@@ -1,39 +1,85 @@
-"""A hand-written MAPPO loop in TorchRL's style: collector, ClipPPOLoss, minibatches, Adam."""
+"""MAPPO on VMAS balance, written by hand in TorchRL's style."""
+
+from functools import partial
 
 import torch
+from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
-from torchrl.envs import EnvBase
-from torchrl.objectives import ClipPPOLoss, ValueEstimators
+from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
+from torchrl.envs import Compose, InitTracker, RewardSum, StepCounter, TransformedEnv, VmasEnv
+from torchrl.modules import MultiAgentMLP, NormalParamExtractor, PopArtValueNorm, ProbabilisticActor, TanhNormal
+from torchrl.objectives import MAPPOLoss
 
 
-def train(env: EnvBase, actor, critic, total_frames=2_000, frames_per_batch=500, epochs=2, minibatch_size=250):
-    collector = Collector(
-        env,
-        actor,
-        frames_per_batch=frames_per_batch,
-        total_frames=total_frames,
-        auto_register_policy_transforms=False,
+def make_env(num_envs, max_steps, seed):
+    env = VmasEnv("balance", num_envs=num_envs, n_agents=4, seed=seed)
+    reward_sum = RewardSum(in_keys=[env.reward_key], out_keys=[("agents", "episode_reward")])
+    return TransformedEnv(env, Compose(InitTracker(), StepCounter(max_steps), reward_sum))
+
+
+def make_networks(env):
+    n_obs = env.full_observation_spec_unbatched["agents", "observation"].shape[-1]
+    action_spec = env.full_action_spec_unbatched["agents", "action"]
+    layers = {"n_agents": env.n_agents, "num_cells": 128, "depth": 2, "activation_class": torch.nn.Tanh}
+    policy = MultiAgentMLP(n_obs, 2 * action_spec.shape[-1], centralized=False, share_params=True, **layers)
+    actor = ProbabilisticActor(
+        TensorDictModule(
+            torch.nn.Sequential(policy, NormalParamExtractor()),
+            in_keys=[("agents", "observation")],
+            out_keys=[("agents", "loc"), ("agents", "scale")],
+        ),
+        in_keys=[("agents", "loc"), ("agents", "scale")],
+        out_keys=[("agents", "action")],
+        distribution_class=TanhNormal,
+        distribution_kwargs={"low": action_spec.space.low, "high": action_spec.space.high},
+        return_log_prob=True,
+        log_prob_key=("agents", "action_log_prob"),
     )
-    loss = ClipPPOLoss(actor, critic, normalize_advantage=True, normalize_advantage_exclude_dims=(-2,))
+    value = MultiAgentMLP(n_obs, 1, centralized=True, share_params=True, **layers)
+    critic = TensorDictModule(value, in_keys=[("agents", "observation")], out_keys=[("agents", "state_value")])
+    return actor, critic
+
+
+def train(
+    num_envs=60, max_steps=100, frames=120_000, batch=6_000, epochs=5, minibatch=300, seed=0, workers=1, **options
+):
+    envs = [partial(make_env, num_envs // workers, max_steps, seed + worker) for worker in range(workers)]
+    torch.manual_seed(seed)
+    actor, critic = make_networks(envs[0]())
+    collector = Collector(envs, actor, frames_per_batch=batch, total_frames=frames, **options)
+    replay_buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(batch), sampler=SamplerWithoutReplacement(), batch_size=minibatch
+    )
+    norm = PopArtValueNorm()
+    loss = MAPPOLoss(actor, critic, value_norm=norm)
     loss.set_keys(
         action=("agents", "action"),
         sample_log_prob=("agents", "action_log_prob"),
         reward=("agents", "reward"),
         value=("agents", "state_value"),
     )
-    loss.make_value_estimator(ValueEstimators.MAGAE, gamma=0.95, lmbda=0.9)
+    loss.make_value_estimator(gamma=0.95, lmbda=0.9)
     optim = torch.optim.Adam(loss.parameters(), lr=3e-4)
     for data in collector:  # [num_envs, T]
         with torch.no_grad():
             loss.value_estimator(
                 data, params=loss.critic_network_params, target_params=loss.target_critic_network_params
             )
-        rows = data.reshape(-1)
+        replay_buffer.extend(data.reshape(-1))
         for _ in range(epochs):
-            for index in torch.randperm(len(rows)).split(minibatch_size):
-                losses = loss(rows[index])
+            for rows in replay_buffer:
+                losses = loss(rows)
+                loss_value = losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]
                 optim.zero_grad()
-                (losses["loss_objective"] + losses["loss_critic"]).backward()
+                loss_value.backward()
                 torch.nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
                 optim.step()
-        yield data
+        collector.update_policy_weights_()
+        yield loss, data
+    collector.shutdown()
+
+
+if __name__ == "__main__":
+    for _, data in train():
+        returns = data["next", "agents", "episode_reward"][data["next", "done"].squeeze(-1)]
+        print(f"episode return {returns.mean():.1f}")
