@@ -406,7 +406,7 @@ class TRPOLoss(PPOLoss):
             targets = targets if mask is None else targets[mask].unsqueeze(-1)
             if targets.numel() > 0:
                 update_value_norm(self.value_norm, targets, self._normalised_critic())
-        return super().loss_critic(tensordict)
+        return super().loss_critic(tensordict.clone(False))  # values are written, that clip_value must not read
 
     def _normalised_critic(self) -> TensorDictBase | None:
         """The critic's parameters if other statistics would change its values; the first statistics are no change."""
