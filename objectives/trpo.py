@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -93,6 +94,7 @@ class TRPOLoss(PPOLoss):
     - ``kl_approx``, ``entropy``, ``explained_variance``, ... (log only): as in ``PPOLoss``.
 
     Raises:
+        TypeError: if a keyword is not known.
         ValueError: if ``trust_region`` is unknown, or is ``"per_agent"`` and a parameter is not stacked.
 
     Examples:
@@ -141,6 +143,10 @@ class TRPOLoss(PPOLoss):
     ) -> None:
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ValueError(f"chunk_size: {chunk_size!r}. Legal: None, or a whole number of at least 1.")
+        accepted = [name for name in inspect.signature(PPOLoss).parameters if name != "kwargs"]
+        for name in kwargs:
+            if name not in accepted:  # PPOLoss would ignore it
+                raise TypeError(f"{name}: TRPOLoss has no such argument. {nearest(name, accepted)}")
         super().__init__(actor_network, critic_network, entropy_coeff=entropy_coeff, **kwargs)
         self.value_norm = value_norm
         self.agent_dim = agent_dim
