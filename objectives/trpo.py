@@ -360,14 +360,14 @@ class TRPOLoss(PPOLoss):
         """Makes the value estimator, as for any TorchRL loss; one given as a class gets the loss's keys too.
 
         Args:
-            value_type: a ``ValueEstimators`` entry, or a ``ValueEstimatorBase`` class or instance. Default, and for
-                ``ValueEstimators.MAGAE``: :class:`AgentGAE`, a ``MultiAgentGAE``.
+            value_type: a ``ValueEstimators`` entry or its name, or a ``ValueEstimatorBase`` class or instance. Default,
+                and for ``ValueEstimators.MAGAE``: :class:`AgentGAE`, a ``MultiAgentGAE``.
             **hyperparams: the estimator's arguments, such as ``gamma`` and ``lmbda``.
 
         Returns:
             The loss itself.
         """
-        if value_type in (None, ValueEstimators.MAGAE):
+        if value_type is None or getattr(value_type, "name", str(value_type)).upper() == ValueEstimators.MAGAE.name:
             value_type = AgentGAE
             defaults = default_value_kwargs(self.default_value_estimator)
             hyperparams = {**defaults, "value_network": self.critic_network, **hyperparams}
