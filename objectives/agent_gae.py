@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.nn import TensorDictModuleBase, dispatch, skip_existing
 from torch import Tensor
 from torchrl.modules import ValueNorm, set_recurrent_mode
 from torchrl.objectives.value import MultiAgentGAE
@@ -177,11 +177,14 @@ class AgentGAE(MultiAgentGAE):
     ) -> Any:
         if self.value_network is not None and reads_init(self.value_network):
             self._add_states(data, params)
+        next_key = ("next", *path(value_key))
+        known = [skip_existing() and data.get(key, None) is not None for key in (value_key, next_key)]
         value, next_value, valid = super()._call_value_nets(data, params, *args, value_key=value_key, **kwargs)
-        if self.value_norm is not None:
-            value, next_value = self.value_norm.denormalize(value), self.value_norm.denormalize(next_value)
-            data.set(value_key, value)
-            data.set(("next", *path(value_key)), next_value)
+        if self.value_norm is not None:  # values that the data had are in the rewards' units already
+            value = value if known[0] else self.value_norm.denormalize(value)
+            next_value = next_value if known[1] else self.value_norm.denormalize(next_value)
+        data.set(value_key, value)  # the parent writes into a copy where next observations are NaN
+        data.set(next_key, next_value)
         return value, next_value, valid
 
     def _add_states(self, data: TensorDictBase, params: TensorDictBase | None) -> None:
