@@ -77,6 +77,11 @@ class AgentGAE(MultiAgentGAE):
         self.reward_keys = None if reward_keys is None else [unravel_key(key) for key in reward_keys]
         self.value_norm = value_norm
 
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What :meth:`forward` reads."""
+        return [unravel_key(key) for key in super().in_keys]
+
     @dispatch
     def forward(
         self,
