@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection, unravel_key
 from tensordict.nn import (
     CompositeDistribution,
     ProbabilisticTensorDictSequential,
@@ -375,7 +375,15 @@ class TRPOLoss(PPOLoss):
         if isinstance(value_type, type):
             self._forward_value_estimator_keys()
         self._forward_masks()
+        self._set_in_keys()
         return self
+
+    def _set_in_keys(self) -> None:
+        super()._set_in_keys()
+        if self._value_estimator is not None:  # what a critic reads at t+1 need not be what the policy reads
+            for key in self._value_estimator.in_keys:
+                keys = [unravel_key(part) for part in (key if isinstance(key, list) else [key])]
+                self._in_keys += [part for part in keys if part not in self._in_keys]
 
     @property
     def loss_mask_key(self) -> NestedKey | Literal["auto"] | None:

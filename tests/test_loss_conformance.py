@@ -516,6 +516,43 @@ def test_tensors_may_be_given_by_name(kind, layout):
         torch.testing.assert_close(value, expected[key])
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda entry: entry.name)
+def test_what_the_critic_alone_reads_may_be_given_by_name(estimator):
+    """TorchRL takes what the policy reads at t+1, and no more."""
+    case = make_case(given=False)
+    for part in (case.data, case.data["next"]):
+        part["state"] = torch.randn(*BATCH, 2, dtype=torch.float64)
+    case.critic = TensorDictModule(nn.Linear(2, 1).double(), ["state"], ["state_value"])
+    loss = case.loss()
+    loss.make_value_estimator(estimator, gamma=0.9)
+    values = loss(**{"_".join(path(key)): case.data[key] for key in loss.in_keys})
+    expected = loss(case.data.select(*loss.in_keys))
+    for key, value in zip(loss.out_keys, values, strict=True):
+        torch.testing.assert_close(value, expected[key])
+
+
+def test_what_a_central_critic_pools_is_among_the_keys():
+    case = make_case(root=("agents",), n_agents=AGENTS, given=False)
+    for part in (case.data, case.data["next"]):
+        part["state"] = torch.randn(*BATCH, 2, dtype=torch.float64)
+    central = ("agents", "central")
+    case.critic = TensorDictModule(nn.Linear(2, 1).double(), [central], [case.keys["value"]])
+    loss = case.loss()
+    loss.make_value_estimator(
+        CentralCriticValueEstimator,
+        gamma=0.9,
+        lmbda=0.8,
+        value_network=loss.critic_network,
+        observation_keys=[],
+        state_key="state",
+        n_agents=AGENTS,
+        central_key=central,
+    )
+    expected, actual = loss(case.data), loss(case.data.select(*loss.in_keys, strict=False))
+    for key in actual.keys():
+        torch.testing.assert_close(actual[key], expected[key])
+
+
 def test_selected_out_keys_are_what_is_returned():
     case = make_case()
     loss = case.loss()
