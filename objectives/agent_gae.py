@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.nn import TensorDictModuleBase, dispatch, skip_existing
 from torch import Tensor
 from torchrl.modules import ValueNorm, set_recurrent_mode
 from torchrl.objectives.value import MultiAgentGAE
@@ -50,6 +50,8 @@ class AgentGAE(MultiAgentGAE):
 
     Raises:
         ValueError: if ``team_reward`` is unknown.
+        ValueError: when called with a recurrent critic on data whose time is not the last dimension, or in chunks that
+            cut its sequences; or with ``shifted`` where time is neither the last dimension nor named.
         KeyError: when called on data without one of the entries.
     """
 
@@ -77,6 +79,11 @@ class AgentGAE(MultiAgentGAE):
         self.reward_keys = None if reward_keys is None else [unravel_key(key) for key in reward_keys]
         self.value_norm = value_norm
 
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What :meth:`forward` reads."""
+        return [unravel_key(key) for key in super().in_keys]
+
     @dispatch
     def forward(
         self,
@@ -103,6 +110,12 @@ class AgentGAE(MultiAgentGAE):
         with set_recurrent_mode(True):
             super().forward(data, params=params, target_params=target_params, time_dim=time_dim)
         keys = self.tensor_keys
+        mask = self._mask(data)
+        if self.average_gae and mask is not None:  # the parent's average counts masked entries too
+            if data.get("shifted_valid", None) is not None:
+                mask = mask & data.get("shifted_valid").reshape(*data.batch_size, -1)
+            advantage = self._normalize_advantage(data.get(keys.advantage), mask, self._group_ids(data))
+            data.set(keys.advantage, advantage)
         for key in (keys.value, ("next", *path(keys.value)), keys.advantage, keys.value_target, "shifted_valid"):
             if data.get(key, None) is not None:
                 tensordict.set(key, data.get(key))
@@ -124,11 +137,10 @@ class AgentGAE(MultiAgentGAE):
         keys = self.tensor_keys
         for key in (keys.reward, keys.done):
             entry(tensordict, ("next", *path(key)), "the reward and done keys")
+        self._check_time(tensordict, time_dim)
         data = tensordict.clone(False)
-        masks = [data.get(key, None) for key in self.mask_keys]
-        masks = [mask.reshape(*data.batch_size, -1) for mask in masks if mask is not None]
-        if masks:
-            mask = torch.stack(torch.broadcast_tensors(*masks)).all(0)  # [*B, T, n], or [*B, T, 1] of all agents
+        mask = self._mask(data)
+        if mask is not None:
             self._clear_masked(data, mask, group_of(keys.value))
             self._end_before_padding(data, mask, time_dim)
         for key in self.other_mask_keys:
@@ -143,6 +155,30 @@ class AgentGAE(MultiAgentGAE):
             team = team.reshape(*team.shape, *[1] * (own.ndim - team.ndim)).expand_as(own)
             data.set(("next", *path(keys.reward)), team)
         return data
+
+    def _check_time(self, data: TensorDictBase, time_dim: int | None) -> None:
+        """Refuses what would be computed along another dimension than time, or over pieces of sequences."""
+        time, last = self._get_time_dim(time_dim, data), data.ndim - 1
+        given = self.time_dim if time_dim is None else time_dim
+        recurrent = self.value_network is not None and reads_init(self.value_network)
+        if recurrent and time != last:
+            raise ValueError(
+                f"time_dim: {given}. A recurrent critic reads sequences along the last dimension: [*B, T]."
+            )
+        if self.shifted and time != last and data.names[time] != "time":
+            raise ValueError(f"time_dim: {given}. shifted=True takes the last dimension, or the one named 'time'.")
+        chunked = self.value_chunk_size is not None or self.num_chunks is not None
+        if recurrent and chunked and self.value_chunk_dim % data.ndim == last:
+            raise ValueError(
+                f"value_chunk_dim: {self.value_chunk_dim}. It cuts the sequences of a recurrent critic; legal: a "
+                "dimension other than time."
+            )
+
+    def _mask(self, data: TensorDictBase) -> Tensor | None:
+        """Which entries count, bool ``[*B, T, n]`` or ``[*B, T, 1]`` of all agents; None for all."""
+        masks = [data.get(key, None) for key in self.mask_keys]
+        masks = [mask.reshape(*data.batch_size, -1) for mask in masks if mask is not None]
+        return torch.stack(torch.broadcast_tensors(*masks)).all(0) if masks else None
 
     def _clear_masked(self, data: TensorDictBase, mask: Tensor, group: str | None) -> None:
         """Removes what is not finite where the mask ``[*B, T, n]`` (or 1) of a group is off."""
@@ -177,11 +213,14 @@ class AgentGAE(MultiAgentGAE):
     ) -> Any:
         if self.value_network is not None and reads_init(self.value_network):
             self._add_states(data, params)
+        next_key = ("next", *path(value_key))
+        known = [skip_existing() and data.get(key, None) is not None for key in (value_key, next_key)]
         value, next_value, valid = super()._call_value_nets(data, params, *args, value_key=value_key, **kwargs)
-        if self.value_norm is not None:
-            value, next_value = self.value_norm.denormalize(value), self.value_norm.denormalize(next_value)
-            data.set(value_key, value)
-            data.set(("next", *path(value_key)), next_value)
+        if self.value_norm is not None:  # values that the data had are in the rewards' units already
+            value = value if known[0] else self.value_norm.denormalize(value)
+            next_value = next_value if known[1] else self.value_norm.denormalize(next_value)
+        data.set(value_key, value)  # the parent writes into a copy where next observations are NaN
+        data.set(next_key, next_value)
         return value, next_value, valid
 
     def _add_states(self, data: TensorDictBase, params: TensorDictBase | None) -> None:

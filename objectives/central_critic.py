@@ -149,9 +149,8 @@ class CentralCriticValueEstimator(AgentGAE):
         states = [] if self.state_key is None else [self.state_key]
         return [*super()._read_keys(), *self.observation_keys, *states]
 
-    @torch.no_grad()
     def pool(self, tensordict: TensorDictBase, time_dim: int | None = None) -> TensorDictBase:
-        """Writes ``central_key`` at ``t`` and ``t+1``.
+        """Writes ``central_key`` at ``t`` and ``t+1``; gradients reach what is pooled if ``differentiable``.
 
         Args:
             tensordict: the data, ``[*B, T]``; written to.
@@ -160,13 +159,14 @@ class CentralCriticValueEstimator(AgentGAE):
         Returns:
             The same tensordict.
         """
-        actions = next_actions = None
-        if self.action_keys:
-            actions = [entry(tensordict, key, "action_keys") for key in self.action_keys]
-            next_actions = self._next_actions(tensordict, actions, self._get_time_dim(time_dim, tensordict))
-        tensordict.set(self.central_key, self._pool(tensordict, tensordict.batch_dims, actions))
-        following = tensordict.get("next")
-        following.set(self.central_key, self._pool(following, tensordict.batch_dims, next_actions))
+        with torch.set_grad_enabled(self.differentiable):
+            actions = next_actions = None
+            if self.action_keys:
+                actions = [entry(tensordict, key, "action_keys") for key in self.action_keys]
+                next_actions = self._next_actions(tensordict, actions, self._get_time_dim(time_dim, tensordict))
+            tensordict.set(self.central_key, self._pool(tensordict, tensordict.batch_dims, actions))
+            following = tensordict.get("next")
+            following.set(self.central_key, self._pool(following, tensordict.batch_dims, next_actions))
         return tensordict
 
     def _pool(self, data: TensorDictBase, batch_dims: int, actions: list[Tensor] | None) -> Tensor:
@@ -213,6 +213,7 @@ class CentralCriticValueEstimator(AgentGAE):
                 return spec[key]
         return None
 
+    @torch.no_grad()
     def _next_actions(self, tensordict: TensorDictBase, actions: list[Tensor], time_dim: int) -> list[Tensor]:
         # Recurrent policies take single steps, from the states that were recorded.
         with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):

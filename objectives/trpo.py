@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection, unravel_key
 from tensordict.nn import (
     CompositeDistribution,
     ProbabilisticTensorDictSequential,
@@ -99,6 +100,7 @@ class TRPOLoss(PPOLoss):
     - ``kl_approx``, ``entropy``, ``explained_variance``, ... (log only): as in ``PPOLoss``.
 
     Raises:
+        TypeError: if a keyword is not known.
         ValueError: if ``trust_region`` is unknown, or is ``"per_agent"`` and a parameter is not stacked.
 
     Examples:
@@ -148,6 +150,10 @@ class TRPOLoss(PPOLoss):
     ) -> None:
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ValueError(f"chunk_size: {chunk_size!r}. Legal: None, or a whole number of at least 1.")
+        accepted = [name for name in inspect.signature(PPOLoss).parameters if name != "kwargs"]
+        for name in kwargs:
+            if name not in accepted:  # PPOLoss would ignore it
+                raise TypeError(f"{name}: TRPOLoss has no such argument. {nearest(name, accepted)}")
         super().__init__(actor_network, critic_network, entropy_coeff=entropy_coeff, **kwargs)
         self.value_norm = value_norm
         self.agent_dim = agent_dim
@@ -371,14 +377,14 @@ class TRPOLoss(PPOLoss):
         """Makes the value estimator, as for any TorchRL loss; one given as a class gets the loss's keys too.
 
         Args:
-            value_type: a ``ValueEstimators`` entry, or a ``ValueEstimatorBase`` class or instance. Default, and for
-                ``ValueEstimators.MAGAE``: :class:`AgentGAE`, a ``MultiAgentGAE``.
+            value_type: a ``ValueEstimators`` entry or its name, or a ``ValueEstimatorBase`` class or instance. Default,
+                and for ``ValueEstimators.MAGAE``: :class:`AgentGAE`, a ``MultiAgentGAE``.
             **hyperparams: the estimator's arguments, such as ``gamma`` and ``lmbda``.
 
         Returns:
             The loss itself.
         """
-        if value_type in (None, ValueEstimators.MAGAE):
+        if value_type is None or getattr(value_type, "name", str(value_type)).upper() == ValueEstimators.MAGAE.name:
             value_type = AgentGAE
             defaults = default_value_kwargs(self.default_value_estimator)
             hyperparams = {**defaults, "value_network": self.critic_network, **hyperparams}
@@ -386,12 +392,20 @@ class TRPOLoss(PPOLoss):
         if isinstance(value_type, type):
             self._forward_value_estimator_keys()
         self._forward_masks()
+        self._set_in_keys()
         if self.ranks.size > 1 and getattr(self._value_estimator, "average_gae", False):
             raise ValueError(
                 "average_gae=True would normalise the advantages of each process alone. Legal: average_gae=False, with "
                 "normalize_advantage=True in TRPOLoss, which is over all of them."
             )
         return self
+
+    def _set_in_keys(self) -> None:
+        super()._set_in_keys()
+        if self._value_estimator is not None:  # what a critic reads at t+1 need not be what the policy reads
+            for key in self._value_estimator.in_keys:
+                keys = [unravel_key(part) for part in (key if isinstance(key, list) else [key])]
+                self._in_keys += [part for part in keys if part not in self._in_keys]
 
     @property
     def loss_mask_key(self) -> NestedKey | Literal["auto"] | None:
@@ -423,7 +437,7 @@ class TRPOLoss(PPOLoss):
             ``clip_value``) and the explained variance (None unless it is logged).
         """
         self.update_value_norm(tensordict)
-        return super().loss_critic(tensordict)
+        return super().loss_critic(tensordict.clone(False))  # values are written, that clip_value must not read
 
     def update_value_norm(self, tensordict: TensorDictBase) -> None:
         """Moves the statistics of ``value_norm``, as :meth:`loss_critic` does; nothing without one.
