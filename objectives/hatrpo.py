@@ -9,7 +9,7 @@ from typing import Literal, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import dispatch
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential, dispatch
 from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import LossModule
@@ -161,20 +161,41 @@ class HATRPOSequentialObjective(LossModule):
     def out_keys(self, values: list[NestedKey]) -> None:
         self._out_keys = values
 
-    def set_keys(self, **kwargs: NestedKey) -> None:
-        """Sets the keys of the loss; with several groups, set them on each group's own loss.
+    @property
+    def actor_network(self) -> TensorDictModuleBase:
+        """The loss's policy; of several groups, their policies in sequence."""
+        networks = [loss.actor_network for loss in self._groups.values()]
+        return networks[0] if len(networks) == 1 else TensorDictSequential(*networks)
+
+    @property
+    def critic_network(self) -> TensorDictModuleBase | None:
+        """The loss's critic; of several groups, their critics in sequence. None if a group has none."""
+        networks = [loss.critic_network for loss in self._groups.values()]
+        if any(network is None for network in networks):
+            return None
+        return networks[0] if len(networks) == 1 else TensorDictSequential(*networks)
+
+    def set_keys(self, **kwargs: NestedKey | Mapping[str, NestedKey]) -> None:
+        """Sets the keys of the loss, or of several groups' losses.
 
         Args:
-            **kwargs: as for :meth:`TRPOLoss.set_keys`.
+            **kwargs: as for :meth:`TRPOLoss.set_keys`; with several groups each a mapping ``{group: key}``.
 
         Raises:
-            ValueError: if there are several groups.
+            ValueError: if there are several groups, and not a key for each of them.
         """
-        if len(self.losses) > 1:
-            raise ValueError(
-                f"the groups {list(self.losses)} have keys of their own: call losses[group].set_keys(...)."
-            )
-        next(iter(self._groups.values())).set_keys(**kwargs)
+        for name, keys in kwargs.items():
+            if isinstance(keys, Mapping):
+                given = dict(keys)
+            else:
+                given = {} if len(self.losses) > 1 else dict.fromkeys(self.losses, keys)
+            if set(given) != set(self.losses):
+                raise ValueError(
+                    f"{name}: {keys!r}. The groups {list(self.losses)} have keys of their own; legal: a mapping "
+                    "{group: key} of all of them, or losses[group].set_keys(...)."
+                )
+            for group, loss in self._groups.items():
+                loss.set_keys(**{name: given[group]})
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
