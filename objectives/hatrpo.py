@@ -42,6 +42,10 @@ class HATRPOSequentialObjective(LossModule):
         agent_order: ``"random"`` (drawn anew at every update from torch's generator, as the paper asks), ``"fixed"``
             (by index), or a sequence that names every agent index once.
 
+    Attributes:
+        actor_network: the policy; of several groups, their policies in sequence.
+        critic_network: the critic; of several groups, their critics in sequence. None if a group has none.
+
     Raises:
         TypeError: if ``losses`` holds anything but ``TRPOLoss``.
         ValueError: if a group's agents share their policy, or ``agent_order`` is not an order of the agents.
@@ -76,6 +80,8 @@ class HATRPOSequentialObjective(LossModule):
         """Has no keys of its own: the losses' are read."""
 
     losses: nn.ModuleDict
+    actor_network: TensorDictModuleBase
+    critic_network: TensorDictModuleBase | None
 
     def __init__(
         self,
@@ -94,6 +100,9 @@ class HATRPOSequentialObjective(LossModule):
         for group, loss in groups.items():
             self._agents += [(group, agent) for agent in range(_count_agents(group, loss))]
         self.agent_order = agent_order
+        # In __dict__, as TorchRL's losses keep their networks: the parameters are the losses'.
+        self.__dict__["actor_network"] = _in_sequence([loss.actor_network for loss in groups.values()])
+        self.__dict__["critic_network"] = _in_sequence([loss.critic_network for loss in groups.values()])
 
     @property
     def n_agents(self) -> int:
@@ -160,20 +169,6 @@ class HATRPOSequentialObjective(LossModule):
     @out_keys.setter
     def out_keys(self, values: list[NestedKey]) -> None:
         self._out_keys = values
-
-    @property
-    def actor_network(self) -> TensorDictModuleBase:
-        """The loss's policy; of several groups, their policies in sequence."""
-        networks = [loss.actor_network for loss in self._groups.values()]
-        return networks[0] if len(networks) == 1 else TensorDictSequential(*networks)
-
-    @property
-    def critic_network(self) -> TensorDictModuleBase | None:
-        """The loss's critic; of several groups, their critics in sequence. None if a group has none."""
-        networks = [loss.critic_network for loss in self._groups.values()]
-        if any(network is None for network in networks):
-            return None
-        return networks[0] if len(networks) == 1 else TensorDictSequential(*networks)
 
     def set_keys(self, **kwargs: NestedKey | Mapping[str, NestedKey]) -> None:
         """Sets the keys of the loss, or of several groups' losses.
@@ -248,6 +243,12 @@ class HATRPOSequentialObjective(LossModule):
             region = self._groups[group].policy_region(rows[group], agent=agent, index=index, factor=factor)
             yield region
             factor = factor * region.ratio().flatten()
+
+
+def _in_sequence(networks: Sequence[TensorDictModuleBase | None]) -> TensorDictModuleBase | None:
+    if len(networks) == 1 or None in networks:
+        return networks[0] if len(networks) == 1 else None
+    return TensorDictSequential(*networks)
 
 
 def _count_agents(group: str, loss: TRPOLoss) -> int:

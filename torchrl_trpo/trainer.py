@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.trainers import LogScalar, OptimizationStepper, Trainer, TrainerHookBase, UpdateWeights
@@ -280,7 +281,8 @@ class TRPOTrainer(OnPolicyTrainer):
 
     Raises:
         TypeError: if ``loss_module`` is another kind of loss.
-        ValueError: if a keyword has a value that a trust-region step cannot have; see also :class:`TrustRegionStepper`.
+        ValueError: if a keyword has a value that a trust-region step cannot have, or the collector's policy has other
+            parameters than the loss's; see also :class:`TrustRegionStepper`.
     """
 
     _algo_name = "TRPO"
@@ -309,6 +311,7 @@ class TRPOTrainer(OnPolicyTrainer):
             if name in _LEGAL:
                 _check_legal(name, value)
         self._losses = losses_by_group(loss_module)
+        _check_same_parameters(getattr(collector, "policy", None), loss_module.actor_network)
         stepper = TrustRegionStepper(
             TrustRegionUpdater(loss_module) if updater is None else updater,
             critic_epochs=critic_epochs,
@@ -413,6 +416,21 @@ def critic_parameters(loss: TRPOLoss) -> list[nn.Parameter]:
         for parameter in source.values(True, True)
         if isinstance(parameter, nn.Parameter) and parameter.requires_grad and id(parameter) not in policy
     ]
+
+
+def _check_same_parameters(policy: Any, actor_network: TensorDictModuleBase) -> None:
+    """What collects must be able to take over the weights of what learns."""
+    if not isinstance(policy, TensorDictModuleBase):
+        return
+    theirs, ours = (
+        {key: value.shape for key, value in TensorDict.from_module(module).items(True, True)}
+        for module in (policy, actor_network)
+    )
+    if theirs != ours:
+        raise ValueError(
+            f"collector: its policy is a {type(policy).__name__} with other parameters than loss_module.actor_network, "
+            f"a {type(actor_network).__name__}. Legal: that one, or one made alike."
+        )
 
 
 def _check_legal(name: str, value: Any) -> None:
