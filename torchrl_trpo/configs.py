@@ -119,7 +119,7 @@ class HATRPOLossConfig(LossConfig):
 
 def _make_hatrpo_loss(losses: TRPOLoss | Mapping[str, TRPOLoss], agent_order: Any) -> HATRPOSequentialObjective:
     groups = losses if isinstance(losses, TRPOLoss) else dict(losses.items())
-    order = agent_order if isinstance(agent_order, str) else list(agent_order)
+    order: Any = agent_order if isinstance(agent_order, str) else list(agent_order)
     return HATRPOSequentialObjective(groups, agent_order=order)
 
 

@@ -293,7 +293,7 @@ class TRPOTrainer(OnPolicyTrainer):
         collector: BaseCollector,
         total_frames: int,
         loss_module: TRPOLoss | HATRPOSequentialObjective,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer,
         updater: TrustRegionUpdater | None = None,
         critic_epochs: int = 5,
         minibatch_size: int = 300,
