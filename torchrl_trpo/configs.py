@@ -6,7 +6,7 @@ each is a dataclass with the keywords of what it makes, and keys may be lists (`
 ======================  ===========================================================================
 ``loss``                ``trpo``, ``hatrpo``
 ``value``               ``agent_gae``, ``central_critic``: value estimators, for ``loss.value_estimator``
-``updater``             ``trust_region``
+``policy_updater``      ``trust_region``
 ``trainer``             ``trpo``
 ``network``             ``multi_agent_mlp``
 ``model``               ``agent_policy``, ``agent_critic``: the recipes' networks, made for an environment
@@ -210,7 +210,7 @@ class TrustRegionUpdaterConfig(ConfigBase):
 class TRPOTrainerConfig(OnPolicyTrainerConfig):
     """Hydra configuration for :class:`~torchrl_trpo.trainer.TRPOTrainer`.
 
-    ``updater`` is a config of the group ``updater``, and ``optimizer`` one of the group ``optimizer``, which gets the
+    ``updater`` is a config of the group ``policy_updater``, and ``optimizer`` one of the group ``optimizer``, which gets the
     critics' parameters. A collector that is partial and has no policy gets the loss's.
     """
 
@@ -413,7 +413,7 @@ def _register() -> None:
         ("loss", "hatrpo"): HATRPOLossConfig,
         ("value", "agent_gae"): AgentGAEConfig,
         ("value", "central_critic"): CentralCriticConfig,
-        ("updater", "trust_region"): TrustRegionUpdaterConfig,
+        ("policy_updater", "trust_region"): TrustRegionUpdaterConfig,
         ("trainer", "trpo"): TRPOTrainerConfig,
         ("network", "multi_agent_mlp"): MultiAgentMLPConfig,
         ("model", "agent_policy"): AgentPolicyConfig,
