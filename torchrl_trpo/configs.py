@@ -210,7 +210,7 @@ class TrustRegionUpdaterConfig(ConfigBase):
 class TRPOTrainerConfig(OnPolicyTrainerConfig):
     """Hydra configuration for :class:`~torchrl_trpo.trainer.TRPOTrainer`.
 
-    ``updater`` is a config of the group ``policy_updater``, and ``optimizer`` one of the group ``optimizer``, which gets the
+    ``updater`` is a config of the group ``policy_updater``. ``optimizer``, one of the group ``optimizer``, gets the
     critics' parameters. A collector that is partial and has no policy gets the loss's.
     """
 
