@@ -1,6 +1,7 @@
 """The objective modules: parts that drop into a TorchRL pipeline."""
 
 from torchrl_trpo.objectives.agent_gae import AgentGAE
+from torchrl_trpo.objectives.agent_sequence import AgentSequence, AgentTurn
 from torchrl_trpo.objectives.central_critic import CentralCriticValueEstimator
 from torchrl_trpo.objectives.hatrpo import HATRPOSequentialObjective
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
@@ -9,6 +10,8 @@ from torchrl_trpo.objectives.trpo import TRPOLoss
 
 __all__ = [
     "AgentGAE",
+    "AgentSequence",
+    "AgentTurn",
     "CentralCriticValueEstimator",
     "HATRPOSequentialObjective",
     "PolicyRows",

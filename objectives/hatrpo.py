@@ -15,6 +15,7 @@ from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import LossModule
 
 from torchrl_trpo.layout import path
+from torchrl_trpo.objectives.agent_sequence import AgentSequence
 from torchrl_trpo.objectives.policy_network import resolve_trust_region
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.trpo import TRPOLoss
@@ -99,7 +100,8 @@ class HATRPOSequentialObjective(LossModule):
         self._agents: list[tuple[str, int]] = []
         for group, loss in groups.items():
             self._agents += [(group, agent) for agent in range(_count_agents(group, loss))]
-        self.agent_order = agent_order
+        ranks = next(iter(groups.values())).ranks
+        self._sequence = AgentSequence(len(self._agents), agent_order=agent_order, ranks=ranks)
         # In __dict__, as TorchRL's losses keep their networks: the parameters are the losses'.
         self.__dict__["actor_network"] = _in_sequence([loss.actor_network for loss in groups.values()])
         self.__dict__["critic_network"] = _in_sequence([loss.critic_network for loss in groups.values()])
@@ -112,21 +114,11 @@ class HATRPOSequentialObjective(LossModule):
     @property
     def agent_order(self) -> Literal["random"] | tuple[int, ...]:
         """The order of the agents, or ``"random"``; can be assigned."""
-        return self._agent_order
+        return self._sequence.agent_order
 
     @agent_order.setter
     def agent_order(self, order: Literal["random", "fixed"] | Sequence[int]) -> None:
-        self._agent_order: Literal["random"] | tuple[int, ...]
-        if isinstance(order, str) and order in {"random", "fixed"}:
-            self._agent_order = "random" if order == "random" else tuple(range(self.n_agents))
-            return
-        indices = [] if isinstance(order, str) else [int(index) for index in order]
-        if sorted(indices) != list(range(self.n_agents)):
-            raise ValueError(
-                f"agent_order: {order!r}. Legal: 'random', 'fixed', or a sequence that names each of the "
-                f"{self.n_agents} agents 0 to {self.n_agents - 1} once."
-            )
-        self._agent_order = tuple(indices)
+        self._sequence.agent_order = order
 
     def _check_rewards(self, tensordict: TensorDictBase) -> None:
         """Warns once when the agents' rewards differ, after updates 1, 2, 4, 8, ...: it waits for the device."""
@@ -236,13 +228,11 @@ class HATRPOSequentialObjective(LossModule):
                 raise ValueError(_shared_message(group))
         self._check_rewards(tensordict)
         first = next(iter(rows.values()))
-        factor = first.log_prob.new_ones(first.log_prob.shape[: first.row_dims].numel())  # M, [N]
-        order = torch.randperm(self.n_agents).tolist() if self.agent_order == "random" else self.agent_order
-        for index in order:
-            group, agent = self._agents[index]
-            region = self._groups[group].policy_region(rows[group], agent=agent, index=index, factor=factor)
+        for turn in self._sequence.turns(first.log_prob.new_ones(first.log_prob.shape[: first.row_dims].numel())):
+            group, agent = self._agents[turn.agent]
+            region = self._groups[group].policy_region(rows[group], agent=agent, index=turn.agent, factor=turn.factor)
             yield region
-            factor = factor * region.ratio().flatten()
+            turn.finish(region.ratio())
 
 
 def _in_sequence(networks: Sequence[TensorDictModuleBase | None]) -> TensorDictModuleBase | None:

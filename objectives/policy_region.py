@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,7 @@ from torchrl_trpo.objectives.policy_network import (
     stacked_prefixes,
 )
 from torchrl_trpo.objectives.policy_rows import PolicyRows
+from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.vectors import flatten, unflatten
 
 _CPU_ROWS = 4096
@@ -68,6 +69,8 @@ class PolicyTrustRegion:
         compiled: the policy's forward pass where it is differentiated once or not at all. Default: as the network is.
         chunk_size: how many rows may have a graph, or anything computed from them, at a time; more are evaluated in
             pieces, anew for each product and each try. None for all.
+        ranks: the processes that solve the subproblem together, each with its rows: what is summed over rows is summed
+            over them. Default: this one alone.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class PolicyTrustRegion:
         max_importance_ratio: Tensor | None = None,
         compiled: CompiledPolicy | None = None,
         chunk_size: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.indices = indices
         self._network = network
@@ -106,6 +110,7 @@ class PolicyTrustRegion:
         self._live = [self._stateless.get(names[0]) for names in self._keys]
         self._leaves = [value.clone().requires_grad_() for value in self._live]
         self._accepted = torch.zeros(len(indices), dtype=torch.bool, device=rows.log_prob.device)
+        self._ranks = Ranks() if ranks is None else ranks
         self._chunk_rows = len(rows) if chunk_size is None else max(1, chunk_size // rows.steps_per_row)
         self._bounded: TanhNormal | None = None
         self._pieces = self._split(rows)
@@ -131,10 +136,8 @@ class PolicyTrustRegion:
             pieces = self._split(rows)
         if self._fits_in_chunk(rows):
             products = [self._piece_product(piece.rows, piece) for piece in pieces]
-            return lambda vectors: sum((product(vectors) for product in products), torch.zeros_like(vectors))
-        return lambda vectors: sum(
-            (self._piece_product(piece.rows)(vectors) for piece in pieces), torch.zeros_like(vectors)
-        )
+            return lambda vectors: self._sum([product(vectors) for product in products])
+        return lambda vectors: self._sum(self._piece_product(piece.rows)(vectors) for piece in pieces)
 
     def gradient(self) -> Tensor:
         """The gradient of the surrogate at ``θ_k``, ``[n, P]``."""
@@ -152,7 +155,7 @@ class PolicyTrustRegion:
             piece.dist_params = None
             if self._fits_in_chunk(self._rows):
                 piece.dist, piece.gain = self._distribution(dist_params.detach()), gain.detach()
-        return total
+        return self._ranks.sum_(total)
 
     @torch.no_grad()
     def evaluate(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,6 +176,7 @@ class PolicyTrustRegion:
             dist = self._distribution(self._distribution_parameters(rows, leaves))
             improvement = improvement + self._total(rows, self._gain(rows, dist) - gain_k)
             kl = kl + self._total(rows, kl_divergence(dist_k, dist, self._batch_dims).unsqueeze(-1))
+        improvement, kl = self._ranks.sum_(torch.stack([improvement, kl]))
         return improvement, kl
 
     @torch.no_grad()
@@ -257,6 +261,14 @@ class PolicyTrustRegion:
             return gain
         return gain + self._entropy_coeff * entropy(dist, self._batch_dims).unsqueeze(-1)
 
+    def _sum(self, products: Iterable[Tensor]) -> Tensor:
+        """The sum of the pieces' shares of a product, of all ranks, ``[n, P]``."""
+        products = iter(products)
+        total = next(products)
+        for product in products:
+            total = total + product
+        return self._ranks.sum_(total)
+
     def _total(self, rows: PolicyRows, values: Tensor) -> Tensor:
         """The weighted sum over the rows of each region, ``[*R, *A, 1]`` to ``[n]``."""
         weighted = rows.weight * values
@@ -276,7 +288,7 @@ class PolicyTrustRegion:
         if sample.weight.ndim == 1:
             return replace(sample, weight=sample.weight * (len(self._rows) / len(sample)))
         per_region = list(range(sample.row_dims))
-        total = sample.weight.sum() if self._agent_slice is None else sample.weight.sum(per_region)
+        total = self._ranks.sum_(sample.weight.sum() if self._agent_slice is None else sample.weight.sum(per_region))
         total = total if self._agent_slice is None else total.reshape(*[1] * sample.row_dims, *total.shape)
         return replace(sample, weight=sample.weight / torch.where(total > 0, total, 1.0))
 

@@ -13,6 +13,7 @@ from torch import distributions as D
 
 from torchrl_trpo.divergence import log_prob
 from torchrl_trpo.layout import has_agent_dim, non_finite
+from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.suggest import nearest
 
 
@@ -148,6 +149,7 @@ def flatten_rows(
     mask: Tensor | None,
     per_agent: bool,
     sequences: bool = False,
+    ranks: Ranks,
 ) -> PolicyRows:
     """Flattens the batch dimensions ``*B`` of a batch to ``N`` rows, or ``[*B, T]`` to ``N`` sequences.
 
@@ -162,6 +164,7 @@ def flatten_rows(
             cleared, so that padding, NaNs included, cannot spread into sums or gradients.
         per_agent: whether each agent is a region of its own, with a mean of its own.
         sequences: whether the last batch dimension is time, and stays.
+        ranks: the processes whose rows are one batch: the weights of all of them sum to 1.
 
     Returns:
         The rows.
@@ -172,11 +175,11 @@ def flatten_rows(
     rows = rows.reshape(-1, batch_size[-1]) if sequences else rows.reshape(-1)
     row_dims = rows.batch_dims
     if mask is None:
-        weight = log_prob.new_full((1,), 1 / max(rows.numel() if per_agent else log_prob.numel(), 1))
+        weight = _equal_weight(rows.numel() if per_agent else log_prob.numel(), log_prob, ranks)
     else:
         mask = mask.reshape(rows["log_prob"].shape)
         rows = rows.named_apply(lambda key, value: _clear_masked(key, value, mask, row_dims), nested_keys=True)
-        count = mask.sum(list(range(row_dims)), keepdim=True) if per_agent else mask.sum()
+        count = ranks.sum_(mask.sum(list(range(row_dims)), keepdim=True) if per_agent else mask.sum())
         weight = mask / count.clamp_min(1).to(log_prob.dtype)
     rows.set("advantage", rows.get("advantage") + _non_finite(rows, row_dims))
     return PolicyRows(
@@ -256,6 +259,14 @@ def entry(tensordict: TensorDictBase, key: NestedKey | list[NestedKey], role: st
                 "Name the entry that is meant where the key is set, or with set_keys."
             )
     return tensordict.select(*key) if isinstance(key, list) else tensordict.get(key)
+
+
+def _equal_weight(count: int, like: Tensor, ranks: Ranks) -> Tensor:
+    """What each of the rows counts when all count the same, ``[1]``."""
+    if ranks.size == 1:
+        return like.new_full((1,), 1 / max(count, 1))
+    total = ranks.sum_(torch.tensor([count], dtype=torch.long, device=like.device))
+    return (1 / total.double()).to(like.dtype)
 
 
 def _non_finite(rows: TensorDict, row_dims: int) -> Tensor:

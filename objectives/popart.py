@@ -7,9 +7,13 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.modules import ValueNorm
 
+from torchrl_trpo.ranks import Ranks
+
 
 @torch.no_grad()
-def update_value_norm(value_norm: ValueNorm, targets: Tensor, critic: TensorDictBase | None = None) -> None:
+def update_value_norm(
+    value_norm: ValueNorm, targets: Tensor, critic: TensorDictBase | None = None, ranks: Ranks | None = None
+) -> None:
     r"""Moves the statistics of normalised values, and corrects the critic's last layer so that no output changes.
 
     With :math:`\sigma, \mu` before and :math:`\sigma', \mu'` after, the last layer's weight becomes
@@ -20,7 +24,11 @@ def update_value_norm(value_norm: ValueNorm, targets: Tensor, critic: TensorDict
         value_norm: the statistics, of shape ``(1,)``.
         targets: the value targets that count, ``[*B, 1]``.
         critic: the parameters of the critic, if it outputs normalised values. Default: no correction.
+        ranks: the processes whose targets belong together. Default: this one alone.
     """
+    targets = targets if ranks is None else ranks.concat(targets)
+    if targets.numel() == 0:
+        return
     targets = torch.where(targets.isfinite(), targets, _mean(value_norm))  # one NaN would stay in the statistics
     if critic is None:
         value_norm.update(targets)

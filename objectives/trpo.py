@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import (
     CompositeDistribution,
@@ -41,6 +42,7 @@ from torchrl_trpo.objectives.policy_rows import (
     flatten_rows,
 )
 from torchrl_trpo.objectives.popart import update_value_norm
+from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.row_statistics import effective_sample_size, standardize
 from torchrl_trpo.suggest import nearest
 
@@ -81,6 +83,10 @@ class TRPOLoss(PPOLoss):
         compile_policy: whether the policy's forward pass in the update's gradient and line search is compiled
             (``torch.compile``), with the same result to rounding; or the keywords for it. Products with the Fisher
             matrix differentiate twice, which ``torch.compile`` does not support, and stay as they are. Default: False.
+        process_group: the processes of ``torch.distributed`` that update together (``torch.distributed.group.WORLD``),
+            each with rows of its own; they begin with the first one's parameters and stay the same to the bit. The
+            policy update, the advantage's and the values' statistics are then of all rows, as if one process had them;
+            :meth:`forward` is of this process's rows. Each call is made by all of them. Default: this process alone.
         **kwargs: keywords of :class:`~torchrl.objectives.PPOLoss`.
 
     Output keys of :meth:`forward`:
@@ -137,6 +143,7 @@ class TRPOLoss(PPOLoss):
         value_norm: ValueNorm | None = None,
         chunk_size: int | None = None,
         compile_policy: bool | Mapping[str, Any] = False,
+        process_group: dist.ProcessGroup | None = None,
         **kwargs: Any,
     ) -> None:
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
@@ -152,6 +159,13 @@ class TRPOLoss(PPOLoss):
         )
         self._data_has_distribution = False
         self._norm_has_started = False
+        self.ranks = Ranks(process_group)
+        if self.ranks.size > 1 and self.advantage_norm is not None:
+            raise ValueError(
+                "advantage_norm: its statistics would be of each process alone. Legal: normalize_advantage."
+            )
+        for tensor in (*self.parameters(), *self.buffers()):
+            self.ranks.first_(tensor.data)
 
     @property
     def actor_parameters(self) -> TensorDictBase:
@@ -269,6 +283,7 @@ class TRPOLoss(PPOLoss):
             max_importance_ratio=self.max_importance_ratio,
             compiled=self._compiled_policy(network),
             chunk_size=self.chunk_size,
+            ranks=self.ranks,
         )
 
     def _compiled_policy(self, network: ProbabilisticTensorDictSequential) -> CompiledPolicy | None:
@@ -285,11 +300,12 @@ class TRPOLoss(PPOLoss):
         self._compiled = {}  # constants in it stay on the device where they were
         return super()._apply(*args, **kwargs)
 
-    def policy_rows(self, tensordict: TensorDictBase) -> PolicyRows:
+    def policy_rows(self, tensordict: TensorDictBase, ranks: Ranks | None = None) -> PolicyRows:
         """Reads from a batch what the policy update needs, flattened to ``N`` rows; the batch is not modified.
 
         Args:
             tensordict: the data, ``[*B, T]``.
+            ranks: the processes whose rows' weights sum to 1. Default: the loss's.
 
         Returns:
             The rows; those that a loss mask excludes weigh 0, and their content cannot spread. Missing entries and
@@ -322,6 +338,7 @@ class TRPOLoss(PPOLoss):
             mask=self._row_mask(tensordict, log_prob),
             per_agent=self.trust_region == "per_agent",
             sequences=reads_init(self.actor_network),
+            ranks=self.ranks if ranks is None else ranks,
         )
 
     def surrogate_terms(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
@@ -335,7 +352,7 @@ class TRPOLoss(PPOLoss):
             KL from the policy that collected the data ``[n]`` in nats, NaN when the data has no distribution
             parameters.
         """
-        rows = self.policy_rows(tensordict)
+        rows = self.policy_rows(tensordict, Ranks())
         dist_params = distribution_parameters(self.actor_network, self.actor_parameters, rows.inputs)
         dist = self.actor_network.build_dist_from_params(dist_params)
         counts = rows.weight > 0
@@ -369,6 +386,11 @@ class TRPOLoss(PPOLoss):
         if isinstance(value_type, type):
             self._forward_value_estimator_keys()
         self._forward_masks()
+        if self.ranks.size > 1 and getattr(self._value_estimator, "average_gae", False):
+            raise ValueError(
+                "average_gae=True would normalise the advantages of each process alone. Legal: average_gae=False, with "
+                "normalize_advantage=True in TRPOLoss, which is over all of them."
+            )
         return self
 
     @property
@@ -400,13 +422,20 @@ class TRPOLoss(PPOLoss):
             The distance ``[*B, n_agents, 1]`` times ``critic_coeff``, the share of clipped values (None without
             ``clip_value``) and the explained variance (None unless it is logged).
         """
+        self.update_value_norm(tensordict)
+        return super().loss_critic(tensordict)
+
+    def update_value_norm(self, tensordict: TensorDictBase) -> None:
+        """Moves the statistics of ``value_norm``, as :meth:`loss_critic` does; nothing without one.
+
+        Args:
+            tensordict: the data with value targets, ``[*B]``; ``B`` may be 0, where other processes have rows.
+        """
         if self.value_norm is not None:
             targets = entry(tensordict, self.tensor_keys.value_target, "value_target")
             mask = self._row_mask(tensordict, targets)
             targets = targets if mask is None else targets[mask].unsqueeze(-1)
-            if targets.numel() > 0:
-                update_value_norm(self.value_norm, targets, self._normalised_critic())
-        return super().loss_critic(tensordict)
+            update_value_norm(self.value_norm, targets, self._normalised_critic(), self.ranks)
 
     def _normalised_critic(self) -> TensorDictBase | None:
         """The critic's parameters if other statistics would change its values; the first statistics are no change."""
@@ -464,7 +493,7 @@ class TRPOLoss(PPOLoss):
     def _standardize_advantage(self, advantage: Tensor, tensordict: TensorDictBase) -> Tensor:
         excluded = {dim % advantage.ndim for dim in self.normalize_advantage_exclude_dims}
         dims = [dim for dim in range(advantage.ndim) if dim not in excluded]
-        return standardize(advantage, self._row_mask(tensordict, advantage), dims)
+        return standardize(advantage, self._row_mask(tensordict, advantage), dims, self.ranks)
 
     def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> Any:
         for key, name in [(self.tensor_keys.sample_log_prob, _LOG_PROB_ROLE), (self.tensor_keys.action, "action")]:

@@ -24,17 +24,19 @@ from torchrl_trpo.groups import group_keys
 from torchrl_trpo.networks import make_central_critic, make_value_norm
 from torchrl_trpo.objectives import CentralCriticValueEstimator, TRPOLoss
 from torchrl_trpo.policy import make_policy
+from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.recurrent import carry_states
 from torchrl_trpo.run import Run, training_run
 from torchrl_trpo.settings import check_teams, plain_errors, run_recipe
 
 
 @training_run
-def train(cfg: DictConfig) -> dict[str, Any]:
+def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     """Trains MATRPO.
 
     Args:
         cfg: the config, see ``config/matrpo.yaml``.
+        ranks: the processes of the job, see ``docs/scaling.md``; mostly this one alone.
 
     Returns:
         The run's summary.
@@ -49,6 +51,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         one_group=cfg.actor.sharing == "all",
         state=cfg.critic.inputs != "observations",
         normalize_observations=cfg.normalize_observations,
+        ranks=ranks,
     )
     groups = check_teams(cfg, group_keys(env))
     policy = make_policy(env, groups, **cfg.actor)
@@ -76,6 +79,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             chunk_size=cfg.chunk_size,
             compile_policy=cfg.compile_update,
             value_norm=value_norm,
+            process_group=ranks.group,
         )
         loss.set_keys(**keys.loss_keys)
         loss.loss_mask_key = keys.mask or "auto"
@@ -99,7 +103,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]
     critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr, fused=True)
 
-    collector = make_collector(env, policy, frames_per_batch=cfg.train.frames_per_batch, **cfg.collector)
+    collector = make_collector(env, policy, frames_per_batch=cfg.train.frames_per_batch, ranks=ranks, **cfg.collector)
     with Run(
         cfg,
         "MATRPO",
@@ -108,6 +112,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         losses=torch.nn.ModuleDict(losses),
         updaters=updaters,
         critic_optim=critic_optim,
+        ranks=ranks,
     ) as run:
         for data in run.batches():  # [num_envs, T]
             run.lap("collect_s")
@@ -123,7 +128,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             run.lap("policy_s")
 
             fit = fit_critics(
-                losses.values(), critic_optim, data, epochs=cfg.critic.epochs, minibatch_size=cfg.critic.minibatch_size
+                losses.values(),
+                critic_optim,
+                data,
+                epochs=cfg.critic.epochs,
+                minibatch_size=cfg.critic.minibatch_size,
+                process_group=ranks.group,
             )
             run.lap("critic_s")
 

@@ -23,17 +23,19 @@ from torchrl_trpo.groups import group_keys
 from torchrl_trpo.networks import make_critic, make_value_norm
 from torchrl_trpo.objectives import TRPOLoss
 from torchrl_trpo.policy import make_policy
+from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.recurrent import carry_states
 from torchrl_trpo.run import Run, training_run
 from torchrl_trpo.settings import check_single_agent, plain_errors, run_recipe
 
 
 @training_run
-def train(cfg: DictConfig) -> dict[str, Any]:
+def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     """Trains TRPO.
 
     Args:
         cfg: the config, see ``config/trpo.yaml``.
+        ranks: the processes of the job, see ``docs/scaling.md``; mostly this one alone.
 
     Returns:
         The run's summary.
@@ -41,7 +43,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     device = resolve_device(cfg.device)
 
     # Environment, policy and critic.
-    env = make_env(**cfg.env, seed=cfg.seed, device=device, normalize_observations=cfg.normalize_observations)
+    env = make_env(
+        **cfg.env, seed=cfg.seed, device=device, normalize_observations=cfg.normalize_observations, ranks=ranks
+    )
     keys = check_single_agent(cfg, group_keys(env))
     actor = make_policy(env, [keys], **cfg.actor)
     critic = make_critic(env, keys, share_params=True, hidden=cfg.critic.hidden, network=cfg.critic.network)
@@ -57,13 +61,14 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         chunk_size=cfg.chunk_size,
         compile_policy=cfg.compile_update,
         value_norm=value_norm,
+        process_group=ranks.group,
     )
     loss.set_keys(**keys.loss_keys)
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda, value_norm=value_norm)
     updater = TrustRegionUpdater(loss, **cfg.updater)
     critic_optim = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=cfg.critic.lr, fused=True)
 
-    collector = make_collector(env, actor, frames_per_batch=cfg.train.frames_per_batch, **cfg.collector)
+    collector = make_collector(env, actor, frames_per_batch=cfg.train.frames_per_batch, ranks=ranks, **cfg.collector)
     with Run(
         cfg,
         "TRPO",
@@ -72,6 +77,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         losses=loss,
         updaters=[updater],
         critic_optim=critic_optim,
+        ranks=ranks,
     ) as run:
         for data in run.batches():  # [num_envs, T]
             run.lap("collect_s")
@@ -86,7 +92,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             run.lap("policy_s")
 
             fit = fit_critic(
-                loss, critic_optim, data, epochs=cfg.critic.epochs, minibatch_size=cfg.critic.minibatch_size
+                loss,
+                critic_optim,
+                data,
+                epochs=cfg.critic.epochs,
+                minibatch_size=cfg.critic.minibatch_size,
+                process_group=ranks.group,
             )
             run.lap("critic_s")
 

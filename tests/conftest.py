@@ -6,6 +6,8 @@ import pytest
 import torch
 from tensordict.nn import set_composite_lp_aggregate
 
+from tests.rank_processes import PRELOADED
+
 torch.set_num_threads(1)
 
 
@@ -24,7 +26,7 @@ def _log_probs_by_part():
 @pytest.fixture
 def quick_processes():
     """Processes of environments that are forked from one that has imported what they need."""
-    multiprocessing.set_forkserver_preload(["torchrl_trpo.envs"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     multiprocessing.set_start_method("forkserver", force=True)
     yield
     multiprocessing.set_start_method(None, force=True)

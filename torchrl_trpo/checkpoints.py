@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase, is_tensor_collection
+from torch import Tensor
 from torchrl._utils import logger
 from torchrl.checkpoint import (
     Checkpoint,
@@ -25,7 +26,9 @@ from torchrl.checkpoint import (
 from torchrl.collectors import Collector
 
 from torchrl_trpo.object_snapshot import InexactError
+from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.suggest import SettingError, nearest
+from torchrl_trpo.torchrun import job_id
 
 FORMAT_VERSION = 1
 """Of what a checkpoint holds; newer ones are refused."""
@@ -65,17 +68,25 @@ class Checkpoints:
     never half of one. Its components are files of ``torch.save``, read with ``weights_only=True``: loading one runs no
     code. Its manifest holds the format's version, the packages' versions, the config and the progress.
 
+    Of several ranks the first one writes and reads, for all: only its machine needs the folder. Saving and loading are
+    collective calls.
+
     Args:
         folder: the run's folder.
         collector: the run's collector: what it is about to continue, and its environment.
         components: the other objects with ``state_dict`` and ``load_state_dict``, by name.
         keep: how many of the last are kept; the one with the best return is kept besides.
+        ranks: the processes of the run.
     """
 
-    def __init__(self, folder: Path, collector: Collector, components: Mapping[str, Any], keep: int) -> None:
+    def __init__(
+        self, folder: Path, collector: Collector, components: Mapping[str, Any], keep: int, ranks: Ranks
+    ) -> None:
         self.folder = folder
-        own = {"collection": CollectionState(collector), "generators": _Generators()}
-        self._checkpoint = _checkpoint_of({**own, **components})
+        self._ranks = ranks
+        self._own = {"collection": CollectionState(collector), "generators": _Generators()}
+        self._components = dict(components)
+        self._others = _OtherRanks()
         directory = folder / _DIRECTORY
         self._rotation = CheckpointRotation(directory, keep_last=keep, keep_best=("best_metric", "max"))
 
@@ -90,12 +101,26 @@ class Checkpoints:
         Returns:
             Where it is.
         """
+        if self._ranks.size > 1:
+            self._others.states = self._ranks.gather_objects(_as_bytes(_states(self._own)))[1:]
+            if not self._ranks.is_first:
+                return self.folder
         metric = episode_return if math.isfinite(episode_return) else -1e300  # the manifest wants a finite number
-        record = {"format_version": FORMAT_VERSION, "progress": progress, "config": config, "best_metric": metric}
-        return self._rotation.save(self._checkpoint, step=progress["iteration"], metadata=record)
+        record = {
+            "format_version": FORMAT_VERSION,
+            "progress": progress,
+            "config": config,
+            "best_metric": metric,
+            "ranks": self._ranks.size,
+            "job": job_id(),
+        }
+        checkpoint = _checkpoint_of({**self._own, **self._components, **self._of_others(self._ranks.size)})
+        return self._rotation.save(checkpoint, step=progress["iteration"], metadata=record)
 
     def load(self, path: Path) -> dict[str, Any]:
         """Puts the state of a checkpoint back, all of it.
+
+        A run that another number of processes goes on with begins new episodes, and this is said.
 
         Args:
             path: the checkpoint.
@@ -104,8 +129,44 @@ class Checkpoints:
             The progress that it was saved with. A :class:`~torchrl_trpo.suggest.SettingError` says if something in it
             is missing, or cannot be read.
         """
-        _load(self._checkpoint, path)
-        return read_record(path)["progress"]
+        if self._ranks.size == 1:
+            return self._load_first(path)[0]
+        given: list[Any] = []
+        if self._ranks.is_first:
+            try:
+                progress, same_size = self._load_first(path)
+                shared = _as_bytes(_states(self._components))
+                states = self._others.states if same_size else [None] * (self._ranks.size - 1)
+                given = [progress, *((progress, shared, own) for own in states)]
+            except SettingError as error:
+                given = [error] * self._ranks.size
+        received = self._ranks.scatter_objects(given)
+        if isinstance(received, SettingError):
+            raise received
+        if self._ranks.is_first:
+            return received
+        progress, shared, own = received
+        _restore(self._components, _from_bytes(shared))
+        if own is not None:
+            _restore(self._own, _from_bytes(own))
+        return progress
+
+    def _load_first(self, path: Path) -> tuple[dict[str, Any], bool]:
+        """Puts the first rank's state back; gives the progress, and whether it was saved by as many ranks."""
+        record = read_record(path)
+        before = record.get("ranks", 1)
+        if before != self._ranks.size:
+            logger.warning(
+                f"The checkpoint is of {before} processes, and now there are {self._ranks.size}: the run begins new "
+                "episodes, with new random numbers, and is not the same to the bit."
+            )
+            _load(_checkpoint_of(self._components), path)
+            return record["progress"], False
+        _load(_checkpoint_of({**self._own, **self._components, **self._of_others(before)}), path)
+        return record["progress"], True
+
+    def _of_others(self, size: int) -> dict[str, Any]:
+        return {"other_ranks": self._others} if size > 1 else {}
 
     def clean(self) -> None:
         """Removes what writers that were killed have left."""
@@ -162,6 +223,21 @@ class CollectionState:
         if not self._told:
             logger.warning(f"{why} A resumed run begins new episodes, and is not the same to the bit.")
         self._told = True
+
+
+class _OtherRanks:
+    """What the other ranks are about to continue, for the first rank to keep."""
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of ranks 1 and above."""
+        return {"states": self.states}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Keeps them, to be handed out."""
+        self.states = list(state_dict["states"])
 
 
 def find_checkpoint(folder: Path, which: str = "latest") -> Path:
@@ -300,6 +376,26 @@ def _checkpoint_of(components: Mapping[str, Any]) -> Checkpoint:
     for name, component in components.items():
         checkpoint.register(name, component, adapter=StateDictCheckpointAdapter("torch"))
     return checkpoint
+
+
+def _states(components: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: component.state_dict() for name, component in components.items()}
+
+
+def _restore(components: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    for name, component in components.items():
+        component.load_state_dict(states[name])
+
+
+def _as_bytes(state: Any) -> Tensor:
+    """A state as it is sent to another machine, whose devices have other names."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
+
+
+def _from_bytes(data: Tensor) -> Any:
+    return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
 def _load(checkpoint: Checkpoint, path: Path) -> None:

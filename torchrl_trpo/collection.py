@@ -6,6 +6,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 
+from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.suggest import SettingError
 
 
@@ -17,6 +18,7 @@ def make_collector(
     total_frames: int = -1,
     compile_policy: bool = False,
     cudagraph_policy: bool = False,
+    ranks: Ranks | None = None,
 ) -> Collector:
     """TorchRL's collector, without what on-policy training on one device does not need.
 
@@ -33,6 +35,7 @@ def make_collector(
         total_frames: the environment steps after which it ends. Default: -1, no end.
         compile_policy: whether the policy is compiled (``torch.compile``).
         cudagraph_policy: whether the policy is captured as a CUDA graph (``tensordict.nn.CudaGraphModule``).
+        ranks: the processes that collect a batch together, each its share of the frames. Default: this one alone.
 
     Returns:
         The collector; it gives batches ``[num_envs, frames_per_batch / num_envs]``.
@@ -42,10 +45,11 @@ def make_collector(
     """
     if cudagraph_policy and (env.device is None or env.device.type != "cuda"):
         raise SettingError(f"collector.cudagraph_policy=true needs device=cuda, got {env.device}. Legal: false.")
+    n_ranks = 1 if ranks is None else ranks.size
     return Collector(
         env,
         policy,
-        frames_per_batch=frames_per_batch,
+        frames_per_batch=frames_per_batch // n_ranks,
         total_frames=total_frames,
         track_traj_ids=False,
         compile_policy=compile_policy,

@@ -61,6 +61,7 @@ class TRPOLossConfig(LossConfig):
     value_norm: Any = None
     chunk_size: int | None = None
     compile_policy: Any = False
+    process_group: Any = None
     entropy_bonus: bool = True
     samples_mc_entropy: int = 1
     log_explained_variance: bool = True

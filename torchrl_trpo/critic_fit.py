@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import PPOLoss
 
 from torchrl_trpo.layout import finite_where_masked, non_finite, reads_init
+from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.row_statistics import variance
 
 
 def fit_critics(
@@ -21,6 +25,7 @@ def fit_critics(
     *,
     epochs: int,
     minibatch_size: int,
+    process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
     """Fits the critics of several groups one after the other, as :func:`fit_critic` does.
 
@@ -31,24 +36,35 @@ def fit_critics(
 
     Keyword Args:
         epochs: the number of passes over the batch.
-        minibatch_size: rows (environment steps) per gradient step.
+        minibatch_size: rows (environment steps) per gradient step, of all processes together.
+        process_group: the processes that fit together. Default: this one alone.
 
     Returns:
         The means over the groups of what :func:`fit_critic` returns; of ``dropped``, the sum.
     """
-    fits = [fit_critic(loss, optimizer, data, epochs=epochs, minibatch_size=minibatch_size) for loss in losses]
+    settings: Any = {"epochs": epochs, "minibatch_size": minibatch_size, "process_group": process_group}
+    fits = [fit_critic(loss, optimizer, data, **settings) for loss in losses]
     total = {name: sum(fit[name] for fit in fits) for name in fits[0]}
     return {name: value if name == "dropped" else value / len(fits) for name, value in total.items()}
 
 
 def fit_critic(
-    loss: PPOLoss, optimizer: torch.optim.Optimizer, data: TensorDictBase, *, epochs: int, minibatch_size: int
+    loss: PPOLoss,
+    optimizer: torch.optim.Optimizer,
+    data: TensorDictBase,
+    *,
+    epochs: int,
+    minibatch_size: int,
+    process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
     """Regresses the critic on the value targets of a batch.
 
     Rows that a loss mask excludes, and rows with anything that is not finite, are left out: one NaN would make every
     parameter of the critic NaN, for good. A recurrent critic is fitted on whole sequences; of those, the ones with
     anything that is not finite where the mask counts.
+
+    With a ``process_group``, minibatches are drawn from the rows of all processes, each of which computes the part of
+    the gradient that its own rows give: the same steps, to rounding, as one process with all rows takes.
 
     Args:
         loss: the loss whose critic is fitted; its ``loss_critic`` gives the distance.
@@ -57,7 +73,8 @@ def fit_critic(
 
     Keyword Args:
         epochs: the number of passes over the batch.
-        minibatch_size: rows (environment steps) per gradient step.
+        minibatch_size: rows (environment steps) per gradient step, of all processes together.
+        process_group: the processes that fit together. Default: this one alone.
 
     Returns:
         ``loss_critic``, the mean over the last epoch, ``explained_variance`` of the targets by the values that the
@@ -71,36 +88,99 @@ def fit_critic(
         value = finite_where_masked(value, counted) if has_masks else value
         finite &= non_finite(value, 1) == 0
     counts = counted.flatten(1).any(1)
-    dropped = int((counts & ~finite).sum()) * rows.shape[1:].numel()
+    ranks = Ranks(process_group)
+    update_value_norm = getattr(loss, "update_value_norm", None)
+    if ranks.size > 1 and update_value_norm is None and getattr(loss, "value_norm", None) is not None:
+        raise ValueError(
+            f"value_norm: that of {type(loss).__name__} would differ from process to process. Use TRPOLoss."
+        )
+    dropped = int(ranks.sum_((counts & ~finite).sum())) * rows.shape[1:].numel()
     kept = (counts & finite).nonzero().squeeze(-1)
-    if len(kept) == 0:
+    kept_by_rank = ranks.concat(kept.new_tensor([len(kept)])).tolist() if ranks.size > 1 else [len(kept)]
+    if sum(kept_by_rank) == 0:
         return {"loss_critic": math.nan, "explained_variance": math.nan, "dropped": dropped}
     target, value = (
         rows.get(key)[kept][counted[kept]] for key in (loss.tensor_keys.value_target, loss.tensor_keys.value)
     )
-    unexplained = (target - value).var() / target.var()
+    unexplained = variance(target - value, ranks) / variance(target, ranks)
     if rows.batch_dims > 1:
         minibatch_size = max(1, minibatch_size // rows.shape[1])
     total = target.new_zeros(())
     steps = 0
     for epoch in range(epochs):
-        for drawn in torch.randperm(len(kept), device=kept.device).split(minibatch_size):
-            batch = rows[kept[drawn]]
+        for drawn in _minibatches(kept, kept_by_rank, minibatch_size, ranks):
+            batch = rows[drawn]
             if has_masks:
-                batch.update({name: finite_where_masked(batch.get(name), counted[kept[drawn]]) for name in names})
-            with set_recurrent_mode(True):
-                loss_critic = loss._reduce_loss(loss.loss_critic(batch)[0], batch, reduction="mean")
+                batch.update({name: finite_where_masked(batch.get(name), counted[drawn]) for name in names})
             optimizer.zero_grad()
-            loss_critic.backward()
+            loss_critic = total.new_zeros(())
+            if len(drawn):
+                with set_recurrent_mode(True):
+                    loss_critic = loss._reduce_loss(loss.loss_critic(batch)[0], batch, reduction="mean")
+                loss_critic.backward()
+            elif update_value_norm is not None:
+                update_value_norm(batch)  # with the targets of the ranks that have some
+            loss_critic = _mean_over_ranks(loss, loss_critic.detach(), counted[drawn].sum(), ranks)
             optimizer.step()
             if epoch == epochs - 1:
-                total += loss_critic.detach()
+                total += loss_critic
                 steps += 1
     return {
         "loss_critic": float(total / steps),
         "explained_variance": float(1 - unexplained),
         "dropped": dropped,
     }
+
+
+def _minibatches(kept: Tensor, kept_by_rank: list[int], size: int, ranks: Ranks) -> Iterator[Tensor]:
+    """This rank's rows of each minibatch of one pass over the rows of all ranks, drawn by the first.
+
+    Args:
+        kept: the indices of this rank's rows.
+        kept_by_rank: how many each rank has.
+        size: rows of a minibatch, of all ranks together.
+        ranks: the ranks.
+
+    Yields:
+        Indices of rows, none where all rows of the minibatch are other ranks'.
+    """
+    order = ranks.first_(torch.randperm(sum(kept_by_rank), device=kept.device))
+    if ranks.size == 1:
+        yield from kept[order].split(size)
+        return
+    position = order - sum(kept_by_rank[: ranks.rank])
+    own = (position >= 0) & (position < len(kept))
+    counts = [int(count) for count in torch.stack([part.sum() for part in own.split(size)]).tolist()]
+    yield from kept[position[own]].split(counts)
+
+
+def _mean_over_ranks(loss: PPOLoss, loss_critic: Tensor, count: Tensor, ranks: Ranks) -> Tensor:
+    """Makes the gradients of a critic those of all ranks' mean, and gives the mean.
+
+    Args:
+        loss: the loss.
+        loss_critic: the mean over this rank's values.
+        count: how many those are.
+        ranks: the ranks.
+
+    Returns:
+        The mean over the values of all ranks.
+    """
+    if ranks.size == 1:
+        return loss_critic
+    parameters = loss.critic_network_params if loss.functional else TensorDict.from_module(loss.critic_network)
+    leaves = {id(leaf): leaf for leaf in parameters.values(True, True) if leaf.requires_grad}.values()
+    for leaf in leaves:
+        leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    own = torch.cat([*(leaf.grad.flatten() for leaf in leaves), loss_critic.reshape(1)]) * count
+    *means, whole = ranks.sum_(torch.cat([own, count.to(own.dtype).reshape(1)])).split([
+        *(leaf.numel() for leaf in leaves),
+        1,
+        1,
+    ])
+    for leaf, mean in zip(leaves, means, strict=False):
+        leaf.grad.copy_((mean / whole).reshape(leaf.shape))
+    return (means[-1] / whole).squeeze(0)
 
 
 def _rows_of_fit(loss: PPOLoss, data: TensorDictBase) -> tuple[TensorDict, Tensor, bool]:

@@ -26,8 +26,11 @@ from torchrl_trpo.batched_reset import BatchedResetVmasEnv
 from torchrl_trpo.faults import NamedFaultsParallelEnv, guard, make_guarded
 from torchrl_trpo.groups import agent_groups
 from torchrl_trpo.layout import in_group, return_key
+from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.seeding import rank_seed
 from torchrl_trpo.simulators import SIMULATORS, named_construction
-from torchrl_trpo.suggest import SettingError, nearest
+from torchrl_trpo.suggest import SettingError, nearest, nearest_multiples
+from torchrl_trpo.torchrun import is_job, local_rank
 
 __all__ = ["BatchedResetVmasEnv", "make_env", "observation_norm", "resolve_device"]
 
@@ -36,7 +39,8 @@ def resolve_device(name: str) -> torch.device:
     """The device that a name stands for.
 
     Args:
-        name: ``"auto"`` (CUDA if there is a GPU, else CPU), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        name: ``"auto"`` (CUDA if there is a GPU, else CPU), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``. In a job of
+            torchrun, ``"auto"`` and ``"cuda"`` are the GPU with the process's number on its machine.
 
     Returns:
         The device.
@@ -45,8 +49,12 @@ def resolve_device(name: str) -> torch.device:
         SettingError: if the name is unknown or the device is not there.
     """
     n_gpus = torch.cuda.device_count()
-    if name == "auto":
-        return torch.device("cuda" if n_gpus else "cpu")
+    if name == "auto" and not n_gpus:
+        return torch.device("cpu")
+    if name in {"auto", "cuda"} and is_job():
+        name = f"cuda:{local_rank()}"
+    elif name == "auto":
+        return torch.device("cuda")
     legal = ["auto", "cpu", *(["cuda"] if n_gpus else []), *(f"cuda:{index}" for index in range(n_gpus))]
     if name not in legal:
         raise SettingError(f"device: {name!r} is not there, this machine has {n_gpus} GPUs. {nearest(name, legal)}")
@@ -68,6 +76,7 @@ def make_env(
     state: bool = False,
     render: bool = False,
     normalize_observations: bool = False,
+    ranks: Ranks | None = None,
 ) -> EnvBase:
     """Builds a vectorised environment.
 
@@ -103,9 +112,11 @@ def make_env(
         state: whether the environment must give a global ``"state"`` ``[num_envs, S]``.
         render: whether the environments must be able to draw themselves.
         normalize_observations: whether observations are normalised with running statistics (TorchRL's ``VecNormV2``).
+        ranks: the processes that the environments are spread over: each has as many, with random numbers of its own.
+            Default: this one alone.
 
     Returns:
-        The environment, batch size ``[num_envs]``.
+        The environment, batch size ``[num_envs]``, of several ranks this one's share of it.
 
     Raises:
         SettingError: if the name or an argument is unknown, the simulator refuses its arguments, a size is not
@@ -117,6 +128,18 @@ def make_env(
     for setting, value in {"env.num_envs": num_envs, "env.max_steps": max_steps}.items():
         if value < 1:
             raise SettingError(f"{setting} must be at least 1, got {value}.")
+    if ranks is not None and ranks.size > 1:
+        if num_envs % ranks.size:
+            raise SettingError(
+                f"env.num_envs={num_envs} cannot be spread over {ranks.size} processes. Nearest: "
+                f"{nearest_multiples(num_envs, ranks.size)}."
+            )
+        if normalize_observations:
+            raise SettingError(
+                "normalize_observations=true: each of the processes would normalise with statistics of its own. Legal "
+                "in a job of several: false."
+            )
+        num_envs, seed = num_envs // ranks.size, rank_seed(seed, ranks.rank)
     settings = {"one_group": one_group, "state": state, "render": render, "factory": factory}
     with named_construction(name, kwargs):
         make = SIMULATORS[library](

@@ -13,6 +13,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_trpo.groups import GroupKeys, group_keys
 from torchrl_trpo.layout import return_key
+from torchrl_trpo.ranks import Ranks
 
 
 def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, max_steps: int) -> Tensor:
@@ -59,12 +60,15 @@ def play_episodes(
     return TensorDict({"episode_return": returns[episodes, first], "episode_length": first + 1}, [len(first)])
 
 
-def episode_statistics(data: TensorDictBase, groups: Sequence[GroupKeys]) -> dict[str, float]:
+def episode_statistics(
+    data: TensorDictBase, groups: Sequence[GroupKeys], ranks: Ranks | None = None
+) -> dict[str, float]:
     """Returns and lengths of the episodes that ended in a batch.
 
     Args:
         data: collected data, ``[num_envs, T]``.
         groups: the groups of agents.
+        ranks: the processes whose episodes count. Default: this one alone.
 
     Returns:
         ``episode_return``, the mean over finished episodes of the return averaged over agents, ``episode_return_sum``,
@@ -74,6 +78,8 @@ def episode_statistics(data: TensorDictBase, groups: Sequence[GroupKeys]) -> dic
     done = data["next", "done"].squeeze(-1)
     returns = _returns(data, groups)[done]  # [episodes, n_agents]
     lengths = data["next", "step_count"].squeeze(-1)[done]
+    if ranks is not None:
+        returns, lengths = ranks.concat(returns), ranks.concat(lengths)
     statistics = {
         "episode_return": float(returns.mean(-1).mean()),
         "episode_return_sum": float(returns.sum(-1).mean()),

@@ -7,14 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchrl_trpo.ranks import Ranks
 
-def standardize(values: Tensor, mask: Tensor | None, dims: Sequence[int]) -> Tensor:
+_ALONE = Ranks()
+
+
+def standardize(values: Tensor, mask: Tensor | None, dims: Sequence[int], ranks: Ranks = _ALONE) -> Tensor:
     """Subtracts the mean and divides by the standard deviation; a spread of rounding errors alone is no spread.
 
     Args:
         values: the values.
         mask: which of them count, bool of the same shape, or None for all; the others become 0.
         dims: the dimensions that mean and standard deviation (unbiased) are taken over.
+        ranks: the processes whose rows belong together.
 
     Returns:
         The standardised values; 0 where all that count are equal up to rounding.
@@ -23,11 +28,27 @@ def standardize(values: Tensor, mask: Tensor | None, dims: Sequence[int]) -> Ten
         mask = torch.ones_like(values, dtype=torch.bool)
     dims = list(dims)
     values = torch.where(mask, values, 0.0)
-    count = mask.sum(dims, keepdim=True)
-    centred = torch.where(mask, values - values.sum(dims, keepdim=True) / count.clamp_min(1), 0.0)
-    spread = (centred.square().sum(dims, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
-    rounding = 32 * torch.finfo(values.dtype).eps * values.abs().amax(dims, keepdim=True)
+    count = ranks.sum_(mask.sum(dims, keepdim=True))
+    centred = torch.where(mask, values - ranks.sum_(values.sum(dims, keepdim=True)) / count.clamp_min(1), 0.0)
+    spread = (ranks.sum_(centred.square().sum(dims, keepdim=True)) / (count - 1).clamp_min(1)).sqrt()
+    rounding = 32 * torch.finfo(values.dtype).eps * ranks.max_(values.abs().amax(dims, keepdim=True))
     return torch.where(spread <= rounding, 0.0, centred / spread)
+
+
+def variance(values: Tensor, ranks: Ranks = _ALONE) -> Tensor:
+    """The unbiased variance.
+
+    Args:
+        values: the values, ``[N]``.
+        ranks: the processes whose values belong together.
+
+    Returns:
+        A scalar, NaN of a single value.
+    """
+    if ranks.size == 1:
+        return values.var()
+    count, total = ranks.sum_(torch.stack([values.new_tensor(values.numel()), values.sum()]))
+    return ranks.sum_((values - total / count).square().sum()) / (count - 1)
 
 
 def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -30,17 +30,19 @@ from tqdm import tqdm
 from torchrl_trpo.checkpoints import Checkpoints, check_continued, find_checkpoint, full_record, read_record
 from torchrl_trpo.diagnosis import RejectionWatch
 from torchrl_trpo.divergence import entropy
-from torchrl_trpo.envs import observation_norm
+from torchrl_trpo.envs import observation_norm, resolve_device
 from torchrl_trpo.evaluation import episode_statistics, evaluate
 from torchrl_trpo.faults import EnvironmentFault, find_non_finite
 from torchrl_trpo.film import film_run
 from torchrl_trpo.groups import group_keys
 from torchrl_trpo.plots import plot_learning_curve
 from torchrl_trpo.policy import on_raw_observations
-from torchrl_trpo.seeding import untouched_generators
+from torchrl_trpo.ranks import RankLostError, Ranks, check_same_bits
+from torchrl_trpo.seeding import rank_seed, untouched_generators
 from torchrl_trpo.settings import check_settings
 from torchrl_trpo.stopping import StopSignals
 from torchrl_trpo.suggest import SettingError
+from torchrl_trpo.torchrun import is_restarted, job_id, job_ranks
 from torchrl_trpo.updater import TrustRegionUpdater
 
 _SETTINGS_IN_LOSSES = ("entropy_coeff", "gamma", "lmbda")
@@ -70,18 +72,23 @@ _Result = TypeVar("_Result")
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def training_run(train: Callable[[DictConfig], _Result]) -> Callable[[DictConfig], _Result]:
+def training_run(train: Callable[[DictConfig, Ranks], _Result]) -> Callable[[DictConfig], _Result]:
     """Makes a function of a config a run of its own.
 
     Its settings are checked first. The global generators of Python, NumPy and PyTorch begin at ``cfg.seed``, and are
     afterwards as they were before: runs in one process, one after another, do not change each other.
 
+    If torchrun has started several processes, they are one run. Its config means the same as in one process: the
+    environments, the frames of a batch and the rows of a minibatch are spread over them. Each has random numbers of its
+    own.
+
     Args:
-        train: the function.
+        train: the function, of the config and the run's ranks.
 
     Returns:
-        The function, which raises a :class:`~torchrl_trpo.suggest.SettingError` if settings cannot be, and a
-        ``RuntimeError`` if another run is going on in another thread, with which it would share random numbers.
+        The function of the config alone, which raises a :class:`~torchrl_trpo.suggest.SettingError` if settings cannot
+        be, and a ``RuntimeError`` if another run is going on in another thread, with which it would share random
+        numbers.
     """
 
     @functools.wraps(train)
@@ -93,8 +100,8 @@ def training_run(train: Callable[[DictConfig], _Result]) -> Callable[[DictConfig
                 "one after the other, or a process for each."
             )
         try:
-            with untouched_generators(cfg.seed):
-                return train(cfg)
+            with job_ranks(resolve_device(cfg.device)) as ranks, untouched_generators(rank_seed(cfg.seed, ranks.rank)):
+                return train(cfg, ranks)
         finally:
             _ONE_AT_A_TIME.release()
 
@@ -107,6 +114,10 @@ class Run:
     It is a context manager, to be entered around the training loop. Inside, the first SIGINT or SIGTERM ends the run
     after the iteration and a checkpoint; whatever ends it otherwise, it is said how to continue.
 
+    Of several ranks the first one speaks and writes; the others take part in what all of them do: :meth:`log`, which
+    counts the frames and episodes of all, and checkpoints. A job that torchrun has started anew, after a process of it
+    was lost, goes on from the checkpoint in its output folder.
+
     Args:
         cfg: the recipe's config; ``cfg.resume`` names a run folder to continue.
         algorithm: the algorithm's name, for titles.
@@ -117,6 +128,7 @@ class Run:
         losses: the losses of all groups, with their critics and value normalisers.
         updaters: the policy's updaters.
         critic_optim: the critics' optimiser.
+        ranks: the processes of the run. Default: this one alone.
 
     Attributes:
         folder: the run's folder.
@@ -136,6 +148,7 @@ class Run:
         losses: nn.Module,
         updaters: Sequence[TrustRegionUpdater],
         critic_optim: torch.optim.Optimizer,
+        ranks: Ranks | None = None,
     ) -> None:
         self.cfg = cfg
         self.algorithm = algorithm
@@ -149,12 +162,13 @@ class Run:
         self._losses = losses
         self._updaters = updaters
         self._critic_optim = critic_optim
+        self._ranks = Ranks() if ranks is None else ranks
         self._record = full_record(cfg, algorithm)
         self._progress: dict[str, Any] = {"iteration": 0, "frames": 0, "wall_s": 0.0, "cpu_s": 0.0, "best_return": None}
         self._watch = RejectionWatch(self.groups, max_kl=cfg.updater.max_kl, damping=cfg.updater.damping)
         components = {"policy": policy, "losses": losses, "critic_optim": critic_optim, "rejections": self._watch}
         components |= {f"updater_{index}": updater for index, updater in enumerate(updaters)}
-        self._checkpoints = Checkpoints(self.folder, collector, components, cfg.checkpoint.keep)
+        self._checkpoints = Checkpoints(self.folder, collector, components, cfg.checkpoint.keep, self._ranks)
         self._saved_at: int | None = None
         self._signals = StopSignals()
         self._stack = contextlib.ExitStack()  # what the run holds until its end
@@ -164,24 +178,21 @@ class Run:
     def __enter__(self) -> Run:
         """Begins the run, or continues it."""
         with contextlib.ExitStack() as stack:
-            rows = self._resume(stack) if self.cfg.resume else self._begin(stack)
+            latest, changed, rows = self._agreed(lambda: self._take_folder(stack))
+            if latest is not None:
+                self._continue(latest, changed)
             self._returns = [float(row["episode_return"] or "nan") for row in rows]
-            _replace(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self._record)))
-            table = io.StringIO(newline="")
-            writer = csv.DictWriter(table, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-            _replace(self.folder / "metrics.csv", table.getvalue())
-            if not self.cfg.resume:
-                self._save()
+            if self._ranks.is_first:
+                _replace(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self._record)))
+                table = io.StringIO(newline="")
+                writer = csv.DictWriter(table, self.columns)
+                writer.writeheader()
+                writer.writerows(rows)
+                _replace(self.folder / "metrics.csv", table.getvalue())
+            self._save()
             self._loop = stack.enter_context(contextlib.ExitStack())
             self._loop.enter_context(self._signals)
-            self._file = self._loop.enter_context((self.folder / "metrics.csv").open("a", newline=""))
-            self._writer = csv.DictWriter(self._file, self.columns)
-            total = self.cfg.train.total_frames
-            bar = tqdm(total=total, initial=self.frames, unit="frame", desc=self.algorithm, smoothing=0.1)
-            self._bar = self._loop.enter_context(bar)
-            self._bar.write(f"Training {self.algorithm} on {self.cfg.env.name}; everything goes to {self.folder}")
+            self._open_metrics()
             self._last_lap = self._start = time.perf_counter()
             self._start -= self._progress["wall_s"]
             self._cpu_start = time.process_time() - self._progress["cpu_s"]
@@ -258,26 +269,27 @@ class Run:
             SystemExit: after a checkpoint, if a signal asked to stop; with the code 128 + the signal, as shells do.
         """
         self._progress["iteration"] += 1
-        self._progress["frames"] += data.numel()
+        self._progress["frames"] += data.numel() * self._ranks.size
         self._progress["wall_s"] = time.perf_counter() - self._start
         self._progress["cpu_s"] = time.process_time() - self._cpu_start
         row = {
             **self._progress,
-            **episode_statistics(data, self.groups),
+            **episode_statistics(data, self.groups, self._ranks),
             **{name: float(stats[name].float().mean()) for name in ("kl", "accepted", "improvement")},
             "entropy": self._entropy(data),
             **critic,
             **self._laps,
         }
-        self._writer.writerow({name: _cell(row[name]) for name in self.columns})
-        self._file.flush()
+        if self._ranks.is_first:
+            self._writer.writerow({name: _cell(row[name]) for name in self.columns})
+            self._file.flush()
         self._returns.append(row["episode_return"])
         self._progress["best_return"] = max(filter(math.isfinite, self._returns), default=None)
-        self._show(data, stats, row)
+        self._show(stats, row)
         for report in self._watch.see(data, stats):
-            self._bar.write(report)
+            self._say(report)
         last = self.frames >= self.cfg.train.total_frames
-        asked = self._signals.received
+        asked = self._stop_signal()
         if last or asked or self._progress["iteration"] % self.cfg.checkpoint.every == 0:
             self._save()
         if asked and not last:
@@ -289,9 +301,11 @@ class Run:
         """Evaluates the policy, plots the curve, makes the film, writes the summary and says where it all is.
 
         Returns:
-            What ``summary.json`` holds.
+            What ``summary.json`` holds; nothing in ranks other than the first, which have nothing left to do.
         """
         self._loop.close()
+        if not self._ranks.is_first:
+            return {}
         cfg = self.cfg
         recent = [value for value in self._returns if math.isfinite(value)][-5:] or [math.nan]
         if (norm := observation_norm(self.env)) is not None:
@@ -341,10 +355,11 @@ class Run:
             values = entropy(actor.build_dist_from_params(data))
             counts = torch.ones_like(values) if keys.mask is None else data.get(keys.mask).to(values.dtype)
             total, count = total + (values * counts).sum(), count + counts.sum()
+        total, count = self._ranks.sum_(torch.stack([total, count]))
         return float(total / count)
 
-    def _show(self, data: TensorDictBase, stats: TensorDictBase, row: dict[str, Any]) -> None:
-        self._bar.update(data.numel())
+    def _show(self, stats: TensorDictBase, row: dict[str, Any]) -> None:
+        self._bar.update(self.frames - self._bar.n)
         postfix = {
             "return": f"{row['episode_return']:.2f}",
             "kl": f"{row['kl']:.4f}",
@@ -357,7 +372,58 @@ class Run:
             postfix["dropped"] = f"{row['dropped']} rows"
         self._bar.set_postfix(postfix)
 
-    def _begin(self, stack: contextlib.ExitStack) -> list[dict[str, str]]:
+    def _say(self, text: str) -> None:
+        if self._ranks.is_first:
+            self._bar.write(text)
+
+    def _stop_signal(self) -> int:
+        """The signal that asked any of the ranks to stop, or 0."""
+        received = int(self._signals.received or 0)
+        if self._ranks.size == 1:
+            return received
+        return int(self._ranks.max_(torch.tensor(received, device=self.env.device)))
+
+    def _open_metrics(self) -> None:
+        """Opens what the first rank writes to."""
+        total, first = self.cfg.train.total_frames, self._ranks.is_first
+        bar = tqdm(
+            total=total, initial=self.frames, unit="frame", desc=self.algorithm, smoothing=0.1, disable=not first
+        )
+        self._bar = self._loop.enter_context(bar)
+        if first:
+            self._file = self._loop.enter_context((self.folder / "metrics.csv").open("a", newline=""))
+            self._writer = csv.DictWriter(self._file, self.columns)
+        processes = f" in {self._ranks.size} processes" if self._ranks.size > 1 else ""
+        self._say(f"Training {self.algorithm} on {self.cfg.env.name}{processes}; everything goes to {self.folder}")
+
+    def _agreed(self, action: Callable[[], _Result]) -> _Result:
+        """What the first rank alone does, told to all; if it finds that settings cannot be, it is so for all."""
+        outcome: Any = None
+        if self._ranks.is_first:
+            try:
+                outcome = action()
+            except SettingError as error:
+                outcome = error
+        outcome = self._ranks.scatter_objects([outcome] * self._ranks.size)
+        if isinstance(outcome, SettingError):
+            raise outcome
+        return outcome
+
+    def _take_folder(self, stack: contextlib.ExitStack) -> tuple[Path | None, list[str], list[dict[str, str]]]:
+        """Takes the run's folder: gives its last checkpoint, the settings that have changed since, and its metrics."""
+        if self.cfg.resume or self._was_begun_by_this_job():
+            return self._resume(stack)
+        self._begin(stack)
+        return None, [], []
+
+    def _was_begun_by_this_job(self) -> bool:
+        """Whether torchrun, or a scheduler with the job's own number, has started the same job again."""
+        if not list((self.folder / "checkpoints").glob("checkpoint-*")):
+            return False
+        before = read_record(find_checkpoint(self.folder)).get("job")
+        return is_restarted() or (before is not None and before == job_id())
+
+    def _begin(self, stack: contextlib.ExitStack) -> None:
         """Takes the folder of a new run."""
         if list((self.folder / "checkpoints").glob("checkpoint-*")):
             raise SettingError(
@@ -367,14 +433,26 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock(stack)
         self._checkpoints.clean()
-        return []
 
-    def _resume(self, stack: contextlib.ExitStack) -> list[dict[str, str]]:
-        """Takes the folder of a run, puts its state back, and gives the rows of its metrics up to there."""
+    def _resume(self, stack: contextlib.ExitStack) -> tuple[Path, list[str], list[dict[str, str]]]:
+        """Takes the folder of a run that is continued."""
         latest = find_checkpoint(self.folder)
-        changed = check_continued(read_record(latest)["config"], self._record, self.folder)
+        record = read_record(latest)
+        changed = check_continued(record["config"], self._record, self.folder)
         self._lock(stack)
         self._checkpoints.clean()
+        summary, frames = self.folder / "summary.json", record["progress"]["frames"]
+        finished = summary.exists() and json.loads(summary.read_text())["frames"] == frames
+        if frames >= self.cfg.train.total_frames and finished:
+            raise SettingError(
+                f"resume: {str(self.folder)!r} has done {frames} frames already, and train.total_frames="
+                f"{self.cfg.train.total_frames}. Nearest that continues: "
+                f"train.total_frames={frames + self.cfg.train.frames_per_batch}."
+            )
+        return latest, changed, self._kept_rows(record["progress"]["iteration"])
+
+    def _continue(self, latest: Path, changed: list[str]) -> None:
+        """Puts the state of a checkpoint back, but for the settings that have changed."""
         given = {name: value.clone() for name, value in self._losses.named_buffers() if _is_setting(name)}
         self._progress |= self._checkpoints.load(latest)
         self._saved_at = self._progress["iteration"]
@@ -389,15 +467,6 @@ class Run:
             if section == "updater":
                 for updater in self._updaters:
                     setattr(updater, setting, self.cfg.updater[setting])
-        summary = self.folder / "summary.json"
-        finished = summary.exists() and json.loads(summary.read_text())["frames"] == self.frames
-        if self.frames >= self.cfg.train.total_frames and finished:
-            raise SettingError(
-                f"resume: {str(self.folder)!r} has done {self.frames} frames already, and train.total_frames="
-                f"{self.cfg.train.total_frames}. Nearest that continues: "
-                f"train.total_frames={self.frames + self.cfg.train.frames_per_batch}."
-            )
-        return self._kept_rows()
 
     def _lock(self, stack: contextlib.ExitStack) -> None:
         """Keeps other processes out of the folder until the run ends, however it ends."""
@@ -408,9 +477,9 @@ class Run:
                 f"the run in {str(self.folder)!r} is going on in another process. Legal: another folder, or to wait."
             ) from error
 
-    def _kept_rows(self) -> list[dict[str, str]]:
+    def _kept_rows(self, done: int) -> list[dict[str, str]]:
         """The rows of the metrics up to the checkpoint: what was done after it will be done again."""
-        metrics, done = self.folder / "metrics.csv", self._progress["iteration"]
+        metrics = self.folder / "metrics.csv"
         if not metrics.exists():
             logger.warning(f"{metrics} is gone: it begins anew with iteration {done + 1}.")
             return []
@@ -429,10 +498,14 @@ class Run:
     def _save(self) -> None:
         """Writes a checkpoint, unless this iteration has one."""
         if self._saved_at != self._progress["iteration"]:
+            check_same_bits([*self.policy.parameters(), *self._losses.parameters()], self._ranks)
             self._checkpoints.save(self._progress, self._record, self._returns[-1] if self._returns else math.nan)
             self._saved_at = self._progress["iteration"]
 
     def _say_how_to_continue(self, error: BaseException) -> None:
+        # Of several ranks the first one says it, and the second one too if the first may be the one that is lost.
+        if self._ranks.rank > isinstance(error, RankLostError):
+            return
         iteration, name = self._progress["iteration"], type(error).__name__
         how = "Stopped" if isinstance(error, SystemExit) else f"Stopped by {name} in iteration {iteration + 1},"
         print(

@@ -11,6 +11,19 @@ import torch
 from torchrl.checkpoint import GlobalRNGState
 
 
+def rank_seed(seed: int, rank: int) -> int:
+    """A seed for each process of a job, far from those of other jobs' processes; the first one's is the job's.
+
+    Args:
+        seed: the job's seed.
+        rank: the process's number.
+
+    Returns:
+        The seed, from 0 to 2³² - 1.
+    """
+    return seed if rank == 0 else int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
+
+
 @contextlib.contextmanager
 def untouched_generators(seed: int | None = None) -> Iterator[None]:
     """Leaves the global generators of Python, NumPy and PyTorch as they were.

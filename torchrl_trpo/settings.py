@@ -21,8 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_trpo.envs import resolve_device
 from torchrl_trpo.groups import GroupKeys
+from torchrl_trpo.ranks import RankLostError
 from torchrl_trpo.simulators import SIMULATORS, known_environments
-from torchrl_trpo.suggest import SettingError, nearest
+from torchrl_trpo.suggest import SettingError, nearest, nearest_multiples
+from torchrl_trpo.torchrun import is_first
 from torchrl_trpo.updater import TrustRegionUpdater
 
 _ENV_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -145,12 +147,17 @@ def run_recipe(main: Callable[[], Any], recipe: str) -> None:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Ends the command with the message alone when a setting cannot be; other errors keep their traceback."""
+    """Ends the command with the message alone when a setting cannot be; other errors keep their traceback.
+
+    Of a job of several processes the first one says it, of a process that was lost all that are left.
+    """
     try:
         yield
     except SettingError as error:
         with contextlib.suppress(OSError):  # the folder that Hydra made stays only if something is in it
             Path(HydraConfig.get().runtime.output_dir).rmdir()
+        sys.exit(f"error: {error}" if is_first() else 1)
+    except RankLostError as error:
         sys.exit(f"error: {error}")
 
 
@@ -399,7 +406,7 @@ def _part_steps(frames: int, num_envs: int) -> str | None:
         return None
     return (
         f"train.frames_per_batch={frames} is not a multiple of env.num_envs={num_envs}: every environment gives "
-        f"the same number of steps. Nearest: {_multiples(frames, num_envs)}."
+        f"the same number of steps. Nearest: {nearest_multiples(frames, num_envs)}."
     )
 
 
@@ -408,7 +415,7 @@ def _part_batches(total: int, frames: int) -> str | None:
         return None
     return (
         f"train.total_frames={total} is not a multiple of train.frames_per_batch={frames}. "
-        f"Nearest: {_multiples(total, frames)}."
+        f"Nearest: {nearest_multiples(total, frames)}."
     )
 
 
@@ -505,9 +512,3 @@ def check_teams(cfg: DictConfig, groups: Sequence[GroupKeys]) -> Sequence[GroupK
 
 def _single_agent(env_name: str) -> str:
     return f"env: {env_name!r} has a single agent, without a group. Use the recipe trpo."
-
-
-def _multiples(value: int, step: int) -> str:
-    """The positive multiples of ``step`` around ``value``."""
-    below = value // step * step
-    return f"{below} or {below + step}" if below else f"{below + step}"

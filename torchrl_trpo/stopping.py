@@ -8,9 +8,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from torchrl_trpo.torchrun import is_first, is_job
+
 
 class StopSignals:
     """Takes the first SIGINT or SIGTERM as the wish to stop soon; the second one stops at once, as without this.
+
+    In a job of torchrun there is no second one: a terminal's Ctrl-C reaches each process twice, once through torchrun,
+    which ends those that do not stop in time.
 
     Only the main thread can receive signals: elsewhere nothing changes. A signal that the process ignores (SIGINT under
     ``nohup``) stays ignored.
@@ -40,7 +45,12 @@ class StopSignals:
         self._before = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            return
         self.received = signal.Signals(number)
-        self.__exit__(None, None, None)
-        told = f"\n{self.received.name}: finishing the iteration, then a checkpoint. A second one stops at once.\n"
-        os.write(2, told.encode())  # print may not be entered twice
+        told = f"\n{self.received.name}: finishing the iteration, then a checkpoint."
+        if not is_job():
+            self.__exit__(None, None, None)
+            told += " A second one stops at once."
+        if is_first():
+            os.write(2, f"{told}\n".encode())  # print may not be entered twice

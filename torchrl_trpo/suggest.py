@@ -24,3 +24,17 @@ def nearest(given: object, legal: Iterable[object]) -> str:
     close = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5)
     question = f"Did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
     return f"{question}Legal: {', '.join(repr(name) for name in names) or 'nothing'}."
+
+
+def nearest_multiples(value: int, step: int) -> str:
+    """The positive multiples of a number around a value, for an error message.
+
+    Args:
+        value: the value.
+        step: the number.
+
+    Returns:
+        ``"90 or 120"``, or of a value below the first multiple that one alone.
+    """
+    below = value // step * step
+    return f"{below} or {below + step}" if below else f"{below + step}"

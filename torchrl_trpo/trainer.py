@@ -150,6 +150,7 @@ class TrustRegionStepper(OptimizationStepper):
             sub_batch,
             epochs=self.critic_epochs,
             minibatch_size=self.minibatch_size,
+            process_group=next(iter(self._losses.values())).ranks.group,
         )
         return TensorDict({**{name: statistics[name].float().mean() for name in _STATISTICS}, **fit})
 
