@@ -9,7 +9,7 @@ from typing import Literal, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import dispatch
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential, dispatch
 from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import LossModule
@@ -42,6 +42,10 @@ class HATRPOSequentialObjective(LossModule):
     Keyword Args:
         agent_order: ``"random"`` (drawn anew at every update from torch's generator, as the paper asks), ``"fixed"``
             (by index), or a sequence that names every agent index once.
+
+    Attributes:
+        actor_network: the policy; of several groups, their policies in sequence.
+        critic_network: the critic; of several groups, their critics in sequence. None if a group has none.
 
     Raises:
         TypeError: if ``losses`` holds anything but ``TRPOLoss``.
@@ -77,6 +81,8 @@ class HATRPOSequentialObjective(LossModule):
         """Has no keys of its own: the losses' are read."""
 
     losses: nn.ModuleDict
+    actor_network: TensorDictModuleBase
+    critic_network: TensorDictModuleBase | None
 
     def __init__(
         self,
@@ -96,6 +102,9 @@ class HATRPOSequentialObjective(LossModule):
             self._agents += [(group, agent) for agent in range(_count_agents(group, loss))]
         ranks = next(iter(groups.values())).ranks
         self._sequence = AgentSequence(len(self._agents), agent_order=agent_order, ranks=ranks)
+        # In __dict__, as TorchRL's losses keep their networks: the parameters are the losses'.
+        self.__dict__["actor_network"] = _in_sequence([loss.actor_network for loss in groups.values()])
+        self.__dict__["critic_network"] = _in_sequence([loss.critic_network for loss in groups.values()])
 
     @property
     def n_agents(self) -> int:
@@ -153,20 +162,27 @@ class HATRPOSequentialObjective(LossModule):
     def out_keys(self, values: list[NestedKey]) -> None:
         self._out_keys = values
 
-    def set_keys(self, **kwargs: NestedKey) -> None:
-        """Sets the keys of the loss; with several groups, set them on each group's own loss.
+    def set_keys(self, **kwargs: NestedKey | Mapping[str, NestedKey]) -> None:
+        """Sets the keys of the loss, or of several groups' losses.
 
         Args:
-            **kwargs: as for :meth:`TRPOLoss.set_keys`.
+            **kwargs: as for :meth:`TRPOLoss.set_keys`; with several groups each a mapping ``{group: key}``.
 
         Raises:
-            ValueError: if there are several groups.
+            ValueError: if there are several groups, and not a key for each of them.
         """
-        if len(self.losses) > 1:
-            raise ValueError(
-                f"the groups {list(self.losses)} have keys of their own: call losses[group].set_keys(...)."
-            )
-        next(iter(self._groups.values())).set_keys(**kwargs)
+        for name, keys in kwargs.items():
+            if isinstance(keys, Mapping):
+                given = dict(keys)
+            else:
+                given = {} if len(self.losses) > 1 else dict.fromkeys(self.losses, keys)
+            if set(given) != set(self.losses):
+                raise ValueError(
+                    f"{name}: {keys!r}. The groups {list(self.losses)} have keys of their own; legal: a mapping "
+                    "{group: key} of all of them, or losses[group].set_keys(...)."
+                )
+            for group, loss in self._groups.items():
+                loss.set_keys(**{name: given[group]})
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -217,6 +233,12 @@ class HATRPOSequentialObjective(LossModule):
             region = self._groups[group].policy_region(rows[group], agent=agent, index=turn.agent, factor=turn.factor)
             yield region
             turn.finish(region.ratio())
+
+
+def _in_sequence(networks: Sequence[TensorDictModuleBase | None]) -> TensorDictModuleBase | None:
+    if len(networks) == 1 or None in networks:
+        return networks[0] if len(networks) == 1 else None
+    return TensorDictSequential(*networks)
 
 
 def _count_agents(group: str, loss: TRPOLoss) -> int:

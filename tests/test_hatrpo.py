@@ -372,6 +372,20 @@ def test_keys_are_set_on_the_groups():
         HATRPOSequentialObjective({"a": TRPOLoss(make_actor()), "b": TRPOLoss(make_actor())}).set_keys(advantage="x")
 
 
+def test_keys_and_networks_of_several_groups():
+    losses = {"a": TRPOLoss(make_actor()), "b": TRPOLoss(make_actor())}
+    objective = HATRPOSequentialObjective(losses)
+    objective.set_keys(advantage={"a": "x", "b": "y"})
+    assert [loss.tensor_keys.advantage for loss in losses.values()] == ["x", "y"]
+    for keys in ({"a": "x"}, {"a": "x", "b": "y", "c": "z"}):
+        with pytest.raises(ValueError, match=r"advantage: .*\['a', 'b'\]"):
+            objective.set_keys(advantage=keys)
+    assert list(objective.actor_network) == [loss.actor_network for loss in losses.values()]
+    assert objective.critic_network is None
+    one = HATRPOSequentialObjective(losses["a"])
+    assert one.actor_network is losses["a"].actor_network
+
+
 def test_gradient_of_the_first_agent_is_the_policy_gradient():
     actor = make_actor()
     data = make_data(actor)
