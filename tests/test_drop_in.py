@@ -12,7 +12,8 @@ import pytest
 import torch
 from torchrl.collectors import Collector
 
-from tests.loops import distributed_sampling, hatrpo, itrpo, mappo, matrpo
+from tests.loops import data_parallel, distributed_sampling, hatrpo, itrpo, mappo, matrpo
+from tests.rank_processes import on_ranks
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "drop-in.md").read_text()
@@ -82,6 +83,20 @@ def test_other_machines_may_sample(monkeypatch):
         monkeypatch.setenv("TCP_PORT", str(server.getsockname()[1]))
     check_two_samplers(check_training(distributed_sampling.train(**SMALL)))
     assert not torch.distributed.is_initialized()
+
+
+def train_in_parallel():
+    """The actions of the last batch, and the parameters at the end."""
+    for loss, data in data_parallel.train(**SMALL):
+        last = data["agents", "action"], [param.detach().clone() for param in loss.parameters()]
+    return last
+
+
+def test_several_processes_may_update_together():
+    (actions, parameters), (other_actions, other_parameters) = on_ranks(2, train_in_parallel)
+    assert actions.shape == (3, 20, 4, 2)
+    assert torch.isclose(actions, other_actions).float().mean() < 0.1  # seeds differ
+    assert all(torch.equal(one, other) for one, other in zip(parameters, other_parameters, strict=True))
 
 
 def n_changed(old, new):
