@@ -31,7 +31,7 @@ from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentia
 from torchrl_trpo.ranks import Ranks
 
 UPDATES = 20
-"""After which parameters are compared."""
+"""After which parameters are compared, those of all ranks to the bit."""
 
 
 def bench(repetitions: int, quick: bool) -> dict[str, float]:
@@ -44,19 +44,7 @@ def bench(repetitions: int, quick: bool) -> dict[str, float]:
     Returns:
         Figures by label.
     """
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        (alone,) = on_ranks(1, record, folder)
-        for size in (2, 4):
-            replayed = on_ranks(size, replay, folder)
-            for name, value in alone["after"].items():
-                moved = (value - alone["before"][name]).norm()
-                label = f"{size} processes, {name} after {UPDATES} updates"
-                apart = replayed[0][name] - value
-                results[f"{label}: largest difference"] = float(apart.abs().max())
-                results[f"{label}: difference / way moved"] = float(apart.norm() / moved)
-                same = all(torch.equal(other[name], replayed[0][name]) for other in replayed)
-                results[f"{label}: the same bits in all [1 yes]"] = float(same)
+    results = agreement()
     for num_envs in (60,) if quick else (60, 600):
         one: dict[str, float] = {}
         for size in (1, 2, 4):
@@ -125,27 +113,53 @@ class _Parts:
         return {name: torch.cat([p.detach().flatten() for p in net.parameters()]) for name, net in networks.items()}
 
 
-def record(folder: str) -> dict[str, Any]:
-    """Twenty iterations of one process, whose batches are kept, with all rows in the Fisher matrix."""
+def agreement() -> dict[str, float]:
+    """How far the parameters are apart after the same updates on the same batches.
+
+    The yardstick is one process that has the same rows in another order: its sums round differently, too.
+    """
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        on_ranks(1, record, folder)
+        for dtype in (torch.float32, torch.float64):
+            (alone,) = on_ranks(1, replay, folder, dtype, False)
+            others = {"one process, rows in another order": on_ranks(1, replay, folder, dtype, True)}
+            others |= {f"{size} processes": on_ranks(size, replay, folder, dtype, False) for size in (2, 4)}
+            for name, ranks in others.items():
+                same = all(torch.equal(own[network], ranks[0][network]) for own in ranks for network in own)
+                if not same:
+                    raise RuntimeError(f"{name}: the ranks' parameters are not the same to the bit.")
+                label = f"{name}, {str(dtype).removeprefix('torch.')}"
+                for network in ("policy", "critic") if len(ranks) > 1 else ("policy",):
+                    apart = ranks[0][network] - alone[network]
+                    moved = alone[network] - alone[f"{network} before"]
+                    results[f"{label}: {network}, largest difference"] = float(apart.abs().max())
+                    results[f"{label}: {network}, difference / way moved"] = float(apart.norm() / moved.norm())
+    return results
+
+
+def record(folder: str) -> None:
+    """Keeps the batches of twenty iterations of one process, with all rows in the Fisher matrix."""
     parts = _Parts(60, subsample=1.0)
-    before = parts.parameters()
     for index, data in enumerate(parts.collector):
         torch.save(data.to_dict(), Path(folder) / f"batch-{index}")
-        torch.manual_seed(index)
         parts.learn(data)
         if index + 1 == UPDATES:
             break
-    return {"before": before, "after": parts.parameters()}
 
 
-def replay(folder: str) -> dict[str, Tensor]:
+def replay(folder: str, dtype: torch.dtype, reorder: bool) -> dict[str, Tensor]:
     """The same iterations on this rank's environments of the batches."""
     parts = _Parts(60, subsample=1.0)
+    parts.loss.to(dtype)
+    before = {f"{name} before": value for name, value in parts.parameters().items()}
     for index in range(UPDATES):
         batch = TensorDict(torch.load(Path(folder) / f"batch-{index}"), [60, STEPS])
+        batch = batch.apply(lambda value: value.to(dtype) if value.is_floating_point() else value)
+        batch = batch.flip(0) if reorder else batch
         torch.manual_seed(index + 1000 * parts.ranks.rank)
         parts.learn(batch.chunk(parts.ranks.size)[parts.ranks.rank].clone())
-    return parts.parameters()
+    return {**before, **parts.parameters()}
 
 
 def measure(num_envs: int, repetitions: int) -> dict[str, float]:
