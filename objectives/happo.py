@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -349,7 +350,7 @@ def _check_loss(group: str, loss: ClipPPOLoss, ranks: Ranks) -> None:
         raise TypeError(
             f"the loss of group {group!r} is a {type(loss).__name__}. Legal: a torchrl.objectives.ClipPPOLoss."
         )
-    own = [name for name in _OF_THE_POLICY if getattr(type(loss), name) is not getattr(ClipPPOLoss, name)]
+    own = [name for name in _OF_THE_POLICY if _function(type(loss), name) is not _function(ClipPPOLoss, name)]
     if own:
         raise TypeError(
             f"the loss of group {group!r}, {type(loss).__name__}, has {', '.join(own)} of its own, which the update of "
@@ -362,6 +363,10 @@ def _check_loss(group: str, loss: ClipPPOLoss, ranks: Ranks) -> None:
         )
     if ranks.size > 1 and loss.advantage_norm is not None:
         raise ValueError("advantage_norm: its statistics would be of each process alone. Legal: normalize_advantage.")
+
+
+def _function(loss_class: type, name: str) -> object:
+    return inspect.unwrap(getattr(loss_class, name))  # a LossModule wraps its forward anew in each class
 
 
 def _actor_parameters(loss: ClipPPOLoss) -> TensorDictBase:
