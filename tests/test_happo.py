@@ -165,26 +165,16 @@ def test_every_kind_of_action_improves_with_an_exact_kl(kind):
 
 
 def test_settings_of_the_loss_are_those_at_the_step():
-    data, results = make_data(make_actor()), []
-    for epsilon in (0.01, 0.3):
-        torch.manual_seed(0)
-        actor = make_actor()
-        loss = make_loss(actor, clip_epsilon=0.3, max_importance_ratio=5.0)
-        updater = HAPPOUpdater(loss, lr=0.05, epochs=3, minibatch_size=40)
+    data, results = make_data(make_actor_again()), []
+    settings = {"lr": 0.05, "epochs": 3, "minibatch_size": 40}
+    for at_first, epsilon in ((0.3, 0.01), (0.01, 0.01), (0.01, 0.3)):
+        loss = make_loss(make_actor_again(), clip_epsilon=at_first, max_importance_ratio=5.0)
+        updater = HAPPOUpdater(loss, **settings)
         loss.clip_epsilon.fill_(epsilon)
         torch.manual_seed(5)
         results.append(updater.step(data)["kl"])
-    other = make_actor_again()
-    fresh = updated(
-        other,
-        data,
-        loss=make_loss(other, clip_epsilon=0.01, max_importance_ratio=5.0),
-        lr=0.05,
-        epochs=3,
-        minibatch_size=40,
-    )
-    torch.testing.assert_close(fresh[1]["kl"], results[0])
-    assert (results[0] < results[1]).all()
+    assert torch.equal(results[0], results[1])
+    assert (results[1] < results[2]).all()
 
 
 def make_actor_again():
@@ -257,7 +247,8 @@ def test_groups_are_one_sequence():
         losses[group].set_keys(advantage=(group, "advantage"))
         actors[group] = actor
     _, expected = updated(whole, data, agent_order=order)
-    _, stats = updated(None, split, loss=losses, agent_order=order)
+    torch.manual_seed(5)
+    stats = HAPPOUpdater(losses, lr=0.01, epochs=2, minibatch_size=16, agent_order=order).step(split)
     for name, value in stats.items():
         torch.testing.assert_close(value, expected[name], **EXACT)
     for group, agents in parts.items():
@@ -436,7 +427,7 @@ def test_losses_that_cannot_be_updated_in_sequence(loss, error, message):
         (
             lambda data: data.pop("advantage"),
             KeyError,
-            r"is not in the data, and the loss has no critic.*Give ClipPPOLoss a",
+            r"is not in the data, and .* Give ClipPPOLoss a critic",
         ),
         (lambda data: data.pop(LOG_PROB), KeyError, r"sample_log_prob \(a policy with return_log_prob=True"),
         (lambda data: data.set("advantage", data["advantage"][..., 0]), ValueError, r"Use advantage\.unsqueeze\(-1\)"),
