@@ -301,9 +301,9 @@ class HAPPOUpdater(RangedSettings):
                 "clip_fraction": ((log_ratio < low) | (log_ratio > high)).to(ratio.dtype),
             }
             means = [(rows.weight * torch.where(counts, value, 0.0)).sum() for value in rows_of.values()]
-            means = self._ranks.sum_(torch.stack(means)).unbind()
+            sums = self._ranks.sum_(torch.stack(means)).unbind()
             turn.finish(torch.where(counts, ratio, 1.0))
-        return TensorDict({"accepted": taken, **dict(zip(rows_of, means, strict=True)), "grad_norm": grad_norm})
+        return TensorDict({"accepted": taken, **dict(zip(rows_of, sums, strict=True)), "grad_norm": grad_norm})
 
     def _fit(self, member: _Member, rows: PolicyRows, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The epochs of one agent; gives the mean norm of the gradients, and whether all steps were taken."""
@@ -377,6 +377,7 @@ def _make_members(group: str, loss: ClipPPOLoss, lr: float) -> list[_Member]:
     """The agents of a group, or the one agent of a policy without an agent dimension, as the data will tell."""
     network, parameters = loss.actor_network, _actor_parameters(loss)
     kind, n_agents = resolve_trust_region(None, network, parameters)
+    policies: list[tuple[int | None, ProbabilisticTensorDictSequential, TensorDictBase]]
     if kind == "per_agent":
         policies = [(index, *agent_policy(network, parameters, index, n_agents)) for index in range(n_agents)]
     elif any(isinstance(net, MultiAgentNetBase) and net.n_agents > 1 for net in network.modules()):
