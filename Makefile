@@ -1,4 +1,4 @@
-# make train   train HATRPO on VMAS; ALGO=itrpo|matrpo|hatrpo|trpo, ARGS="seed=1 env=vmas/navigation" for other settings
+# make train   train HATRPO on VMAS; ALGO=itrpo|matrpo|hatrpo|happo|trpo, ARGS="seed=1 env=vmas/navigation" for other settings
 # make evaluate RUN=<folder>   plays the trained policy of a run and films it; ARGS="--episodes 500 --checkpoint best"
 # make test    the test suite, under 10 minutes on 2 cores
 # make check   format, lint, docstring rules and types

@@ -3,6 +3,7 @@
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.agent_sequence import AgentSequence, AgentTurn
 from torchrl_trpo.objectives.central_critic import CentralCriticValueEstimator
+from torchrl_trpo.objectives.happo import HAPPOUpdater
 from torchrl_trpo.objectives.hatrpo import HATRPOSequentialObjective
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.policy_rows import PolicyRows
@@ -13,6 +14,7 @@ __all__ = [
     "AgentSequence",
     "AgentTurn",
     "CentralCriticValueEstimator",
+    "HAPPOUpdater",
     "HATRPOSequentialObjective",
     "PolicyRows",
     "PolicyTrustRegion",

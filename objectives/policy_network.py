@@ -7,7 +7,7 @@ from typing import Literal
 
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.modules import set_recurrent_mode
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
@@ -191,6 +191,33 @@ def slice_agents(
         else:
             sliced[key] = value.data[agents] if value.requires_grad else value.data
     return TensorDict(sliced)
+
+
+def agent_policy(
+    network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, agent: int, n_agents: int
+) -> tuple[ProbabilisticTensorDictSequential, TensorDictBase]:
+    """One agent's policy, to be trained alone: its parameters are leaves that share the memory of the stacked ones.
+
+    What an optimiser writes into the leaves is written into the policy of all agents; the other agents' parameters are
+    in no leaf, and nothing moves them.
+
+    Args:
+        network: the policy, with parameters stacked on a leading agent dimension.
+        parameters: the parameters and buffers of all agents.
+        agent: the agent.
+        n_agents: the number of agents of the policy.
+
+    Returns:
+        The policy for observations ``[*B, 1, F]``, from :func:`single_agent_network`, and its parameters ``[1, ...]``,
+        to be put into it with ``to_module``. A parameter that is tied is one leaf.
+    """
+    leaves = slice_agents(parameters, slice(agent, agent + 1), stacked_prefixes(network)).clone(False)
+    by_parameter: dict[int, nn.Parameter] = {}
+    for key, value in parameters.items(True, True):
+        if value.requires_grad:
+            leaf = by_parameter.setdefault(id(value), nn.Parameter(leaves.get(key)))
+            leaves.set(key, leaf)
+    return single_agent_network(network, agent, n_agents), leaves
 
 
 def _is_inside(key: tuple[str, ...], outer: tuple[str, ...]) -> bool:

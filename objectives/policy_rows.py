@@ -16,6 +16,8 @@ from torchrl_trpo.layout import has_agent_dim, non_finite
 from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.suggest import nearest
 
+LOG_PROB_ROLE = "sample_log_prob (a policy with return_log_prob=True writes it)"
+
 
 @dataclass(frozen=True)
 class PolicyRows:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection, unravel_key
 from tensordict.nn import (
-    CompositeDistribution,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
     composite_lp_aggregate,
@@ -22,10 +21,11 @@ from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss, ValueEstimators
 from torchrl.objectives.utils import _sum_td_features, default_value_kwargs
 
-from torchrl_trpo.divergence import entropy, has_exact_entropy, kl_divergence
-from torchrl_trpo.layout import path, reads_init
+from torchrl_trpo.divergence import has_exact_entropy, kl_divergence
+from torchrl_trpo.layout import reads_init
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
+from torchrl_trpo.objectives.loss_parts import estimated_advantage, exact_entropy, row_mask, standardized_advantage
 from torchrl_trpo.objectives.policy_network import (
     distribution_keys,
     distribution_parameters,
@@ -36,6 +36,7 @@ from torchrl_trpo.objectives.policy_network import (
 )
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.policy_rows import (
+    LOG_PROB_ROLE,
     PolicyRows,
     broadcast_advantage,
     check_agent_dim,
@@ -44,10 +45,7 @@ from torchrl_trpo.objectives.policy_rows import (
 )
 from torchrl_trpo.objectives.popart import update_value_norm
 from torchrl_trpo.ranks import Ranks
-from torchrl_trpo.row_statistics import effective_sample_size, standardize
-from torchrl_trpo.suggest import nearest
-
-_LOG_PROB_ROLE = "sample_log_prob (a policy with return_log_prob=True writes it)"
+from torchrl_trpo.row_statistics import effective_sample_size
 
 
 class TRPOLoss(PPOLoss):
@@ -217,7 +215,7 @@ class TRPOLoss(PPOLoss):
         out = TensorDict({"loss_objective": -log_weight.exp() * advantage})
         out.set("kl_approx", kl_approx.detach().mean())
         with torch.no_grad():
-            out.set("ESS", effective_sample_size(log_weight, self._row_mask(tensordict, log_weight)))
+            out.set("ESS", effective_sample_size(log_weight, row_mask(self, tensordict, log_weight)))
             if collected is not None:
                 kl = kl_divergence(collected, dist, log_weight.ndim - 1).unsqueeze(-1)
                 out.set("kl", self._reduce_loss(kl, tensordict, reduction="mean"))
@@ -330,7 +328,7 @@ class TRPOLoss(PPOLoss):
         tensordict = tensordict.clone(False)
         advantage = self.normalized_advantage(tensordict, update_norm=True)
         keys = self.tensor_keys
-        log_prob = entry(tensordict, keys.sample_log_prob, _LOG_PROB_ROLE)
+        log_prob = entry(tensordict, keys.sample_log_prob, LOG_PROB_ROLE)
         if is_tensor_collection(log_prob):  # of the parts of a composite action
             log_prob = sum(log_prob.values(True, True))
         log_prob = log_prob.unsqueeze(-1)
@@ -341,7 +339,7 @@ class TRPOLoss(PPOLoss):
             action=entry(tensordict, keys.action, "action"),
             log_prob=log_prob,
             advantage=broadcast_advantage(advantage, log_prob, keys.advantage),
-            mask=self._row_mask(tensordict, log_prob),
+            mask=row_mask(self, tensordict, log_prob),
             per_agent=self.trust_region == "per_agent",
             sequences=reads_init(self.actor_network),
             ranks=self.ranks if ranks is None else ranks,
@@ -447,7 +445,7 @@ class TRPOLoss(PPOLoss):
         """
         if self.value_norm is not None:
             targets = entry(tensordict, self.tensor_keys.value_target, "value_target")
-            mask = self._row_mask(tensordict, targets)
+            mask = row_mask(self, tensordict, targets)
             targets = targets if mask is None else targets[mask].unsqueeze(-1)
             update_value_norm(self.value_norm, targets, self._normalised_critic(), self.ranks)
 
@@ -477,40 +475,15 @@ class TRPOLoss(PPOLoss):
 
         Returns:
             The advantage, ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``).
-
-        Raises:
-            KeyError: if there is neither an advantage nor a critic to compute it with.
-            ValueError: if the advantage misses its last dimension of size 1.
         """
-        key = self.tensor_keys.advantage
-        advantage = tensordict.get(key, None)
-        missing = advantage is None
-        if missing:
-            if self.critic_network is None and self._value_estimator is None:
-                raise KeyError(
-                    f"the advantage {key!r} is not in the data, and the loss has no critic to compute it with. Give "
-                    "TRPOLoss a critic_network, compute the advantage first, or name its key with "
-                    f"set_keys(advantage=...). {nearest(key, tensordict.keys(True, True))}"
-                )
-            params = self._cached_critic_network_params_detached if self.critic_network is not None else None
-            target_params = self.target_critic_network_params if params is not None else None
-            self.value_estimator(tensordict, params=params, target_params=target_params)
-            advantage = tensordict.get(key)
-        if advantage.ndim <= tensordict.batch_dims or advantage.shape[-1] != 1:
-            raise ValueError(
-                f"the advantage {key!r} has shape {tuple(advantage.shape)} in data of batch size "
-                f"{tuple(tensordict.batch_size)}: its last dimension must be 1, [*B, T, 1] or [*B, T, n_agents, 1]. "
-                "Use advantage.unsqueeze(-1)."
-            )
+        advantage, missing = estimated_advantage(self, tensordict)
         return self._maybe_normalize_advantage(advantage, tensordict, update_norm=missing and update_norm)
 
     def _standardize_advantage(self, advantage: Tensor, tensordict: TensorDictBase) -> Tensor:
-        excluded = {dim % advantage.ndim for dim in self.normalize_advantage_exclude_dims}
-        dims = [dim for dim in range(advantage.ndim) if dim not in excluded]
-        return standardize(advantage, self._row_mask(tensordict, advantage), dims, self.ranks)
+        return standardized_advantage(self, advantage, tensordict, self.ranks)
 
     def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> Any:
-        for key, name in [(self.tensor_keys.sample_log_prob, _LOG_PROB_ROLE), (self.tensor_keys.action, "action")]:
+        for key, name in [(self.tensor_keys.sample_log_prob, LOG_PROB_ROLE), (self.tensor_keys.action, "action")]:
             entry(tensordict, key, name)
         return super()._log_weight(tensordict, adv_shape=adv_shape)
 
@@ -529,10 +502,7 @@ class TRPOLoss(PPOLoss):
         # Without sampling where possible: the parent's estimate would differ from call to call.
         if not has_exact_entropy(dist):
             return super()._get_entropy(dist, adv_shape)
-        if not isinstance(dist, CompositeDistribution) or composite_lp_aggregate():
-            return entropy(dist, len(adv_shape)).unsqueeze(-1)
-        parts = {(*path(name)[:-1], f"{path(name)[-1]}_entropy"): entropy(dist[name]) for name in dist}
-        return TensorDict(parts, batch_size=adv_shape).unsqueeze(-1)
+        return exact_entropy(dist, adv_shape)
 
     def _entropy_by_part(self) -> bool:
         return is_composite(self.actor_network) and not composite_lp_aggregate(nowarn=True)
@@ -555,8 +525,3 @@ class TRPOLoss(PPOLoss):
         if not self._data_has_distribution:
             return None
         return self.actor_network.build_dist_from_params(tensordict.select(*keys))
-
-    def _row_mask(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
-        masks = [tensordict.get(key, None) for key in self._loss_mask_keys()]
-        masks = [self._expand_loss_mask(mask, like) for mask in masks if mask is not None]
-        return torch.stack(masks).all(0) if masks else None

@@ -11,12 +11,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
-from torchrl_trpo.recipes import hatrpo, itrpo, matrpo, trpo
+from torchrl_trpo.objectives import HAPPOUpdater
+from torchrl_trpo.recipes import happo, hatrpo, itrpo, matrpo, trpo
 from torchrl_trpo.settings import _RANGES, check_overrides, check_settings
 from torchrl_trpo.suggest import SettingError
 from torchrl_trpo.updater import TrustRegionUpdater
 
-RECIPES = {"itrpo": itrpo, "matrpo": matrpo, "hatrpo": hatrpo, "trpo": trpo}
+RECIPES = {"itrpo": itrpo, "matrpo": matrpo, "hatrpo": hatrpo, "happo": happo, "trpo": trpo}
 CONFIG_DIR = Path(hatrpo.__file__).parent / "config"
 
 
@@ -71,6 +72,11 @@ ONE = [
     ("hatrpo", "env.kwargs=3", r"^env\.kwargs must be a mapping of arguments such as {n_agents: 3}, got 3\.$"),
     ("hatrpo", "env.kwargs=[1]", r"^env\.kwargs must be a mapping .*, got \[1\]\.$"),
     ("hatrpo", "env.continuous_actions=null", r"^env\.continuous_actions must be true or false, got null\.$"),
+    ("happo", "clip_epsilon=1", r"^clip_epsilon must be a number between 0 and 1, both excluded, got 1\.$"),
+    ("happo", "updater.lr=-1", r"^updater\.lr must be a number of at least 0, got -1\.$"),
+    ("happo", "updater.epochs=0", r"^updater\.epochs must be a whole number of at least 1, got 0\.$"),
+    ("happo", "updater.minibatch_size=2.5", r"^updater\.minibatch_size must be a whole number .*, got 2\.5\.$"),
+    ("happo", "updater.max_grad_norm=null", r"^updater\.max_grad_norm must be a positive number, got null\.$"),
     # Names of values.
     ("hatrpo", "team_reward=max", r"^team_reward: 'max'\. Did you mean 'mean'\? Legal: 'mean', 'sum', 'null'\.$"),
     ("hatrpo", "critic.inputs=staet", r"^critic\.inputs: 'staet'\. Did you mean 'state'\?"),
@@ -88,6 +94,12 @@ ONE = [
     # Sections, and names that are missing or new.
     ("hatrpo", "updater=3", r"^updater: 3\. Legal: a section with updater\.max_kl, .*fisher_subsample\.$"),
     ("hatrpo", "actor=[1]", r"^actor: \[1\]\. Legal: a section with actor\.hidden, actor\.network"),
+    ("happo", "updater=3", r"^updater: 3\. Legal: a section with updater\.lr, updater\.epochs, .*max_grad_norm\.$"),
+    ("happo", "updater.max_kl=0.01", r"^setting 'updater\.max_kl' does not exist\. .*Legal: .*'updater\.lr'"),
+    ("happo", "updater.epoch=2", r"^setting 'updater\.epoch' does not exist\. Did you mean 'updater\.epochs'"),
+    ("happo", "critic.value_norm=true", r"^setting 'critic\.value_norm' does not exist"),
+    ("happo", "~updater.lr", r"^updater\.lr is missing\. Legal: a number of at least 0\.$"),
+    ("hatrpo", "updater.lr=1", r"^setting 'updater\.lr' does not exist"),
     ("hatrpo", "updater={maxkl: 1}", r"^setting 'updater\.maxkl' does not exist\. Did you mean 'updater\.max_kl'"),
     ("hatrpo", "updater={max_kl: -1}", r"^updater\.max_kl must be a positive number, got -1\.$"),
     ("hatrpo", "+sed=1", r"^setting 'sed' does not exist\. Did you mean 'seed'"),
@@ -168,7 +180,7 @@ def test_a_value_that_is_wrong_is_not_compared():
     )
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["itrpo", "matrpo", "hatrpo", "trpo"])
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -193,6 +205,8 @@ def test_what_can_be_passes(name, overrides):
         ("itrpo", "actor.sharing=all"),
         ("matrpo", "critic.others_actions=true"),
         ("matrpo", "env=pettingzoo/simple_spread_v3"),
+        ("happo", "updater={lr: 0, epochs: 1, minibatch_size: 1, max_grad_norm: 0.5}"),
+        ("happo", "clip_epsilon=0.3"),
     ],
 )
 def test_what_only_some_recipes_have(name, override):
@@ -254,6 +268,7 @@ def test_what_to_do_with_what_is_not_finite(value):
 def test_every_setting_of_the_updater_has_its_range():
     assert {f"updater.{name}" for name in TrustRegionUpdater._RANGES} <= set(_RANGES)
     assert set(config("hatrpo").updater) == set(TrustRegionUpdater._RANGES)
+    assert set(config("happo").updater) == set(HAPPOUpdater._RANGES)
 
 
 def test_the_command_line_says_it_all(tmp_path):

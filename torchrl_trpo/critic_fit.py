@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import PPOLoss
 
 from torchrl_trpo.layout import finite_where_masked, non_finite, reads_init
+from torchrl_trpo.minibatches import average_gradients, count_by_rank, draw_minibatches
 from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.row_statistics import variance
 
@@ -96,7 +97,7 @@ def fit_critic(
         )
     dropped = int(ranks.sum_((counts & ~finite).sum())) * rows.shape[1:].numel()
     kept = (counts & finite).nonzero().squeeze(-1)
-    kept_by_rank = ranks.concat(kept.new_tensor([len(kept)])).tolist() if ranks.size > 1 else [len(kept)]
+    kept_by_rank = count_by_rank(kept, ranks)
     if sum(kept_by_rank) == 0:
         return {"loss_critic": math.nan, "explained_variance": math.nan, "dropped": dropped}
     target, value = (
@@ -105,10 +106,11 @@ def fit_critic(
     unexplained = variance(target - value, ranks) / variance(target, ranks)
     if rows.batch_dims > 1:
         minibatch_size = max(1, minibatch_size // rows.shape[1])
+    parameters = _trained(loss)
     total = target.new_zeros(())
     steps = 0
     for epoch in range(epochs):
-        for drawn in _minibatches(kept, kept_by_rank, minibatch_size, ranks):
+        for drawn in draw_minibatches(kept, kept_by_rank, minibatch_size, ranks):
             batch = rows[drawn]
             if has_masks:
                 batch.update({name: finite_where_masked(batch.get(name), counted[drawn]) for name in names})
@@ -120,7 +122,7 @@ def fit_critic(
                 loss_critic.backward()
             elif update_value_norm is not None:
                 update_value_norm(batch)  # with the targets of the ranks that have some
-            loss_critic = _mean_over_ranks(loss, loss_critic.detach(), counted[drawn].sum(), ranks)
+            loss_critic = average_gradients(parameters, loss_critic.detach(), counted[drawn].sum(), ranks)
             optimizer.step()
             if epoch == epochs - 1:
                 total += loss_critic
@@ -132,55 +134,10 @@ def fit_critic(
     }
 
 
-def _minibatches(kept: Tensor, kept_by_rank: list[int], size: int, ranks: Ranks) -> Iterator[Tensor]:
-    """This rank's rows of each minibatch of one pass over the rows of all ranks, drawn by the first.
-
-    Args:
-        kept: the indices of this rank's rows.
-        kept_by_rank: how many each rank has.
-        size: rows of a minibatch, of all ranks together.
-        ranks: the ranks.
-
-    Yields:
-        Indices of rows, none where all rows of the minibatch are other ranks'.
-    """
-    order = ranks.first_(torch.randperm(sum(kept_by_rank), device=kept.device))
-    if ranks.size == 1:
-        yield from kept[order].split(size)
-        return
-    position = order - sum(kept_by_rank[: ranks.rank])
-    own = (position >= 0) & (position < len(kept))
-    counts = [int(count) for count in torch.stack([part.sum() for part in own.split(size)]).tolist()]
-    yield from kept[position[own]].split(counts)
-
-
-def _mean_over_ranks(loss: PPOLoss, loss_critic: Tensor, count: Tensor, ranks: Ranks) -> Tensor:
-    """Makes the gradients of a critic those of all ranks' mean, and gives the mean.
-
-    Args:
-        loss: the loss.
-        loss_critic: the mean over this rank's values.
-        count: how many those are.
-        ranks: the ranks.
-
-    Returns:
-        The mean over the values of all ranks.
-    """
-    if ranks.size == 1:
-        return loss_critic
+def _trained(loss: PPOLoss) -> list[Tensor]:
+    """The critic's parameters that are trained, each once."""
     parameters = loss.critic_network_params if loss.functional else TensorDict.from_module(loss.critic_network)
-    leaves = {id(leaf): leaf for leaf in parameters.values(True, True) if leaf.requires_grad}.values()
-    for leaf in leaves:
-        leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-    own = torch.cat([*(leaf.grad.flatten() for leaf in leaves), loss_critic.reshape(1)]) * count
-    *means, whole = ranks.sum_(torch.cat([own, count.to(own.dtype).reshape(1)])).split([
-        *(leaf.numel() for leaf in leaves),
-        1,
-        1,
-    ])
-    for leaf, mean in zip(leaves, means, strict=False):
-        leaf.grad.copy_((mean / whole).reshape(leaf.shape))
-    return (means[-1] / whole).squeeze(0)
+    return list({id(leaf): leaf for leaf in parameters.values(True, True) if leaf.requires_grad}.values())
 
 
 def _rows_of_fit(loss: PPOLoss, data: TensorDictBase) -> tuple[TensorDict, Tensor, bool]:

@@ -20,11 +20,12 @@ class RejectionWatch:
 
     Args:
         groups: the groups of agents.
-        max_kl: the trust region's radius.
+        max_kl: the trust region's radius; None for updates without one, whose steps are rejected for what is not
+            finite alone.
         damping: what is added to the Fisher matrix's diagonal.
     """
 
-    def __init__(self, groups: Sequence[GroupKeys], *, max_kl: float, damping: float) -> None:
+    def __init__(self, groups: Sequence[GroupKeys], *, max_kl: float | None, damping: float | None) -> None:
         self._groups = groups
         self._max_kl = max_kl
         self._damping = damping
@@ -59,10 +60,12 @@ class RejectionWatch:
         told = f"{name}: the last {self._in_a_row[region]} policy steps were all rejected. Likely:"
         if not advantage.numel():
             return f"{told} it takes part in no row of the batch, its mask is false in all of them."
-        figures = {key: float(stats[key]) for key in ("grad_norm", "cg_residual", "expected_improvement")}
-        # At the solution of (F + λI)x = g the full step's gᵀβx is sqrt(2δ gᵀx): what the matrix is along the gradient.
-        along = figures["expected_improvement"] ** 2 / (2 * self._max_kl)
-        figures["curvature"] = figures["grad_norm"] ** 2 / along if along > 0 else math.nan
+        figures = {"grad_norm": float(stats["grad_norm"])}
+        if self._max_kl is not None:
+            figures |= {key: float(stats[key]) for key in ("cg_residual", "expected_improvement")}
+            # At the solution of (F + λI)x = g the full step's gᵀβx is sqrt(2δ gᵀx): the matrix along the gradient.
+            along = figures["expected_improvement"] ** 2 / (2 * self._max_kl)
+            figures["curvature"] = figures["grad_norm"] ** 2 / along if along > 0 else math.nan
         figures["advantage_mean"] = float(advantage.mean())
         figures["advantage_std"] = float(advantage.std())
         figures["advantage_largest"] = float(advantage.abs().max())
@@ -91,8 +94,9 @@ def _is_due(count: int) -> bool:
     return count >= PATIENCE and count % PATIENCE == 0 and math.log2(count // PATIENCE).is_integer()
 
 
-def _causes(figures: dict[str, float], damping: float) -> list[str]:
-    if not all(math.isfinite(figures[key]) for key in ("grad_norm", "advantage_mean", "advantage_largest")):
+def _causes(figures: dict[str, float], damping: float | None) -> list[str]:
+    finite = all(math.isfinite(figures[key]) for key in ("grad_norm", "advantage_mean", "advantage_largest"))
+    if not finite or damping is None:
         return ["the batch or the policy's output is not finite; non_finite=stop names where it comes from"]
     spread = figures["advantage_std"]
     if figures["grad_norm"] == 0 or spread <= 1e-6 * figures["advantage_largest"]:

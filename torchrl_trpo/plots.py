@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 
-def plot_learning_curve(metrics: Path, path: Path, *, title: str, max_kl: float) -> Path:
+def plot_learning_curve(metrics: Path, path: Path, *, title: str, max_kl: float | None) -> Path:
     """Plots return (of each group, if there are several), KL divergence and accepted steps over frames.
 
     Args:
@@ -17,7 +17,7 @@ def plot_learning_curve(metrics: Path, path: Path, *, title: str, max_kl: float)
 
     Keyword Args:
         title: the picture's title.
-        max_kl: the trust region's radius in nats, drawn as a line.
+        max_kl: the trust region's radius in nats, drawn as a line; None where there is no trust region.
 
     Returns:
         The path.
@@ -36,8 +36,9 @@ def plot_learning_curve(metrics: Path, path: Path, *, title: str, max_kl: float)
         axes[0].legend()
     axes[0].set(title="Episode return", ylabel="mean over agents")
     axes[1].plot(frames, columns["kl"], color="tab:orange", label="KL of the steps kept")
-    axes[1].axhline(max_kl, color="gray", ls="--", lw=1, label="max_kl")
-    axes[1].set(title="KL divergence", ylabel="nats", ylim=(0, 1.15 * max_kl))
+    if max_kl is not None:
+        axes[1].axhline(max_kl, color="gray", ls="--", lw=1, label="max_kl")
+    axes[1].set(title="KL divergence", ylabel="nats", ylim=(0, None if max_kl is None else 1.15 * max_kl))
     axes[1].legend(loc="lower right")
     axes[2].plot(frames, columns["accepted"], color="tab:green")
     axes[2].set(title="Accepted steps", ylabel="share of regions", ylim=(-0.05, 1.05))

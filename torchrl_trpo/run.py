@@ -43,9 +43,8 @@ from torchrl_trpo.settings import check_settings
 from torchrl_trpo.stopping import StopSignals
 from torchrl_trpo.suggest import SettingError
 from torchrl_trpo.torchrun import is_restarted, job_id, job_ranks
-from torchrl_trpo.updater import TrustRegionUpdater
 
-_SETTINGS_IN_LOSSES = ("entropy_coeff", "gamma", "lmbda")
+_SETTINGS_IN_LOSSES = ("entropy_coeff", "clip_epsilon", "gamma", "lmbda")
 
 COLUMNS = (
     "iteration",
@@ -127,7 +126,7 @@ class Run:
         collector: what collects, without an end of its own (``total_frames=-1``).
         policy: the policy of all groups.
         losses: the losses of all groups, with their critics and value normalisers.
-        updaters: the policy's updaters.
+        updaters: the policy's updaters, with the settings in ``cfg.updater`` as attributes.
         critic_optim: the critics' optimiser.
         ranks: the processes of the run. Default: this one alone.
 
@@ -147,7 +146,7 @@ class Run:
         collector: Collector,
         policy: TensorDictModuleBase,
         losses: nn.Module,
-        updaters: Sequence[TrustRegionUpdater],
+        updaters: Sequence[Any],
         critic_optim: torch.optim.Optimizer,
         ranks: Ranks | None = None,
     ) -> None:
@@ -166,7 +165,7 @@ class Run:
         self._ranks = Ranks() if ranks is None else ranks
         self._record = full_record(cfg, algorithm)
         self._progress: dict[str, Any] = {"iteration": 0, "frames": 0, "wall_s": 0.0, "cpu_s": 0.0, "best_return": None}
-        self._watch = RejectionWatch(self.groups, max_kl=cfg.updater.max_kl, damping=cfg.updater.damping)
+        self._watch = RejectionWatch(self.groups, max_kl=cfg.updater.get("max_kl"), damping=cfg.updater.get("damping"))
         components = {"policy": policy, "losses": losses, "critic_optim": critic_optim, "rejections": self._watch}
         components |= {f"updater_{index}": updater for index, updater in enumerate(updaters)}
         self._checkpoints = Checkpoints(self.folder, collector, components, cfg.checkpoint.keep, self._ranks)
@@ -332,7 +331,7 @@ class Run:
             self.folder / "metrics.csv",
             self.folder / "learning_curve.png",
             title=title,
-            max_kl=cfg.updater.max_kl,
+            max_kl=cfg.updater.get("max_kl"),
         )
         if cfg.film:
             policy = on_raw_observations(self.env, self.policy)

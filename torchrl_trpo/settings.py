@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_trpo.envs import resolve_device
 from torchrl_trpo.groups import GroupKeys
+from torchrl_trpo.minibatches import ADAM_RANGES
 from torchrl_trpo.ranks import RankLostError
 from torchrl_trpo.simulators import SIMULATORS, known_environments
 from torchrl_trpo.suggest import SettingError, nearest, nearest_multiples
@@ -80,9 +81,10 @@ _RANGES: Mapping[str, _Legal] = {
     "gamma": _SHARE,
     "lmbda": _SHARE,
     "entropy_coeff": ("a number", _is_number),
+    "clip_epsilon": ("a number between 0 and 1, both excluded", lambda v: _is_number(v) and 0 < v < 1),
     **{
         f"updater.{name}": (legal, functools.partial(_is_number_in, is_legal))
-        for name, (legal, is_legal) in TrustRegionUpdater._RANGES.items()
+        for name, (legal, is_legal) in {**TrustRegionUpdater._RANGES, **ADAM_RANGES}.items()
     },
     "actor.hidden": _LAYERS,
     "critic.hidden": _LAYERS,
@@ -127,6 +129,15 @@ _SOMETIMES = (  # in some recipes, or with a default elsewhere
     "env.continuous_actions",
     "env.parallel",
 )
+_TRUST_REGION = {
+    "chunk_size",
+    "compile_update",
+    "critic.value_norm",
+    *map("updater.{}".format, TrustRegionUpdater._RANGES),
+}
+"""The settings of recipes that take trust-region steps alone."""
+_CLIPPED = {"clip_epsilon", *map("updater.{}".format, ADAM_RANGES)}
+"""Those of HAPPO alone."""
 _RECORDED = ("algorithm", "versions")  # a run's config.yaml says them too
 
 
@@ -276,7 +287,7 @@ def _wrong_names(name: str, value: Any, defaults: Mapping[str, Any]) -> list[str
     if isinstance(value, dict) and isinstance(defaults.get(name), dict):
         names += [inner for inner, _ in _settings(value, f"{name}.")]
     elif name in defaults and {type(value), type(defaults[name])} == {dict, list}:  # Hydra cannot merge them
-        return [problem] if (problem := _setting_problem(name, value, _fields(None))) else []
+        return [problem] if (problem := _setting_problem(name, value, _fields(defaults, None))) else []
     return [f"setting {each!r} does not exist. {nearest(each, defaults)}" for each in names if each not in defaults]
 
 
@@ -324,7 +335,7 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
 
 def _value_problems(settings: Mapping[str, Any]) -> dict[str, str]:
     """What is wrong with single settings, by name."""
-    fields = _fields(settings.get("env.name"))
+    fields = _fields(settings, settings.get("env.name"))
     inside = tuple(f"{name}." for name in fields)  # what a mapping holds that is itself a setting's value
     problems: dict[str, str] = {}
     for name, value in settings.items():
@@ -340,10 +351,12 @@ def _value_problems(settings: Mapping[str, Any]) -> dict[str, str]:
     return problems
 
 
-def _fields(env_name: object) -> list[str]:
-    """The names of all settings, of the environment's those that its library has."""
+def _fields(settings: Mapping[str, Any], env_name: object) -> list[str]:
+    """The names of all settings: of the update's those of its kind, of the environment's those that its library has."""
+    clipped = "updater.max_kl" not in settings and not _CLIPPED.isdisjoint(settings)
+    others = _TRUST_REGION if clipped else _CLIPPED
+    fields = [field for field in [*_EXAMPLES, *_RANGES, *_CHOICES] if field not in others]
     library = str(env_name).partition("/")[0]
-    fields = [*_EXAMPLES, *_RANGES, *_CHOICES]
     if library not in SIMULATORS:
         return fields
     own = ["factory", "num_envs", "max_steps", "parallel", "kwargs"] if library == "custom" else _ENV_DEFAULTS[library]
@@ -461,7 +474,7 @@ _COMBINATIONS: Sequence[tuple[Sequence[str], Callable[..., str | None]]] = (
     (("critic.value_norm", "critic.network", "critic.hidden"), _narrow_critic),
     (("critic.inputs", "env.name"), _state_of_vmas),
     (("env.name", "actor.sharing"), _team_of_one),  # ITRPO and MATRPO
-    (("env.name", "team_reward"), _team_of_one),  # HATRPO
+    (("env.name", "team_reward"), _team_of_one),  # HATRPO and HAPPO
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchrl_trpo.conjugate_gradient import conjugate_gradient
 from torchrl_trpo.line_search import backtrack
-from torchrl_trpo.suggest import nearest
+from torchrl_trpo.ranged import RangedSettings
 
 
 class TrustRegionProblem(Protocol):
@@ -49,7 +49,7 @@ class TrustRegionObjective(Protocol):
         """The subproblems of one update, each solved and written before the next is asked for."""
 
 
-class TrustRegionUpdater:
+class TrustRegionUpdater(RangedSettings):
     r"""Takes trust-region steps on the policy of an objective.
 
     For each region, with the surrogate :math:`L`, its gradient :math:`g` and the Fisher matrix :math:`F` at the current
@@ -86,7 +86,7 @@ class TrustRegionUpdater:
         ValueError: if a setting is outside its range.
     """
 
-    _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    _RANGES: ClassVar[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
         "max_kl": ("a positive number", lambda v: 0 < v < math.inf),
         "damping": ("a number of at least 0", lambda v: 0 <= v < math.inf),
         "cg_iters": ("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1),
@@ -124,18 +124,6 @@ class TrustRegionUpdater:
         self.max_backtracks = max_backtracks
         self.accept_ratio = accept_ratio
         self.fisher_subsample = fisher_subsample
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._RANGES:
-            self._check(name, value)
-        super().__setattr__(name, value)
-
-    def _check(self, name: str, value: Any) -> None:
-        legal, is_legal = self._RANGES[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be {legal}, got {value!r} of type {type(value).__name__}.")
-        if not is_legal(value):
-            raise ValueError(f"{name} must be {legal}, got {value!r}.")
 
     def step(self, tensordict: TensorDictBase) -> TensorDict:
         """Updates the policy once on a batch; the batch is not modified.
@@ -203,26 +191,3 @@ class TrustRegionUpdater:
         xFx = (x * (g - residual)).sum(-1, keepdim=True)  # xᵀ(F + λI)x, [n, 1]
         step_length = torch.where(xFx > 0, (2 * self.max_kl / xFx).sqrt(), 0.0)
         return step_length * x, relative_residual
-
-    def state_dict(self) -> dict[str, float]:
-        """The settings by name."""
-        return {name: getattr(self, name) for name in self._RANGES}
-
-    def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
-        """Takes over settings saved by :meth:`state_dict`, all or none.
-
-        Args:
-            state_dict: the settings by name.
-
-        Raises:
-            KeyError: if a setting is missing or unknown.
-        """
-        for name in state_dict:
-            if name not in self._RANGES:
-                raise KeyError(f"{name!r} is not a setting of the updater. {nearest(name, self._RANGES)}")
-        for name in self._RANGES:
-            if name not in state_dict:
-                raise KeyError(f"the setting {name!r} is missing from the state_dict, which has {list(state_dict)}.")
-            self._check(name, state_dict[name])
-        for name, value in state_dict.items():
-            setattr(self, name, value)

@@ -1,0 +1,102 @@
+"""What the policy updates have in common with the loss that they belong to: its advantage, mask and entropy."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import CompositeDistribution, composite_lp_aggregate
+from torch import Tensor
+from torch import distributions as D
+from torchrl.objectives import PPOLoss
+
+from torchrl_trpo.divergence import entropy
+from torchrl_trpo.layout import path
+from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.row_statistics import standardize
+from torchrl_trpo.suggest import nearest
+
+
+def estimated_advantage(loss: PPOLoss, tensordict: TensorDictBase) -> tuple[Tensor, bool]:
+    """The advantage of a batch, computed by the loss's value estimator if it is missing.
+
+    Args:
+        loss: the loss.
+        tensordict: the data, ``[*B, T]``; a missing advantage and value target are written into it.
+
+    Returns:
+        The advantage, ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``), and whether it was missing.
+
+    Raises:
+        KeyError: if there is neither an advantage nor a critic to compute it with.
+        ValueError: if the advantage misses its last dimension of size 1.
+    """
+    key = loss.tensor_keys.advantage
+    advantage = tensordict.get(key, None)
+    missing = advantage is None
+    if missing:
+        if loss.critic_network is None and loss._value_estimator is None:
+            raise KeyError(
+                f"the advantage {key!r} is not in the data, and the loss has no critic to compute it with. Give "
+                f"{type(loss).__name__} a critic_network, compute the advantage first, or name its key with "
+                f"set_keys(advantage=...). {nearest(key, tensordict.keys(True, True))}"
+            )
+        params = loss._cached_critic_network_params_detached if loss.critic_network is not None else None
+        target_params = loss.target_critic_network_params if params is not None else None
+        loss.value_estimator(tensordict, params=params, target_params=target_params)
+        advantage = tensordict.get(key)
+    if advantage.ndim <= tensordict.batch_dims or advantage.shape[-1] != 1:
+        raise ValueError(
+            f"the advantage {key!r} has shape {tuple(advantage.shape)} in data of batch size "
+            f"{tuple(tensordict.batch_size)}: its last dimension must be 1, [*B, T, 1] or [*B, T, n_agents, 1]. "
+            "Use advantage.unsqueeze(-1)."
+        )
+    return advantage, missing
+
+
+def standardized_advantage(loss: PPOLoss, advantage: Tensor, tensordict: TensorDictBase, ranks: Ranks) -> Tensor:
+    """The advantage with mean 0 and standard deviation 1 over the rows that count, of all ranks.
+
+    Args:
+        loss: the loss, with the dimensions that are not averaged over (``normalize_advantage_exclude_dims``).
+        advantage: the advantage, ``[*B, T, n_agents, 1]``.
+        tensordict: the data, with the loss's masks.
+        ranks: the processes whose rows belong together.
+
+    Returns:
+        The advantage.
+    """
+    excluded = {dim % advantage.ndim for dim in loss.normalize_advantage_exclude_dims}
+    dims = [dim for dim in range(advantage.ndim) if dim not in excluded]
+    return standardize(advantage, row_mask(loss, tensordict, advantage), dims, ranks)
+
+
+def row_mask(loss: PPOLoss, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
+    """Which entries count, by the loss's masks.
+
+    Args:
+        loss: the loss.
+        tensordict: the data.
+        like: an entry of the shape that is asked for.
+
+    Returns:
+        The mask, bool, or None where the data has none.
+    """
+    masks = [tensordict.get(key, None) for key in loss._loss_mask_keys()]
+    masks = [loss._expand_loss_mask(mask, like) for mask in masks if mask is not None]
+    return torch.stack(masks).all(0) if masks else None
+
+
+def exact_entropy(dist: D.Distribution, batch_size: torch.Size) -> Tensor | TensorDict:
+    """The entropy without sampling, in the form that ``PPOLoss`` has it.
+
+    Args:
+        dist: a distribution with an exact entropy.
+        batch_size: its batch shape, ``[*B]``.
+
+    Returns:
+        The entropy, ``[*B, 1]``; of a composite distribution whose log-probabilities are by part, that of each part.
+    """
+    if not isinstance(dist, CompositeDistribution) or composite_lp_aggregate():
+        return entropy(dist, len(batch_size)).unsqueeze(-1)
+    parts = {(*path(name)[:-1], f"{path(name)[-1]}_entropy"): entropy(dist[name]) for name in dist}
+    return TensorDict(parts, batch_size=batch_size).unsqueeze(-1)
