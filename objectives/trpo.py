@@ -46,6 +46,7 @@ from torchrl_trpo.objectives.policy_rows import (
 from torchrl_trpo.objectives.popart import update_value_norm
 from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.row_statistics import effective_sample_size
+from torchrl_trpo.suggest import nearest
 
 
 class TRPOLoss(PPOLoss):
