@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import tempfile
@@ -33,14 +34,11 @@ def on_ranks(size, function, *args, job=None, lost=()):
         free.close()
         for process in processes:
             process.start()
-        for _ in ranks:  # the others would wait for one that has failed
-            ended = multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()])
-            if any(
-                process.sentinel in ended and process.exitcode and index not in lost
-                for index, process in enumerate(processes)
-            ):
+        while running := [process.sentinel for process in processes if process.is_alive()]:
+            multiprocessing.connection.wait(running)
+            if any(process.exitcode and rank not in lost for rank, process in enumerate(processes)):
                 for process in processes:
-                    process.kill()
+                    process.kill()  # the others would wait for one that has failed
         for process in processes:
             process.join()
         problems = [problem.read_text() for problem in sorted(Path(folder).glob("error-*"))]
