@@ -95,9 +95,9 @@ def test_the_algorithms_train_from_their_yaml_alone(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["itrpo", "matrpo", "hatrpo"])
 def test_the_yaml_has_the_recipes_settings(name):
-    files = ("base.yaml", f"{name}.yaml", "env/vmas/balance.yaml")
-    base, own, env = (OmegaConf.load(YAML.parent / file) for file in files)
-    theirs = OmegaConf.merge(base, own, {"env": env})
+    files = ("base.yaml", "trust_region.yaml", f"{name}.yaml", "env/vmas/balance.yaml")
+    base, trust_region, own, env = (OmegaConf.load(YAML.parent / file) for file in files)
+    theirs = OmegaConf.merge(base, trust_region, own, {"env": env})
     ours = composed(name)
     assert {key: ours.updater[key] for key in theirs.updater} == dict(theirs.updater)
     assert {key: ours.env[key] for key in theirs.env if key != "continuous_actions"} == {
