@@ -49,7 +49,8 @@ class HATRPOSequentialObjective(LossModule):
 
     Raises:
         TypeError: if ``losses`` holds anything but ``TRPOLoss``.
-        ValueError: if a group's agents share their policy, or ``agent_order`` is not an order of the agents.
+        ValueError: if a group's agents share their policy, ``agent_order`` is not an order of the agents, or the losses
+            have different process groups.
 
     Examples:
         >>> import torch
@@ -101,6 +102,8 @@ class HATRPOSequentialObjective(LossModule):
         for group, loss in groups.items():
             self._agents += [(group, agent) for agent in range(_count_agents(group, loss))]
         ranks = next(iter(groups.values())).ranks
+        if any(loss.ranks.group is not ranks.group for loss in groups.values()):
+            raise ValueError("process_group: the losses have different ones. Legal: the same for all of them, or None.")
         self._sequence = AgentSequence(len(self._agents), agent_order=agent_order, ranks=ranks)
         # In __dict__, as TorchRL's losses keep their networks: the parameters are the losses'.
         self.__dict__["actor_network"] = _in_sequence([loss.actor_network for loss in groups.values()])

@@ -64,8 +64,16 @@ def standardized_advantage(loss: PPOLoss, advantage: Tensor, tensordict: TensorD
 
     Returns:
         The advantage.
+
+    Raises:
+        ValueError: if a dimension that is spread over several ranks is not averaged over.
     """
     excluded = {dim % advantage.ndim for dim in loss.normalize_advantage_exclude_dims}
+    if ranks.size > 1 and any(dim < max(1, tensordict.batch_dims - 1) for dim in excluded):
+        raise ValueError(
+            f"normalize_advantage_exclude_dims: {tuple(loss.normalize_advantage_exclude_dims)} has a dimension that is "
+            "spread over the processes. Legal in several: the agents' dimension (-2), or that of time."
+        )
     dims = [dim for dim in range(advantage.ndim) if dim not in excluded]
     return standardize(advantage, row_mask(loss, tensordict, advantage), dims, ranks)
 

@@ -13,7 +13,7 @@ from torch import distributions as D
 
 from torchrl_trpo.divergence import log_prob
 from torchrl_trpo.layout import has_agent_dim, non_finite
-from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.ranks import Ranks, check_same_length
 from torchrl_trpo.suggest import nearest
 
 LOG_PROB_ROLE = "sample_log_prob (a policy with return_log_prob=True writes it)"
@@ -176,6 +176,8 @@ def flatten_rows(
     rows = TensorDict({**values, "inputs": inputs}, batch_size=batch_size).detach()
     rows = rows.reshape(-1, batch_size[-1]) if sequences else rows.reshape(-1)
     row_dims = rows.batch_dims
+    if sequences:
+        check_same_length(rows.shape[1], ranks, log_prob.device)
     if mask is None:
         weight = _equal_weight(rows.numel() if per_agent else log_prob.numel(), log_prob, ranks)
     else:

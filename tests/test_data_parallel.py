@@ -33,7 +33,7 @@ from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.envs import ObservationNorm
 from torchrl_trpo.objectives import AgentSequence, HATRPOSequentialObjective, TRPOLoss
-from torchrl_trpo.ranks import RankLostError, Ranks
+from torchrl_trpo.ranks import RankLostError, Ranks, check_same_length
 from torchrl_trpo.row_statistics import standardize, variance
 
 ENVS, STEPS, AGENTS = 6, 7, 3
@@ -124,7 +124,7 @@ def train(value_norm, masked):
     loss.set_keys(reward=REWARD, value=VALUE)
     loss.loss_mask_key = (GROUP, "counts") if masked else "auto"
     loss.make_value_estimator(gamma=0.9, lmbda=0.8, value_norm=norm)
-    updater = TrustRegionUpdater(HATRPOSequentialObjective(loss), damping=1.0, cg_iters=20)
+    updater = TrustRegionUpdater(HATRPOSequentialObjective(loss), damping=1.0, cg_iters=10)
     optimizer = torch.optim.Adam(loss.critic_network_params.values(True, True), lr=1e-2)
     template = copy.deepcopy(actor)
     fits = []
@@ -257,7 +257,7 @@ def test_a_rank_that_dies_is_told_by_the_others():
     assert on_ranks(2, lose_one, lost=[1]) == [True]
 
 
-@pytest.mark.parametrize("argument", ["advantage_norm", "average_gae"])
+@pytest.mark.parametrize("argument", ["advantage_norm", "average_gae", "normalize_advantage_exclude_dims", "group"])
 def test_statistics_of_each_process_alone_are_refused(argument):
     on_ranks(2, refuse, argument)
 
@@ -267,6 +267,18 @@ def refuse(argument):
     if argument == "advantage_norm":
         with pytest.raises(ValueError, match=r"advantage_norm: .* Legal: normalize_advantage"):
             TRPOLoss(actor, critic, advantage_norm=PopArtValueNorm(), process_group=dist.group.WORLD)
+        return
+    if argument == "normalize_advantage_exclude_dims":
+        actor = make_actor()
+        exclude = {"normalize_advantage": True, "normalize_advantage_exclude_dims": (0,)}
+        loss = TRPOLoss(actor, process_group=dist.group.WORLD, **exclude)
+        with pytest.raises(ValueError, match=r"normalize_advantage_exclude_dims: \(0,\) .* spread over the processes"):
+            TrustRegionUpdater(loss).step(make_data(actor))
+        return
+    if argument == "group":
+        losses = {"a": TRPOLoss(make_actor(), process_group=dist.group.WORLD), "b": TRPOLoss(make_actor())}
+        with pytest.raises(ValueError, match="process_group: the losses have different ones"):
+            HATRPOSequentialObjective(losses)
         return
     loss = TRPOLoss(actor, critic, process_group=dist.group.WORLD)
     with pytest.raises(ValueError, match=r"average_gae=True .* Legal: average_gae=False"):
@@ -292,3 +304,12 @@ def test_observations_are_normalised_with_what_all_ranks_have_seen():
     alone = observe()
     for own in on_ranks(2, observe):
         torch.testing.assert_close(own, alone)
+
+
+def unequal_sequences():
+    with pytest.raises(ValueError, match="sequences of 3 to 4 steps"):
+        check_same_length(3 + dist.get_rank(), Ranks(dist.group.WORLD), torch.device("cpu"))
+
+
+def test_sequences_of_different_lengths_are_refused_in_all_ranks():
+    on_ranks(2, unequal_sequences)

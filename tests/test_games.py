@@ -21,8 +21,8 @@ from tests.games import (
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 
-GAMES, UPDATES = {2: 10, 3: 7, 4: 4}, 8
-"""Games by the number of agents: with 2 orders, 3 numbers of actions and 8 updates of each, 1008 updates."""
+GAMES, UPDATES = {2: 5, 3: 4, 4: 2}, 8
+"""Games by the number of agents: with 2 orders, 3 numbers of actions and 8 updates of each, 528 updates."""
 
 
 def hatrpo(actor, *, agent_order="random", **settings):

@@ -388,7 +388,7 @@ def test_what_a_killed_writer_left_is_removed(run_folder):
 def test_a_signal_ends_the_iteration_and_writes_a_checkpoint(number, env, tmp_path):
     """And the resumed run, here in another process, is the one that was not stopped. Ctrl-C goes to all processes."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    settings = [*env, "film=false", "train.total_frames=2000", "train.frames_per_batch=200", "checkpoint.every=1000"]
+    settings = [*env, "film=false", "train.total_frames=1200", "train.frames_per_batch=200", "checkpoint.every=1000"]
     settings += ["critic.minibatch_size=200"]
     command = [sys.executable, "-m", "torchrl_trpo.recipes.hatrpo", *TINY, *settings, f"output_dir={folder}"]
     settings_of_process = {"start_new_session": True, "preexec_fn": heed_sigint}

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -13,14 +14,16 @@ import torch.distributed as dist
 
 from tests.rank_processes import on_ranks
 from tests.test_recipes import RECIPES, config, metrics
-from tests.test_resume import check_same, components, train_until
+from tests.test_resume import check_same, components
 from torchrl_trpo.checkpoints import find_checkpoint, read_record
 from torchrl_trpo.ranks import RankLostError, Ranks, check_same_bits
 from torchrl_trpo.run import Run
 from torchrl_trpo.suggest import SettingError
+from torchrl_trpo.torchrun import _agreed_name
 from torchrl_trpo.updater import TrustRegionUpdater
 
 COMMON = ("film=false", "checkpoint.every=2", "train.total_frames=400")
+OVERRIDES = ("critic.value_norm=true", "updater.fisher_subsample=0.5")
 
 
 def train(name, folder, *overrides):
@@ -31,7 +34,7 @@ def train(name, folder, *overrides):
     return summary, told.getvalue()
 
 
-@pytest.mark.parametrize("name", ["itrpo", "matrpo", "hatrpo", "trpo"])
+@pytest.mark.parametrize("name", ["matrpo", "trpo"])
 def test_processes_are_one_run(name, tmp_path):
     (summary, told), (other_summary, other_told) = on_ranks(2, train, name, tmp_path, job="job")
     assert summary["frames"] == 400
@@ -41,20 +44,6 @@ def test_processes_are_one_run(name, tmp_path):
     assert [int(row["frames"]) for row in rows] == [80, 160, 240, 320, 400]
     assert float(rows[-1]["episode_length"]) == 10
     assert read_record(find_checkpoint(tmp_path))["config"]["env"]["num_envs"] == 4
-
-
-def train_in_parts(folder, overrides):
-    train("hatrpo", folder / "whole", *overrides)
-    train_until(4, "hatrpo", config("hatrpo", folder / "parts", *COMMON, *overrides))
-    train("hatrpo", folder / "unused", f"resume={folder / 'parts'}", *overrides)
-
-
-def test_resumed_is_uninterrupted_in_several_processes(tmp_path):
-    """Each process goes on with its own environments and random numbers."""
-    on_ranks(2, train_in_parts, tmp_path, ["critic.value_norm=true", "updater.fisher_subsample=0.5"], job="job")
-    check_same(tmp_path / "whole", tmp_path / "parts")
-    (others,) = (state for name, state in components(tmp_path / "parts").items() if "other_ranks" in name)
-    assert [list(state) for state in others["states"]] == [["collection", "generators"]]
 
 
 def resume_alone(folder):
@@ -81,7 +70,9 @@ def test_another_number_of_processes_goes_on_with_the_same_parameters(tmp_path, 
     (policy,) = (state for name, state in before.items() if name.endswith("-policy"))
     saved = [value for value in policy.values() if isinstance(value, torch.Tensor)]
     assert all(any(torch.equal(value, own) for own in parameters) for value in saved)
-    assert [int(row["iteration"]) for row in metrics(tmp_path)] == list(range(1, 8))
+    rows = metrics(tmp_path)
+    assert [int(row["iteration"]) for row in rows] == list(range(1, 8))
+    assert rows[5]["episode_return"] != rows[0]["episode_return"], "not the first episodes again"
 
 
 def refused(name, folder, *overrides):
@@ -96,9 +87,36 @@ def test_environments_that_cannot_be_spread_are_refused(tmp_path):
 
 
 def test_the_folder_of_another_job_is_refused(tmp_path):
+    """Also when torchrun starts that one again because it was refused."""
     on_ranks(2, train, "itrpo", tmp_path, job="one")
-    messages = on_ranks(2, refused, "itrpo", tmp_path, job="other")
+    messages = on_ranks(2, refused, "itrpo", tmp_path, job="other:1")
     assert all("holds a run already" in message for message in messages)
+
+
+def test_a_job_without_a_name_needs_a_folder(tmp_path):
+    messages = on_ranks(2, refused, "itrpo", tmp_path / "none", job="none")
+    assert all("torchrun --standalone" in message for message in messages)
+
+
+def test_the_living_agree_on_a_name_that_the_dead_do_not_know():
+    """Restarts are counted differently by different machines, and the store keeps what those before have written."""
+    store = dist.HashStore()
+    for rank in (1, 2):
+        store.set(f"asks/{rank}", f"of a process that has ended {rank}")
+    names, found = [None] * 3, set()
+
+    def meet(rank):
+        names[rank] = _agreed_name(store, rank, 3)
+
+    for _ in range(2):
+        threads = [threading.Thread(target=meet, args=[rank]) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(set(names)) == 1
+        found.add(names[0])
+    assert len(found) == 2
 
 
 def train_and_signal(folder):
@@ -138,17 +156,19 @@ def train_and_die(folder):
         patch.setattr(Ranks, "sum_", sum_or_die)
         told = io.StringIO()
         with contextlib.redirect_stdout(told), pytest.raises(RankLostError):
-            RECIPES["hatrpo"].train(config("hatrpo", folder, *COMMON))
+            RECIPES["hatrpo"].train(config("hatrpo", folder, *COMMON, *OVERRIDES))
     return told.getvalue()
 
 
 def test_a_job_that_has_lost_a_process_goes_on_when_it_is_started_anew(tmp_path):
-    on_ranks(2, train, "hatrpo", tmp_path / "quiet", job="job")
+    on_ranks(2, train, "hatrpo", tmp_path / "quiet", *OVERRIDES, job="job")
     (told,) = on_ranks(2, train_and_die, tmp_path / "disturbed", job="job", lost=[1])
     assert "Stopped by RankLostError in iteration 4, after 240 frames. The checkpoint of iteration 2 is whole." in told
     assert f"To continue: resume={tmp_path / 'disturbed'}" in told
-    on_ranks(2, train, "hatrpo", tmp_path / "disturbed", job="job:1")
+    on_ranks(2, train, "hatrpo", tmp_path / "disturbed", *OVERRIDES, job="job")
     check_same(tmp_path / "quiet", tmp_path / "disturbed")
+    (others,) = (state for name, state in components(tmp_path / "disturbed").items() if "other_ranks" in name)
+    assert [list(state) for state in others["states"]] == [["collection", "generators"]]
 
 
 def drift():

@@ -28,7 +28,8 @@ from torchrl.collectors import Collector
 from torchrl_trpo.envs import TransformState
 from torchrl_trpo.object_snapshot import InexactError
 from torchrl_trpo.ranks import Ranks
-from torchrl_trpo.suggest import SettingError, nearest
+from torchrl_trpo.seeding import rank_seed, seed_generators
+from torchrl_trpo.suggest import AgreedError, SettingError, nearest
 from torchrl_trpo.torchrun import job_id
 
 FORMAT_VERSION = 1
@@ -85,6 +86,7 @@ class Checkpoints:
     ) -> None:
         self.folder = folder
         self._ranks = ranks
+        self._collector = collector
         self._own = {"collection": CollectionState(collector), "generators": _Generators()}
         self._transforms = {"collection": TransformState(collector.env)}
         self._components = dict(components)
@@ -144,14 +146,23 @@ class Checkpoints:
                 given = [error] * self._ranks.size
         received = self._ranks.scatter_objects(given)
         if isinstance(received, SettingError):
-            raise received
+            raise AgreedError(*received.args)
         if self._ranks.is_first:
             return received
         progress, shared, own = received
         _restore(self._components | self._transforms, _from_bytes(shared))
         if own is not None:
             _restore(self._own, _from_bytes(own))
+        else:
+            self._begin_episodes(progress)
         return progress
+
+    def _begin_episodes(self, progress: Mapping[str, Any]) -> None:
+        """New episodes, with random numbers that no iteration of the run has had."""
+        seed = rank_seed(torch.initial_seed(), self._ranks.rank, progress["iteration"] + 1)
+        seed_generators(seed)
+        self._collector.env.set_seed(seed)
+        self._collector.reset()
 
     def _load_first(self, path: Path) -> tuple[dict[str, Any], bool]:
         """Puts the first rank's state back; gives the progress, and whether it was saved by as many ranks."""
@@ -163,6 +174,7 @@ class Checkpoints:
                 "episodes, with new random numbers, and is not the same to the bit."
             )
             _load(_checkpoint_of(self._components | self._transforms), path)
+            self._begin_episodes(record["progress"])
             return record["progress"], False
         _load(_checkpoint_of({**self._own, **self._components, **self._of_others(before)}), path)
         return record["progress"], True

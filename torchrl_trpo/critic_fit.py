@@ -15,7 +15,7 @@ from torchrl.objectives import PPOLoss
 
 from torchrl_trpo.layout import finite_where_masked, non_finite, reads_init
 from torchrl_trpo.minibatches import average_gradients, count_by_rank, draw_minibatches
-from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.ranks import Ranks, check_same_length
 from torchrl_trpo.row_statistics import variance
 
 
@@ -105,6 +105,7 @@ def fit_critic(
     )
     unexplained = variance(target - value, ranks) / variance(target, ranks)
     if rows.batch_dims > 1:
+        check_same_length(rows.shape[1], ranks, rows.device or target.device)
         minibatch_size = max(1, minibatch_size // rows.shape[1])
     parameters = _trained(loss)
     total = target.new_zeros(())

@@ -10,6 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from torchrl_trpo.groups import GroupKeys
+from torchrl_trpo.ranks import Ranks
 
 PATIENCE = 10
 """The number of rejections in a row that are reported; they are again when it has doubled."""
@@ -23,10 +24,19 @@ class RejectionWatch:
         max_kl: the trust region's radius; None for updates without one, whose steps are rejected for what is not
             finite alone.
         damping: what is added to the Fisher matrix's diagonal.
+        ranks: the processes whose rows belong together. Default: this one alone.
     """
 
-    def __init__(self, groups: Sequence[GroupKeys], *, max_kl: float | None, damping: float | None) -> None:
+    def __init__(
+        self,
+        groups: Sequence[GroupKeys],
+        *,
+        max_kl: float | None,
+        damping: float | None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self._groups = groups
+        self._ranks = Ranks() if ranks is None else ranks
         self._max_kl = max_kl
         self._damping = damping
         self._in_a_row: list[int] = []
@@ -57,7 +67,8 @@ class RejectionWatch:
 
     def _report(self, region: int, data: TensorDictBase, stats: TensorDictBase) -> str:
         name, advantage = self._region(region, data)
-        told = f"{name}: the last {self._in_a_row[region]} policy steps were all rejected. Likely:"
+        what = "policy steps were all rejected" if self._max_kl is not None else "updates all left steps out"
+        told = f"{name}: the last {self._in_a_row[region]} {what}. Likely:"
         if not advantage.numel():
             return f"{told} it takes part in no row of the batch, its mask is false in all of them."
         figures = {"grad_norm": float(stats["grad_norm"])}
@@ -86,7 +97,7 @@ class RejectionWatch:
             if per_agent and keys.group is not None:
                 name = f"{name}, agent {region}"
                 advantage, counts = advantage[..., region], counts.reshape(advantage.shape)[..., region]
-            return name, advantage[counts.reshape(advantage.shape)]
+            return name, self._ranks.concat(advantage[counts.reshape(advantage.shape)])
         raise IndexError(region)
 
 

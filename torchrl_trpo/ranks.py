@@ -22,12 +22,17 @@ class Ranks:
 
     Args:
         group: the process group, such as ``torch.distributed.group.WORLD``; None for this process alone.
+
+    Raises:
+        ValueError: if this process is not in the group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
+        if self.rank < 0:
+            raise ValueError("process_group: this process is not in it. Legal: a group that it is in, or None.")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         """The same ranks: a group cannot be copied."""
@@ -137,7 +142,7 @@ class Ranks:
                 raise  # a mistake in the call, not in the connection
             raise RankLostError(
                 f"rank {self.rank} of {self.size}: another process of the job has ended or cannot be reached. What it "
-                "said itself, if anything, stands above."
+                f"said itself, if anything, stands above. Here it is: {str(error).splitlines()[0]}"
             ) from error
 
 
@@ -160,4 +165,25 @@ def check_same_bits(tensors: Sequence[Tensor], ranks: Ranks) -> None:
         raise RuntimeError(
             f"rank {ranks.rank}: the parameters of the {ranks.size} processes are not the same to the bit. Legal: "
             "processors of one kind, and the same versions of all libraries."
+        )
+
+
+def check_same_length(steps: int, ranks: Ranks, device: torch.device) -> None:
+    """Checks that the sequences of all ranks are of one length.
+
+    Args:
+        steps: the steps of this rank's.
+        ranks: the ranks.
+        device: where their tensors are.
+
+    Raises:
+        ValueError: if they are not, in all ranks.
+    """
+    if ranks.size == 1:
+        return
+    largest, smallest = ranks.max_(torch.tensor([steps, -steps], device=device)).tolist()
+    if largest != -smallest:
+        raise ValueError(
+            f"the processes have sequences of {-smallest} to {largest} steps. Legal with a recurrent network: one "
+            "length."
         )

@@ -41,8 +41,8 @@ from torchrl_trpo.ranks import RankLostError, Ranks, check_same_bits
 from torchrl_trpo.seeding import rank_seed, untouched_generators
 from torchrl_trpo.settings import check_settings
 from torchrl_trpo.stopping import StopSignals
-from torchrl_trpo.suggest import SettingError
-from torchrl_trpo.torchrun import is_restarted, job_id, job_ranks
+from torchrl_trpo.suggest import AgreedError, SettingError
+from torchrl_trpo.torchrun import is_job, job_id, job_name, job_ranks
 
 _SETTINGS_IN_LOSSES = ("entropy_coeff", "clip_epsilon", "gamma", "lmbda")
 
@@ -99,6 +99,11 @@ def training_run(train: Callable[[DictConfig, Ranks], _Result]) -> Callable[[Dic
                 "one after the other, or a process for each."
             )
         try:
+            if is_job() and job_name() is None and Path(cfg.output_dir).name == "none":
+                raise SettingError(
+                    "the job has no name, and so no folder of its own. Legal: torchrun --standalone, torchrun "
+                    "--rdzv-id=<name>, or output_dir=<folder>."
+                )
             ranks = job_ranks(resolve_device(cfg.device))
             with untouched_generators(rank_seed(cfg.seed, ranks.rank)):
                 return train(cfg, ranks)
@@ -165,7 +170,9 @@ class Run:
         self._ranks = Ranks() if ranks is None else ranks
         self._record = full_record(cfg, algorithm)
         self._progress: dict[str, Any] = {"iteration": 0, "frames": 0, "wall_s": 0.0, "cpu_s": 0.0, "best_return": None}
-        self._watch = RejectionWatch(self.groups, max_kl=cfg.updater.get("max_kl"), damping=cfg.updater.get("damping"))
+        self._watch = RejectionWatch(
+            self.groups, max_kl=cfg.updater.get("max_kl"), damping=cfg.updater.get("damping"), ranks=self._ranks
+        )
         components = {"policy": policy, "losses": losses, "critic_optim": critic_optim, "rejections": self._watch}
         components |= {f"updater_{index}": updater for index, updater in enumerate(updaters)}
         self._checkpoints = Checkpoints(self.folder, collector, components, cfg.checkpoint.keep, self._ranks)
@@ -196,7 +203,7 @@ class Run:
             self._open_metrics()
             self._last_lap = self._start = time.perf_counter()
             self._start -= self._progress["wall_s"]
-            self._cpu_start = time.process_time() - self._progress["cpu_s"]
+            self._cpu_start, self._cpu_before = time.process_time(), self._progress["cpu_s"]
             self._stack = stack.pop_all()
         return self
 
@@ -273,7 +280,7 @@ class Run:
         self._progress["iteration"] += 1
         self._progress["frames"] += data.numel() * self._ranks.size
         self._progress["wall_s"] = time.perf_counter() - self._start
-        self._progress["cpu_s"] = time.process_time() - self._cpu_start
+        self._progress["cpu_s"] = self._cpu_before + self._cpu_of_all()
         row = {
             **self._progress,
             **episode_statistics(data, self.groups, self._ranks),
@@ -383,6 +390,13 @@ class Run:
         if self._ranks.is_first:
             self._bar.write(text)
 
+    def _cpu_of_all(self) -> float:
+        """The processor time of all ranks since the run was begun or continued, in seconds."""
+        own = time.process_time() - self._cpu_start
+        if self._ranks.size == 1:
+            return own
+        return float(self._ranks.sum_(torch.tensor(own, dtype=torch.float64, device=self.env.device)))
+
     def _stop_signal(self) -> int:
         """The signal that asked any of the ranks to stop, or 0."""
         received = int(self._signals.received or 0)
@@ -413,7 +427,7 @@ class Run:
                 outcome = error
         outcome = self._ranks.scatter_objects([outcome] * self._ranks.size)
         if isinstance(outcome, SettingError):
-            raise outcome
+            raise AgreedError(*outcome.args)
         return outcome
 
     def _take_folder(self, stack: contextlib.ExitStack) -> tuple[Path | None, list[str], list[dict[str, str]]]:
@@ -428,7 +442,7 @@ class Run:
         if not list((self.folder / "checkpoints").glob("checkpoint-*")):
             return False
         before = read_record(find_checkpoint(self.folder)).get("job")
-        return is_restarted() or (before is not None and before == job_id())
+        return before is not None and before == job_id()
 
     def _begin(self, stack: contextlib.ExitStack) -> None:
         """Takes the folder of a new run."""

@@ -11,17 +11,29 @@ import torch
 from torchrl.checkpoint import GlobalRNGState
 
 
-def rank_seed(seed: int, rank: int) -> int:
+def rank_seed(seed: int, rank: int, start: int = 0) -> int:
     """A seed for each process of a job, far from those of other jobs' processes; the first one's is the job's.
 
     Args:
         seed: the job's seed.
         rank: the process's number.
+        start: where in the job the random numbers begin anew, 0 at its begin.
 
     Returns:
         The seed, from 0 to 2³² - 1.
     """
-    return seed if rank == 0 else int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
+    return seed if rank == start == 0 else int(np.random.SeedSequence((seed, rank, start)).generate_state(1)[0])
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds the global generators of Python, NumPy and PyTorch.
+
+    Args:
+        seed: the seed.
+    """
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - simulators may use the global one
+    torch.manual_seed(seed)
 
 
 @contextlib.contextmanager
@@ -38,9 +50,7 @@ def untouched_generators(seed: int | None = None) -> Iterator[None]:
     before = generators.state_dict()
     try:
         if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002 - simulators may use the global one
-            torch.manual_seed(seed)
+            seed_generators(seed)
         yield
     finally:
         generators.load_state_dict(before)

@@ -24,7 +24,7 @@ from torchrl_trpo.groups import GroupKeys
 from torchrl_trpo.minibatches import ADAM_RANGES
 from torchrl_trpo.ranks import RankLostError
 from torchrl_trpo.simulators import SIMULATORS, known_environments
-from torchrl_trpo.suggest import SettingError, nearest, nearest_multiples
+from torchrl_trpo.suggest import AgreedError, SettingError, nearest, nearest_multiples
 from torchrl_trpo.torchrun import is_first
 from torchrl_trpo.updater import TrustRegionUpdater
 
@@ -160,14 +160,14 @@ def run_recipe(main: Callable[[], Any], recipe: str) -> None:
 def plain_errors() -> Iterator[None]:
     """Ends the command with the message alone when a setting cannot be; other errors keep their traceback.
 
-    Of a job of several processes the first one says it, of a process that was lost all that are left.
+    What the first one of several processes has told all of them, it says alone.
     """
     try:
         yield
     except SettingError as error:
         with contextlib.suppress(OSError):  # the folder that Hydra made stays only if something is in it
             Path(HydraConfig.get().runtime.output_dir).rmdir()
-        sys.exit(f"error: {error}" if is_first() else 1)
+        sys.exit(f"error: {error}" if is_first() or not isinstance(error, AgreedError) else 1)
     except RankLostError as error:
         sys.exit(f"error: {error}")
 

@@ -10,6 +10,10 @@ class SettingError(ValueError):
     """A setting of a recipe that cannot be; the command ends with the message alone."""
 
 
+class AgreedError(SettingError):
+    """One that the first of several processes has found, and told the others."""
+
+
 def nearest(given: object, legal: Iterable[object]) -> str:
     """Describes the legal values for an error message, nearest names first.
 
