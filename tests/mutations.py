@@ -501,6 +501,47 @@ MUTATIONS = (
         "M is not held constant",
         "hatrpo",
     ),
+    # Several processes
+    Mutation(
+        "gradient-of-one-rank",
+        "objectives/policy_region.py",
+        "return self._ranks.sum_(total)\n\n    @torch.no_grad()\n    def evaluate",
+        "return total\n\n    @torch.no_grad()\n    def evaluate",
+        "each process takes the gradient of its own rows",
+        "data_parallel::test_ranks_take_the_step_of_one_process",
+    ),
+    Mutation(
+        "line-search-of-one-rank",
+        "objectives/policy_region.py",
+        "improvement, kl = self._ranks.sum_(torch.stack([improvement, kl]))",
+        "improvement, kl = torch.stack([improvement, kl])",
+        "each process accepts by its own rows",
+        "data_parallel::test_ranks_take_the_step_of_one_process",
+    ),
+    Mutation(
+        "order-of-each-rank",
+        "objectives/agent_sequence.py",
+        "(order if self._ranks.size == 1 else self._ranks.first_(order.to(device)))",
+        "order",
+        "processes update different agents at the same time",
+        "data_parallel::test_ranks_begin_with_the_first_ones_parameters_and_agree_on_the_order",
+    ),
+    Mutation(
+        "advantages-of-one-rank",
+        "torchrl_trpo/row_statistics.py",
+        "values - ranks.sum_(values.sum(dims, keepdim=True)) / count.clamp_min(1)",
+        "values - ranks.size * values.sum(dims, keepdim=True) / count.clamp_min(1)",
+        "advantages are centred by each process's own mean",
+        "data_parallel::test_statistics_are_of_all_ranks",
+    ),
+    Mutation(
+        "mean-of-means",
+        "torchrl_trpo/minibatches.py",
+        "(mean / whole).reshape(gradient.shape)",
+        "(mean / count / ranks.size).reshape(gradient.shape)",
+        "the critic's gradient is a mean over processes, not over rows",
+        "data_parallel::test_twenty_updates_of_policy_and_critic_stay_together",
+    ),
     # HAPPO
     Mutation(
         "happo-without-factor",
