@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -170,6 +171,19 @@ class HAPPOUpdater(RangedSettings):
                 self._ranks.first_(tensor.data)
             self._members += _make_members(group, loss, lr)
         self._sequence = AgentSequence(len(self._members), agent_order=agent_order, ranks=self._ranks)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HAPPOUpdater:
+        """An updater of its own, on copies of the losses, that takes the same steps."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            if name != "_members":  # whose parameters share the memory of the losses', which a copy would not
+                setattr(copied, name, copy.deepcopy(value, memo))
+        members = [_make_members(group, loss, self.lr) for group, loss in copied.losses.items()]
+        copied._members = [member for of_group in members for member in of_group]
+        for member, original in zip(copied._members, self._members, strict=True):
+            member.optimizer.load_state_dict(copy.deepcopy(original.optimizer.state_dict()))
+        return copied
 
     @property
     def n_agents(self) -> int:

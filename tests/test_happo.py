@@ -481,6 +481,30 @@ def test_a_saved_state_continues_to_the_bit():
         second.load_state_dict({**state, "optimizers": state["optimizers"][:2]})
 
 
+@pytest.mark.parametrize("kind", ["per agent", "single"])
+def test_a_copy_takes_the_same_steps_on_a_policy_of_its_own(kind):
+    actor = make_actor() if kind == "per agent" else make_single()[0]
+    data = make_data(actor) if kind == "per agent" else single_data(actor).set("advantage", torch.randn(5, 8, 1))
+    original = HAPPOUpdater(make_loss(actor), lr=0.01, epochs=2, minibatch_size=16)
+    original.step(data)
+    original.epochs = 3
+    twin = copy.deepcopy(original)
+    before, results = bits(actor), []
+    for updater in (twin, original):
+        torch.manual_seed(5)
+        results.append(updater.step(data))
+        if updater is twin:
+            assert same_bits(actor, before)
+    assert (results[0] == results[1]).all()
+    assert (results[0]["kl"] > 0).all()
+    copied = twin.losses["agents"].actor_network_params
+    theirs = original.losses["agents"].actor_network_params
+    assert (copied == theirs).all()
+    assert not any(torch.equal(new, old) for new, old in zip(actor.parameters(), before, strict=True))
+    original.step(data)
+    assert not (copied == theirs).all(), "the copy stays where it is"
+
+
 # ------------------------------------------------------------------ several processes
 
 
