@@ -164,10 +164,12 @@ class AgentGAE(MultiAgentGAE):
         if valid is not None:
             valid = valid.reshape(*data.batch_size, -1)
             mask = valid if mask is None else mask & valid
+        has_agents = self.agent_dim % advantage.ndim >= data.batch_dims
+        normalize = self._normalize_advantage if has_agents else super(MultiAgentGAE, self)._normalize_advantage
         if mask is None:
-            return self._normalize_advantage(advantage, None, self._group_ids(data))
+            return normalize(advantage, None, self._group_ids(data))
         counts = self._expand_to_match(mask, advantage)
-        advantage = self._normalize_advantage(torch.where(counts, advantage, 0.0), mask, self._group_ids(data))
+        advantage = normalize(torch.where(counts, advantage, 0.0), mask, self._group_ids(data))
         return torch.where(counts, advantage, 0.0)
 
     def _check_time(self, data: TensorDictBase, time_dim: int | None) -> None:
