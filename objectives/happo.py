@@ -242,7 +242,7 @@ class HAPPOUpdater(RangedSettings):
 
         Raises:
             KeyError: if something is missing or unknown.
-            ValueError: if it is of another number of agents.
+            ValueError: if it is of another number of agents, or an optimiser's state is not that of the agent's.
         """
         settings = dict(state_dict)
         if "optimizers" not in settings:
@@ -250,9 +250,15 @@ class HAPPOUpdater(RangedSettings):
         states = settings.pop("optimizers")
         if len(states) != self.n_agents:
             raise ValueError(f"optimizers: the state_dict has {len(states)} agents, legal: {self.n_agents}.")
+        optimizers = []
+        for agent, (member, state) in enumerate(zip(self._members, states, strict=True)):
+            try:
+                optimizers.append(_loaded(member.trained, state))
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"optimizers[{agent}] is not a state of this agent's Adam: {error!r}.") from error
         super().load_state_dict(settings)
-        for member, state in zip(self._members, states, strict=True):
-            member.optimizer.load_state_dict(state)
+        for member, optimizer in zip(self._members, optimizers, strict=True):
+            member.optimizer = optimizer
 
     def _rows(self, group: str, loss: ClipPPOLoss, tensordict: TensorDictBase) -> PolicyRows:
         """What the group's update needs of a batch; what the loss reads is in the rows' ``inputs`` and ``action``."""
@@ -404,6 +410,17 @@ def _make_members(group: str, loss: ClipPPOLoss, lr: float) -> list[_Member]:
         optimizer = torch.optim.Adam(leaves.values(), lr=lr, fused=True)
         members.append(_Member(group, index, own_network, own_parameters, optimizer))
     return members
+
+
+def _loaded(parameters: list[Tensor], state_dict: dict[str, Any]) -> torch.optim.Adam:
+    """An optimizer with a saved state."""
+    optimizer = torch.optim.Adam(parameters, fused=True)
+    optimizer.load_state_dict(state_dict)
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].shape != parameter.shape:
+                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, its parameter {tuple(parameter.shape)}")
+    return optimizer
 
 
 def _follow(member: _Member, loss: ClipPPOLoss) -> None:

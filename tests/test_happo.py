@@ -481,6 +481,36 @@ def test_a_saved_state_continues_to_the_bit():
         second.load_state_dict({**state, "optimizers": state["optimizers"][:2]})
 
 
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda state: {}, r"optimizers\[1\] is not a state of this agent's Adam: KeyError\('param_groups'\)"),
+        (lambda state: None, r"optimizers\[1\] is not a state"),
+        (lambda state: {**state, "param_groups": []}, r"optimizers\[1\] .* different number of parameter groups"),
+        (lambda state: {**state, "state": {0: {"step": torch.ones(())}}}, r"optimizers\[1\] .*KeyError\('exp_avg'\)"),
+        (
+            lambda state: {**state, "state": {0: {**state["state"][0], "exp_avg_sq": torch.ones(2)}}},
+            r"optimizers\[1\] .*exp_avg_sq has shape \(2,\), its parameter \(1, ",
+        ),
+    ],
+    ids=["empty", "none", "no groups", "no moment", "another shape"],
+)
+def test_a_broken_state_is_not_taken_over_in_part(broken, message):
+    actor = make_actor()
+    data = make_data(actor)
+    first, second = (HAPPOUpdater(make_loss(actor), lr=lr, minibatch_size=20) for lr in (0.01, 0.02))
+    first.step(data)
+    state = first.state_dict()
+    state["optimizers"][1] = broken(state["optimizers"][1])
+    before = str(second.state_dict())
+    with pytest.raises(ValueError, match=message):
+        second.load_state_dict(state)
+    assert str(second.state_dict()) == before
+    with pytest.raises(ValueError, match=r"^epochs must be"):
+        second.load_state_dict({**first.state_dict(), "epochs": 0})
+    assert str(second.state_dict()) == before
+
+
 @pytest.mark.parametrize("kind", ["per agent", "single"])
 def test_a_copy_takes_the_same_steps_on_a_policy_of_its_own(kind):
     actor = make_actor() if kind == "per agent" else make_single()[0]
