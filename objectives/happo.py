@@ -252,6 +252,7 @@ class HAPPOUpdater(RangedSettings):
             raise ValueError(f"optimizers: the state_dict has {len(states)} agents, legal: {self.n_agents}.")
         optimizers = []
         for agent, (member, state) in enumerate(zip(self._members, states, strict=True)):
+            _follow(member, self.losses[member.group])  # whose type the state takes
             try:
                 optimizers.append(_loaded(member.trained, state))
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -424,12 +425,15 @@ def _loaded(parameters: list[Tensor], state_dict: dict[str, Any]) -> torch.optim
 
 
 def _follow(member: _Member, loss: ClipPPOLoss) -> None:
-    """Lets an agent's parameters be views on the group's again, which may have been moved to another device."""
+    """Lets an agent's parameters be views on the group's again, which may have been moved or cast; Adam's state too."""
     if member.index is not None:
         agents = slice(member.index, member.index + 1)
         views = slice_agents(_actor_parameters(loss), agents, stacked_prefixes(loss.actor_network))
         for key, value in member.parameters.items(True, True):
             value.data = views.get(key)
+    for parameter, state in member.optimizer.state.items():
+        for name, value in state.items():
+            state[name] = value.to(parameter.device) if name == "step" else value.to(parameter)
 
 
 def _make_loss(loss: ClipPPOLoss, network: ProbabilisticTensorDictSequential) -> ClipPPOLoss:

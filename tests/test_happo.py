@@ -228,6 +228,29 @@ def test_a_policy_that_was_moved_is_the_one_that_is_updated():
     assert not any(torch.equal(new, old) for new, old in zip(actor.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["per agent", "single"])
+def test_a_policy_that_was_moved_between_updates_keeps_its_momentum(kind):
+    """Adam's state stayed behind, and its step failed."""
+    actor = make_actor() if kind == "per agent" else make_single()[0]
+    data = make_data(actor) if kind == "per agent" else single_data(actor).set("advantage", torch.randn(5, 8, 1))
+    loss = make_loss(actor).float()
+    data = data.apply(lambda value: value.float() if value.is_floating_point() else value)
+    updater = HAPPOUpdater(loss, epochs=1, minibatch_size=40)
+    updater.step(data)
+    loss.to(torch.float64)
+    before = bits(actor)
+    data = data.apply(lambda value: value.double() if value.is_floating_point() else value)
+    data["advantage"].zero_()
+    updater.step(data)
+    assert {parameter.dtype for parameter in actor.parameters()} == {torch.float64}
+    for new, old in zip(actor.parameters(), before, strict=True):
+        assert (new != old).all(), "by its momentum alone"
+    fresh = HAPPOUpdater(make_loss(copy.deepcopy(actor).float()), epochs=1, minibatch_size=40)
+    fresh.losses["agents"].double()
+    fresh.load_state_dict(updater.state_dict())
+    assert str(fresh.state_dict()) == str(updater.state_dict()), "nor is a state cast that is loaded after the move"
+
+
 def test_groups_are_one_sequence():
     """Two groups with the parameters and the rows of a group of three take the steps of that group."""
     whole = make_actor()
