@@ -55,6 +55,7 @@ class AgentGAE(MultiAgentGAE):
         KeyError: when called on data without one of the entries.
     """
 
+    average_gae: bool
     value_norm: ValueNorm | None
     value_network: TensorDictModuleBase | None
 
@@ -105,17 +106,18 @@ class AgentGAE(MultiAgentGAE):
 
         Returns:
             The same tensordict with the value, ``advantage`` and ``value_target``, each ``[*B, T, n_agents, 1]``.
+            With ``average_gae``, advantages that do not count are zero.
         """
         data = self._prepared(tensordict, time_dim)
-        with set_recurrent_mode(True):
-            super().forward(data, params=params, target_params=target_params, time_dim=time_dim)
+        average, self.average_gae = self.average_gae, False  # the parent's average counts masked entries too
+        try:
+            with set_recurrent_mode(True):
+                super().forward(data, params=params, target_params=target_params, time_dim=time_dim)
+        finally:
+            self.average_gae = average
         keys = self.tensor_keys
-        mask = self._mask(data)
-        if self.average_gae and mask is not None:  # the parent's average counts masked entries too
-            if data.get("shifted_valid", None) is not None:
-                mask = mask & data.get("shifted_valid").reshape(*data.batch_size, -1)
-            advantage = self._normalize_advantage(data.get(keys.advantage), mask, self._group_ids(data))
-            data.set(keys.advantage, advantage)
+        if average:
+            data.set(keys.advantage, self._averaged(data))
         for key in (keys.value, ("next", *path(keys.value)), keys.advantage, keys.value_target, "shifted_valid"):
             if data.get(key, None) is not None:
                 tensordict.set(key, data.get(key))
@@ -155,6 +157,20 @@ class AgentGAE(MultiAgentGAE):
             team = team.reshape(*team.shape, *[1] * (own.ndim - team.ndim)).expand_as(own)
             data.set(("next", *path(keys.reward)), team)
         return data
+
+    def _averaged(self, data: TensorDictBase) -> Tensor:
+        """The advantages, standardised over the entries that count; the others are zero, whatever they were."""
+        advantage, mask, valid = data.get(self.tensor_keys.advantage), self._mask(data), data.get("shifted_valid", None)
+        if valid is not None:
+            valid = valid.reshape(*data.batch_size, -1)
+            mask = valid if mask is None else mask & valid
+        has_agents = self.agent_dim % advantage.ndim >= data.batch_dims
+        normalize = self._normalize_advantage if has_agents else super(MultiAgentGAE, self)._normalize_advantage
+        if mask is None:
+            return normalize(advantage, None, self._group_ids(data))
+        counts = self._expand_to_match(mask, advantage)
+        advantage = normalize(torch.where(counts, advantage, 0.0), mask, self._group_ids(data))
+        return torch.where(counts, advantage, 0.0)
 
     def _check_time(self, data: TensorDictBase, time_dim: int | None) -> None:
         """Refuses what would be computed along another dimension than time, or over pieces of sequences."""

@@ -159,7 +159,7 @@ class CentralCriticValueEstimator(AgentGAE):
         Returns:
             The same tensordict.
         """
-        with torch.set_grad_enabled(self.differentiable):
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             actions = next_actions = None
             if self.action_keys:
                 actions = [entry(tensordict, key, "action_keys") for key in self.action_keys]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -171,6 +172,19 @@ class HAPPOUpdater(RangedSettings):
             self._members += _make_members(group, loss, lr)
         self._sequence = AgentSequence(len(self._members), agent_order=agent_order, ranks=self._ranks)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> HAPPOUpdater:
+        """An updater of its own, on copies of the losses, that takes the same steps."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            if name != "_members":  # whose parameters share the memory of the losses', which a copy would not
+                setattr(copied, name, copy.deepcopy(value, memo))
+        members = [_make_members(group, loss, self.lr) for group, loss in copied.losses.items()]
+        copied._members = [member for of_group in members for member in of_group]
+        for member, original in zip(copied._members, self._members, strict=True):
+            member.optimizer.load_state_dict(copy.deepcopy(original.optimizer.state_dict()))
+        return copied
+
     @property
     def n_agents(self) -> int:
         """The number of agents, of all groups together."""
@@ -228,7 +242,7 @@ class HAPPOUpdater(RangedSettings):
 
         Raises:
             KeyError: if something is missing or unknown.
-            ValueError: if it is of another number of agents.
+            ValueError: if it is of another number of agents, or an optimiser's state is not that of the agent's.
         """
         settings = dict(state_dict)
         if "optimizers" not in settings:
@@ -236,9 +250,16 @@ class HAPPOUpdater(RangedSettings):
         states = settings.pop("optimizers")
         if len(states) != self.n_agents:
             raise ValueError(f"optimizers: the state_dict has {len(states)} agents, legal: {self.n_agents}.")
+        optimizers = []
+        for agent, (member, state) in enumerate(zip(self._members, states, strict=True)):
+            _follow(member, self.losses[member.group])  # whose type the state takes
+            try:
+                optimizers.append(_loaded(member.trained, state))
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"optimizers[{agent}] is not a state of this agent's Adam: {error!r}.") from error
         super().load_state_dict(settings)
-        for member, state in zip(self._members, states, strict=True):
-            member.optimizer.load_state_dict(state)
+        for member, optimizer in zip(self._members, optimizers, strict=True):
+            member.optimizer = optimizer
 
     def _rows(self, group: str, loss: ClipPPOLoss, tensordict: TensorDictBase) -> PolicyRows:
         """What the group's update needs of a batch; what the loss reads is in the rows' ``inputs`` and ``action``."""
@@ -392,13 +413,27 @@ def _make_members(group: str, loss: ClipPPOLoss, lr: float) -> list[_Member]:
     return members
 
 
+def _loaded(parameters: list[Tensor], state_dict: dict[str, Any]) -> torch.optim.Adam:
+    """An optimizer with a saved state."""
+    optimizer = torch.optim.Adam(parameters, fused=True)
+    optimizer.load_state_dict(state_dict)
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].shape != parameter.shape:
+                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, its parameter {tuple(parameter.shape)}")
+    return optimizer
+
+
 def _follow(member: _Member, loss: ClipPPOLoss) -> None:
-    """Lets an agent's parameters be views on the group's again, which may have been moved to another device."""
+    """Lets an agent's parameters be views on the group's again, which may have been moved or cast; Adam's state too."""
     if member.index is not None:
         agents = slice(member.index, member.index + 1)
         views = slice_agents(_actor_parameters(loss), agents, stacked_prefixes(loss.actor_network))
         for key, value in member.parameters.items(True, True):
             value.data = views.get(key)
+    for parameter, state in member.optimizer.state.items():
+        for name, value in state.items():
+            state[name] = value.to(parameter.device) if name == "step" else value.to(parameter)
 
 
 def _make_loss(loss: ClipPPOLoss, network: ProbabilisticTensorDictSequential) -> ClipPPOLoss:

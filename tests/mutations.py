@@ -611,8 +611,8 @@ MUTATIONS = (
     Mutation(
         "next-value-normalised",
         "objectives/agent_gae.py",
-        "self.value_norm.denormalize(value), self.value_norm.denormalize(next_value)",
-        "self.value_norm.denormalize(value), next_value",
+        "next_value = next_value if known[1] else self.value_norm.denormalize(next_value)",
+        "next_value = next_value",
         "the value at t+1 stays normalised",
         "central_critic",
     ),

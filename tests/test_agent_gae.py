@@ -63,6 +63,23 @@ def test_padding_reaches_no_advantage(junk):
     assert (padded["next", "done"][:, 5] == data["next", "done"][:, 5]).all(), "the data is not changed"
 
 
+@pytest.mark.parametrize("reward", [1e9, 3e38])
+@pytest.mark.parametrize("keywords", [{}, {"group_key": "task"}], ids=["together", "by task"])
+def test_a_masked_reward_moves_no_averaged_advantage(reward, keywords):
+    """It was averaged with the others first, which left them nearly zero, or NaN."""
+    critic, data = make_critic().float(), rollout()
+    data = data.apply(lambda value: value.float() if value.is_floating_point() else value)
+    data["mask"] = (torch.arange(6) < 4).expand(4, 6).clone()
+    data["task"] = torch.tensor([0, 0, 1, 1]).unsqueeze(-1).expand(4, 6).clone()
+    gae = make_gae(critic, mask_key="mask", average_gae=True, **keywords)
+    expected = gae(data.clone())["advantage"]
+    data[("next", *REWARD)][:, 4:] = reward
+    actual = gae(data)["advantage"]
+    assert expected[:, :4].std() > 0.9
+    assert torch.equal(actual, expected)
+    assert gae.average_gae
+
+
 def test_a_dead_agent_spoils_no_other():
     """What a dead agent observes and earns may be anything; its own flags end its sequence, the others go on."""
     critic, data = make_critic(), rollout()

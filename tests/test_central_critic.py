@@ -100,6 +100,20 @@ def test_what_is_pooled():
         torch.testing.assert_close(central[..., 14:], torch.eye(3).double().expand(4, 6, 3, 3))
 
 
+@pytest.mark.parametrize("differentiable", [True, False])
+@pytest.mark.parametrize("enabled", [True, False], ids=["grad", "no_grad"])
+def test_pooling_turns_no_gradients_on(differentiable, enabled):
+    """It did so inside of the caller's no_grad."""
+    data, estimator = rollout(), make_estimator(differentiable=differentiable)
+    for part in (data, data["next"]):
+        part[OBSERVATION].requires_grad_()
+    with torch.set_grad_enabled(enabled):
+        estimator.pool(data)
+        assert torch.is_grad_enabled() == enabled
+    for part in (data, data["next"]):
+        assert part[CENTRAL].requires_grad == (differentiable and enabled)
+
+
 @pytest.mark.parametrize(
     ("observation", "central"),
     [(OBSERVATION, CENTRAL), (("agents", "sensors", "pos"), CENTRAL), (("agents", "sensors", "pos"), "central")],

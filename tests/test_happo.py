@@ -228,6 +228,29 @@ def test_a_policy_that_was_moved_is_the_one_that_is_updated():
     assert not any(torch.equal(new, old) for new, old in zip(actor.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["per agent", "single"])
+def test_a_policy_that_was_moved_between_updates_keeps_its_momentum(kind):
+    """Adam's state stayed behind, and its step failed."""
+    actor = make_actor() if kind == "per agent" else make_single()[0]
+    data = make_data(actor) if kind == "per agent" else single_data(actor).set("advantage", torch.randn(5, 8, 1))
+    loss = make_loss(actor).float()
+    data = data.apply(lambda value: value.float() if value.is_floating_point() else value)
+    updater = HAPPOUpdater(loss, epochs=1, minibatch_size=40)
+    updater.step(data)
+    loss.to(torch.float64)
+    before = bits(actor)
+    data = data.apply(lambda value: value.double() if value.is_floating_point() else value)
+    data["advantage"].zero_()
+    updater.step(data)
+    assert {parameter.dtype for parameter in actor.parameters()} == {torch.float64}
+    for new, old in zip(actor.parameters(), before, strict=True):
+        assert (new != old).all(), "by its momentum alone"
+    fresh = HAPPOUpdater(make_loss(copy.deepcopy(actor).float()), epochs=1, minibatch_size=40)
+    fresh.losses["agents"].double()
+    fresh.load_state_dict(updater.state_dict())
+    assert str(fresh.state_dict()) == str(updater.state_dict()), "nor is a state cast that is loaded after the move"
+
+
 def test_groups_are_one_sequence():
     """Two groups with the parameters and the rows of a group of three take the steps of that group."""
     whole = make_actor()
@@ -479,6 +502,60 @@ def test_a_saved_state_continues_to_the_bit():
         second.load_state_dict({**state, "max_kl": 0.01})
     with pytest.raises(ValueError, match=r"the state_dict has 2 agents, legal: 3"):
         second.load_state_dict({**state, "optimizers": state["optimizers"][:2]})
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda state: {}, r"optimizers\[1\] is not a state of this agent's Adam: KeyError\('param_groups'\)"),
+        (lambda state: None, r"optimizers\[1\] is not a state"),
+        (lambda state: {**state, "param_groups": []}, r"optimizers\[1\] .* different number of parameter groups"),
+        (lambda state: {**state, "state": {0: {"step": torch.ones(())}}}, r"optimizers\[1\] .*KeyError\('exp_avg'\)"),
+        (
+            lambda state: {**state, "state": {0: {**state["state"][0], "exp_avg_sq": torch.ones(2)}}},
+            r"optimizers\[1\] .*exp_avg_sq has shape \(2,\), its parameter \(1, ",
+        ),
+    ],
+    ids=["empty", "none", "no groups", "no moment", "another shape"],
+)
+def test_a_broken_state_is_not_taken_over_in_part(broken, message):
+    actor = make_actor()
+    data = make_data(actor)
+    first, second = (HAPPOUpdater(make_loss(actor), lr=lr, minibatch_size=20) for lr in (0.01, 0.02))
+    first.step(data)
+    state = first.state_dict()
+    state["optimizers"][1] = broken(state["optimizers"][1])
+    before = str(second.state_dict())
+    with pytest.raises(ValueError, match=message):
+        second.load_state_dict(state)
+    assert str(second.state_dict()) == before
+    with pytest.raises(ValueError, match=r"^epochs must be"):
+        second.load_state_dict({**first.state_dict(), "epochs": 0})
+    assert str(second.state_dict()) == before
+
+
+@pytest.mark.parametrize("kind", ["per agent", "single"])
+def test_a_copy_takes_the_same_steps_on_a_policy_of_its_own(kind):
+    actor = make_actor() if kind == "per agent" else make_single()[0]
+    data = make_data(actor) if kind == "per agent" else single_data(actor).set("advantage", torch.randn(5, 8, 1))
+    original = HAPPOUpdater(make_loss(actor), lr=0.01, epochs=2, minibatch_size=16)
+    original.step(data)
+    original.epochs = 3
+    twin = copy.deepcopy(original)
+    before, results = bits(actor), []
+    for updater in (twin, original):
+        torch.manual_seed(5)
+        results.append(updater.step(data))
+        if updater is twin:
+            assert same_bits(actor, before)
+    assert (results[0] == results[1]).all()
+    assert (results[0]["kl"] > 0).all()
+    copied = twin.losses["agents"].actor_network_params
+    theirs = original.losses["agents"].actor_network_params
+    assert (copied == theirs).all()
+    assert not any(torch.equal(new, old) for new, old in zip(actor.parameters(), before, strict=True))
+    original.step(data)
+    assert not (copied == theirs).all(), "the copy stays where it is"
 
 
 # ------------------------------------------------------------------ several processes

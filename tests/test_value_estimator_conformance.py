@@ -259,6 +259,20 @@ def test_averaged_advantages_are_standardised_for_each_agent(kind, team):
     torch.testing.assert_close(make(kind, average_gae=True)(data)["advantage"], expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"shifted": True}, {"group_key": "task"}], ids=str)
+def test_averaged_advantages_without_agents_are_those_of_gae(options):
+    """Each time step was standardised by itself: what is the agent dimension elsewhere is time here."""
+    critic = TensorDictModule(nn.Linear(OBSERVED, 1).double(), ["observation"], ["state_value"])
+    data, results = make_data(batch=(4, 5)), []
+    for part in (data, data["next"]):
+        part["observation"] = part.pop(OBSERVATION)[..., 0, :]
+    data["task"] = torch.tensor([0, 0, 1, 1]).unsqueeze(-1).expand(4, 5).clone()
+    for kind in (AgentGAE, GAE):
+        estimator = kind(gamma=0.9, lmbda=0.8, value_network=critic, average_gae=True, **options)
+        results.append(estimator(data.clone())["advantage"])
+    torch.testing.assert_close(*results)
+
+
 @BOTH
 @pytest.mark.parametrize("groups", [True, False])
 def test_masked_steps_do_not_count_in_the_average(kind, groups):
