@@ -30,8 +30,8 @@ from torchrl_trpo.networks import make_actor, make_central_critic
 from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
 from torchrl_trpo.ranks import Ranks
 
-UPDATES = 20
-"""After which parameters are compared, those of all ranks to the bit."""
+UPDATES, COMPARED_ENVS = 20, 20
+"""After how many updates, with how many environments, parameters are compared; those of the ranks to the bit."""
 
 
 def bench(repetitions: int, quick: bool) -> dict[str, float]:
@@ -140,7 +140,7 @@ def agreement() -> dict[str, float]:
 
 def record(folder: str) -> None:
     """Keeps the batches of twenty iterations of one process, with all rows in the Fisher matrix."""
-    parts = _Parts(60, subsample=1.0)
+    parts = _Parts(COMPARED_ENVS, subsample=1.0)
     for index, data in enumerate(parts.collector):
         torch.save(data.to_dict(), Path(folder) / f"batch-{index}")
         parts.learn(data)
@@ -150,11 +150,11 @@ def record(folder: str) -> None:
 
 def replay(folder: str, dtype: torch.dtype, reorder: bool) -> dict[str, Tensor]:
     """The same iterations on this rank's environments of the batches."""
-    parts = _Parts(60, subsample=1.0)
+    parts = _Parts(COMPARED_ENVS, subsample=1.0)
     parts.loss.to(dtype)
     before = {f"{name} before": value for name, value in parts.parameters().items()}
     for index in range(UPDATES):
-        batch = TensorDict(torch.load(Path(folder) / f"batch-{index}"), [60, STEPS])
+        batch = TensorDict(torch.load(Path(folder) / f"batch-{index}"), [COMPARED_ENVS, STEPS])
         batch = batch.apply(lambda value: value.to(dtype) if value.is_floating_point() else value)
         batch = batch.flip(0) if reorder else batch
         torch.manual_seed(index + 1000 * parts.ranks.rank)
