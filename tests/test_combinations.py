@@ -68,8 +68,15 @@ def config(recipe, folder, *settings):
         return compose(name, overrides)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("environment", ENVIRONMENTS)
+CELLS = [
+    pytest.param(environment, algorithm, marks=[pytest.mark.slow] if (row + column) % 2 else [])
+    for row, environment in enumerate(ENVIRONMENTS)
+    for column, algorithm in enumerate(ALGORITHMS)
+]
+"""Every second one is in the fast suite, as on a chessboard."""
+
+
+@pytest.mark.parametrize(("environment", "algorithm"), CELLS)
 def test_updates(environment, algorithm, tmp_path, monkeypatch):
     """Two updates of each cell: the KL within the radius, steps accepted, every parameter finite and moved."""
     if algorithm.endswith("all") and environment not in ONE_GROUP:

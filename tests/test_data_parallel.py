@@ -158,7 +158,10 @@ def train(value_norm, masked):
     return flat_parameters(actor), parameters, fits
 
 
-@pytest.mark.parametrize(("value_norm", "masked"), [(False, False), (True, True)], ids=["plain", "PopArt, masked"])
+@pytest.mark.parametrize(
+    ("value_norm", "masked"),
+    [pytest.param(False, False, id="plain", marks=pytest.mark.slow), pytest.param(True, True, id="PopArt, masked")],
+)
 def test_twenty_updates_of_policy_and_critic_stay_together(value_norm, masked):
     """The first rank's draws are those of one process alone: the agents' order and the minibatches are the same."""
     policy, critic, fits = train(value_norm, masked)
