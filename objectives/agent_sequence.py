@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.ranks import ALONE, Ranks
 
 
 class AgentTurn:
@@ -69,11 +69,11 @@ class AgentSequence:
         n_agents: int,
         *,
         agent_order: Literal["random", "fixed"] | Sequence[int] = "random",
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.n_agents = n_agents
         self.agent_order = agent_order
-        self._ranks = Ranks() if ranks is None else ranks
+        self._ranks = ranks
 
     @property
     def agent_order(self) -> Literal["random"] | tuple[int, ...]:

@@ -23,7 +23,7 @@ from torchrl_trpo.objectives.policy_network import (
     stacked_prefixes,
 )
 from torchrl_trpo.objectives.policy_rows import PolicyRows
-from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.ranks import ALONE, Ranks
 from torchrl_trpo.vectors import flatten, unflatten
 
 _CPU_ROWS = 4096
@@ -85,7 +85,7 @@ class PolicyTrustRegion:
         max_importance_ratio: Tensor | None = None,
         compiled: CompiledPolicy | None = None,
         chunk_size: int | None = None,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.indices = indices
         self._network = network
@@ -110,7 +110,7 @@ class PolicyTrustRegion:
         self._live = [self._stateless.get(names[0]) for names in self._keys]
         self._leaves = [value.clone().requires_grad_() for value in self._live]
         self._accepted = torch.zeros(len(indices), dtype=torch.bool, device=rows.log_prob.device)
-        self._ranks = Ranks() if ranks is None else ranks
+        self._ranks = ranks
         self._chunk_rows = len(rows) if chunk_size is None else max(1, chunk_size // rows.steps_per_row)
         self._bounded: TanhNormal | None = None
         self._pieces = self._split(rows)

@@ -7,12 +7,12 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.modules import ValueNorm
 
-from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.ranks import ALONE, Ranks
 
 
 @torch.no_grad()
 def update_value_norm(
-    value_norm: ValueNorm, targets: Tensor, critic: TensorDictBase | None = None, ranks: Ranks | None = None
+    value_norm: ValueNorm, targets: Tensor, critic: TensorDictBase | None = None, ranks: Ranks = ALONE
 ) -> None:
     r"""Moves the statistics of normalised values, and corrects the critic's last layer so that no output changes.
 
@@ -26,7 +26,7 @@ def update_value_norm(
         critic: the parameters of the critic, if it outputs normalised values. Default: no correction.
         ranks: the processes whose targets belong together. Default: this one alone.
     """
-    targets = targets if ranks is None else ranks.concat(targets)
+    targets = ranks.concat(targets)
     if targets.numel() == 0:
         return
     targets = torch.where(targets.isfinite(), targets, _mean(value_norm))  # one NaN would stay in the statistics

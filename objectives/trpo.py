@@ -44,7 +44,7 @@ from torchrl_trpo.objectives.policy_rows import (
     flatten_rows,
 )
 from torchrl_trpo.objectives.popart import update_value_norm
-from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.ranks import ALONE, Ranks
 from torchrl_trpo.row_statistics import effective_sample_size
 from torchrl_trpo.suggest import nearest
 
@@ -357,7 +357,7 @@ class TRPOLoss(PPOLoss):
             KL from the policy that collected the data ``[n]`` in nats, NaN when the data has no distribution
             parameters.
         """
-        rows = self.policy_rows(tensordict, Ranks())
+        rows = self.policy_rows(tensordict, ALONE)
         dist_params = distribution_parameters(self.actor_network, self.actor_parameters, rows.inputs)
         dist = self.actor_network.build_dist_from_params(dist_params)
         counts = rows.weight > 0

@@ -27,9 +27,9 @@ from torchrl.collectors import Collector
 
 from torchrl_trpo.envs import TransformState
 from torchrl_trpo.object_snapshot import InexactError
-from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.ranks import Ranks, agreed
 from torchrl_trpo.seeding import rank_seed, seed_generators
-from torchrl_trpo.suggest import AgreedError, SettingError, nearest
+from torchrl_trpo.suggest import SettingError, nearest
 from torchrl_trpo.torchrun import job_id
 
 FORMAT_VERSION = 1
@@ -133,27 +133,16 @@ class Checkpoints:
             The progress that it was saved with. A :class:`~torchrl_trpo.suggest.SettingError` says if something in it
             is missing, or cannot be read.
         """
-        if self._ranks.size == 1:
-            return self._load_first(path)[0]
-        given: list[Any] = []
-        if self._ranks.is_first:
-            try:
-                progress, same_size = self._load_first(path)
-                shared = _as_bytes(_states(self._components | self._transforms))
-                states = self._others.states if same_size else [None] * (self._ranks.size - 1)
-                given = [progress, *((progress, shared, own) for own in states)]
-            except SettingError as error:
-                given = [error] * self._ranks.size
-        received = self._ranks.scatter_objects(given)
-        if isinstance(received, SettingError):
-            raise AgreedError(*received.args)
-        if self._ranks.is_first:
-            return received
-        progress, shared, own = received
-        _restore(self._components | self._transforms, _from_bytes(shared))
-        if own is not None:
-            _restore(self._own, _from_bytes(own))
-        else:
+        progress, same_size = agreed(lambda: self._load_first(path), self._ranks)
+        if self._ranks.size > 1:
+            shared = self._components | self._transforms
+            common = self._ranks.scatter_objects([_as_bytes(_states(shared))] * self._ranks.size)
+            own = self._ranks.scatter_objects([None, *self._others.states] if same_size else [None] * self._ranks.size)
+            if not self._ranks.is_first:
+                _restore(shared, _from_bytes(common))
+            if own is not None:
+                _restore(self._own, _from_bytes(own))
+        if not same_size:
             self._begin_episodes(progress)
         return progress
 
@@ -174,7 +163,6 @@ class Checkpoints:
                 "episodes, with new random numbers, and is not the same to the bit."
             )
             _load(_checkpoint_of(self._components | self._transforms), path)
-            self._begin_episodes(record["progress"])
             return record["progress"], False
         _load(_checkpoint_of({**self._own, **self._components, **self._of_others(before)}), path)
         return record["progress"], True

@@ -6,7 +6,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 
-from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.ranks import ALONE, Ranks
 from torchrl_trpo.suggest import SettingError
 
 
@@ -18,7 +18,7 @@ def make_collector(
     total_frames: int = -1,
     compile_policy: bool = False,
     cudagraph_policy: bool = False,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> Collector:
     """TorchRL's collector, without what on-policy training on one device does not need.
 
@@ -45,11 +45,10 @@ def make_collector(
     """
     if cudagraph_policy and (env.device is None or env.device.type != "cuda"):
         raise SettingError(f"collector.cudagraph_policy=true needs device=cuda, got {env.device}. Legal: false.")
-    n_ranks = 1 if ranks is None else ranks.size
     return Collector(
         env,
         policy,
-        frames_per_batch=frames_per_batch // n_ranks,
+        frames_per_batch=frames_per_batch // ranks.size,
         total_frames=total_frames,
         track_traj_ids=False,
         compile_policy=compile_policy,

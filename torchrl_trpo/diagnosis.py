@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from torchrl_trpo.groups import GroupKeys
-from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.ranks import ALONE, Ranks
 
 PATIENCE = 10
 """The number of rejections in a row that are reported; they are again when it has doubled."""
@@ -33,10 +33,10 @@ class RejectionWatch:
         *,
         max_kl: float | None,
         damping: float | None,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._groups = groups
-        self._ranks = Ranks() if ranks is None else ranks
+        self._ranks = ranks
         self._max_kl = max_kl
         self._damping = damping
         self._in_a_row: list[int] = []

@@ -26,7 +26,7 @@ from torchrl_trpo.batched_reset import BatchedResetVmasEnv
 from torchrl_trpo.faults import NamedFaultsParallelEnv, guard, make_guarded
 from torchrl_trpo.groups import agent_groups
 from torchrl_trpo.layout import in_group, return_key
-from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.ranks import ALONE, Ranks
 from torchrl_trpo.seeding import rank_seed
 from torchrl_trpo.simulators import SIMULATORS, named_construction
 from torchrl_trpo.suggest import SettingError, nearest, nearest_multiples
@@ -83,7 +83,7 @@ def make_env(
     state: bool = False,
     render: bool = False,
     normalize_observations: bool = False,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> EnvBase:
     """Builds a vectorised environment.
 
@@ -135,7 +135,7 @@ def make_env(
     for setting, value in {"env.num_envs": num_envs, "env.max_steps": max_steps}.items():
         if value < 1:
             raise SettingError(f"{setting} must be at least 1, got {value}.")
-    if ranks is not None and ranks.size > 1:
+    if ranks.size > 1:
         if num_envs % ranks.size:
             raise SettingError(
                 f"env.num_envs={num_envs} cannot be spread over {ranks.size} processes. Nearest: "

@@ -13,7 +13,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_trpo.groups import GroupKeys, group_keys
 from torchrl_trpo.layout import return_key
-from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.ranks import ALONE, Ranks
 
 
 def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, max_steps: int) -> Tensor:
@@ -60,9 +60,7 @@ def play_episodes(
     return TensorDict({"episode_return": returns[episodes, first], "episode_length": first + 1}, [len(first)])
 
 
-def episode_statistics(
-    data: TensorDictBase, groups: Sequence[GroupKeys], ranks: Ranks | None = None
-) -> dict[str, float]:
+def episode_statistics(data: TensorDictBase, groups: Sequence[GroupKeys], ranks: Ranks = ALONE) -> dict[str, float]:
     """Returns and lengths of the episodes that ended in a batch.
 
     Args:
@@ -78,8 +76,7 @@ def episode_statistics(
     done = data["next", "done"].squeeze(-1)
     returns = _returns(data, groups)[done]  # [episodes, n_agents]
     lengths = data["next", "step_count"].squeeze(-1)[done]
-    if ranks is not None:
-        returns, lengths = ranks.concat(returns), ranks.concat(lengths)
+    returns, lengths = ranks.concat(returns), ranks.concat(lengths)
     statistics = {
         "episode_return": float(returns.mean(-1).mean()),
         "episode_return_sum": float(returns.sum(-1).mean()),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from torchrl_trpo.suggest import AgreedError, SettingError
+
+_Result = TypeVar("_Result")
 
 
 class RankLostError(RuntimeError):
@@ -144,6 +148,35 @@ class Ranks:
                 f"rank {self.rank} of {self.size}: another process of the job has ended or cannot be reached. What it "
                 f"said itself, if anything, stands above. Here it is: {str(error).splitlines()[0]}"
             ) from error
+
+
+ALONE = Ranks()
+"""This process alone."""
+
+
+def agreed(action: Callable[[], _Result], ranks: Ranks) -> _Result:
+    """What the first rank alone does, told to all; if it finds that settings cannot be, it is so for all.
+
+    Args:
+        action: what it does.
+        ranks: the ranks.
+
+    Returns:
+        What the action gave.
+
+    Raises:
+        AgreedError: if it raised a :class:`~torchrl_trpo.suggest.SettingError`.
+    """
+    outcome: Any = None
+    if ranks.is_first:
+        try:
+            outcome = action()
+        except SettingError as error:
+            outcome = error
+    outcome = ranks.scatter_objects([outcome] * ranks.size)
+    if isinstance(outcome, SettingError):
+        raise AgreedError(*outcome.args) from outcome
+    return outcome
 
 
 def check_same_bits(tensors: Sequence[Tensor], ranks: Ranks) -> None:

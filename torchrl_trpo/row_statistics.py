@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchrl_trpo.ranks import Ranks
-
-_ALONE = Ranks()
+from torchrl_trpo.ranks import ALONE, Ranks
 
 
-def standardize(values: Tensor, mask: Tensor | None, dims: Sequence[int], ranks: Ranks = _ALONE) -> Tensor:
+def standardize(values: Tensor, mask: Tensor | None, dims: Sequence[int], ranks: Ranks = ALONE) -> Tensor:
     """Subtracts the mean and divides by the standard deviation; a spread of rounding errors alone is no spread.
 
     Args:
@@ -35,7 +33,7 @@ def standardize(values: Tensor, mask: Tensor | None, dims: Sequence[int], ranks:
     return torch.where(spread <= rounding, 0.0, centred / spread)
 
 
-def variance(values: Tensor, ranks: Ranks = _ALONE) -> Tensor:
+def variance(values: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """The unbiased variance.
 
     Args:

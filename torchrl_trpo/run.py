@@ -37,11 +37,11 @@ from torchrl_trpo.film import film_run
 from torchrl_trpo.groups import group_keys
 from torchrl_trpo.plots import plot_learning_curve
 from torchrl_trpo.policy import on_raw_observations
-from torchrl_trpo.ranks import RankLostError, Ranks, check_same_bits
+from torchrl_trpo.ranks import ALONE, RankLostError, Ranks, agreed, check_same_bits
 from torchrl_trpo.seeding import rank_seed, untouched_generators
 from torchrl_trpo.settings import check_settings
 from torchrl_trpo.stopping import StopSignals
-from torchrl_trpo.suggest import AgreedError, SettingError
+from torchrl_trpo.suggest import SettingError
 from torchrl_trpo.torchrun import is_job, job_id, job_name, job_ranks
 
 _SETTINGS_IN_LOSSES = ("entropy_coeff", "clip_epsilon", "gamma", "lmbda")
@@ -153,7 +153,7 @@ class Run:
         losses: nn.Module,
         updaters: Sequence[Any],
         critic_optim: torch.optim.Optimizer,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.cfg = cfg
         self.algorithm = algorithm
@@ -167,7 +167,7 @@ class Run:
         self._losses = losses
         self._updaters = updaters
         self._critic_optim = critic_optim
-        self._ranks = Ranks() if ranks is None else ranks
+        self._ranks = ranks
         self._record = full_record(cfg, algorithm)
         self._progress: dict[str, Any] = {"iteration": 0, "frames": 0, "wall_s": 0.0, "cpu_s": 0.0, "best_return": None}
         self._watch = RejectionWatch(
@@ -185,7 +185,7 @@ class Run:
     def __enter__(self) -> Run:
         """Begins the run, or continues it."""
         with contextlib.ExitStack() as stack:
-            latest, changed, rows = self._agreed(lambda: self._take_folder(stack))
+            latest, changed, rows = agreed(lambda: self._take_folder(stack), self._ranks)
             if latest is not None:
                 self._continue(latest, changed)
             self._merge_statistics()
@@ -416,19 +416,6 @@ class Run:
             self._writer = csv.DictWriter(self._file, self.columns)
         processes = f" in {self._ranks.size} processes" if self._ranks.size > 1 else ""
         self._say(f"Training {self.algorithm} on {self.cfg.env.name}{processes}; everything goes to {self.folder}")
-
-    def _agreed(self, action: Callable[[], _Result]) -> _Result:
-        """What the first rank alone does, told to all; if it finds that settings cannot be, it is so for all."""
-        outcome: Any = None
-        if self._ranks.is_first:
-            try:
-                outcome = action()
-            except SettingError as error:
-                outcome = error
-        outcome = self._ranks.scatter_objects([outcome] * self._ranks.size)
-        if isinstance(outcome, SettingError):
-            raise AgreedError(*outcome.args)
-        return outcome
 
     def _take_folder(self, stack: contextlib.ExitStack) -> tuple[Path | None, list[str], list[dict[str, str]]]:
         """Takes the run's folder: gives its last checkpoint, the settings that have changed since, and its metrics."""

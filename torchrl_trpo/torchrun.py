@@ -11,7 +11,7 @@ import uuid
 import torch
 import torch.distributed as dist
 
-from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.ranks import ALONE, Ranks
 
 
 def is_job() -> bool:
@@ -56,7 +56,7 @@ def job_ranks(device: torch.device) -> Ranks:
         The job's ranks; this process alone if torchrun did not start it, or started it alone.
     """
     if not is_job() or int(os.environ["WORLD_SIZE"]) == 1:
-        return Ranks()
+        return ALONE
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
