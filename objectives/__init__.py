@@ -3,6 +3,7 @@
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.agent_sequence import AgentSequence, AgentTurn
 from torchrl_trpo.objectives.central_critic import CentralCriticValueEstimator
+from torchrl_trpo.objectives.clipped import ClippedUpdater
 from torchrl_trpo.objectives.happo import HAPPOUpdater
 from torchrl_trpo.objectives.hatrpo import HATRPOSequentialObjective
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
@@ -14,6 +15,8 @@ __all__ = [
     "AgentSequence",
     "AgentTurn",
     "CentralCriticValueEstimator",
+    "ClippedUpdater",
+    "ClippedUpdater",
     "HAPPOUpdater",
     "HATRPOSequentialObjective",
     "PolicyRows",

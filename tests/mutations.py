@@ -545,7 +545,7 @@ MUTATIONS = (
     # HAPPO
     Mutation(
         "happo-without-factor",
-        "objectives/happo.py",
+        "objectives/clipped.py",
         "batch.set(keys.advantage, rows.factor * rows.advantage)",
         "batch.set(keys.advantage, rows.advantage)",
         "agents do not see what those before them have changed",
@@ -553,7 +553,7 @@ MUTATIONS = (
     ),
     Mutation(
         "happo-steps-on-nan",
-        "objectives/happo.py",
+        "objectives/clipped.py",
         "if (objective + norms[-1]).isfinite():",
         "if True:",
         "a minibatch with a NaN makes the agent's parameters NaN",
@@ -561,7 +561,7 @@ MUTATIONS = (
     ),
     Mutation(
         "happo-next-agents-view",
-        "objectives/happo.py",
+        "objectives/clipped.py",
         "agents = slice(member.index, member.index + 1)",
         "agents = slice(max(member.index - 1, 0), max(member.index, 1))",
         "an agent's steps are written into another's parameters",
@@ -569,7 +569,7 @@ MUTATIONS = (
     ),
     Mutation(
         "happo-unclipped-norm",
-        "objectives/happo.py",
+        "objectives/clipped.py",
         "clip_grad_norm_(member.trained, self.max_grad_norm)",
         "clip_grad_norm_(member.trained, float('inf'))",
         "gradients are not shortened",

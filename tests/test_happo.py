@@ -500,14 +500,14 @@ def test_a_saved_state_continues_to_the_bit():
         second.load_state_dict({name: value for name, value in state.items() if name != "optimizers"})
     with pytest.raises(KeyError, match=r"'max_kl' is not a setting"):
         second.load_state_dict({**state, "max_kl": 0.01})
-    with pytest.raises(ValueError, match=r"the state_dict has 2 agents, legal: 3"):
+    with pytest.raises(ValueError, match=r"the state_dict has 2 policies, legal: 3"):
         second.load_state_dict({**state, "optimizers": state["optimizers"][:2]})
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda state: {}, r"optimizers\[1\] is not a state of this agent's Adam: KeyError\('param_groups'\)"),
+        (lambda state: {}, r"optimizers\[1\] is not a state of this policy's Adam: KeyError\('param_groups'\)"),
         (lambda state: None, r"optimizers\[1\] is not a state"),
         (lambda state: {**state, "param_groups": []}, r"optimizers\[1\] .* different number of parameter groups"),
         (lambda state: {**state, "state": {0: {"step": torch.ones(())}}}, r"optimizers\[1\] .*KeyError\('exp_avg'\)"),

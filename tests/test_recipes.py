@@ -21,14 +21,22 @@ from torchrl_trpo.envs import BatchedResetVmasEnv, make_env, observation_norm, r
 from torchrl_trpo.evaluation import evaluate
 from torchrl_trpo.groups import group_keys
 from torchrl_trpo.networks import make_actor
-from torchrl_trpo.recipes import happo, hatrpo, itrpo, matrpo, trpo
+from torchrl_trpo.recipes import happo, hatrpo, ippo, itrpo, mappo, matrpo, trpo
 from torchrl_trpo.run import COLUMNS, Run
 from torchrl_trpo.settings import check_overrides, check_settings, register_environments
 
 # imageio's reader leaves the pipes of ffmpeg to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-RECIPES = {"itrpo": itrpo, "matrpo": matrpo, "hatrpo": hatrpo, "happo": happo, "trpo": trpo}
+RECIPES = {
+    "itrpo": itrpo,
+    "matrpo": matrpo,
+    "hatrpo": hatrpo,
+    "happo": happo,
+    "mappo": mappo,
+    "ippo": ippo,
+    "trpo": trpo,
+}
 CONFIG_DIR = Path(hatrpo.__file__).parent / "config"
 TINY = ("env.num_envs=4", "env.max_steps=10", "train.frames_per_batch=80", "train.total_frames=240", "device=cpu")
 
@@ -60,6 +68,8 @@ def metrics(folder):
         ),
         ("itrpo", ["env=vmas/simple_tag", "actor.sharing=none", "actor.network=lstm", "critic.network=gru"]),
         ("happo", ["env=vmas/simple_tag", "actor.network=gru", "updater.minibatch_size=40", "entropy_coeff=0.01"]),
+        ("mappo", ["env=vmas/simple_tag", "actor.network=gru", "critic.agent_one_hot=true"]),
+        ("ippo", ["env=pettingzoo/simple_spread_v3", "actor.sharing=none", "entropy_coeff=0.01"]),
         ("trpo", []),
         ("trpo", ["env=gym/CartPole-v1", "actor.network=gru", "critic.network=gru"]),
         ("hatrpo", ["env=vmas/transport", "critic.agent_one_hot=true", "env.kwargs.n_agents=2", "agent_order=[1,0]"]),
@@ -338,7 +348,7 @@ def test_single_agent_recipes_refuse_teams(tmp_path):
         trpo.train(config("trpo", tmp_path, "env=vmas/balance"))
 
 
-@pytest.mark.parametrize("name", ["itrpo", "matrpo", "hatrpo", "happo"])
+@pytest.mark.parametrize("name", ["itrpo", "matrpo", "hatrpo", "happo", "mappo", "ippo"])
 def test_recipes_for_teams_refuse_a_single_agent(name, tmp_path):
     """Advantages of a single agent were normalised over time alone, and so 0 in a batch of one environment."""
     with pytest.raises(

@@ -97,6 +97,7 @@ CASES = [
     ("hatrpo", "vmas/simple_spread", ["actor.network=gru"]),
     ("hatrpo", "pettingzoo/simple_speaker_listener_v4", ["env.continuous_actions=true"]),
     ("happo", "vmas/balance", ["normalize_observations=true", "updater.minibatch_size=40"]),
+    ("mappo", "vmas/navigation", ["updater.minibatch_size=40"]),
     ("hatrpo", "mamujoco/Swimmer", ["env.kwargs.agent_conf=2x1"]),
 ]
 

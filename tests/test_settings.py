@@ -12,12 +12,20 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 from torchrl_trpo.objectives import HAPPOUpdater
-from torchrl_trpo.recipes import happo, hatrpo, itrpo, matrpo, trpo
+from torchrl_trpo.recipes import happo, hatrpo, ippo, itrpo, mappo, matrpo, trpo
 from torchrl_trpo.settings import _RANGES, check_overrides, check_settings
 from torchrl_trpo.suggest import SettingError
 from torchrl_trpo.updater import TrustRegionUpdater
 
-RECIPES = {"itrpo": itrpo, "matrpo": matrpo, "hatrpo": hatrpo, "happo": happo, "trpo": trpo}
+RECIPES = {
+    "itrpo": itrpo,
+    "matrpo": matrpo,
+    "hatrpo": hatrpo,
+    "happo": happo,
+    "mappo": mappo,
+    "ippo": ippo,
+    "trpo": trpo,
+}
 CONFIG_DIR = Path(hatrpo.__file__).parent / "config"
 
 
@@ -98,6 +106,8 @@ ONE = [
     ("happo", "updater.max_kl=0.01", r"^setting 'updater\.max_kl' does not exist\. .*Legal: .*'updater\.lr'"),
     ("happo", "updater.epoch=2", r"^setting 'updater\.epoch' does not exist\. Did you mean 'updater\.epochs'"),
     ("happo", "critic.value_norm=true", r"^setting 'critic\.value_norm' does not exist"),
+    ("mappo", "updater.max_kl=0.01", r"^setting 'updater\.max_kl' does not exist\. .*Legal: .*'updater\.lr'"),
+    ("ippo", "critic.inputs=state", r"^setting 'critic\.inputs' does not exist"),
     ("happo", "~updater.lr", r"^updater\.lr is missing\. Legal: a number of at least 0\.$"),
     ("hatrpo", "updater.lr=1", r"^setting 'updater\.lr' does not exist"),
     ("hatrpo", "updater={maxkl: 1}", r"^setting 'updater\.maxkl' does not exist\. Did you mean 'updater\.max_kl'"),
@@ -115,6 +125,7 @@ ONE = [
     ("hatrpo", "collector.cudagraph_policy=true", r"^collector\.cudagraph_policy=true needs device=cuda, got cpu"),
     ("hatrpo", "critic.inputs=both", r"^env: 'vmas/balance' has no global state\. Use critic\.inputs=observations\.$"),
     ("itrpo", "env=gym/CartPole-v1", r"^env: 'gym/CartPole-v1' has a single agent.*Use the recipe trpo\.$"),
+    ("mappo", "env=gym/CartPole-v1", r"^env: 'gym/CartPole-v1' has a single agent.*Use the recipe trpo\.$"),
     ("hatrpo", "env=gym/CartPole-v1", r"^env: 'gym/CartPole-v1' has a single agent.*Use the recipe trpo\.$"),
     ("hatrpo", "env=custom", r"^env\.factory must be 'package\.module\.function', .*, got null\.$"),
 ]
@@ -207,6 +218,8 @@ def test_what_can_be_passes(name, overrides):
         ("matrpo", "env=pettingzoo/simple_spread_v3"),
         ("happo", "updater={lr: 0, epochs: 1, minibatch_size: 1, max_grad_norm: 0.5}"),
         ("happo", "clip_epsilon=0.3"),
+        ("mappo", "actor.sharing=all"),
+        ("ippo", "critic.share_params=false"),
     ],
 )
 def test_what_only_some_recipes_have(name, override):

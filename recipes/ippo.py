@@ -1,0 +1,124 @@
+"""IPPO: independent agents, each with clipped minibatch steps on its own critic V(o_i), to compare with.
+
+    python -m torchrl_trpo.recipes.ippo
+    python -m torchrl_trpo.recipes.ippo env=vmas/navigation seed=1 updater.lr=0.0003
+
+de Witt et al. 2020, arXiv:2011.09533, with TorchRL's ``IPPOLoss``. Settings: config/ippo.yaml and config/base.yaml.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from torchrl.objectives import IPPOLoss
+
+from torchrl_trpo.collection import make_collector
+from torchrl_trpo.critic_fit import fit_critics
+from torchrl_trpo.envs import make_env, resolve_device
+from torchrl_trpo.groups import group_keys
+from torchrl_trpo.networks import make_critic
+from torchrl_trpo.objectives import AgentGAE, ClippedUpdater
+from torchrl_trpo.policy import make_policy
+from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.recurrent import carry_states
+from torchrl_trpo.run import Run, training_run
+from torchrl_trpo.settings import check_teams, plain_errors, run_recipe
+
+
+@training_run
+def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
+    """Trains IPPO.
+
+    Args:
+        cfg: the config, see ``config/ippo.yaml``.
+        ranks: the processes of the job, see ``docs/scaling.md``; mostly this one alone.
+
+    Returns:
+        The run's summary.
+    """
+    device = resolve_device(cfg.device)
+
+    # Environment, and the policies of its groups of agents.
+    env = make_env(
+        **cfg.env,
+        seed=cfg.seed,
+        device=device,
+        one_group=cfg.actor.sharing == "all",
+        normalize_observations=cfg.normalize_observations,
+        ranks=ranks,
+    )
+    groups = check_teams(cfg, group_keys(env))
+    policy = make_policy(env, groups, **cfg.actor)
+    carry_states(env, policy)
+
+    # Each group's objective and critic, and the two things that learn from them.
+    losses = {}
+    for keys, actor in zip(groups, policy, strict=True):
+        critic = make_critic(
+            env, keys, share_params=cfg.critic.share_params, hidden=cfg.critic.hidden, network=cfg.critic.network
+        )
+        loss = IPPOLoss(
+            actor,
+            critic,
+            clip_epsilon=cfg.clip_epsilon,
+            entropy_coeff=cfg.entropy_coeff,
+        )
+        loss.loss_mask_key = keys.mask or "auto"
+        loss.make_value_estimator(AgentGAE, gamma=cfg.gamma, lmbda=cfg.lmbda, value_network=critic)
+        loss.set_keys(**keys.loss_keys)
+        losses[str(keys.group)] = loss
+    updater = ClippedUpdater(losses, **cfg.updater, process_group=ranks.group)
+    critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]
+    critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr, fused=True)
+
+    collector = make_collector(env, policy, frames_per_batch=cfg.train.frames_per_batch, ranks=ranks, **cfg.collector)
+    with Run(
+        cfg,
+        "IPPO",
+        collector=collector,
+        policy=policy,
+        losses=torch.nn.ModuleDict(losses),
+        updaters=[updater],
+        critic_optim=critic_optim,
+        ranks=ranks,
+    ) as run:
+        for data in run.batches():  # [num_envs, T]
+            run.lap("collect_s")
+
+            with torch.no_grad():
+                for loss in losses.values():
+                    loss.value_estimator(
+                        data, params=loss.critic_network_params, target_params=loss.target_critic_network_params
+                    )
+            run.lap("critic_s")
+
+            stats = updater.step(data)
+            run.lap("policy_s")
+
+            fit = fit_critics(
+                losses.values(),
+                critic_optim,
+                data,
+                epochs=cfg.critic.epochs,
+                minibatch_size=cfg.critic.minibatch_size,
+                process_group=ranks.group,
+            )
+            run.lap("critic_s")
+
+            run.log(data, stats, fit)
+        return run.finish()
+
+
+@hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="ippo")
+def main(cfg: DictConfig) -> None:
+    """Runs the recipe from the command line."""
+    with plain_errors():
+        train(cfg)
+
+
+if __name__ == "__main__":
+    run_recipe(main, __file__)

@@ -1,0 +1,141 @@
+"""MAPPO: clipped minibatch steps with a centralised critic V(s), to compare with.
+
+    python -m torchrl_trpo.recipes.mappo
+    python -m torchrl_trpo.recipes.mappo env=vmas/navigation seed=1 updater.lr=0.0003
+
+Yu et al. 2022, arXiv:2103.01955, with TorchRL's ``MAPPOLoss``. Settings: config/mappo.yaml and config/base.yaml.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from torchrl.objectives import MAPPOLoss
+
+from torchrl_trpo.collection import make_collector
+from torchrl_trpo.critic_fit import fit_critics
+from torchrl_trpo.envs import make_env, resolve_device
+from torchrl_trpo.groups import group_keys
+from torchrl_trpo.networks import make_central_critic
+from torchrl_trpo.objectives import CentralCriticValueEstimator, ClippedUpdater
+from torchrl_trpo.policy import make_policy
+from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.recurrent import carry_states
+from torchrl_trpo.run import Run, training_run
+from torchrl_trpo.settings import check_teams, plain_errors, run_recipe
+
+
+@training_run
+def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
+    """Trains MAPPO.
+
+    Args:
+        cfg: the config, see ``config/mappo.yaml``.
+        ranks: the processes of the job, see ``docs/scaling.md``; mostly this one alone.
+
+    Returns:
+        The run's summary.
+    """
+    device = resolve_device(cfg.device)
+
+    # Environment, and the policies of its groups of agents.
+    env = make_env(
+        **cfg.env,
+        seed=cfg.seed,
+        device=device,
+        one_group=cfg.actor.sharing == "all",
+        state=cfg.critic.inputs != "observations",
+        normalize_observations=cfg.normalize_observations,
+        ranks=ranks,
+    )
+    groups = check_teams(cfg, group_keys(env))
+    policy = make_policy(env, groups, **cfg.actor)
+    carry_states(env, policy)
+
+    # Each group's objective and critic, and the two things that learn from them.
+    losses = {}
+    for keys, actor in zip(groups, policy, strict=True):
+        critic = make_central_critic(
+            env,
+            keys,
+            inputs=cfg.critic.inputs,
+            agent_one_hot=cfg.critic.agent_one_hot,
+            hidden=cfg.critic.hidden,
+            network=cfg.critic.network,
+        )
+        loss = MAPPOLoss(
+            actor,
+            critic,
+            clip_epsilon=cfg.clip_epsilon,
+            entropy_coeff=cfg.entropy_coeff,
+        )
+        loss.loss_mask_key = keys.mask or "auto"
+        loss.make_value_estimator(
+            CentralCriticValueEstimator,
+            gamma=cfg.gamma,
+            lmbda=cfg.lmbda,
+            value_network=critic,
+            observation_keys=[other.observation for other in groups] if cfg.critic.inputs != "state" else [],
+            state_key="state" if cfg.critic.inputs != "observations" else None,
+            n_agents=keys.n_agents,
+            other_mask_keys=[other.mask for other in groups if other.mask],
+            central_key=keys.central,
+            agent_one_hot=cfg.critic.agent_one_hot,
+        )
+        loss.set_keys(**keys.loss_keys)
+        losses[str(keys.group)] = loss
+    updater = ClippedUpdater(losses, **cfg.updater, process_group=ranks.group)
+    critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]
+    critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr, fused=True)
+
+    collector = make_collector(env, policy, frames_per_batch=cfg.train.frames_per_batch, ranks=ranks, **cfg.collector)
+    with Run(
+        cfg,
+        "MAPPO",
+        collector=collector,
+        policy=policy,
+        losses=torch.nn.ModuleDict(losses),
+        updaters=[updater],
+        critic_optim=critic_optim,
+        ranks=ranks,
+    ) as run:
+        for data in run.batches():  # [num_envs, T]
+            run.lap("collect_s")
+
+            with torch.no_grad():
+                for loss in losses.values():
+                    loss.value_estimator(
+                        data, params=loss.critic_network_params, target_params=loss.target_critic_network_params
+                    )
+            run.lap("critic_s")
+
+            stats = updater.step(data)
+            run.lap("policy_s")
+
+            fit = fit_critics(
+                losses.values(),
+                critic_optim,
+                data,
+                epochs=cfg.critic.epochs,
+                minibatch_size=cfg.critic.minibatch_size,
+                process_group=ranks.group,
+            )
+            run.lap("critic_s")
+
+            run.log(data, stats, fit)
+        return run.finish()
+
+
+@hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="mappo")
+def main(cfg: DictConfig) -> None:
+    """Runs the recipe from the command line."""
+    with plain_errors():
+        train(cfg)
+
+
+if __name__ == "__main__":
+    run_recipe(main, __file__)
