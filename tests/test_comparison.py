@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from torchrl_trpo.recipes import comparison, tuning
+from torchrl_trpo.recipes import comparison, sensitivity, tuning
 from torchrl_trpo.recipes.comparison_report import Comparison, write_report
 from torchrl_trpo.settings import check_overrides, check_settings
 from torchrl_trpo.suggest import SettingError
@@ -28,29 +28,31 @@ PLAN = {
 
 
 def test_a_comparison_trains_evaluates_and_goes_on(tmp_path, monkeypatch):
-    by_cell = {cell.algorithm: comparison.run_cell(PLAN, cell, tmp_path) for cell in comparison.cells(PLAN)}
+    by_cell = {cell.algorithm: comparison.run_cell(PLAN, tmp_path, cell) for cell in comparison.cells(PLAN)}
     assert list(by_cell) == ["hatrpo", "mappo", "random"]
     assert [row["frames"] for row in by_cell["hatrpo"]] == [80, 160]
     assert [row["frames"] for row in by_cell["random"]] == [0]
     for rows in by_cell.values():
         assert all(set(row) == set(comparison.COLUMNS) for row in rows)
     cell = comparison.cells(PLAN)[0]
-    monkeypatch.setattr(comparison, "_evaluate", lambda *_: pytest.fail("it was done already"))
-    assert comparison.run_cell(PLAN, cell, tmp_path) == by_cell["hatrpo"]
+    monkeypatch.setattr(comparison, "train", lambda *_: pytest.fail("it was done already"))
+    assert comparison.run_cell(PLAN, tmp_path, cell) == by_cell["hatrpo"]
 
 
 def test_a_run_that_was_stopped_is_resumed_to_the_same_evaluations(tmp_path):
     cell = comparison.cells(PLAN)[0]
-    whole = comparison.run_cell(PLAN, cell, tmp_path / "whole")
+    whole = comparison.run_cell(PLAN, tmp_path / "whole", cell)
     half = {**PLAN, "settings": {"vmas": {**TINY, "train.total_frames": 80}}, "evaluation": {**PLAN["evaluation"]}}
     half["evaluation"]["points"] = 1
-    comparison.run_cell(half, cell, tmp_path / "parts")
+    comparison.run_cell(half, tmp_path / "parts", cell)
     folder = cell.folder(tmp_path / "parts")
     for name in ("comparison.json", "summary.json"):
         (folder / name).unlink()
     config = folder / "config.yaml"
-    config.write_text(config.read_text().replace("total_frames: 80", "total_frames: 160"))
-    resumed = comparison.run_cell(PLAN, cell, tmp_path / "parts")
+    with pytest.raises(SettingError, match=r"holds a run with other settings: train was .*total_frames.*80"):
+        comparison.run_cell(PLAN, tmp_path / "parts", cell)
+    config.write_text(config.read_text().replace("total_frames: 80", "total_frames: 160").replace("keep: 2", "keep: 4"))
+    resumed = comparison.run_cell(PLAN, tmp_path / "parts", cell)
     timeless = [{name: value for name, value in row.items() if name != "cpu_s"} for row in whole]
     assert [{name: value for name, value in row.items() if name != "cpu_s"} for row in resumed] == timeless
 
@@ -156,3 +158,23 @@ def test_tuned_settings_are_those_of_a_run(path):
 def test_settings_that_were_not_found_are_refused(recipe, overrides, message):
     with pytest.raises(SettingError, match=message):
         check_overrides(overrides, CONFIG_DIR, recipe)
+
+
+def test_a_sensitivity_sweep_runs_each_setting_once(tmp_path):
+    plan = {
+        "recipe": "hatrpo",
+        "tasks": ["vmas/balance"],
+        "seeds": [0],
+        "settings": TINY,
+        "sweeps": {"damping": {"updater.damping": [0.1, 1.0]}, "cg": {"updater.cg_iters": [10], "lmbda": [0.9, 0.5]}},
+    }
+    tried = sensitivity.trials(plan)
+    assert [dict(trial.changed) for trial in tried] == [{}, {"updater.damping": 1.0}, {"lmbda": 0.5}]
+    measured = {trial: sensitivity.run_trial(plan, tmp_path / "runs", trial) for trial in tried[:2]}
+    for values in measured.values():
+        assert tuple(values) == sensitivity.MEASURED
+        assert 0 <= values["kl_ratio"] <= 1
+    paths = sensitivity.write_report(plan, measured, tmp_path)
+    assert all(path.stat().st_size > 0 for path in paths)
+    with paths[0].open() as file:
+        assert [json.loads(row["changed"]) for row in csv.DictReader(file)] == [{}, {"updater.damping": 1.0}]
