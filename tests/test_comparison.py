@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from torchrl_trpo.recipes import comparison, sensitivity, tuning
+from torchrl_trpo.recipes import comparison, experiments, sensitivity, tuning
 from torchrl_trpo.recipes.comparison_report import Comparison, write_report
 from torchrl_trpo.settings import check_overrides, check_settings
 from torchrl_trpo.suggest import SettingError
@@ -178,3 +179,10 @@ def test_a_sensitivity_sweep_runs_each_setting_once(tmp_path):
     assert all(path.stat().st_size > 0 for path in paths)
     with paths[0].open() as file:
         assert [json.loads(row["changed"]) for row in csv.DictReader(file)] == [{}, {"updater.damping": 1.0}]
+
+
+def test_one_job_that_fails_does_not_stop_the_others(capfd):
+    results, failed = experiments.run_all(math.sqrt, [4.0, -1.0, 9.0], workers=1)
+    assert results == {4.0: 2.0, 9.0: 3.0}
+    assert failed == [-1.0]
+    assert "-1.0 failed:\nTraceback" in "".join(capfd.readouterr())
