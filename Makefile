@@ -1,4 +1,4 @@
-# make train   train HATRPO on VMAS; ALGO=itrpo|matrpo|hatrpo|happo|trpo, ARGS="seed=1 env=vmas/navigation" for other settings
+# make train   train HATRPO on VMAS; ALGO=itrpo|matrpo|hatrpo|happo|mappo|ippo|trpo, ARGS="seed=1 env=vmas/navigation" for other settings
 # make evaluate RUN=<folder>   plays the trained policy of a run and films it; ARGS="--episodes 500 --checkpoint best"
 # make test    the test suite, under 10 minutes on 2 cores
 # make check   format, lint, docstring rules and types
@@ -6,6 +6,8 @@
 # make soak    an hour of training with kills, signals and faults, against the same training left in peace
 # make mutations   deliberate mistakes in the numerics, each of which the suite must notice, about 10 minutes
 # make coverage   the lines of torchrl_trpo/, objectives/ and recipes/ that the suite runs
+# make results   trains, evaluates and compares all algorithms on all tasks, hours; stopped, it goes on where it was
+# make tuning    searches the settings of each algorithm on each task, hours, as it was done for the comparison
 # make test-slow   the learning results of the README, about 20 minutes on 2 cores
 # Each creates the virtual environment in $(VENV) if there is none, and reuses it if there is.
 
@@ -18,7 +20,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train evaluate test test-slow soak mutations coverage check bench
+.PHONY: train evaluate test test-slow soak mutations coverage check bench results tuning
 .DEFAULT_GOAL := train
 
 $(READY): pyproject.toml constraints.txt
@@ -67,6 +69,14 @@ check: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/types .
 	cd $(VENV)/types && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p torchrl_trpo
 	@echo "==> Done."
+
+results: $(READY)
+	@echo "==> Comparing all algorithms on all tasks, 2 runs at a time; runs go to outputs/comparison, the report to docs/results"
+	$(BIN)/python -m torchrl_trpo.recipes.comparison $(ARGS)
+
+tuning: $(READY)
+	@echo "==> Searching settings, 2 at a time; runs go to outputs/tuning, the outcome to docs/results and recipes/config"
+	$(BIN)/python -m torchrl_trpo.recipes.tuning $(ARGS)
 
 bench: $(READY)
 	@echo "==> What update, memory and sampling cost, one thread"

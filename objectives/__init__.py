@@ -16,7 +16,6 @@ __all__ = [
     "AgentTurn",
     "CentralCriticValueEstimator",
     "ClippedUpdater",
-    "ClippedUpdater",
     "HAPPOUpdater",
     "HATRPOSequentialObjective",
     "PolicyRows",

@@ -202,6 +202,10 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
         name, equals, _ = override.lstrip("+").partition("=")  # Hydra would add any name with +, and nobody reads it
         if not equals or name == "env" or name.startswith(("-", "~", "hydra")):
             pass
+        elif name == "hyperparameters" and _has_levels(config_dir, config_name):
+            tasks = choices or [_default_env(config_dir, config_name)]
+            for level in override.partition("=")[2].split(","):
+                problems += _wrong_level(level, config_dir, config_name, tasks, resumes)
         elif name.startswith(_OPEN) or override.startswith("env.kwargs={"):
             override = f"++{override.lstrip('+')}"
         elif which_env or not name.startswith("env."):
@@ -217,6 +221,34 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
         values = _wrong_values(config_dir, config_name, checked) if which_env else []
         raise SettingError(_told([*problems, *values]))
     return checked
+
+
+def _default_env(config_dir: Path, config_name: str) -> str:
+    with initialize_config_dir(str(config_dir), version_base=None):
+        return compose(config_name).env.name
+
+
+def _has_levels(config_dir: Path, config_name: str) -> bool:
+    """Whether a recipe has settings for all tasks and others for each."""
+    return any("hyperparameters" in entry for entry in OmegaConf.load(config_dir / f"{config_name}.yaml").defaults)
+
+
+def _wrong_level(level: str, config_dir: Path, recipe: str, tasks: Sequence[str], resumes: bool) -> list[str]:
+    """What is wrong with the choice between settings for all tasks and those found for each."""
+    if resumes:
+        return [f"hyperparameters={level} with resume: a run keeps its settings. Legal: to change them by name."]
+    if level == "common":
+        return []
+    if level != "finetuned":
+        return [f"hyperparameters: {level!r}. {nearest(level, ['common', 'finetuned'])}"]
+    folder = config_dir / "hyperparameters" / level / recipe
+    known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    return [
+        f"hyperparameters=finetuned: {recipe} has not been tuned on {task!r}. Tuned: {', '.join(known)}. Legal for "
+        "other tasks: hyperparameters=common."
+        for task in tasks
+        if task not in known
+    ]
 
 
 def _wrong_values(config_dir: Path, config_name: str, overrides: Sequence[str]) -> list[str]:

@@ -1,0 +1,186 @@
+"""Measures what each setting of the trust region does, one at a time.
+
+    python -m torchrl_trpo.recipes.sensitivity
+
+What is run is config/sensitivity.yaml. Stopped, it goes on where it was. The report, in docs/results by default, is
+sensitivity.csv, a row for each run, and sensitivity.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from torchrl_trpo.recipes.experiments import CONFIG, config, run_all, train
+
+MEASURED = ("evaluation_return", "cpu_s", "accepted", "kl_ratio", "explained_variance")
+"""What a run gives: the deterministic policy's return at the end, the processor seconds, and of the second half of its
+iterations the mean share of accepted steps, the KL divergence as a share of ``max_kl``, and the explained variance."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: what is changed from the defaults, as ``(name, value)``."""
+
+    task: str
+    changed: tuple[tuple[str, float], ...]
+    seed: int
+
+
+def trials(plan: Mapping[str, Any]) -> list[Trial]:
+    """All runs, each once though several sweeps may have it; a seed of everything before the next one.
+
+    Args:
+        plan: what ``config/sensitivity.yaml`` says.
+
+    Returns:
+        The runs.
+    """
+    defaults = _defaults(plan)
+    found: dict[Trial, None] = {}
+    for seed, task in itertools.product(plan["seeds"], plan["tasks"]):
+        for space in plan["sweeps"].values():
+            for values in itertools.product(*space.values()):
+                settings = zip(space, values, strict=True)
+                changed = tuple((name, value) for name, value in settings if value != defaults[name])
+                found[Trial(task, changed, seed)] = None
+    return list(found)
+
+
+def _defaults(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of what is swept in a run that changes nothing."""
+    cfg = config(plan["recipe"], [f"env={plan['tasks'][0]}"], Path("defaults"))
+    names = {name for space in plan["sweeps"].values() for name in space}
+    return {name: OmegaConf.select(cfg, name) for name in names}
+
+
+def run_trial(plan: Mapping[str, Any], root: Path, trial: Trial) -> dict[str, float]:
+    """Does a run, unless it is done.
+
+    Args:
+        plan: what ``config/sensitivity.yaml`` says.
+        root: where the runs go.
+        trial: the run.
+
+    Returns:
+        What it gives, by the names in :data:`MEASURED`.
+    """
+    settings = {**plan["settings"], **dict(trial.changed), "seed": trial.seed}
+    name = ",".join(f"{name}={value}" for name, value in trial.changed) or "defaults"
+    folder = root / trial.task / name / f"seed-{trial.seed}"
+    overrides = [f"env={trial.task}", *(f"{name}={value}" for name, value in settings.items())]
+    cfg = config(plan["recipe"], overrides, folder)
+    train(plan["recipe"], cfg)
+    summary = json.loads((folder / "summary.json").read_text())
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    late = rows[len(rows) // 2 :]
+    means = {key: sum(float(row[key]) for row in late) / len(late) for key in ("accepted", "kl", "explained_variance")}
+    return {
+        "evaluation_return": summary["evaluation_return"],
+        "cpu_s": summary["cpu_s"],
+        "accepted": means["accepted"],
+        "kl_ratio": means["kl"] / cfg.updater.max_kl,
+        "explained_variance": means["explained_variance"],
+    }
+
+
+def write_report(plan: Mapping[str, Any], measured: Mapping[Trial, Mapping[str, float]], folder: Path) -> list[Path]:
+    """Writes the data and the figure.
+
+    Args:
+        plan: what ``config/sensitivity.yaml`` says.
+        measured: what the runs gave.
+        folder: where they go.
+
+    Returns:
+        What was written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "sensitivity.csv", folder / "sensitivity.png"]
+    with paths[0].open("w", newline="") as file:
+        writer = csv.DictWriter(file, ("task", "changed", "seed", *MEASURED))
+        writer.writeheader()
+        for trial, values in measured.items():
+            writer.writerow({
+                "task": trial.task,
+                "changed": json.dumps(dict(trial.changed)),
+                "seed": trial.seed,
+                **values,
+            })
+    _plot(plan, measured, paths[1])
+    return paths
+
+
+def _plot(plan: Mapping[str, Any], measured: Mapping[Trial, Mapping[str, float]], path: Path) -> None:
+    """A column for each sweep, a row for each task: the return over the setting, dots are seeds."""
+    defaults = _defaults(plan)
+    sweeps, tasks = plan["sweeps"], plan["tasks"]
+    figure = Figure(figsize=(2.7 * len(sweeps), 2.6 * len(tasks) + 0.5), layout="constrained")
+    axes = figure.subplots(len(tasks), len(sweeps), squeeze=False, sharey="row")
+    for (row, task), (column, space) in itertools.product(enumerate(tasks), enumerate(sweeps.values())):
+        axis = axes[row][column]
+        (name, values), *others = space.items()
+        for curve in others[0][1] if others else [None]:
+            points = []
+            for value in values:
+                settings = {name: value} | ({others[0][0]: curve} if others else {})
+                changed = tuple((key, each) for key, each in settings.items() if each != defaults[key])
+                runs = [measured.get(Trial(task, changed, seed)) for seed in plan["seeds"]]
+                points.append([run["evaluation_return"] for run in runs if run is not None])
+            label = None if curve is None else f"{others[0][0].rpartition('.')[2]} {curve}"
+            positions = range(len(values))
+            means = [sum(each) / len(each) if each else float("nan") for each in points]
+            (line,) = axis.plot(positions, means, marker="o", ms=4, label=label)
+            for position, each in zip(positions, points, strict=True):
+                axis.plot([position] * len(each), each, ls="", marker=".", ms=4, alpha=0.5, color=line.get_color())
+        axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        if defaults[name] in values:
+            axis.axvline(values.index(defaults[name]), color="gray", ls=":", lw=1)
+        axis.grid(alpha=0.3)
+        if others and row == 0:
+            axis.legend(fontsize=7)
+        if row == len(tasks) - 1:
+            axis.set_xlabel(name)
+        if column == 0:
+            axis.set_ylabel(f"{task.partition('/')[2]}: return")
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+        arguments: of the command line; None for those of the process.
+    """
+    plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "sensitivity.yaml"))
+    parser = argparse.ArgumentParser(
+        "python -m torchrl_trpo.recipes.sensitivity", description="Measures what each setting does."
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/sensitivity"), help="where the runs go")
+    parser.add_argument("--report", type=Path, default=Path("docs/results"), help="where table and figure go")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each (default: 2)")
+    parser.add_argument("--sweeps", nargs="+", choices=plan["sweeps"], default=list(plan["sweeps"]))
+    given = parser.parse_args(arguments)
+    plan["sweeps"] = {name: plan["sweeps"][name] for name in given.sweeps}
+    job = functools.partial(run_trial, plan, given.output.absolute())
+    measured, failed = run_all(job, trials(plan), workers=given.workers)
+    for path in write_report(plan, measured, given.report):
+        print(f"  {path}")
+    if failed:
+        sys.exit(f"error: {len(failed)} runs failed, see output.txt in their folders: {failed}")
+
+
+if __name__ == "__main__":
+    main()

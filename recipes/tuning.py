@@ -1,0 +1,174 @@
+"""Searches each algorithm's settings on each task, by Hydra's multirun over a stated space.
+
+    python -m torchrl_trpo.recipes.tuning
+
+What is tried is config/tuning.yaml. A search that was stopped goes on with the next algorithm and task. What was found
+is written to docs/results/tuning.csv and tuning.md, and the best for each task to config/hyperparameters/finetuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+CONFIG = Path(__file__).parent / "config"
+
+
+def trials(plan: Mapping[str, Any], algorithm: str) -> list[dict[str, Any]]:
+    """The settings that are tried, in the order of Hydra's multirun.
+
+    Args:
+        plan: what ``config/tuning.yaml`` says.
+        algorithm: the algorithm.
+
+    Returns:
+        Each trial's settings by name.
+    """
+    space = plan["space"][algorithm]
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+
+
+def run_search(plan: Mapping[str, Any], algorithm: str, task: str, folder: Path) -> list[dict[str, Any]]:
+    """Runs the trials of an algorithm on a task, unless they are done.
+
+    Args:
+        plan: what ``config/tuning.yaml`` says.
+        algorithm: the algorithm.
+        task: the task.
+        folder: where the runs go, each in a folder of its number.
+
+    Returns:
+        What each trial found: the ``task``, the ``algorithm``, its ``settings``, ``evaluation_return`` and ``cpu_s``.
+    """
+    tried = trials(plan, algorithm)
+    summaries = [folder / str(number) / "summary.json" for number in range(len(tried))]
+    if not all(path.exists() for path in summaries):
+        library = task.partition("/")[0]
+        sweep = [f"{name}={','.join(map(_hydra, values))}" for name, values in plan["space"][algorithm].items()]
+        fixed = {**plan["settings"][library], "train.total_frames": plan["frames"][library], "seed": plan["seed"]}
+        overrides = [f"env={task}", *(f"{name}={value}" for name, value in fixed.items()), *sweep, "film=false"]
+        command = [sys.executable, "-m", f"torchrl_trpo.recipes.{algorithm}", "-m", *overrides]
+        shutil.rmtree(folder, ignore_errors=True)  # Hydra begins a sweep anew
+        folder.mkdir(parents=True)
+        with (folder / "output.txt").open("w") as output:
+            subprocess.run([*command, f"hydra.sweep.dir={folder}"], check=True, stdout=output, stderr=subprocess.STDOUT)
+    found = [json.loads(path.read_text()) for path in summaries]
+    return [
+        {
+            "task": task,
+            "algorithm": algorithm,
+            "settings": settings,
+            **{name: summary[name] for name in ("evaluation_return", "cpu_s")},
+        }
+        for settings, summary in zip(tried, found, strict=True)
+    ]
+
+
+def write_outcome(found: Sequence[Mapping[str, Any]], report: Path, config: Path) -> list[Path]:
+    """Writes what was found: the data, a table, and the settings of the best trial on each task.
+
+    Args:
+        found: what :func:`run_search` gave, of all algorithms and tasks.
+        report: where ``tuning.csv`` and ``tuning.md`` go.
+        config: where the settings go, as ``<algorithm>/<task>.yaml``.
+
+    Returns:
+        What was written.
+    """
+    report.mkdir(parents=True, exist_ok=True)
+    paths = [report / "tuning.csv", report / "tuning.md"]
+    with paths[0].open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["task", "algorithm", "settings", "evaluation_return", "cpu_s"])
+        writer.writeheader()
+        writer.writerows({**trial, "settings": json.dumps(trial["settings"])} for trial in found)
+    paths[1].write_text(_table(found))
+    for (algorithm, task), best in _best(found).items():
+        paths.append(config / algorithm / f"{task}.yaml")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        settings = OmegaConf.create()
+        for name, value in best["settings"].items():
+            OmegaConf.update(settings, name, value)
+        comment = f"# The best of the trials in docs/results/tuning.md: {best['evaluation_return']:.4g}."
+        paths[-1].write_text(f"# @package _global_\n{comment}\n{OmegaConf.to_yaml(settings)}")
+    return paths
+
+
+def _best(found: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    best: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for trial in found:
+        cell = trial["algorithm"], trial["task"]
+        if cell not in best or trial["evaluation_return"] > best[cell]["evaluation_return"]:
+            best[cell] = trial
+    return best
+
+
+def _table(found: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each algorithm: a row for each trial, a column for each task."""
+    best, tasks = _best(found), list(dict.fromkeys(trial["task"] for trial in found))
+    hours = sum(trial["cpu_s"] for trial in found) / 3600
+    lines = ["<!-- Written by python -m torchrl_trpo.recipes.tuning -->"]
+    lines += [f"{len(found)} trials, {hours:.1f} processor hours. Return of the deterministic policy; **bold**: taken."]
+    for algorithm in dict.fromkeys(trial["algorithm"] for trial in found):
+        lines += ["", f"| {algorithm} | {' | '.join(f'`{task}`' for task in tasks)} |", f"|---|{'---|' * len(tasks)}"]
+        rows: dict[str, list[str]] = {}
+        for trial in found:
+            if trial["algorithm"] == algorithm:
+                text = f"{trial['evaluation_return']:.4g}"
+                taken = trial is best[algorithm, trial["task"]]
+                rows.setdefault(_said(trial["settings"]), []).append(f"**{text}**" if taken else text)
+        lines += [f"| {settings} | {' | '.join(values)} |" for settings, values in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _said(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={_hydra(value)}" for name, value in settings.items())
+
+
+def _hydra(value: Any) -> str:
+    """A value in Hydra's syntax of overrides."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{_hydra(inner)}" for name, inner in value.items()) + "}"
+    return json.dumps(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+        arguments: of the command line; None for those of the process.
+    """
+    plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "tuning.yaml"))
+    parser = argparse.ArgumentParser("python -m torchrl_trpo.recipes.tuning", description="Searches settings.")
+    parser.add_argument("--output", type=Path, default=Path("outputs/tuning"), help="where the runs go")
+    parser.add_argument("--report", type=Path, default=Path("docs/results"), help="where tuning.csv and tuning.md go")
+    parser.add_argument("--config", type=Path, default=CONFIG / "hyperparameters" / "finetuned")
+    parser.add_argument("--workers", type=int, default=2, help="searches at a time (default: 2)")
+    given = parser.parse_args(arguments)
+    searches = list(itertools.product(plan["tasks"], plan["space"]))
+    with ThreadPoolExecutor(given.workers) as pool, tqdm(total=len(searches), unit="search") as bar:
+
+        def run(search: tuple[str, str]) -> list[dict[str, Any]]:
+            task, algorithm = search
+            found = run_search(plan, algorithm, task, given.output.absolute() / task / algorithm)
+            bar.update()
+            return found
+
+        found = [trial for each in pool.map(run, searches) for trial in each]
+    for path in write_outcome(found, given.report, given.config):
+        print(f"  {path}")
+
+
+if __name__ == "__main__":
+    main()

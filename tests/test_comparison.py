@@ -1,0 +1,190 @@
+"""The comparison and the search of settings, with tiny budgets, and their reports."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from torchrl_trpo.recipes import comparison, experiments, sensitivity, tuning
+from torchrl_trpo.recipes.comparison_report import Comparison, write_report
+from torchrl_trpo.settings import check_overrides, check_settings
+from torchrl_trpo.suggest import SettingError
+
+CONFIG_DIR = Path(comparison.__file__).parent / "config"
+TINY = {"env.num_envs": 4, "env.max_steps": 5, "train.frames_per_batch": 40, "train.total_frames": 160}
+PLAN = {
+    "algorithms": ["hatrpo", "mappo"],
+    "seeds": [0],
+    "tasks": ["vmas/balance"],
+    "hyperparameters": "common",
+    "settings": {"vmas": TINY},
+    "evaluation": {"points": 2, "episodes": {"vmas": 3}, "seed": 10000},
+}
+
+
+def test_a_comparison_trains_evaluates_and_goes_on(tmp_path, monkeypatch):
+    by_cell = {cell.algorithm: comparison.run_cell(PLAN, tmp_path, cell) for cell in comparison.cells(PLAN)}
+    assert list(by_cell) == ["hatrpo", "mappo", "random"]
+    assert [row["frames"] for row in by_cell["hatrpo"]] == [80, 160]
+    assert [row["frames"] for row in by_cell["random"]] == [0]
+    for rows in by_cell.values():
+        assert all(set(row) == set(comparison.COLUMNS) for row in rows)
+    cell = comparison.cells(PLAN)[0]
+    monkeypatch.setattr(comparison, "train", lambda *_: pytest.fail("it was done already"))
+    assert comparison.run_cell(PLAN, tmp_path, cell) == by_cell["hatrpo"]
+
+
+def test_a_run_that_was_stopped_is_resumed_to_the_same_evaluations(tmp_path):
+    cell = comparison.cells(PLAN)[0]
+    whole = comparison.run_cell(PLAN, tmp_path / "whole", cell)
+    half = {**PLAN, "settings": {"vmas": {**TINY, "train.total_frames": 80}}, "evaluation": {**PLAN["evaluation"]}}
+    half["evaluation"]["points"] = 1
+    comparison.run_cell(half, tmp_path / "parts", cell)
+    folder = cell.folder(tmp_path / "parts")
+    for name in ("comparison.json", "summary.json"):
+        (folder / name).unlink()
+    config = folder / "config.yaml"
+    with pytest.raises(SettingError, match=r"holds a run with other settings: train was .*total_frames.*80"):
+        comparison.run_cell(PLAN, tmp_path / "parts", cell)
+    config.write_text(config.read_text().replace("total_frames: 80", "total_frames: 160").replace("keep: 2", "keep: 4"))
+    resumed = comparison.run_cell(PLAN, tmp_path / "parts", cell)
+    timeless = [{name: value for name, value in row.items() if name != "cpu_s"} for row in whole]
+    assert [{name: value for name, value in row.items() if name != "cpu_s"} for row in resumed] == timeless
+
+
+def rows(**finals):
+    # Two evaluations of a run; from each algorithm and task its last returns by seed.
+    for algorithm, tasks in finals.items():
+        for task, returns in tasks.items():
+            for seed, value in enumerate(returns):
+                for point in (1, 2) if algorithm != "random" else (2,):
+                    cost = 30 if algorithm == "mappo" else 10
+                    yield {
+                        "task": task,
+                        "algorithm": algorithm,
+                        "seed": seed,
+                        "iteration": point,
+                        "frames": 100 * point,
+                        "cpu_s": cost * point,
+                        "evaluation_return": value * point / 2,
+                        "evaluation_std": 1.0,
+                    }
+
+
+FINALS = {
+    "hatrpo": {"vmas/a": [4.0, 6.0], "vmas/b": [-3.0, -1.0]},
+    "mappo": {"vmas/a": [10.0, 10.0], "vmas/b": [-5.0, -5.0]},
+    "random": {"vmas/a": [0.0, 0.0], "vmas/b": [-10.0, -10.0]},
+}
+
+
+def test_scores_are_between_a_random_policy_and_the_best():
+    compared = Comparison(list(rows(**FINALS)))
+    assert compared.scores("hatrpo").tolist() == [[0.4, 0.6], [7 / 8, 9 / 8]]
+    assert compared.scores("mappo").tolist() == [[1, 1], [5 / 8, 5 / 8]]
+    assert compared.cpu_budget("vmas/a") == 20
+    assert compared.scores("hatrpo", equal_cpu=True).tolist() == compared.scores("hatrpo").tolist()
+    assert compared.scores("mappo", equal_cpu=True).tolist() == [[0, 0], [0, 0]]  # 30 seconds to its first evaluation
+
+
+def test_only_seeds_that_all_have_are_compared():
+    data = [row for row in rows(**FINALS) if (row["task"], row["algorithm"], row["seed"]) != ("vmas/b", "mappo", 1)]
+    assert Comparison(data).seeds == [0]
+    with pytest.raises(ValueError, match=r"no seed has all algorithms on all tasks.*'vmas/b', 'mappo', 0"):
+        Comparison([row for row in data if row["algorithm"] != "mappo" or row["task"] != "vmas/b"])
+
+
+def test_the_report_has_a_table_and_figures(tmp_path):
+    data = tmp_path / "comparison.csv"
+    with data.open("w", newline="") as file:
+        writer = csv.DictWriter(file, comparison.COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows(**FINALS))
+    paths = write_report(data, tmp_path)
+    assert all(path.stat().st_size > 0 for path in paths)
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| `vmas/a` | 200 | 0.0 | 5.0 [4.0, 6.0] | **10.0 [10.0, 10.0]** |" in text
+    assert "| `vmas/b` | 200 | -10.0 | **-2.00 [-3.00, -1.00]** | -5.00 [-5.00, -5.00] |" in text
+    assert "| P(better than MAPPO), equal frames | 0.50 [0.50, 0.50] |  |" in text
+
+
+def test_the_outcome_of_a_search_is_the_best_trial_of_each_task(tmp_path):
+    plan = {"space": {"mappo": {"updater": [{"lr": 0.1}, {"lr": 0.2}], "gamma": [0.9]}}}
+    tried = tuning.trials(plan, "mappo")
+    assert tried == [{"updater": {"lr": 0.1}, "gamma": 0.9}, {"updater": {"lr": 0.2}, "gamma": 0.9}]
+    found = [
+        {"task": "vmas/balance", "algorithm": "mappo", "settings": each, "evaluation_return": value, "cpu_s": 36.0}
+        for each, value in zip(tried, [1.0, 3.0], strict=True)
+    ]
+    tuning.write_outcome(found, tmp_path, tmp_path / "finetuned")
+    best = OmegaConf.load(tmp_path / "finetuned" / "mappo" / "vmas" / "balance.yaml")
+    assert best == {"updater": {"lr": 0.2}, "gamma": 0.9}
+    with (tmp_path / "tuning.csv").open() as file:
+        assert [json.loads(row["settings"]) for row in csv.DictReader(file)] == tried
+    assert "| updater={lr:0.2}, gamma=0.9 | **3** |" in (tmp_path / "tuning.md").read_text()
+
+
+TUNED = sorted((CONFIG_DIR / "hyperparameters" / "finetuned").glob("*/*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", TUNED, ids=lambda path: "/".join(path.with_suffix("").parts[-3:]))
+def test_tuned_settings_are_those_of_a_run(path):
+    recipe, task = path.parts[-3], "/".join(path.with_suffix("").parts[-2:])
+    overrides = check_overrides([f"env={task}", "hyperparameters=finetuned", "output_dir=."], CONFIG_DIR, recipe)
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        cfg = compose(recipe, overrides)
+    check_settings(cfg)
+    for name, value in OmegaConf.to_container(OmegaConf.load(path)).items():
+        assert cfg[name] == value if not isinstance(value, dict) else value.items() <= dict(cfg[name]).items()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("hatrpo", ["hyperparameters=fine"], r"^hyperparameters: 'fine'\. Did you mean 'finetuned'"),
+        (
+            "hatrpo",
+            ["env=vmas/wheel", "hyperparameters=finetuned"],
+            r"hatrpo has not been tuned on 'vmas/wheel'\. Tuned:",
+        ),
+        ("happo", ["hyperparameters=finetuned"], r"^setting 'hyperparameters' does not exist"),
+    ],
+)
+def test_settings_that_were_not_found_are_refused(recipe, overrides, message):
+    with pytest.raises(SettingError, match=message):
+        check_overrides(overrides, CONFIG_DIR, recipe)
+
+
+def test_a_sensitivity_sweep_runs_each_setting_once(tmp_path):
+    plan = {
+        "recipe": "hatrpo",
+        "tasks": ["vmas/balance"],
+        "seeds": [0],
+        "settings": TINY,
+        "sweeps": {"damping": {"updater.damping": [0.1, 1.0]}, "cg": {"updater.cg_iters": [10], "lmbda": [0.9, 0.5]}},
+    }
+    tried = sensitivity.trials(plan)
+    assert [dict(trial.changed) for trial in tried] == [{}, {"updater.damping": 1.0}, {"lmbda": 0.5}]
+    measured = {trial: sensitivity.run_trial(plan, tmp_path / "runs", trial) for trial in tried[:2]}
+    for values in measured.values():
+        assert tuple(values) == sensitivity.MEASURED
+        assert 0 <= values["kl_ratio"] <= 1
+    paths = sensitivity.write_report(plan, measured, tmp_path)
+    assert all(path.stat().st_size > 0 for path in paths)
+    with paths[0].open() as file:
+        assert [json.loads(row["changed"]) for row in csv.DictReader(file)] == [{}, {"updater.damping": 1.0}]
+
+
+def test_one_job_that_fails_does_not_stop_the_others(capfd):
+    results, failed = experiments.run_all(math.sqrt, [4.0, -1.0, 9.0], workers=1)
+    assert results == {4.0: 2.0, 9.0: 3.0}
+    assert failed == [-1.0]
+    said = "".join(capfd.readouterr())
+    assert "-1.0 failed:" in said
+    assert "math domain error" in said
