@@ -2,6 +2,7 @@
 # make evaluate RUN=<folder>   plays the trained policy of a run and films it; ARGS="--episodes 500 --checkpoint best"
 # make test    the test suite, under 10 minutes on 2 cores
 # make check   format, lint, docstring rules and types
+# make docs    the documentation site; fails on a dead link and a public name without a page; make linkcheck asks for external links
 # make bench   what update, memory and sampling cost, as ratios, about 10 minutes; ARGS="--quick --only update,textbook"
 # make soak    an hour of training with kills, signals and faults, against the same training left in peace
 # make mutations   deliberate mistakes in the numerics, each of which the suite must notice, about 10 minutes
@@ -18,9 +19,10 @@ RUN ?=
 ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SPHINX := $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --doctree-dir outputs/docs/doctrees
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train evaluate test test-slow soak mutations coverage check bench results tuning
+.PHONY: train evaluate test test-slow soak mutations coverage check docs linkcheck bench results tuning
 .DEFAULT_GOAL := train
 
 $(READY): pyproject.toml constraints.txt
@@ -77,6 +79,16 @@ results: $(READY)
 tuning: $(READY)
 	@echo "==> Searching settings, 2 at a time; runs go to outputs/tuning, the outcome to docs/results and recipes/config"
 	$(BIN)/python -m torchrl_trpo.recipes.tuning $(ARGS)
+
+docs: $(READY)
+	@echo "==> Building the site; the tutorial is executed when it has changed"
+	$(SPHINX) -b html docs outputs/docs/html
+	$(SPHINX) -b coverage docs outputs/docs/coverage
+	@echo "==> Done: outputs/docs/html/index.html"
+
+linkcheck: $(READY)
+	@echo "==> Asking for every external link of the site"
+	$(SPHINX) -b linkcheck docs outputs/docs/linkcheck
 
 bench: $(READY)
 	@echo "==> What update, memory and sampling cost, one thread"

@@ -128,8 +128,8 @@ class AgentGAE(MultiAgentGAE):
 
         Args:
             tensordict: the data, ``[*B, T]``.
-            *args: as for :meth:`MultiAgentGAE.value_estimate`.
-            **kwargs: as for :meth:`MultiAgentGAE.value_estimate`.
+            *args: as for :meth:`~torchrl.objectives.value.MultiAgentGAE.value_estimate`.
+            **kwargs: as for :meth:`~torchrl.objectives.value.MultiAgentGAE.value_estimate`.
         """
         with set_recurrent_mode(True):
             return super().value_estimate(self._prepared(tensordict, kwargs.get("time_dim")), *args, **kwargs)

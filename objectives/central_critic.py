@@ -134,7 +134,7 @@ class CentralCriticValueEstimator(AgentGAE):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """What :meth:`forward` reads."""
+        """What :meth:`AgentGAE.forward` reads."""
         pooled = [*self.observation_keys, *self.action_keys, *([self.state_key] if self.state_key else [])]
         read = [key for key in super().in_keys if key not in (self.central_key, ("next", *path(self.central_key)))]
         return list(dict.fromkeys([*read, *pooled, *[("next", *path(k)) for k in pooled if k not in self.action_keys]]))

@@ -49,7 +49,7 @@ class PolicyRows:
 
     @property
     def steps_per_row(self) -> int:
-        """The environment steps in a row: 1, or those of a sequence."""
+        """The environment steps in a row, 1 or those of a sequence."""
         return self.log_prob.shape[1 : self.row_dims].numel()
 
     @property

@@ -80,7 +80,7 @@ class MultiCategorical(D.Distribution):
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """What a deterministic policy does: the mode."""
+        """The mode, which is what a deterministic policy does."""
         return self.mode
 
 

@@ -24,7 +24,7 @@ class Replayed(EnvBase):
     is compared with what is observed then, to the bit.
 
     It comes before the TorchRL class in the bases, and is for one environment, not a batch. ``set_seed`` seeds the
-    generator: it starts no episode, the next reset does. In place of ``_step``, replay calls :meth:`_advance`.
+    generator: it starts no episode, the next reset does. In place of ``_step``, replay calls ``_advance``.
 
     The state is ``{"generator": Tensor, "seed": int | None, "actions": list[Tensor], "observed": list[Tensor]}``: the
     seed of the episode, or None before the first, and the actions ``[T, ...]`` since it began, in the order of
