@@ -6,8 +6,9 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-import torchrl_trpo
 from sphinx.util import logging
+
+import torchrl_trpo
 
 project = "torchrl-trpo"
 version = release = torchrl_trpo.__version__
@@ -47,7 +48,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 # Every reference must lead somewhere, but for those into packages whose pages cannot be read while building offline.
 nitpicky = True
-_ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|types|typing|enum|dataclasses)"
+_ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|typing)"
 _SHORT = "Tensor|NestedKey|TensorDictModuleBase"
 nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo\.\w+\._Result")]
 

@@ -169,7 +169,8 @@ class HATRPOSequentialObjective(LossModule):
         """Sets the keys of the loss, or of several groups' losses.
 
         Args:
-            **kwargs: as for :meth:`~torchrl.objectives.LossModule.set_keys`; with several groups each a mapping ``{group: key}``.
+            **kwargs: as for :meth:`~torchrl.objectives.LossModule.set_keys`; with several groups each a mapping
+                ``{group: key}``.
 
         Raises:
             ValueError: if there are several groups, and not a key for each of them.

@@ -132,10 +132,10 @@ class TrustRegionStepper(OptimizationStepper):
             sub_batch: the batch as the collector gave it, ``[*B, T]``; missing advantages are written into it.
 
         Returns:
-            Detached scalars. Of the policy, as :meth:`~torchrl_trpo.TrustRegionUpdater.step` returns them, the mean over its regions:
-            ``kl``, ``accepted``, ``improvement``, ``expected_improvement``, ``step_fraction``, ``grad_norm`` and
-            ``cg_residual``. Of the critic, as :func:`~torchrl_trpo.critic_fit.fit_critics` returns them:
-            ``loss_critic``, ``explained_variance`` and ``dropped``.
+            Detached scalars. Of the policy, as :meth:`~torchrl_trpo.TrustRegionUpdater.step` returns them, the mean
+            over its regions: ``kl``, ``accepted``, ``improvement``, ``expected_improvement``, ``step_fraction``,
+            ``grad_norm`` and ``cg_residual``. Of the critic, as :func:`~torchrl_trpo.critic_fit.fit_critics` returns
+            them: ``loss_critic``, ``explained_variance`` and ``dropped``.
         """
         with torch.no_grad():
             for loss in self._losses.values():
