@@ -9,6 +9,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from sphinx.util import logging
+from sphinx.util.inspect import signature, stringify_signature
 
 import torchrl_trpo
 
@@ -51,7 +52,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 # Every reference must lead somewhere, but for those into packages whose pages cannot be read while building offline.
 nitpicky = True
 _ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|typing)"
-_SHORT = "Tensor|NestedKey|TensorDictModuleBase"
+_SHORT = "MarlGroupMapType|Tensor|NestedKey|TensorDictModuleBase"
 nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo\.\w+\._Result")]
 
 # What is public: the names that the two packages export, and what the modules on the pages hold, which
@@ -84,7 +85,18 @@ def _skip_fields(app: Any, what: str, name: str, member: Any, skip: bool, option
     return True if type(member).__name__ == "_tuplegetter" else None
 
 
+def _own_signature(
+    app: Any, what: str, name: str, obj: Any, options: Any, args: str | None, returns: str | None
+) -> Any:
+    """The constructor's arguments, where TorchRL's metaclass hides them."""
+    if what != "class" or args != "(*args, **kwargs)":
+        return None
+    own = signature(obj.__init__, bound_method=True)
+    return stringify_signature(own, show_return_annotation=False, unqualified_typehints=True), returns
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-skip-member", _skip_fields)
+    app.connect("autodoc-process-signature", _own_signature)
     app.connect("env-check-consistency", _check_public)
