@@ -95,12 +95,15 @@ def run_all(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) as pool, tqdm(total=len(jobs), unit="run") as bar:
         running = {pool.submit(function, job): job for job in jobs}
-        for future in as_completed(running):
-            job = running[future]
-            try:
-                results[job] = future.result()
-                bar.set_postfix_str(str(job))
-            except Exception:
-                bar.write(f"{job} failed:\n{traceback.format_exc()}")
-            bar.update()
+        try:
+            for future in as_completed(running):
+                job = running[future]
+                try:
+                    results[job] = future.result()
+                    bar.set_postfix_str(str(job))
+                except Exception:
+                    bar.write(f"{job} failed:\n{traceback.format_exc()}")
+                bar.update()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an interrupt, what has not begun does not
     return {job: results[job] for job in jobs if job in results}, [job for job in jobs if job not in results]
