@@ -66,8 +66,9 @@ def config(recipe: str, overrides: Sequence[str], folder: Path) -> DictConfig:
         return cfg
     before: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     now: Any = OmegaConf.to_container(cfg, resolve=True)
-    changed = [f"{name} was {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
-    if changed := [line for line in changed if not line.startswith(("resume", "output_dir"))]:
+    names = (before.keys() & now.keys()) - {"resume", "output_dir"}
+    changed = [f"{name} was {before[name]}, now {now[name]}" for name in sorted(names) if before[name] != now[name]]
+    if changed:
         raise SettingError(
             f"{str(folder)!r} holds a run with other settings: {'; '.join(changed)}. Legal: to delete it, or another "
             "output folder."
