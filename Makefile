@@ -43,7 +43,7 @@ evaluate: $(READY)
 
 test: $(READY)
 	@echo "==> Running the test suite on 2 processes"
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 	@echo "==> Done. One file: $(BIN)/python -m pytest tests/test_updater.py; learning runs: make test-slow"
 
 test-slow: $(READY)

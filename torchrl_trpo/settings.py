@@ -308,8 +308,14 @@ def _defaults(config_dir: Path, config_name: str, overrides: Sequence[str]) -> d
     folders = [Path(override.partition("=")[2]) for override in overrides if override.startswith("resume=")]
     if not chosen and folders and (folders[-1] / "config.yaml").exists():
         chosen = [f"env={OmegaConf.load(folders[-1] / 'config.yaml').env.name}"]
+    return _composed(config_dir, config_name, tuple(chosen))
+
+
+@functools.cache
+def _composed(config_dir: Path, config_name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """The settings by name, once for each environment; not to be modified."""
     with initialize_config_dir(str(config_dir), version_base=None):
-        config: Any = OmegaConf.to_container(compose(config_name, chosen), resolve=False)
+        config: Any = OmegaConf.to_container(compose(config_name, list(overrides)), resolve=False)
     return dict(_settings(config))
 
 
