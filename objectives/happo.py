@@ -217,6 +217,8 @@ class HAPPOUpdater(RangedSettings):
             - ``clip_fraction``: the share of the rows whose ratio is outside of the clipping interval after the update.
             - ``grad_norm``: the gradient's Euclidean norm before it is shortened, mean over the steps; not finite if
               that of a step was not.
+            - ``factor_std``: the standard deviation over the rows of the ``M`` that the agents before this one have left;
+              0 of the first.
             - ``order``: ``order[m]`` is the agent that was updated m-th.
         """
         rows = {group: self._rows(group, loss, tensordict) for group, loss in self.losses.items()}
@@ -320,11 +322,14 @@ class HAPPOUpdater(RangedSettings):
                 "kl": kl_divergence(before, after, rows.log_prob.ndim - 1).unsqueeze(-1),
                 "improvement": rows.factor * (ratio - ratio_before) * rows.advantage,
                 "clip_fraction": ((log_ratio < low) | (log_ratio > high)).to(ratio.dtype),
+                "change": (rows.factor - 1).expand_as(ratio),
+                "square": (rows.factor - 1).square().expand_as(ratio),  # of what is small: it keeps the digits
             }
             means = [(rows.weight * torch.where(counts, value, 0.0)).sum() for value in rows_of.values()]
-            sums = self._ranks.sum_(torch.stack(means)).unbind()
+            sums = dict(zip(rows_of, self._ranks.sum_(torch.stack(means)).unbind(), strict=True))
+            sums["factor_std"] = (sums.pop("square") - sums.pop("change").square()).clamp_min(0).sqrt()
             turn.finish(torch.where(counts, ratio, 1.0))
-        return TensorDict({"accepted": taken, **dict(zip(rows_of, sums, strict=True)), "grad_norm": grad_norm})
+        return TensorDict({"accepted": taken, **sums, "grad_norm": grad_norm})
 
     def _fit(self, member: _Member, rows: PolicyRows, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The epochs of one agent; gives the mean norm of the gradients, and whether all steps were taken."""
