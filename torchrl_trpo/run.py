@@ -38,12 +38,14 @@ from torchrl_trpo.groups import group_keys
 from torchrl_trpo.plots import plot_learning_curve
 from torchrl_trpo.policy import on_raw_observations
 from torchrl_trpo.ranks import ALONE, RankLostError, Ranks, agreed, check_same_bits
+from torchrl_trpo.records import REPORTS, STATE, read_rows
 from torchrl_trpo.seeding import rank_seed, untouched_generators
 from torchrl_trpo.settings import check_settings
 from torchrl_trpo.stopping import StopSignals
 from torchrl_trpo.suggest import SettingError
 from torchrl_trpo.torchrun import is_job, job_id, job_name, job_ranks
 
+_SIGNALS = (SystemExit, KeyboardInterrupt)
 _SETTINGS_IN_LOSSES = ("entropy_coeff", "clip_epsilon", "gamma", "lmbda")
 
 COLUMNS = (
@@ -63,9 +65,26 @@ COLUMNS = (
     "critic_s",
     "wall_s",
     "cpu_s",
+    "expected_improvement",
+    "step_fraction",
+    "cg_residual",
+    "grad_norm",
+    "clip_fraction",
+    "factor_std",
 )
 """The columns of ``metrics.csv``; with several groups of agents, ``episode_return_<group>`` follow."""
 
+_MEANS = (
+    "kl",
+    "accepted",
+    "improvement",
+    "expected_improvement",
+    "step_fraction",
+    "cg_residual",
+    "grad_norm",
+    "clip_fraction",
+)
+"""Those that are means over the regions of what an updater returns, as far as it does."""
 
 _Result = TypeVar("_Result")
 _ONE_AT_A_TIME = threading.Lock()
@@ -205,6 +224,7 @@ class Run:
             self._start -= self._progress["wall_s"]
             self._cpu_start, self._cpu_before = time.process_time(), self._progress["cpu_s"]
             self._stack = stack.pop_all()
+        self._write_state(running=True)
         return self
 
     def __exit__(
@@ -215,6 +235,7 @@ class Run:
             self._stack.close()
         finally:  # a full disk lets the metrics not be closed
             self.env.close(raise_if_closed=False)
+            self._write_state(error)
             if error is not None:
                 self._say_how_to_continue(error)
 
@@ -284,7 +305,7 @@ class Run:
         row = {
             **self._progress,
             **episode_statistics(data, self.groups, self._ranks),
-            **{name: float(stats[name].float().mean()) for name in ("kl", "accepted", "improvement")},
+            **_policy_columns(stats),
             "entropy": self._entropy(data),
             **critic,
             **self._laps,
@@ -296,7 +317,7 @@ class Run:
         self._progress["best_return"] = max(filter(math.isfinite, self._returns), default=None)
         self._show(stats, row)
         for report in self._watch.see(data, stats):
-            self._say(report)
+            self._report(report)
         last = self.frames >= self.cfg.train.total_frames
         asked = self._stop_signal()
         if last or asked or self._progress["iteration"] % self.cfg.checkpoint.every == 0:
@@ -386,6 +407,22 @@ class Run:
         if (norm := observation_norm(self.env)) is not None:
             norm.merge(self._ranks)
 
+    def _report(self, report: str) -> None:
+        """Says what is wrong, and leaves it on record."""
+        self._say(report)
+        if self._ranks.is_first:
+            with (self.folder / REPORTS).open("a") as file:
+                file.write(f"{self._progress['iteration']}: {report}\n")
+
+    def _write_state(self, error: BaseException | None = None, *, running: bool = False) -> None:
+        """Leaves on record that the run goes on, or how it has ended."""
+        state = "finished" if error is None else "stopped" if isinstance(error, _SIGNALS) else "failed"
+        reason = "" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
+        said = {"state": "running" if running else state, "reason": reason}
+        if self._ranks.is_first:
+            with contextlib.suppress(OSError):  # a full disk
+                _replace(self.folder / STATE, json.dumps(said) + "\n")
+
     def _say(self, text: str) -> None:
         if self._ranks.is_first:
             self._bar.write(text)
@@ -457,7 +494,15 @@ class Run:
                 f"{self.cfg.train.total_frames}. Nearest that continues: "
                 f"train.total_frames={frames + self.cfg.train.frames_per_batch}."
             )
-        return latest, changed, self._kept_rows(record["progress"]["iteration"])
+        rows = self._kept_rows(record["progress"]["iteration"])
+        self._keep_reports(record["progress"]["iteration"])
+        return latest, changed, rows
+
+    def _keep_reports(self, done: int) -> None:
+        """Leaves out what was warned of after the checkpoint: it will be again."""
+        if (path := self.folder / REPORTS).exists():
+            lines = path.read_text().splitlines(keepends=True)
+            _replace(path, "".join(line for line in lines if int(line.partition(":")[0]) <= done))
 
     def _continue(self, latest: Path, changed: list[str]) -> None:
         """Puts the state of a checkpoint back, but for the settings that have changed."""
@@ -491,9 +536,7 @@ class Run:
         if not metrics.exists():
             logger.warning(f"{metrics} is gone: it begins anew with iteration {done + 1}.")
             return []
-        with metrics.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if _is_number(row["iteration"]) and row["cpu_s"]]
-        rows = [row for row in rows if int(row["iteration"]) <= done]
+        rows = [row for row in read_rows(metrics) if int(row["iteration"]) <= done]
         numbers = [int(row["iteration"]) for row in rows]
         if numbers != list(range(done - len(rows) + 1, done + 1)):
             missing = sorted(set(range(1, done + 1)) - set(numbers))
@@ -526,8 +569,13 @@ def _is_setting(name: str) -> bool:
     return name.rpartition(".")[2] in _SETTINGS_IN_LOSSES
 
 
-def _is_number(text: str | None) -> bool:
-    return text is not None and text.isdigit()
+def _policy_columns(stats: TensorDictBase) -> dict[str, float]:
+    """What the columns say of a policy update; NaN for what its kind has not."""
+    means = {name: stats[name].float().mean() for name in _MEANS if name in stats.keys()}
+    if "factor_std" in stats.keys():
+        means["factor_std"] = stats["factor_std"].float()[stats["order"][-1]]  # of the last agent: M at its end
+    numbers = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
+    return {name: numbers.get(name, math.nan) for name in (*_MEANS, "factor_std")}
 
 
 def _replace(path: Path, text: str) -> None:
