@@ -88,7 +88,8 @@ def test_a_run_leaves_its_folder(name, overrides, tmp_path):
     assert record.versions.torch == torch.__version__
     assert record.seed == 0
     assert len(imageio.imread(tmp_path / "film.mp4")) >= 2
-    assert (tmp_path / "learning_curve.png").stat().st_size > 10_000
+    for picture in ("learning_curve.png", "diagnostics.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
     assert list((tmp_path / "checkpoints").iterdir())
 
 

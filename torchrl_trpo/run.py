@@ -35,10 +35,10 @@ from torchrl_trpo.evaluation import episode_statistics, evaluate
 from torchrl_trpo.faults import EnvironmentFault, find_non_finite
 from torchrl_trpo.film import film_run
 from torchrl_trpo.groups import group_keys
-from torchrl_trpo.plots import plot_learning_curve
+from torchrl_trpo.plots import plot_diagnostics, plot_learning_curve
 from torchrl_trpo.policy import on_raw_observations
 from torchrl_trpo.ranks import ALONE, RankLostError, Ranks, agreed, check_same_bits
-from torchrl_trpo.records import REPORTS, STATE, read_rows
+from torchrl_trpo.records import REPORTS, STATE, read_rows, read_run
 from torchrl_trpo.seeding import rank_seed, untouched_generators
 from torchrl_trpo.settings import check_settings
 from torchrl_trpo.stopping import StopSignals
@@ -355,12 +355,9 @@ class Run:
             "evaluation_episodes": returns.numel(),
         }
         title = f"{self.algorithm} on {cfg.env.name}, seed {cfg.seed}"
-        plot_learning_curve(
-            self.folder / "metrics.csv",
-            self.folder / "learning_curve.png",
-            title=title,
-            max_kl=cfg.updater.get("max_kl"),
-        )
+        record = read_run(self.folder)
+        plot_learning_curve(record, self.folder / "learning_curve.png")
+        plot_diagnostics(record, self.folder / "diagnostics.png")
         if cfg.film:
             policy = on_raw_observations(self.env, self.policy)
             film_run(self._record, policy, self.folder / "film.mp4", seed=cfg.seed, device=self.env.device)
@@ -372,7 +369,15 @@ class Run:
             f"{summary['evaluation_return']:.1f} acting deterministically, "
             f"{self.frames} frames in {summary['wall_s']:.0f} s."
         )
-        for name in ("learning_curve.png", "film.mp4", "metrics.csv", "summary.json", "config.yaml", "checkpoints"):
+        for name in (
+            "learning_curve.png",
+            "diagnostics.png",
+            "film.mp4",
+            "metrics.csv",
+            "summary.json",
+            "config.yaml",
+            "checkpoints",
+        ):
             if (self.folder / name).exists():
                 print(f"  {self.folder / name}")
         return summary
