@@ -25,6 +25,7 @@ from torch import nn
 from torchrl._utils import logger
 from torchrl.collectors import Collector
 from torchrl.modules import ProbabilisticActor
+from torchrl.record.loggers import generate_exp_name
 from tqdm import tqdm
 
 from torchrl_trpo.checkpoints import Checkpoints, check_continued, find_checkpoint, full_record, read_record
@@ -35,6 +36,7 @@ from torchrl_trpo.evaluation import episode_statistics, evaluate
 from torchrl_trpo.faults import EnvironmentFault, find_non_finite
 from torchrl_trpo.film import film_run
 from torchrl_trpo.groups import group_keys
+from torchrl_trpo.loggers import RunLogger
 from torchrl_trpo.plots import plot_diagnostics, plot_learning_curve
 from torchrl_trpo.policy import on_raw_observations
 from torchrl_trpo.ranks import ALONE, RankLostError, Ranks, agreed, check_same_bits
@@ -195,6 +197,7 @@ class Run:
         components = {"policy": policy, "losses": losses, "critic_optim": critic_optim, "rejections": self._watch}
         components |= {f"updater_{index}": updater for index, updater in enumerate(updaters)}
         self._checkpoints = Checkpoints(self.folder, collector, components, cfg.checkpoint.keep, self._ranks)
+        self._logger = RunLogger(None, {}, folder=self.folder, name="")
         self._saved_at: int | None = None
         self._signals = StopSignals()
         self._stack = contextlib.ExitStack()  # what the run holds until its end
@@ -216,6 +219,7 @@ class Run:
                 writer.writeheader()
                 writer.writerows(rows)
                 _replace(self.folder / "metrics.csv", table.getvalue())
+            agreed(self._open_logger, self._ranks)
             self._save()
             self._loop = stack.enter_context(contextlib.ExitStack())
             self._loop.enter_context(self._signals)
@@ -232,6 +236,7 @@ class Run:
     ) -> None:
         """Ends the run, and says how to continue it if it did not come to its end."""
         try:
+            self._logger.close(failed=error is not None)
             self._stack.close()
         finally:  # a full disk lets the metrics not be closed
             self.env.close(raise_if_closed=False)
@@ -313,6 +318,7 @@ class Run:
         if self._ranks.is_first:
             self._writer.writerow({name: _cell(row[name]) for name in self.columns})
             self._file.flush()
+        self._logger.log({name: row[name] for name in self.columns if name != "frames"}, self.frames)
         self._returns.append(row["episode_return"])
         self._progress["best_return"] = max(filter(math.isfinite, self._returns), default=None)
         self._show(stats, row)
@@ -360,7 +366,10 @@ class Run:
         plot_diagnostics(record, self.folder / "diagnostics.png")
         if cfg.film:
             policy = on_raw_observations(self.env, self.policy)
-            film_run(self._record, policy, self.folder / "film.mp4", seed=cfg.seed, device=self.env.device)
+            film = film_run(self._record, policy, self.folder / "film.mp4", seed=cfg.seed, device=self.env.device)
+            if film is not None:
+                self._logger.log_film(film, self.frames)
+        self._logger.log({"evaluation_return": summary["evaluation_return"]}, self.frames)
         finite = {name: _finite(value) for name, value in summary.items()}
         _replace(self.folder / "summary.json", json.dumps(finite, indent=2) + "\n")  # last: with it the run is finished
         print(
@@ -458,6 +467,13 @@ class Run:
             self._writer = csv.DictWriter(self._file, self.columns)
         processes = f" in {self._ranks.size} processes" if self._ranks.size > 1 else ""
         self._say(f"Training {self.algorithm} on {self.cfg.env.name}{processes}; everything goes to {self.folder}")
+
+    def _open_logger(self) -> None:
+        """Opens the logger of the first rank."""
+        name = generate_exp_name(self.algorithm, f"{self.cfg.env.name}_seed{self.cfg.seed}".replace("/", "-"))
+        kwargs: Any = OmegaConf.to_container(self.cfg.logger.kwargs, resolve=True)
+        self._logger = RunLogger(self.cfg.logger.backend, kwargs, folder=self.folder, name=name, frames=self.frames)
+        self._logger.log_settings(self._record)
 
     def _take_folder(self, stack: contextlib.ExitStack) -> tuple[Path | None, list[str], list[dict[str, str]]]:
         """Takes the run's folder: gives its last checkpoint, the settings that have changed since, and its metrics."""
