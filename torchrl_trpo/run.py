@@ -45,6 +45,7 @@ from torchrl_trpo.seeding import rank_seed, untouched_generators
 from torchrl_trpo.settings import check_settings
 from torchrl_trpo.stopping import StopSignals
 from torchrl_trpo.suggest import SettingError
+from torchrl_trpo.symptoms import find_symptoms
 from torchrl_trpo.torchrun import is_job, job_id, job_name, job_ranks
 
 _SIGNALS = (SystemExit, KeyboardInterrupt)
@@ -389,6 +390,8 @@ class Run:
         ):
             if (self.folder / name).exists():
                 print(f"  {self.folder / name}")
+        for symptom in find_symptoms(record):
+            print(f"  {symptom.name}: {symptom.told} See docs/not-learning.md.")
         return summary
 
     def _entropy(self, data: TensorDictBase) -> float:

@@ -189,17 +189,12 @@ def _plot(settings: Sequence[Setting], path: Path) -> Path:
 
 
 def _jobs(folder: Path) -> dict[str, list[str]]:
-    """The overrides of each of the sweep's jobs, by the name of its folder, as Hydra counts them."""
+    """What is swept, as each job has it, by the name of the job's folder, as Hydra counts them."""
     if not (folder / "multirun.yaml").exists():
         return {}
     task = list(OmegaConf.load(folder / "multirun.yaml").hydra.overrides.task)
-    choices = []
-    for override in OverridesParser.create().parse_overrides(task):
-        name = override.get_key_element()
-        values = (
-            override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
-        )
-        choices.append([f"{name}={value}" for value in values])
+    swept = [override for override in OverridesParser.create().parse_overrides(task) if override.is_sweep_override()]
+    choices = [[f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()] for each in swept]
     return {str(number): list(job) for number, job in enumerate(itertools.product(*choices))}
 
 
