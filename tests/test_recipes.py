@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -166,10 +167,14 @@ def test_one_nan_costs_one_iteration(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize("name", RECIPES)
 def test_from_the_command_line(name, tmp_path):
     command = [sys.executable, "-m", f"torchrl_trpo.recipes.{name}", *TINY, f"output_dir={tmp_path}", "film=false"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert str(tmp_path / "learning_curve.png") in done.stdout
+    environ = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}  # which tells what is imported
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environ, check=True)
+    assert str(tmp_path / "diagnostics.png") in done.stdout
     assert "accepted=" in done.stderr
     assert "Warning" not in done.stderr
+    imported = set(re.findall(r"^import time: .*\| +(\w+)$", done.stderr, re.MULTILINE))
+    assert "torchrl" in imported
+    assert not imported & {"tensorboard", "wandb", "mlflow"}, "no logger was chosen"
 
 
 @pytest.mark.parametrize(

@@ -217,9 +217,11 @@ def _add_animation(writer: Any, path: Path, frames: int) -> None:
     import imageio.v2 as imageio
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    pictures = [picture for index, picture in enumerate(imageio.mimread(path, memtest=False)) if index % 4 == 0]
+    pictures: list[Any] = [
+        picture for index, picture in enumerate(imageio.mimread(path, memtest=False)) if index % 4 == 0
+    ]
     encoded = io.BytesIO()
-    imageio.mimwrite(encoded, pictures, format="gif", duration=200, loop=0)  # type: ignore[call-overload]
+    imageio.mimwrite(encoded, pictures, format="gif", duration=200, loop=0)
     height, width, _ = pictures[0].shape
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue())
     writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="film", image=image)]), frames)

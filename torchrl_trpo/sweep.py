@@ -174,13 +174,13 @@ def _plot(settings: Sequence[Setting], path: Path) -> Path:
                 axis.plot(run.frames / 1000, run.column("episode_return")[-1], "x", color=f"C{index}", ms=9)
         curve = [(f / 1000, [v for v in values if math.isfinite(v)]) for f, values in sorted(by_frames.items())]
         curve = [(frames, values) for frames, values in curve if values]
-        frames = [frames for frames, _ in curve]
+        at = [frames for frames, _ in curve]
         seeds = f"{len(setting.finished)} of {len(setting.runs) + setting.missing} runs finished"
         axis.plot(
             frames, [finite_mean(v) for _, v in curve], color=f"C{index}", label=fill(f"{setting.name} ({seeds})", 110)
         )
         lows, highs = [min(values) for _, values in curve], [max(values) for _, values in curve]
-        axis.fill_between(frames, lows, highs, color=f"C{index}", alpha=0.2, lw=0)
+        axis.fill_between(at, lows, highs, color=f"C{index}", alpha=0.2, lw=0)
     axis.set(title="Episode return: mean and range over seeds", xlabel="thousand frames", ylabel="mean over agents")
     axis.grid(alpha=0.3)
     figure.legend(fontsize="small", loc="outside lower center")
