@@ -177,7 +177,7 @@ def _plot(settings: Sequence[Setting], path: Path) -> Path:
         at = [frames for frames, _ in curve]
         seeds = f"{len(setting.finished)} of {len(setting.runs) + setting.missing} runs finished"
         axis.plot(
-            frames, [finite_mean(v) for _, v in curve], color=f"C{index}", label=fill(f"{setting.name} ({seeds})", 110)
+            at, [finite_mean(v) for _, v in curve], color=f"C{index}", label=fill(f"{setting.name} ({seeds})", 110)
         )
         lows, highs = [min(values) for _, values in curve], [max(values) for _, values in curve]
         axis.fill_between(at, lows, highs, color=f"C{index}", alpha=0.2, lw=0)
