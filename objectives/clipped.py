@@ -284,9 +284,14 @@ class ClippedUpdater(RangedSettings):
                 "improvement": rows.factor * (ratio - ratio_before) * rows.advantage,
                 "clip_fraction": ((log_ratio < low) | (log_ratio > high)).to(ratio.dtype),
             }
+            if rows.factor.ndim > 1:  # of a sequence
+                change = (rows.factor - 1).expand_as(ratio)  # small: its square keeps the digits
+                rows_of |= {"change": change, "square": change.square()}
             means = [(rows.weight * torch.where(counts, value, 0.0)).sum() for value in rows_of.values()]
-            sums = self._ranks.sum_(torch.stack(means)).unbind()
-        stats = TensorDict({"accepted": taken, **dict(zip(rows_of, sums, strict=True)), "grad_norm": grad_norm})
+            sums = dict(zip(rows_of, self._ranks.sum_(torch.stack(means)).unbind(), strict=True))
+            if rows.factor.ndim > 1:
+                sums["factor_std"] = (sums.pop("square") - sums.pop("change").square()).clamp_min(0).sqrt()
+        stats = TensorDict({"accepted": taken, **sums, "grad_norm": grad_norm})
         return stats, torch.where(counts, ratio, 1.0)
 
     def _fit(self, member: Member, rows: PolicyRows, counts: Tensor) -> tuple[Tensor, Tensor]:

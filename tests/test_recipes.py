@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -104,7 +105,8 @@ def test_a_run_leaves_its_folder(name, overrides, tmp_path):
     assert record.seed == 0
     if cfg.film:
         assert len(imageio.imread(tmp_path / "film.mp4")) >= 2
-    assert (tmp_path / "learning_curve.png").stat().st_size > 10_000
+    for picture in ("learning_curve.png", "diagnostics.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
     assert list((tmp_path / "checkpoints").iterdir())
 
 
@@ -180,7 +182,8 @@ def test_one_nan_costs_one_iteration(tmp_path, monkeypatch, capfd):
 
 def run_in_a_new_interpreter(module, arguments, folder):
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    environ = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}  # which tells what is imported
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environ, check=False)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -188,9 +191,13 @@ def test_from_the_command_line(name, tmp_path):
     run = run_in_a_new_interpreter if name == "hatrpo" else run_command  # the others forked: an import takes seconds
     done = run(f"torchrl_trpo.recipes.{name}", [*TINY, f"output_dir={tmp_path}", "film=false"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert str(tmp_path / "learning_curve.png") in done.stdout
+    assert str(tmp_path / "diagnostics.png") in done.stdout
     assert "accepted=" in done.stderr
     assert "Warning" not in done.stderr
+    if name == "hatrpo":
+        imported = set(re.findall(r"^import time: .*\| +(\w+)$", done.stderr, re.MULTILINE))
+        assert "torchrl" in imported
+        assert not imported & {"tensorboard", "wandb", "mlflow"}, "no logger was chosen"
 
 
 @pytest.mark.parametrize(
