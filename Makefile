@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "==> Creating the virtual environment $(VENV) with the tested versions in constraints.txt"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[recipes,vmas,pettingzoo,mamujoco,gym,test,check,docs]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[recipes,loggers,vmas,pettingzoo,mamujoco,gym,test,check,docs]"
 	@touch $(READY)
 
 train: $(READY)
@@ -45,7 +45,7 @@ evaluate: $(READY)
 
 test: $(READY)
 	@echo "==> Running the test suite on 2 processes"
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 	@echo "==> Done. One file: $(BIN)/python -m pytest tests/test_updater.py; learning runs: make test-slow"
 
 test-slow: $(READY)

@@ -51,7 +51,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 # Every reference must lead somewhere, but for those into packages whose pages cannot be read while building offline.
 nitpicky = True
-_ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|typing)"
+_ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|rich|typing)"
 _SHORT = "MarlGroupMapType|Tensor|NestedKey|TensorDictModuleBase"
 nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo\.\w+\._Result")]
 

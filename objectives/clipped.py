@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 from torch import distributions as D
@@ -28,9 +28,9 @@ from torchrl_trpo.objectives.policy_network import (
     stacked_prefixes,
 )
 from torchrl_trpo.objectives.policy_rows import (
-    LOG_PROB_ROLE,
     PolicyRows,
     broadcast_advantage,
+    collected_log_prob,
     entry,
     flatten_rows,
 )
@@ -241,10 +241,7 @@ class ClippedUpdater(RangedSettings):
         tensordict = tensordict.clone(False)
         keys = loss.tensor_keys
         advantage = self._advantage(loss, tensordict)
-        log_prob = entry(tensordict, keys.sample_log_prob, LOG_PROB_ROLE)
-        if is_tensor_collection(log_prob):  # of the parts of a composite action
-            log_prob = sum(log_prob.values(True, True))
-        log_prob = log_prob.unsqueeze(-1)
+        log_prob = collected_log_prob(tensordict, keys.sample_log_prob)
         self._check_agents(group, log_prob, tensordict.batch_size)
         inputs = entry(tensordict, input_keys(loss.actor_network), "the actor's in_keys")
         for name in _log_prob_keys(loss):
@@ -287,9 +284,14 @@ class ClippedUpdater(RangedSettings):
                 "improvement": rows.factor * (ratio - ratio_before) * rows.advantage,
                 "clip_fraction": ((log_ratio < low) | (log_ratio > high)).to(ratio.dtype),
             }
+            if rows.factor.ndim > 1:  # of a sequence
+                change = (rows.factor - 1).expand_as(ratio)  # small: its square keeps the digits
+                rows_of |= {"change": change, "square": change.square()}
             means = [(rows.weight * torch.where(counts, value, 0.0)).sum() for value in rows_of.values()]
-            sums = self._ranks.sum_(torch.stack(means)).unbind()
-        stats = TensorDict({"accepted": taken, **dict(zip(rows_of, sums, strict=True)), "grad_norm": grad_norm})
+            sums = dict(zip(rows_of, self._ranks.sum_(torch.stack(means)).unbind(), strict=True))
+            if rows.factor.ndim > 1:
+                sums["factor_std"] = (sums.pop("square") - sums.pop("change").square()).clamp_min(0).sqrt()
+        stats = TensorDict({"accepted": taken, **sums, "grad_norm": grad_norm})
         return stats, torch.where(counts, ratio, 1.0)
 
     def _fit(self, member: Member, rows: PolicyRows, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -135,6 +135,8 @@ class HAPPOUpdater(ClippedUpdater):
             - ``clip_fraction``: the share of the rows whose ratio is outside of the clipping interval after the update.
             - ``grad_norm``: the gradient's Euclidean norm before it is shortened, mean over the steps; not finite if
               that of a step was not.
+            - ``factor_std``: the standard deviation over the rows of the ``M`` that the agents before have left;
+              0 of the first.
             - ``order``: ``order[m]`` is the agent that was updated m-th.
         """
         rows = {group: self._rows(group, loss, tensordict) for group, loss in self.losses.items()}

@@ -120,6 +120,16 @@ class PolicyTrustRegion:
         """The parameters ``θ_k``, ``[n, P]``."""
         return flatten(self._leaves, len(self.indices)).detach()
 
+    @property
+    def factor_std(self) -> Tensor | None:
+        """The standard deviation of ``M`` over the rows that count, ``[n]``; None outside of a sequential update."""
+        rows = self._rows
+        if rows.factor.ndim == 1:
+            return None
+        change = rows.factor - 1  # small: its square keeps the digits
+        mean, square = self._ranks.sum_(torch.stack([self._total(rows, change), self._total(rows, change.square())]))
+        return (square - mean.square()).clamp_min(0).sqrt()
+
     def fisher_product(self, subsample: float = 1.0) -> Callable[[Tensor], Tensor]:
         """The product with the Fisher matrix, the Hessian of the mean KL at ``θ_k``, from and to ``[n, P]``.
 

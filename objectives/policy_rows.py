@@ -220,6 +220,22 @@ def broadcast_advantage(advantage: Tensor, log_prob: Tensor, key: NestedKey) -> 
     return advantage
 
 
+def collected_log_prob(tensordict: TensorDictBase, key: NestedKey | list[NestedKey]) -> Tensor:
+    """What the policy that collected the data says of the actions; of composite ones, the sum over their parts.
+
+    Args:
+        tensordict: the data, ``[*B]``.
+        key: the key of the log-probabilities, or one for each part.
+
+    Returns:
+        ``log π_k(u|o)``, ``[*B, *A, 1]``.
+    """
+    log_prob = entry(tensordict, key, LOG_PROB_ROLE)
+    if is_tensor_collection(log_prob):
+        log_prob = sum(log_prob.values(True, True))
+    return log_prob.unsqueeze(-1)
+
+
 def check_agent_dim(log_prob: Tensor, batch_size: torch.Size, agent_dim: int, n_agents: int) -> None:
     """Checks that log-probabilities are those of all agents of a policy, with the agents after the batch dimensions.
 

@@ -40,6 +40,7 @@ from torchrl_trpo.objectives.policy_rows import (
     PolicyRows,
     broadcast_advantage,
     check_agent_dim,
+    collected_log_prob,
     entry,
     flatten_rows,
 )
@@ -329,10 +330,7 @@ class TRPOLoss(PPOLoss):
         tensordict = tensordict.clone(False)
         advantage = self.normalized_advantage(tensordict, update_norm=True)
         keys = self.tensor_keys
-        log_prob = entry(tensordict, keys.sample_log_prob, LOG_PROB_ROLE)
-        if is_tensor_collection(log_prob):  # of the parts of a composite action
-            log_prob = sum(log_prob.values(True, True))
-        log_prob = log_prob.unsqueeze(-1)
+        log_prob = collected_log_prob(tensordict, keys.sample_log_prob)
         if self.trust_region == "per_agent":
             check_agent_dim(log_prob, tensordict.batch_size, self.agent_dim, self.n_regions)
         return flatten_rows(

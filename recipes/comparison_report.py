@@ -67,6 +67,8 @@ class Comparison:
         seeds: the seeds that all have.
         curves: the evaluations by task and algorithm.
         random: the random policy's mean return by task.
+        learned: the tasks on which each run of some algorithm ends above each of the random policy's evaluations. On
+            the others a score would compare noise with noise.
 
     Raises:
         ValueError: if no seed is complete.
@@ -86,6 +88,11 @@ class Comparison:
             raise ValueError(f"no seed has all algorithms on all tasks; the first that are missing: {missing[:5]}.")
         self.curves = {cell: self._curves([runs[(*cell, seed)] for seed in self.seeds]) for cell in cells}
         self.random = {task: float(self.curves[task, "random"].returns.mean()) for task in self.tasks}
+        self.learned = [
+            task
+            for task in self.tasks
+            if any(self.final(task, name).min() > self.final(task, "random").max() for name in self.algorithms)
+        ]
 
     @staticmethod
     def _curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> Curves:
@@ -113,10 +120,10 @@ class Comparison:
             equal_cpu: whether runs are scored at :meth:`cpu_budget`, not at their end.
 
         Returns:
-            The scores, ``[n_tasks, n_seeds]``; 0 of a run that has not been evaluated until then.
+            The scores, ``[n_tasks_learned, n_seeds]``; 0 of a run that has not been evaluated until then.
         """
         scores = []
-        for task in self.tasks:
+        for task in self.learned:
             best = max(float(self.final(task, name).mean()) for name in self.algorithms)
             curves = self.curves[task, algorithm]
             returns = curves.at_cpu(self.cpu_budget(task)) if equal_cpu else curves.returns[:, -1]
@@ -141,8 +148,9 @@ def write_report(data: Path, folder: Path) -> list[Path]:
     for name, x, label in (("frames", "frames", "thousand frames"), ("cpu", "cpu_s", "processor seconds")):
         paths.append(folder / f"comparison_{name}.png")
         _plot_curves(comparison, x, label, paths[-1])
-    paths.append(folder / "comparison_scores.png")
-    _plot_scores(comparison, paths[-1])
+    if comparison.learned:
+        paths.append(folder / "comparison_scores.png")
+        _plot_scores(comparison, paths[-1])
     return paths
 
 
@@ -176,7 +184,11 @@ def _tables(comparison: Comparison) -> str:
     for task in comparison.tasks:
         texts = [f"{comparison.curves[task, name].cpu_s[:, -1].mean():.0f}" for name in names]
         lines.append(f"| `{task}` | {' | '.join(texts)} |")
-    lines += ["", "Over all tasks (0: a random policy, 1: the best algorithm's mean), with 95 % intervals:", ""]
+    if not comparison.learned:
+        return "\n".join([*lines, "", "No algorithm learned any task in these frames."]) + "\n"
+    left_out = [f"`{task}`" for task in comparison.tasks if task not in comparison.learned]
+    without = f" without {', '.join(left_out)}, which no algorithm learned in these frames" if left_out else ""
+    lines += ["", f"Over all tasks{without} (0: a random policy, 1: the best algorithm's mean), 95 % intervals:", ""]
     lines += [head.replace("| |", "| score |", 1), rule]
     for title, equal_cpu in (("equal frames", False), ("equal processor seconds", True)):
         for statistic, function in (("interquartile mean", interquartile_mean), ("mean", _mean)):

@@ -66,8 +66,9 @@ def config(recipe: str, overrides: Sequence[str], folder: Path) -> DictConfig:
         return cfg
     before: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     now: Any = OmegaConf.to_container(cfg, resolve=True)
-    changed = [f"{name} was {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
-    if changed := [line for line in changed if not line.startswith(("resume", "output_dir"))]:
+    names = (before.keys() & now.keys()) - {"resume", "output_dir"}
+    changed = [f"{name} was {before[name]}, now {now[name]}" for name in sorted(names) if before[name] != now[name]]
+    if changed:
         raise SettingError(
             f"{str(folder)!r} holds a run with other settings: {'; '.join(changed)}. Legal: to delete it, or another "
             "output folder."
@@ -95,12 +96,15 @@ def run_all(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) as pool, tqdm(total=len(jobs), unit="run") as bar:
         running = {pool.submit(function, job): job for job in jobs}
-        for future in as_completed(running):
-            job = running[future]
-            try:
-                results[job] = future.result()
-                bar.set_postfix_str(str(job))
-            except Exception:
-                bar.write(f"{job} failed:\n{traceback.format_exc()}")
-            bar.update()
+        try:
+            for future in as_completed(running):
+                job = running[future]
+                try:
+                    results[job] = future.result()
+                    bar.set_postfix_str(str(job))
+                except Exception:
+                    bar.write(f"{job} failed:\n{traceback.format_exc()}")
+                bar.update()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an interrupt, what has not begun does not
     return {job: results[job] for job in jobs if job in results}, [job for job in jobs if job not in results]

@@ -24,6 +24,12 @@ def _log_probs_by_part():
 
 
 @pytest.fixture
+def without_picture(monkeypatch):
+    """Runs end without their learning curve, which takes as long to draw as an iteration of these runs."""
+    monkeypatch.setattr("torchrl_trpo.run.plot_learning_curve", lambda *_, **__: None)
+
+
+@pytest.fixture
 def quick_processes():
     """Processes of environments that are forked from one that has imported what they need."""
     multiprocessing.set_forkserver_preload(PRELOADED)

@@ -1,11 +1,14 @@
-"""Runs a function in several processes that share a process group, as torchrun would start them."""
+"""Runs a function in processes that share a process group, as torchrun would start them; a module as a command."""
 
 from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
 import os
+import runpy
 import socket
+import subprocess
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -67,3 +70,28 @@ def _run(settings, rank, function, args):
     except BaseException:
         (Path(folder) / f"error-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
         raise
+
+
+def run_command(module, arguments, folder):
+    """``python -m module arguments`` in a folder, in a process that is forked with all that the module imports.
+
+    Gives what ``subprocess.run`` gives: the exit code and what was written.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        written = [Path(place) / name for name in ("stdout", "stderr")]
+        command = multiprocessing.get_context("forkserver").Process(
+            target=_run_command, args=(module, arguments, folder, written)
+        )
+        command.start()
+        command.join()
+        return subprocess.CompletedProcess(arguments, command.exitcode, *(path.read_text() for path in written))
+
+
+def _run_command(module, arguments, folder, written):
+    os.chdir(folder)
+    for number, path in enumerate(written, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv[1:] = arguments
+    sys.modules.pop(module, None)  # runpy warns of what was imported before
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

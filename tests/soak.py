@@ -107,7 +107,7 @@ class Training:
 
     def look_after(self) -> None:
         """Notes memory and open files, while it trains."""
-        if self.process.poll() is None and time.monotonic() % 2 < 0.15 and 0 < self.done < self.iterations:
+        if self.process.poll() is None and time.monotonic() % 0.5 < 0.15 and 0 < self.done < self.iterations:
             proc = Path(f"/proc/{self.process.pid}")
             if resident := re.search(r"VmRSS:\s+(\d+)", (proc / "status").read_text()):
                 self.watched.append((int(resident[1]), len(list((proc / "fd").iterdir()))))

@@ -103,7 +103,14 @@ def assert_same_rows(left: dict, right: dict, rows: torch.Tensor) -> None:
         torch.testing.assert_close(value[rows], right[path][rows], rtol=0, atol=0, equal_nan=True, msg=str(path))
 
 
-@pytest.mark.parametrize("scenario", [name for name in VmasEnv.available_envs if name not in SLOW] + [Keeper])
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        *(name for name in VmasEnv.available_envs if name not in {*SLOW, "sampling", "pollock"}),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sampling", "pollock")),  # steps of many seconds
+        Keeper,
+    ],
+)
 def test_each_scenario_is_reset_exactly(scenario):
     """One twin is left alone, another is reset as a whole: the environment has the rows of the one and of the other."""
     torch.manual_seed(0)

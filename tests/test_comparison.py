@@ -100,6 +100,14 @@ def test_only_seeds_that_all_have_are_compared():
         Comparison([row for row in data if row["algorithm"] != "mappo" or row["task"] != "vmas/b"])
 
 
+def test_a_task_that_nobody_learns_has_no_score():
+    finals = {name: {**tasks, "vmas/c": [0.0, 0.2]} for name, tasks in FINALS.items()}
+    finals["random"]["vmas/c"] = [0.1, 0.1]
+    compared = Comparison(list(rows(**finals)))
+    assert compared.learned == ["vmas/a", "vmas/b"]
+    assert compared.scores("hatrpo").tolist() == [[0.4, 0.6], [7 / 8, 9 / 8]]
+
+
 def test_the_report_has_a_table_and_figures(tmp_path):
     data = tmp_path / "comparison.csv"
     with data.open("w", newline="") as file:

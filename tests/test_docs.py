@@ -1,7 +1,8 @@
-"""The walk-through in the docs runs, and says what happens."""
+"""The examples in the docs run, and say what happens."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tensordict.nn import TensorDictSequential
 from tests.test_combinations import ALGORITHMS, ENVIRONMENTS, ONE_GROUP
 from torchrl_trpo.envs import make_env
 from torchrl_trpo.groups import group_keys
-from torchrl_trpo.networks import make_actor
+from torchrl_trpo.networks import make_actor, make_critic
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -34,6 +35,24 @@ def test_the_walk_through(capsys):
     assert scope["ratio"].shape == (24, 1, 1)
     torch.testing.assert_close(scope["first_driver"]._rows.factor.flatten(), scope["ratio"].flatten())
     assert capsys.readouterr().out == "[2, 0, 1] [True, True, True]\n"
+
+
+def test_the_happo_example(capsys):
+    code = (DOCS / "happo.md").read_text().split("<!-- happo -->\n```python\n")[1].split("```")[0]
+    env = make_env("vmas/balance", num_envs=4, max_steps=10, kwargs={}, seed=0, device=torch.device("cpu"))
+    (keys,) = group_keys(env)
+    actor, critic = make_actor(env, keys, share_params=False), make_critic(env, keys, share_params=True)
+    collector = [env.rollout(10, actor) for _ in range(2)]
+    before = [parameter.detach().clone() for parameter in actor.parameters()]
+    exec(code, {"actor": actor, "critic": critic, "collector": collector})
+    assert not any(torch.equal(new, old) for new, old in zip(actor.parameters(), before, strict=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        order, kl = (json.loads(part) for part in re.findall(r"\[.*?\]", line))
+        assert sorted(order) == list(range(keys.n_agents))
+        assert len(kl) == keys.n_agents
+        assert min(kl) > 0
 
 
 def test_the_table_is_what_is_tested():

@@ -94,7 +94,7 @@ def test_the_bound_holds_with_states(n_agents, gamma):
     assert promised >= 8, "the bound is not empty: at the smallest radius it promises a rise"
 
 
-@pytest.mark.parametrize("n_agents", [2, 4, 6])
+@pytest.mark.parametrize("n_agents", [2, 4, pytest.param(6, marks=pytest.mark.slow)])  # slow: 2 and 4 show the power
 def test_agents_that_share_a_policy_cannot_win(n_agents):
     """Proposition 1 of Kuba et al. 2022: sharing costs a factor of ``2 ** n_agents`` of the return."""
     game, settings, updates = proposition_1(n_agents), {"max_kl": 0.1, "damping": 1e-4, "cg_iters": 4}, 40

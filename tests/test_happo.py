@@ -128,6 +128,7 @@ def test_it_is_plain_clip_ppo_in_a_loop_over_the_agents():
                 "improvement": ((ratios[1] - ratios[0]) * batch["advantage"].squeeze(-1)).mean(),
                 "clip_fraction": ((ratios[1] - 1).abs() > 0.1).double().mean(),
                 "grad_norm": torch.stack(norms).mean(),
+                "factor_std": factor.std(correction=0),
             }
             factor = factor * ratios[1].unsqueeze(-1)
     for agent, single in enumerate(singles):

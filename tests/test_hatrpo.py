@@ -93,6 +93,9 @@ def test_an_agent_that_is_masked_leaves_the_factor_as_it_was():
     leaf = current.requires_grad_()
     (g,) = torch.autograd.grad(dense_surrogate(actor, data, True, leaf, factor)[1], leaf)
     torch.testing.assert_close(stats["grad_norm"][1], g[1].norm())
+    spread = factor[data["alive"][..., 1, 0]].std(correction=0)
+    torch.testing.assert_close(stats["factor_std"], torch.stack([torch.zeros(()), spread]), rtol=1e-4, atol=1e-6)
+    assert "factor_std" not in TrustRegionUpdater(loss).step(data), "outside of a sequence there is no factor"
 
 
 def test_one_agent_is_trpo():

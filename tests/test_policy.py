@@ -51,6 +51,7 @@ CASES = {
         "normalize_observations=true",
     ),
     "HATRPO, custom, LSTM": ("hatrpo", f"{CUSTOM}make_memory actor.network=lstm"),
+    "HAPPO, VMAS": ("happo", "env.continuous_actions=false"),
     "TRPO, normalised": ("trpo", ""),
 }
 
@@ -288,14 +289,19 @@ def test_the_first_episodes_count(trained):
     assert evaluate_run(run.folder, episodes=6, **{**settings, "seed": 9})["episode_lengths"] != six["episode_lengths"]
 
 
-@pytest.mark.parametrize("case", ["ITRPO, two groups, normalised", "HATRPO, PettingZoo, GRU", "TRPO, normalised"])
+RETURNS = ["ITRPO, two groups, normalised", "HATRPO, PettingZoo, GRU", "HAPPO, VMAS", "TRPO, normalised"]
+
+
+@pytest.mark.parametrize("case", RETURNS)
 def test_returns_are_those_of_evaluate(case, trained):
     """Here on observations that the environment normalises, with the trained policy itself."""
     run = trained(case)
     settings = {"num_envs": 4, "seed": 1000, "device": torch.device("cpu")}
-    env = carry_states(make_run_env(run.config, **settings, normalize_observations=True), run.policy)
-    observation_norm(env).load_state_dict(observation_norm(run.env).state_dict())
-    observation_norm(env).freeze()
+    norm = observation_norm(run.env)
+    env = carry_states(make_run_env(run.config, **settings, normalize_observations=norm is not None), run.policy)
+    if norm is not None:
+        observation_norm(env).load_state_dict(norm.state_dict())
+        observation_norm(env).freeze()
     torch.manual_seed(1000)
     env.set_seed(1000)
     returns = evaluate(env, run.policy, max_steps=10)

@@ -23,6 +23,8 @@ from torchrl_trpo.checkpoints import find_checkpoint
 from torchrl_trpo.run import Run
 from torchrl_trpo.suggest import SettingError
 
+pytestmark = pytest.mark.usefixtures("without_picture")
+
 EPISODE = ("episode_return", "episode_return_sum", "episode_length")
 TIMES = {"collect_s", "policy_s", "critic_s", "wall_s", "cpu_s"}
 
@@ -96,15 +98,17 @@ CASES = [
     ("hatrpo", "vmas/balance", ["critic.value_norm=true", "normalize_observations=true"]),
     ("hatrpo", "vmas/simple_spread", ["actor.network=gru"]),
     ("hatrpo", "pettingzoo/simple_speaker_listener_v4", ["env.continuous_actions=true"]),
-    ("happo", "vmas/balance", ["normalize_observations=true", "updater.minibatch_size=40"]),
-    ("mappo", "vmas/navigation", ["updater.minibatch_size=40"]),
+    ("happo", "vmas/balance", ["normalize_observations=true", "updater.minibatch_size=20"]),
+    ("mappo", "vmas/navigation", ["updater.minibatch_size=20"]),
     ("hatrpo", "mamujoco/Swimmer", ["env.kwargs.agent_conf=2x1"]),
 ]
 
 
 @pytest.mark.parametrize(("name", "env", "overrides"), CASES, ids=[f"{name}-{env}" for name, env, _ in CASES])
+@pytest.mark.usefixtures("quick_processes")
 def test_resumed_is_uninterrupted(name, env, overrides, tmp_path):
-    common = [f"env={env}", "film=false", "checkpoint.every=2", "env.max_steps=9", "train.total_frames=400", *overrides]
+    common = [f"env={env}", "film=false", "checkpoint.every=2", "env.max_steps=9"]
+    common += ["train.frames_per_batch=40", "train.total_frames=160", *overrides]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     RECIPES[name].train(config(name, whole, *common))
     train_until(4, name, config(name, parts, *common))
@@ -382,15 +386,16 @@ def test_what_a_killed_writer_left_is_removed(run_folder):
 @pytest.mark.parametrize(
     ("number", "env"),
     [
-        (signal.SIGTERM, ["env=vmas/balance", "env.num_envs=8"]),
-        (signal.SIGINT, ["env=pettingzoo/simple_speaker_listener_v4", "env.num_envs=2", "env.parallel=true"]),
+        (signal.SIGTERM, ["env=vmas/balance", "env.num_envs=4"]),
+        (signal.SIGINT, ["env=pettingzoo/simple_speaker_listener_v4", "env.num_envs=1", "env.parallel=true"]),
     ],
 )
+@pytest.mark.usefixtures("quick_processes")
 def test_a_signal_ends_the_iteration_and_writes_a_checkpoint(number, env, tmp_path):
     """And the resumed run, here in another process, is the one that was not stopped. Ctrl-C goes to all processes."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    settings = [*env, "film=false", "train.total_frames=1200", "train.frames_per_batch=200", "checkpoint.every=1000"]
-    settings += ["critic.minibatch_size=200"]
+    settings = [*env, "film=false", "train.total_frames=600", "train.frames_per_batch=100", "checkpoint.every=1000"]
+    settings += ["critic.minibatch_size=100"]
     command = [sys.executable, "-m", "torchrl_trpo.recipes.hatrpo", *TINY, *settings, f"output_dir={folder}"]
     settings_of_process = {"start_new_session": True, "preexec_fn": heed_sigint}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **settings_of_process) as run:
@@ -399,7 +404,7 @@ def test_a_signal_ends_the_iteration_and_writes_a_checkpoint(number, env, tmp_pa
         said, _ = run.communicate(timeout=60)
     assert run.returncode == 128 + number
     done = len(metrics(folder))
-    assert f"Stopped after {200 * done} frames. The checkpoint of iteration {done} is whole" in said
+    assert f"Stopped after {100 * done} frames. The checkpoint of iteration {done} is whole" in said
     assert f"resume={folder}" in said
     RECIPES["hatrpo"].train(config("hatrpo", tmp_path / "unused", *settings, f"resume={folder}"))
     RECIPES["hatrpo"].train(config("hatrpo", whole, *settings))

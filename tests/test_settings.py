@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
+from tests.rank_processes import run_command
 from torchrl_trpo.objectives import HAPPOUpdater
 from torchrl_trpo.recipes import happo, hatrpo, ippo, itrpo, mappo, matrpo, trpo
 from torchrl_trpo.settings import _RANGES, check_overrides, check_settings
@@ -286,8 +285,7 @@ def test_every_setting_of_the_updater_has_its_range():
 
 def test_the_command_line_says_it_all(tmp_path):
     """No folder is left behind."""
-    command = [sys.executable, "-m", "torchrl_trpo.recipes.hatrpo", "seed=x", "film=3", "device=tpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = run_command("torchrl_trpo.recipes.hatrpo", ["seed=x", "film=3", "device=tpu"], tmp_path)
     assert done.returncode == 1
     first, *lines = done.stderr.strip().splitlines()
     assert first == "error: 3 settings cannot be:"

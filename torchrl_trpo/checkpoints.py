@@ -60,7 +60,7 @@ _FIXED = (  # what a run cannot change on its way: its task, its networks and it
     "critic.value_norm",
     "seed",
 )
-_UNSAID = ("output_dir", "resume", "versions", "film", "checkpoint")  # a change of these changes no result
+_UNSAID = ("output_dir", "resume", "versions", "film", "checkpoint", "logger")  # a change of these changes no result
 
 
 class Checkpoints:

@@ -107,7 +107,7 @@ def fit_critic(
     if rows.batch_dims > 1:
         check_same_length(rows.shape[1], ranks, rows.device or target.device)
         minibatch_size = max(1, minibatch_size // rows.shape[1])
-    parameters = _trained(loss)
+    parameters = trained_parameters(loss)
     total = target.new_zeros(())
     steps = 0
     for epoch in range(epochs):
@@ -135,8 +135,15 @@ def fit_critic(
     }
 
 
-def _trained(loss: PPOLoss) -> list[Tensor]:
-    """The critic's parameters that are trained, each once."""
+def trained_parameters(loss: PPOLoss) -> list[Tensor]:
+    """The critic's parameters that are trained, those that it shares with the policy among them.
+
+    Args:
+        loss: a loss with a critic.
+
+    Returns:
+        Each once.
+    """
     parameters = loss.critic_network_params if loss.functional else TensorDict.from_module(loss.critic_network)
     return list({id(leaf): leaf for leaf in parameters.values(True, True) if leaf.requires_grad}.values())
 

@@ -15,6 +15,9 @@ from torchrl_trpo.ranks import ALONE, Ranks
 PATIENCE = 10
 """The number of rejections in a row that are reported; they are again when it has doubled."""
 
+LARGEST_CG_RESIDUAL = 0.1
+"""What the conjugate gradient may leave of the gradient; above it has not converged."""
+
 
 class RejectionWatch:
     """Counts each trust region's rejected steps in a row, and says what they are likely to come from.
@@ -116,10 +119,10 @@ def _causes(figures: dict[str, float], damping: float | None) -> list[str]:
             "train.frames_per_batch, or look at critic.lr and gamma"
         ]
     causes = []
-    if figures["cg_residual"] > 0.1:
+    if figures["cg_residual"] > LARGEST_CG_RESIDUAL:
         causes.append(
-            "the conjugate gradient has not converged (cg_residual should be below 0.1): raise updater.cg_iters or "
-            "updater.damping"
+            f"the conjugate gradient has not converged (cg_residual should be below {LARGEST_CG_RESIDUAL}): raise "
+            "updater.cg_iters or updater.damping"
         )
     if not figures["expected_improvement"] > 0:
         causes.append("the Fisher matrix is not positive along the step: raise updater.damping")

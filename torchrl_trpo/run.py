@@ -25,6 +25,7 @@ from torch import nn
 from torchrl._utils import logger
 from torchrl.collectors import Collector
 from torchrl.modules import ProbabilisticActor
+from torchrl.record.loggers import generate_exp_name
 from tqdm import tqdm
 
 from torchrl_trpo.checkpoints import Checkpoints, check_continued, find_checkpoint, full_record, read_record
@@ -35,15 +36,19 @@ from torchrl_trpo.evaluation import episode_statistics, evaluate
 from torchrl_trpo.faults import EnvironmentFault, find_non_finite
 from torchrl_trpo.film import film_run
 from torchrl_trpo.groups import group_keys
-from torchrl_trpo.plots import plot_learning_curve
+from torchrl_trpo.loggers import RunLogger
+from torchrl_trpo.plots import plot_diagnostics, plot_learning_curve
 from torchrl_trpo.policy import on_raw_observations
 from torchrl_trpo.ranks import ALONE, RankLostError, Ranks, agreed, check_same_bits
+from torchrl_trpo.records import REPORTS, STATE, read_rows, read_run
 from torchrl_trpo.seeding import rank_seed, untouched_generators
 from torchrl_trpo.settings import check_settings
 from torchrl_trpo.stopping import StopSignals
 from torchrl_trpo.suggest import SettingError
+from torchrl_trpo.symptoms import find_symptoms
 from torchrl_trpo.torchrun import is_job, job_id, job_name, job_ranks
 
+_SIGNALS = (SystemExit, KeyboardInterrupt)
 _SETTINGS_IN_LOSSES = ("entropy_coeff", "clip_epsilon", "gamma", "lmbda")
 
 COLUMNS = (
@@ -63,9 +68,26 @@ COLUMNS = (
     "critic_s",
     "wall_s",
     "cpu_s",
+    "expected_improvement",
+    "step_fraction",
+    "cg_residual",
+    "grad_norm",
+    "clip_fraction",
+    "factor_std",
 )
 """The columns of ``metrics.csv``; with several groups of agents, ``episode_return_<group>`` follow."""
 
+_MEANS = (
+    "kl",
+    "accepted",
+    "improvement",
+    "expected_improvement",
+    "step_fraction",
+    "cg_residual",
+    "grad_norm",
+    "clip_fraction",
+)
+"""Those that are means over the regions of what an updater returns, as far as it does."""
 
 _Result = TypeVar("_Result")
 _ONE_AT_A_TIME = threading.Lock()
@@ -176,6 +198,7 @@ class Run:
         components = {"policy": policy, "losses": losses, "critic_optim": critic_optim, "rejections": self._watch}
         components |= {f"updater_{index}": updater for index, updater in enumerate(updaters)}
         self._checkpoints = Checkpoints(self.folder, collector, components, cfg.checkpoint.keep, self._ranks)
+        self._logger = RunLogger(None, {}, folder=self.folder, name="")
         self._saved_at: int | None = None
         self._signals = StopSignals()
         self._stack = contextlib.ExitStack()  # what the run holds until its end
@@ -197,6 +220,7 @@ class Run:
                 writer.writeheader()
                 writer.writerows(rows)
                 _replace(self.folder / "metrics.csv", table.getvalue())
+            agreed(self._open_logger, self._ranks)
             self._save()
             self._loop = stack.enter_context(contextlib.ExitStack())
             self._loop.enter_context(self._signals)
@@ -205,6 +229,7 @@ class Run:
             self._start -= self._progress["wall_s"]
             self._cpu_start, self._cpu_before = time.process_time(), self._progress["cpu_s"]
             self._stack = stack.pop_all()
+        self._write_state(running=True)
         return self
 
     def __exit__(
@@ -212,9 +237,11 @@ class Run:
     ) -> None:
         """Ends the run, and says how to continue it if it did not come to its end."""
         try:
+            self._logger.close(failed=error is not None)
             self._stack.close()
         finally:  # a full disk lets the metrics not be closed
             self.env.close(raise_if_closed=False)
+            self._write_state(error)
             if error is not None:
                 self._say_how_to_continue(error)
 
@@ -284,7 +311,7 @@ class Run:
         row = {
             **self._progress,
             **episode_statistics(data, self.groups, self._ranks),
-            **{name: float(stats[name].float().mean()) for name in ("kl", "accepted", "improvement")},
+            **_policy_columns(stats),
             "entropy": self._entropy(data),
             **critic,
             **self._laps,
@@ -292,11 +319,12 @@ class Run:
         if self._ranks.is_first:
             self._writer.writerow({name: _cell(row[name]) for name in self.columns})
             self._file.flush()
+        self._logger.log({name: row[name] for name in self.columns if name != "frames"}, self.frames)
         self._returns.append(row["episode_return"])
         self._progress["best_return"] = max(filter(math.isfinite, self._returns), default=None)
         self._show(stats, row)
         for report in self._watch.see(data, stats):
-            self._say(report)
+            self._report(report)
         last = self.frames >= self.cfg.train.total_frames
         asked = self._stop_signal()
         if last or asked or self._progress["iteration"] % self.cfg.checkpoint.every == 0:
@@ -334,15 +362,15 @@ class Run:
             "evaluation_episodes": returns.numel(),
         }
         title = f"{self.algorithm} on {cfg.env.name}, seed {cfg.seed}"
-        plot_learning_curve(
-            self.folder / "metrics.csv",
-            self.folder / "learning_curve.png",
-            title=title,
-            max_kl=cfg.updater.get("max_kl"),
-        )
+        record = read_run(self.folder)
+        plot_learning_curve(record, self.folder / "learning_curve.png")
+        plot_diagnostics(record, self.folder / "diagnostics.png")
         if cfg.film:
             policy = on_raw_observations(self.env, self.policy)
-            film_run(self._record, policy, self.folder / "film.mp4", seed=cfg.seed, device=self.env.device)
+            film = film_run(self._record, policy, self.folder / "film.mp4", seed=cfg.seed, device=self.env.device)
+            if film is not None:
+                self._logger.log_film(film, self.frames)
+        self._logger.log({"evaluation_return": summary["evaluation_return"]}, self.frames)
         finite = {name: _finite(value) for name, value in summary.items()}
         _replace(self.folder / "summary.json", json.dumps(finite, indent=2) + "\n")  # last: with it the run is finished
         print(
@@ -351,9 +379,19 @@ class Run:
             f"{summary['evaluation_return']:.1f} acting deterministically, "
             f"{self.frames} frames in {summary['wall_s']:.0f} s."
         )
-        for name in ("learning_curve.png", "film.mp4", "metrics.csv", "summary.json", "config.yaml", "checkpoints"):
+        for name in (
+            "learning_curve.png",
+            "diagnostics.png",
+            "film.mp4",
+            "metrics.csv",
+            "summary.json",
+            "config.yaml",
+            "checkpoints",
+        ):
             if (self.folder / name).exists():
                 print(f"  {self.folder / name}")
+        for symptom in find_symptoms(record):
+            print(f"  {symptom.name}: {symptom.told} See docs/not-learning.md.")
         return summary
 
     def _entropy(self, data: TensorDictBase) -> float:
@@ -386,6 +424,22 @@ class Run:
         if (norm := observation_norm(self.env)) is not None:
             norm.merge(self._ranks)
 
+    def _report(self, report: str) -> None:
+        """Says what is wrong, and leaves it on record."""
+        self._say(report)
+        if self._ranks.is_first:
+            with (self.folder / REPORTS).open("a") as file:
+                file.write(f"{self._progress['iteration']}: {report}\n")
+
+    def _write_state(self, error: BaseException | None = None, *, running: bool = False) -> None:
+        """Leaves on record that the run goes on, or how it has ended."""
+        state = "finished" if error is None else "stopped" if isinstance(error, _SIGNALS) else "failed"
+        reason = "" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
+        said = {"state": "running" if running else state, "reason": reason}
+        if self._ranks.is_first:
+            with contextlib.suppress(OSError):  # a full disk
+                _replace(self.folder / STATE, json.dumps(said) + "\n")
+
     def _say(self, text: str) -> None:
         if self._ranks.is_first:
             self._bar.write(text)
@@ -416,6 +470,13 @@ class Run:
             self._writer = csv.DictWriter(self._file, self.columns)
         processes = f" in {self._ranks.size} processes" if self._ranks.size > 1 else ""
         self._say(f"Training {self.algorithm} on {self.cfg.env.name}{processes}; everything goes to {self.folder}")
+
+    def _open_logger(self) -> None:
+        """Opens the logger of the first rank."""
+        name = generate_exp_name(self.algorithm, f"{self.cfg.env.name}_seed{self.cfg.seed}".replace("/", "-"))
+        kwargs: Any = OmegaConf.to_container(self.cfg.logger.kwargs, resolve=True)
+        self._logger = RunLogger(self.cfg.logger.backend, kwargs, folder=self.folder, name=name, frames=self.frames)
+        self._logger.log_settings(self._record)
 
     def _take_folder(self, stack: contextlib.ExitStack) -> tuple[Path | None, list[str], list[dict[str, str]]]:
         """Takes the run's folder: gives its last checkpoint, the settings that have changed since, and its metrics."""
@@ -457,7 +518,15 @@ class Run:
                 f"{self.cfg.train.total_frames}. Nearest that continues: "
                 f"train.total_frames={frames + self.cfg.train.frames_per_batch}."
             )
-        return latest, changed, self._kept_rows(record["progress"]["iteration"])
+        rows = self._kept_rows(record["progress"]["iteration"])
+        self._keep_reports(record["progress"]["iteration"])
+        return latest, changed, rows
+
+    def _keep_reports(self, done: int) -> None:
+        """Leaves out what was warned of after the checkpoint: it will be again."""
+        if (path := self.folder / REPORTS).exists():
+            lines = path.read_text().splitlines(keepends=True)
+            _replace(path, "".join(line for line in lines if int(line.partition(":")[0]) <= done))
 
     def _continue(self, latest: Path, changed: list[str]) -> None:
         """Puts the state of a checkpoint back, but for the settings that have changed."""
@@ -491,9 +560,7 @@ class Run:
         if not metrics.exists():
             logger.warning(f"{metrics} is gone: it begins anew with iteration {done + 1}.")
             return []
-        with metrics.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if _is_number(row["iteration"]) and row["cpu_s"]]
-        rows = [row for row in rows if int(row["iteration"]) <= done]
+        rows = [row for row in read_rows(metrics) if int(row["iteration"]) <= done]
         numbers = [int(row["iteration"]) for row in rows]
         if numbers != list(range(done - len(rows) + 1, done + 1)):
             missing = sorted(set(range(1, done + 1)) - set(numbers))
@@ -526,8 +593,13 @@ def _is_setting(name: str) -> bool:
     return name.rpartition(".")[2] in _SETTINGS_IN_LOSSES
 
 
-def _is_number(text: str | None) -> bool:
-    return text is not None and text.isdigit()
+def _policy_columns(stats: TensorDictBase) -> dict[str, float]:
+    """What the columns say of a policy update; NaN for what its kind has not."""
+    means = {name: stats[name].float().mean() for name in _MEANS if name in stats.keys()}
+    if "factor_std" in stats.keys():
+        means["factor_std"] = stats["factor_std"].float()[stats["order"][-1]]  # of the last agent: M at its end
+    numbers = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
+    return {name: numbers.get(name, math.nan) for name in (*_MEANS, "factor_std")}
 
 
 def _replace(path: Path, text: str) -> None:

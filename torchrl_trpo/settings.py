@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_trpo.envs import resolve_device
 from torchrl_trpo.groups import GroupKeys
+from torchrl_trpo.loggers import BACKENDS, logger_problem
 from torchrl_trpo.minibatches import ADAM_RANGES
 from torchrl_trpo.ranks import RankLostError
 from torchrl_trpo.simulators import SIMULATORS, known_environments
@@ -35,7 +36,7 @@ _ENV_DEFAULTS: dict[str, dict[str, Any]] = {
     "gym": {"num_envs": 10, "max_steps": 1000, "parallel": False, "kwargs": {}},
 }
 _NOT_RESUMED = ("resume", "output_dir", "algorithm", "versions")
-_OPEN = ("env.kwargs.",)  # sections that take any name
+_OPEN = ("env.kwargs.", "logger.kwargs.")  # sections that take any name
 
 
 def _is_number(value: object) -> bool:
@@ -98,6 +99,7 @@ _RANGES: Mapping[str, _Legal] = {
     "checkpoint.every": _SIZE,
     "checkpoint.keep": _SIZE,
     "agent_order": ("random, fixed, or a list that names each agent's index once, such as [1,0,2]", _is_order),
+    "logger.kwargs": ("a mapping of arguments such as {project: mine}", lambda v: isinstance(v, dict)),
     "env.num_envs": _SIZE,
     "env.max_steps": _SIZE,
     "env.continuous_actions": _SWITCH,
@@ -115,6 +117,7 @@ _CHOICES: Mapping[str, Sequence[str | None]] = {
     "critic.network": _NETWORKS,
     "critic.inputs": ("observations", "state", "both"),
     "team_reward": ("mean", "sum", None),
+    "logger.backend": (*BACKENDS, None),
 }
 _EXAMPLES = {"device": "a device such as auto", "env.name": "an environment such as vmas/balance"}  # by machine
 _SOMETIMES = (  # in some recipes, or with a default elsewhere
@@ -206,7 +209,7 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
             tasks = choices or [_default_env(config_dir, config_name)]
             for level in override.partition("=")[2].split(","):
                 problems += _wrong_level(level, config_dir, config_name, tasks, resumes)
-        elif name.startswith(_OPEN) or override.startswith("env.kwargs={"):
+        elif name.startswith(_OPEN) or (f"{name}." in _OPEN and override.startswith(f"{name}={{")):
             override = f"++{override.lstrip('+')}"
         elif which_env or not name.startswith("env."):
             known = known or _defaults(config_dir, config_name, overrides if which_env else [])
@@ -308,8 +311,14 @@ def _defaults(config_dir: Path, config_name: str, overrides: Sequence[str]) -> d
     folders = [Path(override.partition("=")[2]) for override in overrides if override.startswith("resume=")]
     if not chosen and folders and (folders[-1] / "config.yaml").exists():
         chosen = [f"env={OmegaConf.load(folders[-1] / 'config.yaml').env.name}"]
+    return _composed(config_dir, config_name, tuple(chosen))
+
+
+@functools.cache
+def _composed(config_dir: Path, config_name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """The settings by name, once for each environment; not to be modified."""
     with initialize_config_dir(str(config_dir), version_base=None):
-        config: Any = OmegaConf.to_container(compose(config_name, chosen), resolve=False)
+        config: Any = OmegaConf.to_container(compose(config_name, list(overrides)), resolve=False)
     return dict(_settings(config))
 
 
@@ -505,6 +514,7 @@ _COMBINATIONS: Sequence[tuple[Sequence[str], Callable[..., str | None]]] = (
     (("critic.network", "critic.hidden"), functools.partial(_nothing_recurrent, "critic")),
     (("critic.value_norm", "critic.network", "critic.hidden"), _narrow_critic),
     (("critic.inputs", "env.name"), _state_of_vmas),
+    (("logger.backend", "logger.kwargs"), logger_problem),
     (("env.name", "actor.sharing"), _team_of_one),  # ITRPO and MATRPO
     (("env.name", "team_reward"), _team_of_one),  # HATRPO and HAPPO
 )

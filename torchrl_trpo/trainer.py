@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
+from torch import Tensor
 from torchrl.collectors import BaseCollector
 from torchrl.trainers import LogScalar, OptimizationStepper, Trainer, TrainerHookBase, UpdateWeights
 from torchrl.trainers.algorithms.on_policy import OnPolicyTrainer
 
-from torchrl_trpo.critic_fit import fit_critics
+from torchrl_trpo.critic_fit import fit_critics, trained_parameters
 from torchrl_trpo.layout import path, return_key
 from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 from torchrl_trpo.updater import TrustRegionUpdater
@@ -403,7 +403,7 @@ def losses_by_group(objective: Any) -> dict[str, TRPOLoss]:
     )
 
 
-def critic_parameters(loss: TRPOLoss) -> list[nn.Parameter]:
+def critic_parameters(loss: TRPOLoss) -> list[Tensor]:
     """What the critic's optimiser takes.
 
     Args:
@@ -412,13 +412,8 @@ def critic_parameters(loss: TRPOLoss) -> list[nn.Parameter]:
     Returns:
         The critic's parameters; those of a network that it shares with the policy are not among them.
     """
-    source = loss.critic_network_params if loss.functional else TensorDict.from_module(loss.critic_network)
     policy = {id(parameter) for parameter in loss.actor_parameters.values(True, True)}
-    return [
-        parameter
-        for parameter in source.values(True, True)
-        if isinstance(parameter, nn.Parameter) and parameter.requires_grad and id(parameter) not in policy
-    ]
+    return [parameter for parameter in trained_parameters(loss) if id(parameter) not in policy]
 
 
 def _check_not_copied(loss: TRPOLoss) -> None:

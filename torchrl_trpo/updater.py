@@ -18,7 +18,8 @@ from torchrl_trpo.ranged import RangedSettings
 class TrustRegionProblem(Protocol):
     """One or several independent trust-region subproblems at the current parameters ``θ_k``.
 
-    ``n`` regions of ``P`` parameters each; improvements and divergences are measured from ``θ_k``.
+    ``n`` regions of ``P`` parameters each; improvements and divergences are measured from ``θ_k``. One of a sequential
+    update may say ``factor_std`` ``[n]`` besides, which becomes one of the statistics.
     """
 
     @property
@@ -141,6 +142,8 @@ class TrustRegionUpdater(RangedSettings):
             - ``step_fraction``: the ``α^j`` taken, 0 when rejected.
             - ``grad_norm``: the Euclidean norm of the surrogate's gradient.
             - ``cg_residual``: ``‖g − (F + λI)x‖ / ‖g‖``.
+            - ``factor_std``: in a sequential update, the standard deviation over the rows of the factor ``M`` that the
+              regions before this one have left: 0 of the first, nothing outside of a sequential update.
             - ``order``: ``order[m]`` is the region that was solved m-th.
         """
         order: list[int] = []
@@ -168,18 +171,18 @@ class TrustRegionUpdater(RangedSettings):
             accept_ratio=self.accept_ratio,
         )
         problem.write(theta + search.fraction.unsqueeze(-1) * full_step, search.accepted)
-        return TensorDict(
-            {
-                "accepted": search.accepted,
-                "kl": search.kl,
-                "improvement": search.improvement,
-                "expected_improvement": expected,
-                "step_fraction": search.fraction,
-                "grad_norm": gradient.norm(dim=-1),
-                "cg_residual": relative_residual,
-            },
-            batch_size=search.accepted.shape,
-        )
+        stats = {
+            "accepted": search.accepted,
+            "kl": search.kl,
+            "improvement": search.improvement,
+            "expected_improvement": expected,
+            "step_fraction": search.fraction,
+            "grad_norm": gradient.norm(dim=-1),
+            "cg_residual": relative_residual,
+        }
+        if (factor_std := getattr(problem, "factor_std", None)) is not None:
+            stats["factor_std"] = factor_std
+        return TensorDict(stats, batch_size=search.accepted.shape)
 
     def _full_step(self, fisher: Callable[[Tensor], Tensor], gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The step ``β x`` to the trust region's border in the quadratic model, and the residual of ``x``."""

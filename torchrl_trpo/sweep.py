@@ -1,0 +1,254 @@
+"""One table and one plot of a Hydra sweep, its runs grouped by what differs between them, seeds together.
+
+python -m torchrl_trpo.recipes.hatrpo -m updater.max_kl=0.005,0.01,0.02 seed=0,1,2
+python -m torchrl_trpo.sweep outputs/hatrpo/2026-01-31_12-00-00_sweep
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from torchrl_trpo.records import RunRecord, find_runs, finite_mean, read_run
+from torchrl_trpo.suggest import SettingError
+
+_OF_A_RUN = ("seed", "output_dir", "resume", "versions", "film", "checkpoint", "logger", "algorithm")
+"""Settings that are no setting of what is compared; the algorithm is one if it differs."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The runs of one setting, which differ in their seeds.
+
+    Attributes:
+        values: what differs from other settings, by name.
+        runs: the runs.
+        missing: how many more runs Hydra was to begin.
+    """
+
+    values: Mapping[str, Any]
+    runs: Sequence[RunRecord]
+    missing: int = 0
+
+    @property
+    def name(self) -> str:
+        """The values, as on the command line."""
+        return " ".join(f"{name}={_plain(value)}" for name, value in self.values.items()) or "all runs"
+
+    @property
+    def finished(self) -> list[RunRecord]:
+        """The runs that came to their end."""
+        return [run for run in self.runs if run.state == "finished"]
+
+    def row(self) -> dict[str, Any]:
+        """The setting's row of the summary: of the runs that finished; NaN where there is none."""
+        returns = [run.episode_return for run in self.finished]
+        finite = [value for value in returns if math.isfinite(value)]
+        row: dict[str, Any] = {name: _plain(value) for name, value in self.values.items()}
+        row["runs"] = len(self.runs) + self.missing
+        row["finished"] = len(self.finished)
+        row["return_mean"] = finite_mean(returns)
+        row["return_min"] = min(finite, default=math.nan)
+        row["return_max"] = max(finite, default=math.nan)
+        row["cpu_s"] = finite_mean([run.column("cpu_s")[-1] for run in self.finished if run.frames])
+        row["accepted"] = finite_mean([finite_mean(run.column("accepted")) for run in self.finished])
+        row["kl_over_max_kl"] = finite_mean([finite_mean(r.column("kl")) / r.max_kl for r in self.finished if r.max_kl])
+        return row
+
+
+def read_sweep(folder: Path) -> list[Setting]:
+    """Reads the runs of a sweep.
+
+    Args:
+        folder: the sweep's folder, or any folder with runs in it.
+
+    Returns:
+        The settings, in the order of their runs.
+
+    Raises:
+        SettingError: if there is no run in it.
+    """
+    records = [read_run(path) for path in find_runs(folder)]
+    if not records:
+        raise SettingError(f"folder: there is no run in {str(folder)!r}. Legal: the folder of a sweep.")
+    flat = [_flat(record.config) for record in records]
+    names = list(dict.fromkeys(name for settings in flat for name in settings))
+    differ = [name for name in names if len({_key(settings.get(name)) for settings in flat}) > 1]
+    differ = [name for name in differ if name.partition(".")[0] not in _OF_A_RUN or name == "algorithm"]
+    jobs = _jobs(folder)
+    begun = {record.folder.name for record in records}
+    lost = Counter(_but_seed(job) for number, job in jobs.items() if number not in begun)
+    groups: dict[str, list[int]] = {}
+    for index, settings in enumerate(flat):
+        groups.setdefault(_key([settings.get(name) for name in differ]), []).append(index)
+    found = []
+    for indices in groups.values():
+        values = {name: flat[indices[0]].get(name) for name in differ}
+        runs = [records[index] for index in indices]
+        own = {_but_seed(jobs.get(run.folder.name, [])) for run in runs}
+        found.append(Setting(values, runs, sum(lost.pop(job, 0) for job in own)))
+    none_begun = [Setting(dict(each.split("=", 1) for each in job), [], count) for job, count in lost.items()]
+    return [*found, *none_begun]
+
+
+def summarize(settings: Sequence[Setting], folder: Path) -> list[Path]:
+    """Writes ``summary.csv``, ``summary.md`` and ``sweep.png``.
+
+    Args:
+        settings: the settings of the sweep.
+        folder: where they go.
+
+    Returns:
+        The paths.
+    """
+    rows = [setting.row() for setting in settings]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with (folder / "summary.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows([{name: "" if _is_nan(value) else value for name, value in row.items()} for row in rows])
+    lines = [" | ".join(_HEADINGS), "|".join("---" for _ in _HEADINGS)]
+    lines += [" | ".join(_cells(setting)) for setting in settings]
+    text = "".join(f"| {line} |\n" for line in lines)
+    if unfinished := list(_unfinished(settings, folder)):
+        text += "\nNot finished, and not in the numbers above:\n\n" + "".join(f"- {line}\n" for line in unfinished)
+    (folder / "summary.md").write_text(text)
+    return [folder / "summary.csv", folder / "summary.md", _plot(settings, folder / "sweep.png")]
+
+
+_HEADINGS = ("setting", "finished", "return", "min", "max", "cpu_s", "accepted", "KL/max_kl")
+
+
+def _cells(setting: Setting) -> list[str]:
+    row = setting.row()
+    numbers = [("return_mean", ".2f"), ("return_min", ".2f"), ("return_max", ".2f"), ("cpu_s", ".0f")]
+    numbers += [("accepted", ".2f"), ("kl_over_max_kl", ".2f")]
+    shown = ["–" if _is_nan(row[name]) else format(row[name], form) for name, form in numbers]
+    return [setting.name, f"{row['finished']} of {row['runs']}", *shown]
+
+
+def _unfinished(settings: Sequence[Setting], folder: Path) -> list[str]:
+    """A line for each run that did not come to its end."""
+    lines = []
+    for setting in settings:
+        for run in setting.runs:
+            if run.state != "finished":
+                reason = f" ({run.reason})" if run.reason else ""
+                lines.append(
+                    f"{run.folder.relative_to(folder)}: {setting.name}, seed {run.config['seed']}: {run.state}{reason} "
+                    f"after {run.frames} of {run.total_frames} frames, return {run.episode_return:.2f}"
+                )
+        if setting.missing:
+            lines.append(
+                f"{setting.name}: {setting.missing} of {setting.missing + len(setting.runs)} runs have not begun"
+            )
+    return lines
+
+
+def _plot(settings: Sequence[Setting], path: Path) -> Path:
+    """The mean return of each setting with the range of its seeds; a cross is the end of a run that did not finish."""
+    figure = Figure(figsize=(9, 5 + 0.3 * len(settings)), layout="constrained")
+    axis = figure.subplots()
+    for index, setting in enumerate(settings):
+        by_frames: dict[float, list[float]] = {}
+        for run in setting.runs:
+            for frames, value in zip(run.column("frames"), run.column("episode_return"), strict=True):
+                by_frames.setdefault(frames, []).append(value)
+            if run.state != "finished" and run.frames:
+                axis.plot(run.frames / 1000, run.column("episode_return")[-1], "x", color=f"C{index}", ms=9)
+        curve = [(f / 1000, [v for v in values if math.isfinite(v)]) for f, values in sorted(by_frames.items())]
+        curve = [(frames, values) for frames, values in curve if values]
+        at = [frames for frames, _ in curve]
+        seeds = f"{len(setting.finished)} of {len(setting.runs) + setting.missing} runs finished"
+        axis.plot(
+            at, [finite_mean(v) for _, v in curve], color=f"C{index}", label=fill(f"{setting.name} ({seeds})", 110)
+        )
+        lows, highs = [min(values) for _, values in curve], [max(values) for _, values in curve]
+        axis.fill_between(at, lows, highs, color=f"C{index}", alpha=0.2, lw=0)
+    axis.set(title="Episode return: mean and range over seeds", xlabel="thousand frames", ylabel="mean over agents")
+    axis.grid(alpha=0.3)
+    figure.legend(fontsize="small", loc="outside lower center")
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _jobs(folder: Path) -> dict[str, list[str]]:
+    """What is swept, as each job has it, by the name of the job's folder, as Hydra counts them."""
+    if not (folder / "multirun.yaml").exists():
+        return {}
+    task = list(OmegaConf.load(folder / "multirun.yaml").hydra.overrides.task)
+    swept = [override for override in OverridesParser.create().parse_overrides(task) if override.is_sweep_override()]
+    choices = [[f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()] for each in swept]
+    return {str(number): list(job) for number, job in enumerate(itertools.product(*choices))}
+
+
+def _but_seed(job: Sequence[str]) -> tuple[str, ...]:
+    return tuple(override for override in job if not override.startswith("seed="))
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, bool | list) or value is None else value
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+        arguments: of the command line; None for those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m torchrl_trpo.sweep", description="Sums up the runs of a Hydra sweep in a table and a plot."
+    )
+    parser.add_argument("folder", type=Path, help="the sweep's folder, or any folder with runs in it")
+    folder = parser.parse_args(arguments).folder
+    try:
+        settings = read_sweep(folder)
+    except SettingError as error:
+        sys.exit(f"error: {error}")
+    table = Table(box=None, pad_edge=False)
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="left" if heading == "setting" else "right", overflow="fold")
+    for setting in settings:
+        table.add_row(*_cells(setting))
+    paths = summarize(settings, folder)
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False)
+    console.print(table)
+    for line in _unfinished(settings, folder):
+        print(f"not finished: {line}")
+    for path in paths:
+        print(f"  {path}")
+
+
+if __name__ == "__main__":
+    main()
