@@ -27,7 +27,7 @@ export OMP_NUM_THREADS ?= 1
 
 $(READY): pyproject.toml constraints.txt
 	@echo "==> Creating the virtual environment $(VENV) with the tested versions in constraints.txt"
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[recipes,loggers,vmas,pettingzoo,mamujoco,gym,test,check,docs]"
 	@touch $(READY)

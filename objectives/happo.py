@@ -150,8 +150,8 @@ class HAPPOUpdater(ClippedUpdater):
             turn.finish(ratio)
             updated.append(stats)
             order.append(turn.agent)
-        stats = torch.stack(updated)[sorted(range(len(order)), key=order.__getitem__)]
-        return stats.set("order", torch.tensor(order, device=stats["kl"].device))
+        by_agent = TensorDict.stack([updated[order.index(agent)] for agent in range(len(order))])
+        return by_agent.set("order", torch.tensor(order, device=by_agent["kl"].device))
 
     def _make_members(self) -> list[Member]:
         """The agents of all groups; one for a policy without an agent dimension, as the data will tell."""

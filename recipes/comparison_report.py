@@ -192,13 +192,13 @@ def _tables(comparison: Comparison) -> str:
     lines += [head.replace("| |", "| score |", 1), rule]
     for title, equal_cpu in (("equal frames", False), ("equal processor seconds", True)):
         for statistic, function in (("interquartile mean", interquartile_mean), ("mean", _mean)):
-            values = [aggregate(comparison.scores(name, equal_cpu=equal_cpu), function) for name in names]
-            lines.append(f"| {statistic}, {title} | {' | '.join(map(_shown, values))} |")
+            scores = [aggregate(comparison.scores(name, equal_cpu=equal_cpu), function) for name in names]
+            lines.append(f"| {statistic}, {title} | {' | '.join(map(_shown, scores))} |")
     for other in ("mappo", "ippo"):
         for title, equal_cpu in (("equal frames", False), ("equal processor seconds", True)):
             if other in names:
-                values = [_improvement(comparison, name, other, equal_cpu) for name in names]
-                lines.append(f"| P(better than {NAMES[other]}), {title} | {' | '.join(map(_shown, values))} |")
+                chances = [_improvement(comparison, name, other, equal_cpu) for name in names]
+                lines.append(f"| P(better than {NAMES[other]}), {title} | {' | '.join(map(_shown, chances))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -209,8 +209,8 @@ def _mean(values: Tensor) -> Tensor:
 def _improvement(comparison: Comparison, name: str, other: str, equal_cpu: bool) -> tuple[float, float, float] | None:
     if name == other:
         return None
-    scores = [comparison.scores(each, equal_cpu=equal_cpu) for each in (name, other)]
-    return probability_of_improvement(*scores)
+    own, others = (comparison.scores(each, equal_cpu=equal_cpu) for each in (name, other))
+    return probability_of_improvement(own, others)
 
 
 def _may_equal(values: Tensor, best: Tensor) -> bool:

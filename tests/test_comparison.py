@@ -50,7 +50,7 @@ def test_a_run_that_was_stopped_is_resumed_to_the_same_evaluations(tmp_path):
     for name in ("comparison.json", "summary.json"):
         (folder / name).unlink()
     config = folder / "config.yaml"
-    with pytest.raises(SettingError, match=r"holds a run with other settings: train was .*total_frames.*80"):
+    with pytest.raises(SettingError, match=r"holds a run with other settings: .*train was .*total_frames.*80"):
         comparison.run_cell(PLAN, tmp_path / "parts", cell)
     config.write_text(config.read_text().replace("total_frames: 80", "total_frames: 160").replace("keep: 2", "keep: 4"))
     resumed = comparison.run_cell(PLAN, tmp_path / "parts", cell)
