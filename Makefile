@@ -9,6 +9,7 @@
 # make coverage   the lines of torchrl_trpo/, objectives/ and recipes/ that the suite runs
 # make results   trains, evaluates and compares all algorithms on all tasks, hours; stopped, it goes on where it was
 # make tuning    searches the settings of each algorithm on each task, hours, as it was done for the comparison
+# make sensitivity   measures what each setting of the trust region does, about an hour
 # make test-slow   the learning results of the README, about 20 minutes on 2 cores
 # Each creates the virtual environment in $(VENV) if there is none, and reuses it if there is.
 
@@ -22,7 +23,7 @@ READY := $(VENV)/.ready
 SPHINX := $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --doctree-dir outputs/docs/doctrees
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train evaluate test test-slow soak mutations coverage check docs linkcheck bench results tuning
+.PHONY: train evaluate test test-slow soak mutations coverage check docs linkcheck bench results tuning sensitivity
 .DEFAULT_GOAL := train
 
 $(READY): pyproject.toml constraints.txt
@@ -79,6 +80,10 @@ results: $(READY)
 tuning: $(READY)
 	@echo "==> Searching settings, 2 at a time; runs go to outputs/tuning, the outcome to docs/results and recipes/config"
 	$(BIN)/python -m torchrl_trpo.recipes.tuning $(ARGS)
+
+sensitivity: $(READY)
+	@echo "==> Changing one setting at a time, 2 runs at a time; runs go to outputs/sensitivity, the report to docs/results"
+	$(BIN)/python -m torchrl_trpo.recipes.sensitivity $(ARGS)
 
 docs: $(READY)
 	@echo "==> Building the site; the tutorial is executed when it has changed"

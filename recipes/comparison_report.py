@@ -162,7 +162,10 @@ def _tables(comparison: Comparison) -> str:
     frames = {task: int(comparison.curves[task, names[0]].frames[-1]) for task in comparison.tasks}
     hours = sum(float(comparison.curves[task, name].cpu_s[:, -1].sum()) for task in frames for name in names) / 3600
     lines = [
+        "# The comparison in numbers",
+        "",
         "<!-- Written by python -m torchrl_trpo.recipes.comparison -->",
+        "",
         f"Seeds {', '.join(map(str, seeds))} of each algorithm on each task; {hours:.1f} processor hours of training.",
         "",
         "Return of the deterministic policy at the end, mean over seeds [smallest, largest]; **bold**: the highest "
@@ -184,6 +187,8 @@ def _tables(comparison: Comparison) -> str:
     for task in comparison.tasks:
         texts = [f"{comparison.curves[task, name].cpu_s[:, -1].mean():.0f}" for name in names]
         lines.append(f"| `{task}` | {' | '.join(texts)} |")
+    lines += ["", "Mean over seeds and its 95 % interval (bootstrap over seeds):", ""]
+    lines += ["![Returns over frames](comparison_frames.png)", "", "![Returns over time](comparison_cpu.png)"]
     if not comparison.learned:
         return "\n".join([*lines, "", "No algorithm learned any task in these frames."]) + "\n"
     left_out = [f"`{task}`" for task in comparison.tasks if task not in comparison.learned]
@@ -199,6 +204,7 @@ def _tables(comparison: Comparison) -> str:
             if other in names:
                 chances = [_improvement(comparison, name, other, equal_cpu) for name in names]
                 lines.append(f"| P(better than {NAMES[other]}), {title} | {' | '.join(map(_shown, chances))} |")
+    lines += ["", "![Aggregate scores](comparison_scores.png)"]
     return "\n".join(lines) + "\n"
 
 

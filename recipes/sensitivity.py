@@ -3,7 +3,7 @@
     python -m torchrl_trpo.recipes.sensitivity
 
 What is run is config/sensitivity.yaml. Stopped, it goes on where it was. The report, in docs/results by default, is
-sensitivity.csv, a row for each run, and sensitivity.png.
+sensitivity.csv, a row for each run, and a figure for each sweep.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def run_trial(plan: Mapping[str, Any], root: Path, trial: Trial) -> dict[str, fl
 
 
 def write_report(plan: Mapping[str, Any], measured: Mapping[Trial, Mapping[str, float]], folder: Path) -> list[Path]:
-    """Writes the data and the figure.
+    """Writes the data, and a figure for each sweep.
 
     Args:
         plan: what ``config/sensitivity.yaml`` says.
@@ -108,7 +108,7 @@ def write_report(plan: Mapping[str, Any], measured: Mapping[Trial, Mapping[str, 
         What was written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "sensitivity.csv", folder / "sensitivity.png"]
+    paths = [folder / "sensitivity.csv"]
     with paths[0].open("w", newline="") as file:
         writer = csv.DictWriter(file, ("task", "changed", "seed", *MEASURED))
         writer.writeheader()
@@ -119,42 +119,48 @@ def write_report(plan: Mapping[str, Any], measured: Mapping[Trial, Mapping[str, 
                 "seed": trial.seed,
                 **values,
             })
-    _plot(plan, measured, paths[1])
+    for name, space in plan["sweeps"].items():
+        paths.append(folder / f"sensitivity_{name}.png")
+        _plot(plan, space, measured, paths[-1])
     return paths
 
 
-def _plot(plan: Mapping[str, Any], measured: Mapping[Trial, Mapping[str, float]], path: Path) -> None:
-    """A column for each sweep, a row for each task: the return over the setting, dots are seeds."""
+def _plot(
+    plan: Mapping[str, Any],
+    space: Mapping[str, Sequence[float]],
+    measured: Mapping[Trial, Mapping[str, float]],
+    path: Path,
+) -> None:
+    """The return on each task over a setting, then its processor seconds: lines are means, dots are seeds."""
     defaults = _defaults(plan)
-    sweeps, tasks = plan["sweeps"], plan["tasks"]
-    figure = Figure(figsize=(2.7 * len(sweeps), 2.6 * len(tasks) + 0.5), layout="constrained")
-    axes = figure.subplots(len(tasks), len(sweeps), squeeze=False, sharey="row")
-    for (row, task), (column, space) in itertools.product(enumerate(tasks), enumerate(sweeps.values())):
-        axis = axes[row][column]
-        (name, values), *others = space.items()
-        for curve in others[0][1] if others else [None]:
+    (name, values), *others = space.items()
+    second, curves = others[0] if others else (None, [None])
+    panels = [*((task, "evaluation_return") for task in plan["tasks"]), (plan["tasks"][0], "cpu_s")]
+    figure = Figure(figsize=(3.3 * len(panels), 2.9), layout="constrained")
+    for axis, (task, key) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for curve in curves:
             points = []
             for value in values:
-                settings = {name: value} | ({others[0][0]: curve} if others else {})
-                changed = tuple((key, each) for key, each in settings.items() if each != defaults[key])
+                settings = {name: value} | ({} if second is None else {second: curve})
+                changed = tuple((each, value) for each, value in settings.items() if value != defaults[each])
                 runs = [measured.get(Trial(task, changed, seed)) for seed in plan["seeds"]]
-                points.append([run["evaluation_return"] for run in runs if run is not None])
-            label = None if curve is None else f"{others[0][0].rpartition('.')[2]} {curve}"
-            positions = range(len(values))
+                points.append([run[key] for run in runs if run is not None])
+            label = None if second is None else f"{second.rpartition('.')[2]}: {curve}"
             means = [sum(each) / len(each) if each else float("nan") for each in points]
-            (line,) = axis.plot(positions, means, marker="o", ms=4, label=label)
-            for position, each in zip(positions, points, strict=True):
+            (line,) = axis.plot(range(len(values)), means, marker="o", ms=4, label=label)
+            for position, each in enumerate(points):
                 axis.plot([position] * len(each), each, ls="", marker=".", ms=4, alpha=0.5, color=line.get_color())
         axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
         if defaults[name] in values:
             axis.axvline(values.index(defaults[name]), color="gray", ls=":", lw=1)
         axis.grid(alpha=0.3)
-        if others and row == 0:
+        axis.set_xlabel(name)
+        title = task.partition("/")[2]
+        axis.set_title(f"{title}: return" if key == "evaluation_return" else f"{title}: processor seconds", fontsize=10)
+        if key == "cpu_s":
+            axis.set_ylim(bottom=0)
+        if second is not None and axis is figure.axes[0]:
             axis.legend(fontsize=7)
-        if row == len(tasks) - 1:
-            axis.set_xlabel(name)
-        if column == 0:
-            axis.set_ylabel(f"{task.partition('/')[2]}: return")
     figure.savefig(path, dpi=120)
 
 

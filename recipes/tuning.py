@@ -115,20 +115,29 @@ def _best(found: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[s
 
 
 def _table(found: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each algorithm: a row for each trial, a column for each task."""
+    """A table for each algorithm: a row for each trial, a column for each task, and the mean over the tasks."""
     best, tasks = _best(found), list(dict.fromkeys(trial["task"] for trial in found))
+    returns = {task: [trial["evaluation_return"] for trial in found if trial["task"] == task] for task in tasks}
     hours = sum(trial["cpu_s"] for trial in found) / 3600
-    lines = ["<!-- Written by python -m torchrl_trpo.recipes.tuning -->"]
+    lines = ["# The search for settings", "", "<!-- Written by python -m torchrl_trpo.recipes.tuning -->", ""]
     lines += [f"{len(found)} trials, {hours:.1f} processor hours. Return of the deterministic policy; **bold**: taken."]
+    lines += ["Mean over tasks: of the place between a task's worst trial of all algorithms, 0, and its best, 1."]
+    head = " | ".join(f"`{task}`" for task in tasks)
     for algorithm in dict.fromkeys(trial["algorithm"] for trial in found):
-        lines += ["", f"| {algorithm} | {' | '.join(f'`{task}`' for task in tasks)} |", f"|---|{'---|' * len(tasks)}"]
-        rows: dict[str, list[str]] = {}
+        lines += ["", f"| {algorithm} | {head} | mean |", f"|---|{'---|' * len(tasks)}---|"]
+        rows: dict[str, list[Mapping[str, Any]]] = {}
         for trial in found:
             if trial["algorithm"] == algorithm:
-                text = f"{trial['evaluation_return']:.4g}"
+                rows.setdefault(_said(trial["settings"]), []).append(trial)
+        for settings, row in rows.items():
+            places = []
+            texts = []
+            for trial in row:
+                value, low, high = trial["evaluation_return"], min(returns[trial["task"]]), max(returns[trial["task"]])
+                places.append((value - low) / ((high - low) or 1.0))
                 taken = trial is best[algorithm, trial["task"]]
-                rows.setdefault(_said(trial["settings"]), []).append(f"**{text}**" if taken else text)
-        lines += [f"| {settings} | {' | '.join(values)} |" for settings, values in rows.items()]
+                texts.append(f"**{value:.4g}**" if taken else f"{value:.4g}")
+            lines.append(f"| {settings} | {' | '.join(texts)} | {sum(places) / len(places):.2f} |")
     return "\n".join(lines) + "\n"
 
 

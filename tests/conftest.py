@@ -23,10 +23,12 @@ def _log_probs_by_part():
         yield
 
 
-@pytest.fixture
-def without_picture(monkeypatch):
-    """Runs end without their learning curve, which takes as long to draw as an iteration of these runs."""
-    monkeypatch.setattr("torchrl_trpo.run.plot_learning_curve", lambda *_, **__: None)
+@pytest.fixture(autouse=True)
+def _no_plots(request, monkeypatch):
+    """Runs of this process end without their plots, a third of the time of a short run, unless a test is about them."""
+    if "plots" not in request.keywords:
+        for name in ("plot_learning_curve", "plot_diagnostics"):
+            monkeypatch.setattr(f"torchrl_trpo.run.{name}", lambda *_, **__: None)
 
 
 @pytest.fixture

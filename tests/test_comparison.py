@@ -135,21 +135,32 @@ def test_the_outcome_of_a_search_is_the_best_trial_of_each_task(tmp_path):
     assert best == {"updater": {"lr": 0.2}, "gamma": 0.9}
     with (tmp_path / "tuning.csv").open() as file:
         assert [json.loads(row["settings"]) for row in csv.DictReader(file)] == tried
-    assert "| updater={lr:0.2}, gamma=0.9 | **3** |" in (tmp_path / "tuning.md").read_text()
+    assert "| updater={lr:0.2}, gamma=0.9 | **3** | 1.00 |" in (tmp_path / "tuning.md").read_text()
 
 
-TUNED = sorted((CONFIG_DIR / "hyperparameters" / "finetuned").glob("*/*/*.yaml"))
+FINETUNED = CONFIG_DIR / "hyperparameters" / "finetuned"
 
 
-@pytest.mark.parametrize("path", TUNED, ids=lambda path: "/".join(path.with_suffix("").parts[-3:]))
-def test_tuned_settings_are_those_of_a_run(path):
-    recipe, task = path.parts[-3], "/".join(path.with_suffix("").parts[-2:])
+@pytest.mark.parametrize("task", ["vmas/balance", "pettingzoo/simple_spread_v3"])
+@pytest.mark.parametrize("recipe", sorted(path.name for path in FINETUNED.iterdir()))
+def test_tuned_settings_are_those_of_a_run(recipe, task):
     overrides = check_overrides([f"env={task}", "hyperparameters=finetuned", "output_dir=."], CONFIG_DIR, recipe)
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         cfg = compose(recipe, overrides)
     check_settings(cfg)
-    for name, value in OmegaConf.to_container(OmegaConf.load(path)).items():
+    for name, value in OmegaConf.to_container(OmegaConf.load(FINETUNED / recipe / f"{task}.yaml")).items():
         assert cfg[name] == value if not isinstance(value, dict) else value.items() <= dict(cfg[name]).items()
+
+
+def test_tuned_settings_are_the_best_that_were_found(tmp_path):
+    with (CONFIG_DIR.parents[1] / "docs" / "results" / "tuning.csv").open(newline="") as file:
+        found = [row | {"settings": json.loads(row["settings"])} for row in csv.DictReader(file)]
+    for row in found:
+        row |= {name: float(row[name]) for name in ("evaluation_return", "cpu_s")}
+    tuning.write_outcome(found, tmp_path, tmp_path)
+    written = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.glob("*/*/*.yaml")}
+    assert written == {path.relative_to(FINETUNED): path.read_text() for path in FINETUNED.glob("*/*/*.yaml")}
+    assert (tmp_path / "tuning.md").read_text() == (CONFIG_DIR.parents[1] / "docs/results/tuning.md").read_text()
 
 
 @pytest.mark.parametrize(

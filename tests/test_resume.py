@@ -23,8 +23,6 @@ from torchrl_trpo.checkpoints import find_checkpoint
 from torchrl_trpo.run import Run
 from torchrl_trpo.suggest import SettingError
 
-pytestmark = pytest.mark.usefixtures("without_picture")
-
 EPISODE = ("episode_return", "episode_return_sum", "episode_length")
 TIMES = {"collect_s", "policy_s", "critic_s", "wall_s", "cpu_s"}
 
@@ -91,20 +89,20 @@ def check_same(whole, resumed):
 CASES = [
     ("trpo", "gym/CartPole-v1", ["normalize_observations=true", "critic.value_norm=true"]),
     ("trpo", "gym/Pendulum-v1", ["actor.network=lstm", "critic.network=gru"]),
-    ("itrpo", "vmas/balance", ["critic.value_norm=true"]),
+    pytest.param("itrpo", "vmas/balance", ["critic.value_norm=true"], marks=pytest.mark.slow),
     ("itrpo", "pettingzoo/simple_spread_v3", ["env.parallel=true", "env.num_envs=2"]),
     ("matrpo", "vmas/navigation", ["normalize_observations=true", "updater.fisher_subsample=0.5"]),
-    ("matrpo", "pettingzoo/simple_tag_v3", ["critic.inputs=both"]),
+    pytest.param("matrpo", "pettingzoo/simple_tag_v3", ["critic.inputs=both"], marks=pytest.mark.slow),
     ("hatrpo", "vmas/balance", ["critic.value_norm=true", "normalize_observations=true"]),
-    ("hatrpo", "vmas/simple_spread", ["actor.network=gru"]),
+    pytest.param("hatrpo", "vmas/simple_spread", ["actor.network=gru"], marks=pytest.mark.slow),
     ("hatrpo", "pettingzoo/simple_speaker_listener_v4", ["env.continuous_actions=true"]),
     ("happo", "vmas/balance", ["normalize_observations=true", "updater.minibatch_size=20"]),
-    ("mappo", "vmas/navigation", ["updater.minibatch_size=20"]),
+    pytest.param("mappo", "vmas/navigation", ["updater.minibatch_size=20"], marks=pytest.mark.slow),
     ("hatrpo", "mamujoco/Swimmer", ["env.kwargs.agent_conf=2x1"]),
 ]
 
 
-@pytest.mark.parametrize(("name", "env", "overrides"), CASES, ids=[f"{name}-{env}" for name, env, _ in CASES])
+@pytest.mark.parametrize(("name", "env", "overrides"), CASES)
 @pytest.mark.usefixtures("quick_processes")
 def test_resumed_is_uninterrupted(name, env, overrides, tmp_path):
     common = [f"env={env}", "film=false", "checkpoint.every=2", "env.max_steps=9"]
@@ -406,9 +404,10 @@ def test_a_signal_ends_the_iteration_and_writes_a_checkpoint(number, env, tmp_pa
     done = len(metrics(folder))
     assert f"Stopped after {100 * done} frames. The checkpoint of iteration {done} is whole" in said
     assert f"resume={folder}" in said
-    RECIPES["hatrpo"].train(config("hatrpo", tmp_path / "unused", *settings, f"resume={folder}"))
-    RECIPES["hatrpo"].train(config("hatrpo", whole, *settings))
-    check_same(whole, folder)
+    if env[0].startswith("env=vmas"):  # the others': test_resumed_is_uninterrupted
+        RECIPES["hatrpo"].train(config("hatrpo", tmp_path / "unused", *settings, f"resume={folder}"))
+        RECIPES["hatrpo"].train(config("hatrpo", whole, *settings))
+        check_same(whole, folder)
 
 
 def heed_sigint():
