@@ -134,20 +134,20 @@ def _plot(
     """The return on each task over a setting, then its processor seconds: lines are means, dots are seeds."""
     defaults = _defaults(plan)
     (name, values), *others = space.items()
-    second, curves = others[0] if others else (None, [None])
+    curves = [{second: each} for second, choices in others for each in choices] or [{}]
     panels = [*((task, "evaluation_return") for task in plan["tasks"]), (plan["tasks"][0], "cpu_s")]
     figure = Figure(figsize=(3.3 * len(panels), 2.9), layout="constrained")
-    for axis, (task, key) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    for axis, (task, column) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for curve in curves:
             points = []
             for value in values:
-                settings = {name: value} | ({} if second is None else {second: curve})
-                changed = tuple((each, value) for each, value in settings.items() if value != defaults[each])
+                settings = {name: value, **curve}
+                changed = tuple((key, each) for key, each in settings.items() if each != defaults[key])
                 runs = [measured.get(Trial(task, changed, seed)) for seed in plan["seeds"]]
-                points.append([run[key] for run in runs if run is not None])
-            label = None if second is None else f"{second.rpartition('.')[2]}: {curve}"
+                points.append([run[column] for run in runs if run is not None])
+            label = ", ".join(f"{key.rpartition('.')[2]}: {each}" for key, each in curve.items())
             means = [sum(each) / len(each) if each else float("nan") for each in points]
-            (line,) = axis.plot(range(len(values)), means, marker="o", ms=4, label=label)
+            (line,) = axis.plot(range(len(values)), means, marker="o", ms=4, label=label or None)
             for position, each in enumerate(points):
                 axis.plot([position] * len(each), each, ls="", marker=".", ms=4, alpha=0.5, color=line.get_color())
         axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
@@ -155,11 +155,11 @@ def _plot(
             axis.axvline(values.index(defaults[name]), color="gray", ls=":", lw=1)
         axis.grid(alpha=0.3)
         axis.set_xlabel(name)
-        title = task.partition("/")[2]
-        axis.set_title(f"{title}: return" if key == "evaluation_return" else f"{title}: processor seconds", fontsize=10)
-        if key == "cpu_s":
+        shown = "return" if column == "evaluation_return" else "processor seconds"
+        axis.set_title(f"{task.partition('/')[2]}: {shown}", fontsize=10)
+        if column == "cpu_s":
             axis.set_ylim(bottom=0)
-        if second is not None and axis is figure.axes[0]:
+        if others and axis is figure.axes[0]:
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 

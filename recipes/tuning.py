@@ -115,34 +115,35 @@ def _best(found: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[s
 
 
 def _table(found: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each algorithm: a row for each trial, a column for each task, and the mean over the tasks."""
+    """A table for each algorithm: a row for each task, a column for each trial, and the mean over the tasks."""
     best, tasks = _best(found), list(dict.fromkeys(trial["task"] for trial in found))
     returns = {task: [trial["evaluation_return"] for trial in found if trial["task"] == task] for task in tasks}
     hours = sum(trial["cpu_s"] for trial in found) / 3600
     lines = ["# The search for settings", "", "<!-- Written by python -m torchrl_trpo.recipes.tuning -->", ""]
     lines += [f"{len(found)} trials, {hours:.1f} processor hours. Return of the deterministic policy; **bold**: taken."]
-    lines += ["Mean over tasks: of the place between a task's worst trial of all algorithms, 0, and its best, 1."]
-    head = " | ".join(f"`{task}`" for task in tasks)
+    lines += ["The mean is of the place between a task's worst trial of all algorithms, 0, and its best, 1."]
     for algorithm in dict.fromkeys(trial["algorithm"] for trial in found):
-        lines += ["", f"| {algorithm} | {head} | mean |", f"|---|{'---|' * len(tasks)}---|"]
-        rows: dict[str, list[Mapping[str, Any]]] = {}
+        by_settings: dict[str, list[Mapping[str, Any]]] = {}
         for trial in found:
             if trial["algorithm"] == algorithm:
-                rows.setdefault(_said(trial["settings"]), []).append(trial)
-        for settings, row in rows.items():
-            places = []
+                by_settings.setdefault(_said(trial["settings"]), []).append(trial)
+        lines += ["", f"| {algorithm} | {' | '.join(by_settings)} |", f"|---|{'---|' * len(by_settings)}"]
+        means = dict.fromkeys(by_settings, 0.0)
+        for row, task in enumerate(tasks):
             texts = []
-            for trial in row:
-                value, low, high = trial["evaluation_return"], min(returns[trial["task"]]), max(returns[trial["task"]])
-                places.append((value - low) / ((high - low) or 1.0))
-                taken = trial is best[algorithm, trial["task"]]
-                texts.append(f"**{value:.4g}**" if taken else f"{value:.4g}")
-            lines.append(f"| {settings} | {' | '.join(texts)} | {sum(places) / len(places):.2f} |")
+            for settings, trials in by_settings.items():
+                value, low, high = trials[row]["evaluation_return"], min(returns[task]), max(returns[task])
+                means[settings] += (value - low) / ((high - low) or 1.0) / len(tasks)
+                texts.append(f"**{value:.4g}**" if trials[row] is best[algorithm, task] else f"{value:.4g}")
+            lines.append(f"| `{task}` | {' | '.join(texts)} |")
+        lines.append(f"| mean | {' | '.join(f'{mean:.2f}' for mean in means.values())} |")
     return "\n".join(lines) + "\n"
 
 
 def _said(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={_hydra(value)}" for name, value in settings.items())
+    """Settings without their sections."""
+    parts = (_said(value) if isinstance(value, dict) else f"{name}={value}" for name, value in settings.items())
+    return " ".join(part.removeprefix("updater.") for part in parts)
 
 
 def _hydra(value: Any) -> str:

@@ -135,7 +135,9 @@ def test_the_outcome_of_a_search_is_the_best_trial_of_each_task(tmp_path):
     assert best == {"updater": {"lr": 0.2}, "gamma": 0.9}
     with (tmp_path / "tuning.csv").open() as file:
         assert [json.loads(row["settings"]) for row in csv.DictReader(file)] == tried
-    assert "| updater={lr:0.2}, gamma=0.9 | **3** | 1.00 |" in (tmp_path / "tuning.md").read_text()
+    rows = ["| mappo | lr=0.1 gamma=0.9 | lr=0.2 gamma=0.9 |", "|---|---|---|", "| `vmas/balance` | 1 | **3** |"]
+    table = "\n".join([*rows, "| mean | 0.00 | 1.00 |"])
+    assert table in (tmp_path / "tuning.md").read_text()
 
 
 FINETUNED = CONFIG_DIR / "hyperparameters" / "finetuned"
