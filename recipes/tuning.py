@@ -76,11 +76,14 @@ def run_search(plan: Mapping[str, Any], algorithm: str, task: str, folder: Path)
     ]
 
 
-def write_outcome(found: Sequence[Mapping[str, Any]], report: Path, config: Path) -> list[Path]:
+def write_outcome(
+    found: Sequence[Mapping[str, Any]], choose: Mapping[str, Any], report: Path, config: Path
+) -> list[Path]:
     """Writes what was found: the data, a table, and the settings of the best trial on each task.
 
     Args:
         found: what :func:`run_search` gave, of all algorithms and tasks.
+        choose: settings that a trial must have to be taken.
         report: where ``tuning.csv`` and ``tuning.md`` go.
         config: where the settings go, as ``<algorithm>/<task>.yaml``.
 
@@ -93,8 +96,9 @@ def write_outcome(found: Sequence[Mapping[str, Any]], report: Path, config: Path
         writer = csv.DictWriter(file, ["task", "algorithm", "settings", "evaluation_return", "cpu_s"])
         writer.writeheader()
         writer.writerows({**trial, "settings": json.dumps(trial["settings"])} for trial in found)
-    paths[1].write_text(_table(found))
-    for (algorithm, task), best in _best(found).items():
+    best_trials = _best([trial for trial in found if choose.items() <= trial["settings"].items()])
+    paths[1].write_text(_table(found, best_trials))
+    for (algorithm, task), best in best_trials.items():
         paths.append(config / algorithm / f"{task}.yaml")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         settings = OmegaConf.create()
@@ -114,9 +118,9 @@ def _best(found: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[s
     return best
 
 
-def _table(found: Sequence[Mapping[str, Any]]) -> str:
+def _table(found: Sequence[Mapping[str, Any]], best: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     """A table for each algorithm: a row for each task, a column for each trial, and the mean over the tasks."""
-    best, tasks = _best(found), list(dict.fromkeys(trial["task"] for trial in found))
+    tasks = list(dict.fromkeys(trial["task"] for trial in found))
     returns = {task: [trial["evaluation_return"] for trial in found if trial["task"] == task] for task in tasks}
     hours = sum(trial["cpu_s"] for trial in found) / 3600
     lines = ["# The search for settings", "", "<!-- Written by python -m torchrl_trpo.recipes.tuning -->", ""]
@@ -176,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return found
 
         found = [trial for each in pool.map(run, searches) for trial in each]
-    for path in write_outcome(found, given.report, given.config):
+    for path in write_outcome(found, plan["choose"], given.report, given.config):
         print(f"  {path}")
 
 

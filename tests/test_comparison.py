@@ -123,21 +123,21 @@ def test_the_report_has_a_table_and_figures(tmp_path):
 
 
 def test_the_outcome_of_a_search_is_the_best_trial_of_each_task(tmp_path):
-    plan = {"space": {"mappo": {"updater": [{"lr": 0.1}, {"lr": 0.2}], "gamma": [0.9]}}}
+    plan = {"space": {"mappo": {"updater": [{"lr": 0.1}, {"lr": 0.2}], "gamma": [0.9, 0.8]}}}
     tried = tuning.trials(plan, "mappo")
-    assert tried == [{"updater": {"lr": 0.1}, "gamma": 0.9}, {"updater": {"lr": 0.2}, "gamma": 0.9}]
+    assert tried[:2] == [{"updater": {"lr": 0.1}, "gamma": 0.9}, {"updater": {"lr": 0.1}, "gamma": 0.8}]
     found = [
         {"task": "vmas/balance", "algorithm": "mappo", "settings": each, "evaluation_return": value, "cpu_s": 36.0}
-        for each, value in zip(tried, [1.0, 3.0], strict=True)
+        for each, value in zip(tried, [1.0, 5.0, 3.0, 2.0], strict=True)
     ]
-    tuning.write_outcome(found, tmp_path, tmp_path / "finetuned")
+    tuning.write_outcome(found, {"gamma": 0.9}, tmp_path, tmp_path / "finetuned")
     best = OmegaConf.load(tmp_path / "finetuned" / "mappo" / "vmas" / "balance.yaml")
     assert best == {"updater": {"lr": 0.2}, "gamma": 0.9}
     with (tmp_path / "tuning.csv").open() as file:
         assert [json.loads(row["settings"]) for row in csv.DictReader(file)] == tried
-    rows = ["| mappo | lr=0.1 gamma=0.9 | lr=0.2 gamma=0.9 |", "|---|---|---|", "| `vmas/balance` | 1 | **3** |"]
-    table = "\n".join([*rows, "| mean | 0.00 | 1.00 |"])
-    assert table in (tmp_path / "tuning.md").read_text()
+    text = (tmp_path / "tuning.md").read_text()
+    assert "| mappo | lr=0.1 gamma=0.9 | lr=0.1 gamma=0.8 | lr=0.2 gamma=0.9 | lr=0.2 gamma=0.8 |" in text
+    assert "| `vmas/balance` | 1 | 5 | **3** | 2 |\n| mean | 0.00 | 1.00 | 0.50 | 0.25 |" in text
 
 
 FINETUNED = CONFIG_DIR / "hyperparameters" / "finetuned"
@@ -159,7 +159,8 @@ def test_tuned_settings_are_the_best_that_were_found(tmp_path):
         found = [row | {"settings": json.loads(row["settings"])} for row in csv.DictReader(file)]
     for row in found:
         row |= {name: float(row[name]) for name in ("evaluation_return", "cpu_s")}
-    tuning.write_outcome(found, tmp_path, tmp_path)
+    choose = OmegaConf.load(CONFIG_DIR / "tuning.yaml").choose
+    tuning.write_outcome(found, choose, tmp_path, tmp_path)
     written = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.glob("*/*/*.yaml")}
     assert written == {path.relative_to(FINETUNED): path.read_text() for path in FINETUNED.glob("*/*/*.yaml")}
     assert (tmp_path / "tuning.md").read_text() == (CONFIG_DIR.parents[1] / "docs/results/tuning.md").read_text()
