@@ -60,7 +60,8 @@ def trials(plan: Mapping[str, Any]) -> list[Trial]:
 
 def _defaults(plan: Mapping[str, Any]) -> dict[str, Any]:
     """The values of what is swept in a run that changes nothing."""
-    cfg = config(plan["recipe"], [f"env={plan['tasks'][0]}"], Path("defaults"))
+    settings = [f"{name}={value}" for name, value in plan["settings"].items()]
+    cfg = config(plan["recipe"], [f"env={plan['tasks'][0]}", *settings], Path("defaults"))
     names = {name for space in plan["sweeps"].values() for name in space}
     return {name: OmegaConf.select(cfg, name) for name in names}
 
