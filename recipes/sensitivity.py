@@ -52,9 +52,8 @@ def trials(plan: Mapping[str, Any]) -> list[Trial]:
     for seed, task in itertools.product(plan["seeds"], plan["tasks"]):
         for space in plan["sweeps"].values():
             for values in itertools.product(*space.values()):
-                settings = zip(space, values, strict=True)
-                changed = tuple((name, value) for name, value in settings if value != defaults[name])
-                found[Trial(task, changed, seed)] = None
+                settings = dict(zip(space, values, strict=True))
+                found[Trial(task, _changed(settings, defaults), seed)] = None
     return list(found)
 
 
@@ -64,6 +63,10 @@ def _defaults(plan: Mapping[str, Any]) -> dict[str, Any]:
     cfg = config(plan["recipe"], [f"env={plan['tasks'][0]}", *settings], Path("defaults"))
     names = {name for space in plan["sweeps"].values() for name in space}
     return {name: OmegaConf.select(cfg, name) for name in names}
+
+
+def _changed(settings: Mapping[str, float], defaults: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    return tuple((name, value) for name, value in settings.items() if value != defaults[name])
 
 
 def run_trial(plan: Mapping[str, Any], root: Path, trial: Trial) -> dict[str, float]:
@@ -120,20 +123,21 @@ def write_report(plan: Mapping[str, Any], measured: Mapping[Trial, Mapping[str, 
                 "seed": trial.seed,
                 **values,
             })
+    defaults = _defaults(plan)
     for name, space in plan["sweeps"].items():
         paths.append(folder / f"sensitivity_{name}.png")
-        _plot(plan, space, measured, paths[-1])
+        _plot(plan, space, defaults, measured, paths[-1])
     return paths
 
 
 def _plot(
     plan: Mapping[str, Any],
     space: Mapping[str, Sequence[float]],
+    defaults: Mapping[str, float],
     measured: Mapping[Trial, Mapping[str, float]],
     path: Path,
 ) -> None:
     """The return on each task over a setting, then its processor seconds: lines are means, dots are seeds."""
-    defaults = _defaults(plan)
     (name, values), *others = space.items()
     curves = [{second: each} for second, choices in others for each in choices] or [{}]
     panels = [*((task, "evaluation_return") for task in plan["tasks"]), (plan["tasks"][0], "cpu_s")]
@@ -142,8 +146,7 @@ def _plot(
         for curve in curves:
             points = []
             for value in values:
-                settings = {name: value, **curve}
-                changed = tuple((key, each) for key, each in settings.items() if each != defaults[key])
+                changed = _changed({name: value, **curve}, defaults)
                 runs = [measured.get(Trial(task, changed, seed)) for seed in plan["seeds"]]
                 points.append([run[column] for run in runs if run is not None])
             label = ", ".join(f"{key.rpartition('.')[2]}: {each}" for key, each in curve.items())

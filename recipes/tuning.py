@@ -146,8 +146,10 @@ def _table(found: Sequence[Mapping[str, Any]], best: Mapping[tuple[str, str], Ma
 
 def _said(settings: Mapping[str, Any]) -> str:
     """Settings without their sections."""
-    parts = (_said(value) if isinstance(value, dict) else f"{name}={value}" for name, value in settings.items())
-    return " ".join(part.removeprefix("updater.") for part in parts)
+    return " ".join(
+        _said(value) if isinstance(value, dict) else f"{name.rpartition('.')[2]}={value}"
+        for name, value in settings.items()
+    )
 
 
 def _hydra(value: Any) -> str:
