@@ -3,8 +3,8 @@
     python -m torchrl_trpo.recipes.comparison
     python -m torchrl_trpo.recipes.comparison --tasks vmas/balance --seeds 0 1 --report outputs/comparison/report
 
-What is run is config/comparison.yaml. Stopped, it goes on where it was. The report, in docs/results by default, has a
-row of comparison.csv for each evaluation, comparison.md and the figures.
+What is run is config/comparison.yaml, or a part of it. Stopped, it goes on where it was. The report has a row of
+comparison.csv for each evaluation, comparison.md and the figures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from torchrl_trpo.checkpoints import read_record
 from torchrl_trpo.evaluation import play_episodes
 from torchrl_trpo.policy import make_run_env, policy_at
 from torchrl_trpo.recipes.comparison_report import write_report
-from torchrl_trpo.recipes.experiments import CONFIG, config, run_all, train
+from torchrl_trpo.recipes.experiments import CONFIG, check_same, config, run_all, train
+from torchrl_trpo.run import replace_file
 from torchrl_trpo.seeding import untouched_generators
 
 COLUMNS = ("task", "algorithm", "seed", "iteration", "frames", "cpu_s", "evaluation_return", "evaluation_std")
@@ -93,19 +94,25 @@ def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, 
     folder, is_random = cell.folder(root), cell.algorithm == "random"
     recipe = plan["algorithms"][0] if is_random else cell.algorithm
     cfg = config(recipe, overrides, folder)
+    settings_now: Any = OmegaConf.to_container(cfg, resolve=True)
+    played = {"seed": plan["evaluation"]["seed"] + cell.seed, "episodes": plan["evaluation"]["episodes"][library]}
+    now = settings_now | {"evaluation": played}
     done = folder / "comparison.json"
     if done.exists():
-        return json.loads(done.read_text())
+        before = json.loads(done.read_text())
+        check_same(before["settings"], now, folder)
+        return before["rows"]
     folder.mkdir(parents=True, exist_ok=True)
     points: list[Path | None] = [None]
     if not is_random:
         train(recipe, cfg)
         found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoints/checkpoint-*")}
         points = [path for iteration, path in sorted(found.items()) if iteration and iteration % every == 0]
-    seed, episodes = plan["evaluation"]["seed"] + cell.seed, plan["evaluation"]["episodes"][library]
+        if iterations % every:
+            points.append(found[iterations])
     where = {"task": cell.task, "algorithm": cell.algorithm, "seed": cell.seed}
-    rows = [where | measured for measured in _evaluate(cfg, points, episodes=episodes, seed=seed)]
-    done.write_text(json.dumps(rows))
+    rows = [where | measured for measured in _evaluate(cfg, points, **played)]
+    replace_file(done, json.dumps({"settings": now, "rows": rows}))
     return rows
 
 
@@ -141,25 +148,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m torchrl_trpo.recipes.comparison", description="Trains, evaluates and compares all algorithms."
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/comparison"), help="where the runs go")
-    parser.add_argument("--report", type=Path, default=Path("docs/results"), help="where tables and figures go")
+    parser.add_argument("--report", type=Path, help="where tables and figures go (docs/results; of a part: the output)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each (default: 2)")
-    parser.add_argument("--tasks", nargs="+", default=plan["tasks"], help="default: all of the plan")
-    parser.add_argument("--algorithms", nargs="+", default=plan["algorithms"])
+    for name in ("tasks", "algorithms"):
+        parser.add_argument(f"--{name}", nargs="+", choices=plan[name], default=plan[name], metavar=name.upper())
     parser.add_argument("--seeds", nargs="+", type=int, default=plan["seeds"])
     given = parser.parse_args(arguments)
-    plan |= {"tasks": given.tasks, "algorithms": given.algorithms, "seeds": given.seeds}
-    job = functools.partial(run_cell, plan, given.output.absolute())
-    results, failed = run_all(job, cells(plan), workers=given.workers)
-    rows = [row for evaluations in results.values() for row in evaluations]
-    given.report.mkdir(parents=True, exist_ok=True)
-    with (given.report / "comparison.csv").open("w", newline="") as file:
+    part = {name: getattr(given, name) for name in ("tasks", "algorithms", "seeds")}
+    whole = all(set(chosen) >= set(plan[name]) for name, chosen in part.items())
+    job = functools.partial(run_cell, plan | part, given.output.absolute())
+    results, failed = run_all(job, cells(plan | part), workers=given.workers)
+    if failed:
+        sys.exit(f"error: {len(failed)} runs failed, see above and output.txt in their folders: {failed}")
+    report = given.report or (Path("docs/results") if whole else given.output)
+    report.mkdir(parents=True, exist_ok=True)
+    with (report / "comparison.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(rows)
-    for path in write_report(given.report / "comparison.csv", given.report):
+        writer.writerows(row for evaluations in results.values() for row in evaluations)
+    for path in write_report(report / "comparison.csv", report):
         print(f"  {path}")
-    if failed:
-        sys.exit(f"error: {len(failed)} runs failed, see output.txt in their folders: {failed}")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,14 +18,13 @@ from torch import Tensor
 
 from torchrl_trpo.score_statistics import aggregate, interquartile_mean, probability_of_improvement
 
-NAMES = {"itrpo": "ITRPO", "matrpo": "MATRPO", "hatrpo": "HATRPO", "mappo": "MAPPO", "ippo": "IPPO", "happo": "HAPPO"}
+NAMES = {"itrpo": "ITRPO", "matrpo": "MATRPO", "hatrpo": "HATRPO", "mappo": "MAPPO", "ippo": "IPPO"}
 COLORS = {
     "hatrpo": "tab:red",
     "matrpo": "tab:orange",
     "itrpo": "tab:purple",
     "mappo": "tab:blue",
     "ippo": "tab:cyan",
-    "happo": "tab:green",
 }
 
 
@@ -42,17 +43,16 @@ class Curves:
     returns: Tensor
 
     def at_cpu(self, seconds: float) -> Tensor:
-        """The return of each run when it had used so many processor seconds: that of its last evaluation before.
+        """The return of each run when it had used so many processor seconds, linear between two evaluations.
 
         Args:
             seconds: the processor seconds.
 
         Returns:
-            The returns, ``[n_runs]``; NaN for a run without an evaluation until then.
+            The returns, ``[n_runs]``: of a run that had ended the last one, and NaN of one without an evaluation yet.
         """
-        last = (self.cpu_s <= seconds).sum(1) - 1  # [n_runs]
-        reached = self.returns.gather(1, last.clamp_min(0).unsqueeze(1)).squeeze(1)
-        return torch.where(last >= 0, reached, torch.nan)
+        points = zip(self.cpu_s.numpy(), self.returns.numpy(), strict=True)
+        return torch.tensor([np.interp(seconds, *run, left=np.nan) for run in points], dtype=torch.float64)
 
 
 class Comparison:
@@ -71,12 +71,14 @@ class Comparison:
             the others a score would compare noise with noise.
 
     Raises:
-        ValueError: if no seed is complete.
+        ValueError: if no seed is complete, or a return is not finite.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
         runs: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
         for row in rows:
+            if not math.isfinite(float(row["evaluation_return"])):
+                raise ValueError(f"the evaluation_return of {dict(row)} is not finite.")
             runs.setdefault((row["task"], row["algorithm"], int(row["seed"])), []).append(row)
         self.tasks = list(dict.fromkeys(task for task, _, _ in runs))
         self.algorithms = [name for name in dict.fromkeys(name for _, name, _ in runs) if name != "random"]
@@ -127,7 +129,8 @@ class Comparison:
             best = max(float(self.final(task, name).mean()) for name in self.algorithms)
             curves = self.curves[task, algorithm]
             returns = curves.at_cpu(self.cpu_budget(task)) if equal_cpu else curves.returns[:, -1]
-            scores.append(((returns - self.random[task]) / (best - self.random[task])).nan_to_num(0.0))
+            score = (returns - self.random[task]) / (best - self.random[task])
+            scores.append(score.where(~returns.isnan(), 0.0))
         return torch.stack(scores)
 
 
@@ -193,7 +196,17 @@ def _tables(comparison: Comparison) -> str:
         return "\n".join([*lines, "", "No algorithm learned any task in these frames."]) + "\n"
     left_out = [f"`{task}`" for task in comparison.tasks if task not in comparison.learned]
     without = f" without {', '.join(left_out)}, which no algorithm learned in these frames" if left_out else ""
-    lines += ["", f"Over all tasks{without} (0: a random policy, 1: the best algorithm's mean), 95 % intervals:", ""]
+    lines += [
+        "",
+        f"Scores over all tasks{without}. 0 is a random policy, 1 the best algorithm's mean at equal frames, which",
+    ]
+    lines += [
+        "the bootstrap holds fixed. Equal processor seconds are those that a task's cheapest algorithm takes for all"
+    ]
+    lines += [
+        "frames; a run that has not been evaluated until then has 0. Intervals of 95 %, from resampled seeds:",
+        "",
+    ]
     lines += [head.replace("| |", "| score |", 1), rule]
     for title, equal_cpu in (("equal frames", False), ("equal processor seconds", True)):
         for statistic, function in (("interquartile mean", interquartile_mean), ("mean", _mean)):

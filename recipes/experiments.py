@@ -1,14 +1,16 @@
-"""Many runs of the recipes: each in a process of one thread, some at a time, and none done twice."""
+"""Many runs of the recipes: some at a time, each on one thread, and none done twice."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from torchrl_trpo.records import flat
 from torchrl_trpo.settings import check_overrides
 from torchrl_trpo.suggest import SettingError
 
@@ -46,7 +49,7 @@ def train(recipe: str, cfg: DictConfig) -> None:
 
 
 def config(recipe: str, overrides: Sequence[str], folder: Path) -> DictConfig:
-    """The config of a run, which continues what its folder holds.
+    """The config of a run, which continues what its folder holds, if :func:`check_same` takes it for the same run.
 
     Args:
         recipe: the recipe's name.
@@ -55,9 +58,6 @@ def config(recipe: str, overrides: Sequence[str], folder: Path) -> DictConfig:
 
     Returns:
         The config.
-
-    Raises:
-        SettingError: if the folder holds a run with other settings.
     """
     checked = check_overrides([*overrides, "film=false", f"output_dir={json.dumps(str(folder))}"], CONFIG, recipe)
     with initialize_config_dir(str(CONFIG), version_base=None):
@@ -66,21 +66,40 @@ def config(recipe: str, overrides: Sequence[str], folder: Path) -> DictConfig:
         return cfg
     before: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     now: Any = OmegaConf.to_container(cfg, resolve=True)
-    names = (before.keys() & now.keys()) - {"resume", "output_dir"}
-    changed = [f"{name} was {before[name]}, now {now[name]}" for name in sorted(names) if before[name] != now[name]]
+    check_same(before, now, folder)
+    cfg.resume = str(folder)
+    return cfg
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Refuses to take what was done with other settings for what is asked for.
+
+    Args:
+        before: the settings of what the folder holds; those that did not exist then may have any value now.
+        now: the settings that are asked for.
+        folder: the folder, for the message.
+
+    Raises:
+        SettingError: if they differ.
+    """
+    was, is_now = flat(before), flat(now)
+    names = {name for name in was | is_now if name.startswith("env.kwargs") or (name in was and name in is_now)}
+    changed = [
+        f"{name} was {was.get(name)}, now {is_now.get(name)}"
+        for name in sorted(names - {"resume", "output_dir"})
+        if was.get(name) != is_now.get(name)
+    ]
     if changed:
         raise SettingError(
             f"{str(folder)!r} holds a run with other settings: {'; '.join(changed)}. Legal: to delete it, or another "
             "output folder."
         )
-    cfg.resume = str(folder)
-    return cfg
 
 
 def run_all(
     function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, workers: int
 ) -> tuple[dict[_Job, _Result], list[_Job]]:
-    """Does jobs in processes of their own, and goes on when one fails.
+    """Does jobs in other processes, and goes on when one fails. Interrupted, it begins no more.
 
     Args:
         function: what does a job, and can be found in a module.
@@ -91,20 +110,24 @@ def run_all(
 
     Returns:
         The results by job, in the jobs' order, and the jobs that failed, whose errors are printed.
+
+    Raises:
+        BrokenProcessPool: if a process was killed, for its memory perhaps.
     """
     results: dict[_Job, _Result] = {}
-    context = multiprocessing.get_context("spawn")
+    context, waiting = multiprocessing.get_context("spawn"), iter(jobs)
     with ProcessPoolExecutor(workers, context) as pool, tqdm(total=len(jobs), unit="run") as bar:
-        running = {pool.submit(function, job): job for job in jobs}
-        try:
-            for future in as_completed(running):
-                job = running[future]
+        running = {pool.submit(function, job): job for job in itertools.islice(waiting, workers)}
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
                 try:
                     results[job] = future.result()
                     bar.set_postfix_str(str(job))
+                except BrokenProcessPool:
+                    raise
                 except Exception:
                     bar.write(f"{job} failed:\n{traceback.format_exc()}")
                 bar.update()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after an interrupt, what has not begun does not
+                running |= {pool.submit(function, job): job for job in itertools.islice(waiting, 1)}
     return {job: results[job] for job in jobs if job in results}, [job for job in jobs if job not in results]

@@ -2,7 +2,7 @@
 
     python -m torchrl_trpo.recipes.sensitivity
 
-What is run is config/sensitivity.yaml. Stopped, it goes on where it was. The report, in docs/results by default, is
+What is run is config/sensitivity.yaml, or some of its sweeps. Stopped, it goes on where it was. The report is
 sensitivity.csv, a row for each run, and a figure for each sweep.
 """
 
@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from torchrl_trpo.recipes.experiments import CONFIG, config, run_all, train
+from torchrl_trpo.records import finite_mean, read_run
 
 MEASURED = ("evaluation_return", "cpu_s", "accepted", "kl_ratio", "explained_variance")
 """What a run gives: the deterministic policy's return at the end, the processor seconds, and of the second half of its
@@ -87,10 +88,9 @@ def run_trial(plan: Mapping[str, Any], root: Path, trial: Trial) -> dict[str, fl
     cfg = config(plan["recipe"], overrides, folder)
     train(plan["recipe"], cfg)
     summary = json.loads((folder / "summary.json").read_text())
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    late = rows[len(rows) // 2 :]
-    means = {key: sum(float(row[key]) for row in late) / len(late) for key in ("accepted", "kl", "explained_variance")}
+    run = read_run(folder)
+    late = {name: run.column(name)[len(run.column(name)) // 2 :] for name in ("accepted", "kl", "explained_variance")}
+    means = {name: finite_mean(values) for name, values in late.items()}
     return {
         "evaluation_return": summary["evaluation_return"],
         "cpu_s": summary["cpu_s"],
@@ -179,17 +179,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m torchrl_trpo.recipes.sensitivity", description="Measures what each setting does."
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/sensitivity"), help="where the runs go")
-    parser.add_argument("--report", type=Path, default=Path("docs/results"), help="where table and figure go")
+    parser.add_argument("--report", type=Path, help="where table and figures go (docs/results; of a part: the output)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     parser.add_argument("--sweeps", nargs="+", choices=plan["sweeps"], default=list(plan["sweeps"]))
     given = parser.parse_args(arguments)
+    whole = set(given.sweeps) == set(plan["sweeps"])
     plan["sweeps"] = {name: plan["sweeps"][name] for name in given.sweeps}
     job = functools.partial(run_trial, plan, given.output.absolute())
     measured, failed = run_all(job, trials(plan), workers=given.workers)
-    for path in write_report(plan, measured, given.report):
-        print(f"  {path}")
     if failed:
-        sys.exit(f"error: {len(failed)} runs failed, see output.txt in their folders: {failed}")
+        sys.exit(f"error: {len(failed)} runs failed, see above and output.txt in their folders: {failed}")
+    for path in write_report(plan, measured, given.report or (Path("docs/results") if whole else given.output)):
+        print(f"  {path}")
 
 
 if __name__ == "__main__":

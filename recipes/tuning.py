@@ -2,28 +2,29 @@
 
     python -m torchrl_trpo.recipes.tuning
 
-What is tried is config/tuning.yaml. A search that was stopped goes on with the next algorithm and task. What was found
-is written to docs/results/tuning.csv and tuning.md, and the best for each task to config/hyperparameters/finetuned.
+What is tried is config/tuning.yaml. Stopped, it goes on with the searches that were not complete. What was found is
+written to docs/results/tuning.csv and tuning.md, and the best for each task to config/hyperparameters/finetuned.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from tqdm import tqdm
 
-CONFIG = Path(__file__).parent / "config"
+from torchrl_trpo.recipes.experiments import CONFIG, check_same, run_all
+from torchrl_trpo.records import flat
 
 
 def trials(plan: Mapping[str, Any], algorithm: str) -> list[dict[str, Any]]:
@@ -40,30 +41,40 @@ def trials(plan: Mapping[str, Any], algorithm: str) -> list[dict[str, Any]]:
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
 
 
-def run_search(plan: Mapping[str, Any], algorithm: str, task: str, folder: Path) -> list[dict[str, Any]]:
-    """Runs the trials of an algorithm on a task, unless they are done.
+def run_search(plan: Mapping[str, Any], root: Path, search: tuple[str, str]) -> list[dict[str, Any]]:
+    """Runs the trials of an algorithm on a task, unless :func:`check_same` finds that they are done.
 
     Args:
         plan: what ``config/tuning.yaml`` says.
-        algorithm: the algorithm.
-        task: the task.
-        folder: where the runs go, each in a folder of its number.
+        root: where the runs go, as ``<task>/<algorithm>/<number>``.
+        search: the task and the algorithm.
 
     Returns:
         What each trial found: the ``task``, the ``algorithm``, its ``settings``, ``evaluation_return`` and ``cpu_s``.
     """
-    tried = trials(plan, algorithm)
+    task, algorithm = search
+    tried, folder = trials(plan, algorithm), root / task / algorithm
+    library = task.partition("/")[0]
+    fixed = {**plan["settings"][library], "train.total_frames": plan["frames"][library], "seed": plan["seed"]}
     summaries = [folder / str(number) / "summary.json" for number in range(len(tried))]
+    for path, settings in zip(summaries, tried, strict=True):
+        if path.exists():
+            now, before = flat(fixed | settings), OmegaConf.load(path.with_name("config.yaml"))
+            check_same({name: OmegaConf.select(before, name) for name in now}, now, path.parent)
     if not all(path.exists() for path in summaries):
-        library = task.partition("/")[0]
         sweep = [f"{name}={','.join(map(_hydra, values))}" for name, values in plan["space"][algorithm].items()]
-        fixed = {**plan["settings"][library], "train.total_frames": plan["frames"][library], "seed": plan["seed"]}
         overrides = [f"env={task}", *(f"{name}={value}" for name, value in fixed.items()), *sweep, "film=false"]
         command = [sys.executable, "-m", f"torchrl_trpo.recipes.{algorithm}", "-m", *overrides]
         shutil.rmtree(folder, ignore_errors=True)  # Hydra begins a sweep anew
         folder.mkdir(parents=True)
         with (folder / "output.txt").open("w") as output:
-            subprocess.run([*command, f"hydra.sweep.dir={folder}"], check=True, stdout=output, stderr=subprocess.STDOUT)
+            subprocess.run(
+                [*command, f"hydra.sweep.dir={folder}"],
+                check=True,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
     found = [json.loads(path.read_text()) for path in summaries]
     return [
         {
@@ -97,14 +108,16 @@ def write_outcome(
         writer.writeheader()
         writer.writerows({**trial, "settings": json.dumps(trial["settings"])} for trial in found)
     best_trials = _best([trial for trial in found if choose.items() <= trial["settings"].items()])
-    paths[1].write_text(_table(found, best_trials))
+    paths[1].write_text(_table(found, best_trials, choose))
     for (algorithm, task), best in best_trials.items():
         paths.append(config / algorithm / f"{task}.yaml")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         settings = OmegaConf.create()
         for name, value in best["settings"].items():
             OmegaConf.update(settings, name, value)
-        comment = f"# The best of the trials in docs/results/tuning.md: {best['evaluation_return']:.4g}."
+        comment = (
+            f"# Of the trials with {_said(choose)} in docs/results/tuning.md the best: {best['evaluation_return']:.4g}."
+        )
         paths[-1].write_text(f"# @package _global_\n{comment}\n{OmegaConf.to_yaml(settings)}")
     return paths
 
@@ -118,13 +131,20 @@ def _best(found: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[s
     return best
 
 
-def _table(found: Sequence[Mapping[str, Any]], best: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
+def _table(
+    found: Sequence[Mapping[str, Any]],
+    best: Mapping[tuple[str, str], Mapping[str, Any]],
+    choose: Mapping[str, Any],
+) -> str:
     """A table for each algorithm: a row for each task, a column for each trial, and the mean over the tasks."""
     tasks = list(dict.fromkeys(trial["task"] for trial in found))
     returns = {task: [trial["evaluation_return"] for trial in found if trial["task"] == task] for task in tasks}
     hours = sum(trial["cpu_s"] for trial in found) / 3600
     lines = ["# The search for settings", "", "<!-- Written by python -m torchrl_trpo.recipes.tuning -->", ""]
-    lines += [f"{len(found)} trials, {hours:.1f} processor hours. Return of the deterministic policy; **bold**: taken."]
+    lines += [
+        f"{len(found)} trials, {hours:.1f} processor hours. Return of the deterministic policy. **Bold**: taken, the"
+    ]
+    lines += [f"best with {_said(choose)}: [why](README.md#the-comparison)."]
     lines += ["The mean is of the place between a task's worst trial of all algorithms, 0, and its best, 1."]
     for algorithm in dict.fromkeys(trial["algorithm"] for trial in found):
         by_settings: dict[str, list[Mapping[str, Any]]] = {}
@@ -173,15 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="searches at a time (default: 2)")
     given = parser.parse_args(arguments)
     searches = list(itertools.product(plan["tasks"], plan["space"]))
-    with ThreadPoolExecutor(given.workers) as pool, tqdm(total=len(searches), unit="search") as bar:
-
-        def run(search: tuple[str, str]) -> list[dict[str, Any]]:
-            task, algorithm = search
-            found = run_search(plan, algorithm, task, given.output.absolute() / task / algorithm)
-            bar.update()
-            return found
-
-        found = [trial for each in pool.map(run, searches) for trial in each]
+    results, failed = run_all(
+        functools.partial(run_search, plan, given.output.absolute()), searches, workers=given.workers
+    )
+    if failed:
+        sys.exit(f"error: {len(failed)} searches failed, see above and output.txt in their folders: {failed}")
+    found = [trial for each in results.values() for trial in each]
     for path in write_outcome(found, plan["choose"], given.report, given.config):
         print(f"  {path}")
 

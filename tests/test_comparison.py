@@ -5,14 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import signal
+import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from torchrl_trpo.recipes import comparison, experiments, sensitivity, tuning
-from torchrl_trpo.recipes.comparison_report import Comparison, write_report
+from torchrl_trpo.recipes.comparison_report import Comparison, Curves, write_report
 from torchrl_trpo.settings import check_overrides, check_settings
 from torchrl_trpo.suggest import SettingError
 
@@ -38,6 +44,29 @@ def test_a_comparison_trains_evaluates_and_goes_on(tmp_path, monkeypatch):
     cell = comparison.cells(PLAN)[0]
     monkeypatch.setattr(comparison, "train", lambda *_: pytest.fail("it was done already"))
     assert comparison.run_cell(PLAN, tmp_path, cell) == by_cell["hatrpo"]
+    others = {**PLAN, "evaluation": {**PLAN["evaluation"], "episodes": {"vmas": 4}}}
+    shorter = {**PLAN, "settings": {"vmas": {**TINY, "env.max_steps": 4}}}
+    with pytest.raises(SettingError, match=r"other settings: evaluation\.episodes was 3, now 4"):
+        comparison.run_cell(others, tmp_path, cell)
+    with pytest.raises(SettingError, match=r"random/seed-0' holds .*env\.max_steps was 5, now 4"):
+        comparison.run_cell(shorter, tmp_path, comparison.cells(PLAN)[-1])
+
+
+def test_a_part_of_the_comparison_is_not_reported_as_the_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results = {index: [row] for index, row in enumerate(rows(**FINALS))}
+    monkeypatch.setattr(comparison, "run_all", lambda *_, **__: (results, []))
+    comparison.main(["--seeds", "0", "--output", "runs"])
+    assert not Path("docs").exists()
+    assert Path("runs/comparison.md").exists()
+    comparison.main([])
+    assert Path("docs/results/comparison.md").exists()
+    with pytest.raises(SystemExit):
+        comparison.main(["--tasks", "vmas/balnce"])
+    assert "'vmas/balnce' (choose from" in capsys.readouterr().err
+    monkeypatch.setattr(comparison, "run_all", lambda *_, **__: (results, ["a cell"]))
+    with pytest.raises(SystemExit, match=r"1 runs failed.*a cell"):
+        comparison.main([])
 
 
 def test_a_run_that_was_stopped_is_resumed_to_the_same_evaluations(tmp_path):
@@ -50,7 +79,7 @@ def test_a_run_that_was_stopped_is_resumed_to_the_same_evaluations(tmp_path):
     for name in ("comparison.json", "summary.json"):
         (folder / name).unlink()
     config = folder / "config.yaml"
-    with pytest.raises(SettingError, match=r"holds a run with other settings: .*train was .*total_frames.*80"):
+    with pytest.raises(SettingError, match=r"holds a run with other settings: .*train\.total_frames was 80, now 160"):
         comparison.run_cell(PLAN, tmp_path / "parts", cell)
     config.write_text(config.read_text().replace("total_frames: 80", "total_frames: 160").replace("keep: 2", "keep: 4"))
     resumed = comparison.run_cell(PLAN, tmp_path / "parts", cell)
@@ -93,11 +122,22 @@ def test_scores_are_between_a_random_policy_and_the_best():
     assert compared.scores("mappo", equal_cpu=True).tolist() == [[0, 0], [0, 0]]  # 30 seconds to its first evaluation
 
 
+def test_at_equal_processor_seconds_a_run_is_between_its_evaluations():
+    curves = Curves(
+        frames=torch.tensor([100.0, 200.0]),
+        cpu_s=torch.tensor([[10.0, 20.0], [12.0, 24.0], [30.0, 60.0]], dtype=torch.float64),
+        returns=torch.tensor([[1.0, 2.0], [1.0, 3.0], [5.0, 6.0]], dtype=torch.float64),
+    )
+    assert curves.at_cpu(22).tolist() == pytest.approx([2, 1 + 2 * 10 / 12, math.nan], nan_ok=True)
+
+
 def test_only_seeds_that_all_have_are_compared():
     data = [row for row in rows(**FINALS) if (row["task"], row["algorithm"], row["seed"]) != ("vmas/b", "mappo", 1)]
     assert Comparison(data).seeds == [0]
     with pytest.raises(ValueError, match=r"no seed has all algorithms on all tasks.*'vmas/b', 'mappo', 0"):
         Comparison([row for row in data if row["algorithm"] != "mappo" or row["task"] != "vmas/b"])
+    with pytest.raises(ValueError, match=r"evaluation_return of .*'vmas/b'.* is not finite"):
+        Comparison([row | {"evaluation_return": math.nan} if row["task"] == "vmas/b" else row for row in data])
 
 
 def test_a_task_that_nobody_learns_has_no_score():
@@ -110,16 +150,18 @@ def test_a_task_that_nobody_learns_has_no_score():
 
 def test_the_report_has_a_table_and_figures(tmp_path):
     data = tmp_path / "comparison.csv"
+    close = {"hatrpo": [1.0, 5.0], "mappo": [2.0, 3.0], "random": [0.0, 0.0]}
     with data.open("w", newline="") as file:
         writer = csv.DictWriter(file, comparison.COLUMNS)
         writer.writeheader()
-        writer.writerows(rows(**FINALS))
+        writer.writerows(rows(**{name: {**FINALS[name], "vmas/c": returns} for name, returns in close.items()}))
     paths = write_report(data, tmp_path)
     assert all(path.stat().st_size > 0 for path in paths)
     text = (tmp_path / "comparison.md").read_text()
     assert "| `vmas/a` | 200 | 0.0 | 5.0 [4.0, 6.0] | **10.0 [10.0, 10.0]** |" in text
     assert "| `vmas/b` | 200 | -10.0 | **-2.00 [-3.00, -1.00]** | -5.00 [-5.00, -5.00] |" in text
-    assert "| P(better than MAPPO), equal frames | 0.50 [0.50, 0.50] |  |" in text
+    assert "| `vmas/c` | 200 | 0.0 | **3.00 [1.00, 5.00]** | **2.50 [2.00, 3.00]** |" in text
+    assert "| P(better than MAPPO), equal frames | 0.50 [0.33, 0.67] |  |" in text
 
 
 def test_the_outcome_of_a_search_is_the_best_trial_of_each_task(tmp_path):
@@ -138,6 +180,29 @@ def test_the_outcome_of_a_search_is_the_best_trial_of_each_task(tmp_path):
     text = (tmp_path / "tuning.md").read_text()
     assert "| mappo | lr=0.1 gamma=0.9 | lr=0.1 gamma=0.8 | lr=0.2 gamma=0.9 | lr=0.2 gamma=0.8 |" in text
     assert "| `vmas/balance` | 1 | 5 | **3** | 2 |\n| mean | 0.00 | 1.00 | 0.50 | 0.25 |" in text
+
+
+def test_trials_of_another_search_are_not_taken_for_those_of_this_one(tmp_path):
+    plan = {
+        "space": {"itrpo": {"updater.max_kl": [0.01, 0.03], "gamma": [0.95]}},
+        "settings": {"vmas": {"env.num_envs": 300}},
+        "frames": {"vmas": 120000},
+        "seed": 1000,
+    }
+    for number, max_kl in enumerate([0.01, 0.03]):
+        folder = tmp_path / "vmas" / "balance" / "itrpo" / str(number)
+        folder.mkdir(parents=True)
+        done = {"env": {"num_envs": 300}, "train": {"total_frames": 120000}, "updater": {"max_kl": max_kl}}
+        OmegaConf.save(OmegaConf.create(done | {"gamma": 0.95, "seed": 1000}), folder / "config.yaml")
+        (folder / "summary.json").write_text(json.dumps({"evaluation_return": float(number), "cpu_s": 1.0}))
+    found = tuning.run_search(plan, tmp_path, ("vmas/balance", "itrpo"))
+    assert [(trial["settings"]["updater.max_kl"], trial["evaluation_return"]) for trial in found] == [
+        (0.01, 0),
+        (0.03, 1),
+    ]
+    plan["space"]["itrpo"]["updater.max_kl"] = [0.01, 0.1]
+    with pytest.raises(SettingError, match=r"itrpo/1' holds .*updater\.max_kl was 0\.03, now 0\.1"):
+        tuning.run_search(plan, tmp_path, ("vmas/balance", "itrpo"))
 
 
 FINETUNED = CONFIG_DIR / "hyperparameters" / "finetuned"
@@ -210,3 +275,22 @@ def test_one_job_that_fails_does_not_stop_the_others(capfd):
     said = "".join(capfd.readouterr())
     assert "-1.0 failed:" in said
     assert "math domain error" in said
+
+
+def test_an_interrupt_lets_no_other_job_begin(tmp_path):
+    begun = tmp_path / "begun"
+    jobs = [("sh", "-c", f"echo {number} >> {begun}; sleep 0.5") for number in range(6)]
+
+    def interrupt():
+        while not begun.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            experiments.run_all(subprocess.check_call, jobs, workers=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert begun.read_text() == "0\n"

@@ -28,6 +28,7 @@ from torchrl.collectors import Collector
 from torchrl_trpo.envs import TransformState
 from torchrl_trpo.object_snapshot import InexactError
 from torchrl_trpo.ranks import Ranks, agreed
+from torchrl_trpo.records import flat
 from torchrl_trpo.seeding import rank_seed, seed_generators
 from torchrl_trpo.suggest import SettingError, nearest
 from torchrl_trpo.torchrun import job_id
@@ -354,19 +355,12 @@ def check_continued(before: Mapping[str, Any], now: Mapping[str, Any], folder: P
         told = ", ".join(f"{name} {was} (now {is_now})" for name, (was, is_now) in versions.items())
         logger.warning(f"The run was made with {told}: what follows may differ from what it would have been.")
     changed = []
-    for name in dict.fromkeys([*_names(before), *_names(now)]):
+    for name in dict.fromkeys([*flat(before), *flat(now)]):
         was, is_now = OmegaConf.select(old, name), OmegaConf.select(new, name)
         if was != is_now and name.partition(".")[0] not in _UNSAID:
             logger.warning(f"{name} was {_plain(was)} until now, and is {_plain(is_now)} from here on.")
             changed.append(name)
     return changed
-
-
-def _names(record: Mapping[str, Any], prefix: str = "") -> list[str]:
-    names = []
-    for name, value in record.items():
-        names += _names(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else [f"{prefix}{name}"]
-    return names
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchrl_trpo.records import flat
 from torchrl_trpo.seeding import untouched_generators
 from torchrl_trpo.suggest import SettingError, nearest
 
@@ -74,9 +75,9 @@ class RunLogger:
         """
         if self._logger is None or self.continues:
             return
-        flat = {name: value if _is_plain(value) else str(value) for name, value in _flat(record)}
+        plain = {name: value if _is_plain(value) else str(value) for name, value in flat(record).items()}
         with untouched_generators():
-            self._logger.log_hparams(flat)
+            self._logger.log_hparams(plain)
 
     def log(self, metrics: Mapping[str, float], frames: int) -> None:
         """Logs numbers; those that are NaN are left out.
@@ -169,6 +170,7 @@ def _logger_class(backend: str) -> Any:
 
 def _open(backend: str, kwargs: dict[str, Any], folder: Path, name: str, run_id: str | None) -> Logger:
     """TorchRL's logger, on the record with the id if there is one."""
+    users_run_id = os.environ.get(_MLFLOW_RUN_ID)
     logger_class = _logger_class(backend)
     try:
         if backend in {"csv", "tensorboard"}:
@@ -192,6 +194,8 @@ def _open(backend: str, kwargs: dict[str, Any], folder: Path, name: str, run_id:
         ) from error
     finally:
         os.environ.pop(_MLFLOW_RUN_ID, None)
+        if users_run_id is not None:
+            os.environ[_MLFLOW_RUN_ID] = users_run_id
 
 
 def _run_id(logger: Logger, backend: str) -> str | None:
@@ -234,10 +238,3 @@ def _close_files(logger: Logger) -> None:
 
 def _is_plain(value: object) -> bool:
     return isinstance(value, bool | int | float | str)
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat = []
-    for name, value in record.items():
-        flat += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
-    return flat

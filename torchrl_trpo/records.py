@@ -92,6 +92,22 @@ class RunRecord:
         return finite_mean([value for value in self.column("episode_return") if math.isfinite(value)][-5:])
 
 
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by their dotted names.
+
+    Args:
+        settings: the settings.
+
+    Returns:
+        Their values; an empty section is one.
+    """
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = flat(value) if isinstance(value, Mapping) and value else None
+        found |= {name: value} if inner is None else {f"{name}.{key}": each for key, each in inner.items()}
+    return found
+
+
 def finite_mean(values: list[float]) -> float:
     """The mean of the values that are finite.
 

@@ -214,12 +214,12 @@ class Run:
             self._merge_statistics()
             self._returns = [float(row["episode_return"] or "nan") for row in rows]
             if self._ranks.is_first:
-                _replace(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self._record)))
+                replace_file(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self._record)))
                 table = io.StringIO(newline="")
                 writer = csv.DictWriter(table, self.columns)
                 writer.writeheader()
                 writer.writerows(rows)
-                _replace(self.folder / "metrics.csv", table.getvalue())
+                replace_file(self.folder / "metrics.csv", table.getvalue())
             agreed(self._open_logger, self._ranks)
             self._save()
             self._loop = stack.enter_context(contextlib.ExitStack())
@@ -237,8 +237,8 @@ class Run:
     ) -> None:
         """Ends the run, and says how to continue it if it did not come to its end."""
         try:
-            self._logger.close(failed=error is not None)
-            self._stack.close()
+            with self._stack:
+                self._logger.close(failed=error is not None)
         finally:  # a full disk lets the metrics not be closed
             self.env.close(raise_if_closed=False)
             self._write_state(error)
@@ -372,7 +372,9 @@ class Run:
                 self._logger.log_film(film, self.frames)
         self._logger.log({"evaluation_return": summary["evaluation_return"]}, self.frames)
         finite = {name: _finite(value) for name, value in summary.items()}
-        _replace(self.folder / "summary.json", json.dumps(finite, indent=2) + "\n")  # last: with it the run is finished
+        replace_file(
+            self.folder / "summary.json", json.dumps(finite, indent=2) + "\n"
+        )  # last: with it the run is finished
         print(
             f"{title}: episode return {summary['episode_return']:.1f} (mean of the last {len(recent)} iterations "
             "with finished episodes), "
@@ -438,7 +440,7 @@ class Run:
         said = {"state": "running" if running else state, "reason": reason}
         if self._ranks.is_first:
             with contextlib.suppress(OSError):  # a full disk
-                _replace(self.folder / STATE, json.dumps(said) + "\n")
+                replace_file(self.folder / STATE, json.dumps(said) + "\n")
 
     def _say(self, text: str) -> None:
         if self._ranks.is_first:
@@ -526,7 +528,7 @@ class Run:
         """Leaves out what was warned of after the checkpoint: it will be again."""
         if (path := self.folder / REPORTS).exists():
             lines = path.read_text().splitlines(keepends=True)
-            _replace(path, "".join(line for line in lines if int(line.partition(":")[0]) <= done))
+            replace_file(path, "".join(line for line in lines if int(line.partition(":")[0]) <= done))
 
     def _continue(self, latest: Path, changed: list[str]) -> None:
         """Puts the state of a checkpoint back, but for the settings that have changed."""
@@ -602,8 +604,13 @@ def _policy_columns(stats: TensorDictBase) -> dict[str, float]:
     return {name: numbers.get(name, math.nan) for name in (*_MEANS, "factor_std")}
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a file that at any time is the old one or the new one."""
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file that at any time is the old one or the new one.
+
+    Args:
+        path: the file.
+        text: what it is to hold.
+    """
     beside = path.with_name(f".{path.name}.new")
     with beside.open("w", newline="") as file:
         file.write(text)

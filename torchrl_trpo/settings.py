@@ -140,7 +140,7 @@ _TRUST_REGION = {
 }
 """The settings of recipes that take trust-region steps alone."""
 _CLIPPED = {"clip_epsilon", *map("updater.{}".format, ADAM_RANGES)}
-"""Those of HAPPO alone."""
+"""Those of recipes that take clipped steps alone."""
 _RECORDED = ("algorithm", "versions")  # a run's config.yaml says them too
 
 
@@ -536,7 +536,7 @@ def check_single_agent(cfg: DictConfig, groups: Sequence[GroupKeys]) -> GroupKey
     if groups[0].group is not None:
         names = [keys.group for keys in groups]
         raise SettingError(
-            f"env: {cfg.env.name!r} has groups of agents, {names}. Use the recipes itrpo, matrpo or hatrpo."
+            f"env: {cfg.env.name!r} has groups of agents, {names}. Legal: the recipe of any other algorithm."
         )
     return groups[0]
 

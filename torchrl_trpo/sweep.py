@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from torchrl_trpo.records import RunRecord, find_runs, finite_mean, read_run
+from torchrl_trpo.records import RunRecord, find_runs, finite_mean, flat, read_run
 from torchrl_trpo.suggest import SettingError
 
 _OF_A_RUN = ("seed", "output_dir", "resume", "versions", "film", "checkpoint", "logger", "algorithm")
@@ -87,19 +87,19 @@ def read_sweep(folder: Path) -> list[Setting]:
     records = [read_run(path) for path in find_runs(folder)]
     if not records:
         raise SettingError(f"folder: there is no run in {str(folder)!r}. Legal: the folder of a sweep.")
-    flat = [_flat(record.config) for record in records]
-    names = list(dict.fromkeys(name for settings in flat for name in settings))
-    differ = [name for name in names if len({_key(settings.get(name)) for settings in flat}) > 1]
+    flattened = [flat(record.config) for record in records]
+    names = list(dict.fromkeys(name for settings in flattened for name in settings))
+    differ = [name for name in names if len({_key(settings.get(name)) for settings in flattened}) > 1]
     differ = [name for name in differ if name.partition(".")[0] not in _OF_A_RUN or name == "algorithm"]
     jobs = _jobs(folder)
     begun = {record.folder.name for record in records}
     lost = Counter(_but_seed(job) for number, job in jobs.items() if number not in begun)
     groups: dict[str, list[int]] = {}
-    for index, settings in enumerate(flat):
+    for index, settings in enumerate(flattened):
         groups.setdefault(_key([settings.get(name) for name in differ]), []).append(index)
     found = []
     for indices in groups.values():
-        values = {name: flat[indices[0]].get(name) for name in differ}
+        values = {name: flattened[indices[0]].get(name) for name in differ}
         runs = [records[index] for index in indices]
         own = {_but_seed(jobs.get(run.folder.name, [])) for run in runs}
         found.append(Setting(values, runs, sum(lost.pop(job, 0) for job in own)))
@@ -200,13 +200,6 @@ def _jobs(folder: Path) -> dict[str, list[str]]:
 
 def _but_seed(job: Sequence[str]) -> tuple[str, ...]:
     return tuple(override for override in job if not override.startswith("seed="))
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in node.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _key(value: Any) -> str:
