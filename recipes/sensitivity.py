@@ -137,7 +137,10 @@ def _plot(
     measured: Mapping[Trial, Mapping[str, float]],
     path: Path,
 ) -> None:
-    """The return on each task over a setting, then its processor seconds: lines are means, dots are seeds."""
+    """The return on each task over a setting, then its processor seconds: lines are means, dots are seeds.
+
+    A panel's axis is that of all sweeps, so that what is noise looks like it.
+    """
     (name, values), *others = space.items()
     curves = [{second: each} for second, choices in others for each in choices] or [{}]
     panels = [*((task, "evaluation_return") for task in plan["tasks"]), (plan["tasks"][0], "cpu_s")]
@@ -161,8 +164,9 @@ def _plot(
         axis.set_xlabel(name)
         shown = "return" if column == "evaluation_return" else "processor seconds"
         axis.set_title(f"{task.partition('/')[2]}: {shown}", fontsize=10)
-        if column == "cpu_s":
-            axis.set_ylim(bottom=0)
+        everywhere = [run[column] for trial, run in measured.items() if trial.task == task]
+        low, high = 0.0 if column == "cpu_s" else min(everywhere), max(everywhere)
+        axis.set_ylim(low - 0.05 * (high - low) * (column != "cpu_s"), high + 0.05 * (high - low))
         if others and axis is figure.axes[0]:
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=120)
