@@ -180,12 +180,12 @@ def _tables(comparison: Comparison) -> str:
     for task in comparison.tasks:
         finals = {name: comparison.final(task, name) for name in names}
         best = max(finals.values(), key=lambda values: float(values.mean()))
-        texts = []
+        digits = "z.1f" if best.abs().max() >= 10 else "z.2f"
+        texts = [format(comparison.random[task], digits)]
         for values in finals.values():
-            digits = 1 if best.abs().max() >= 10 else 2
-            text = f"{values.mean():.{digits}f} [{values.min():.{digits}f}, {values.max():.{digits}f}]"
+            text = "{:{d}} [{:{d}}, {:{d}}]".format(*map(float, (values.mean(), values.min(), values.max())), d=digits)
             texts.append(f"**{text}**" if values is best or _may_equal(values, best) else text)
-        lines.append(f"| `{task}` | {frames[task]:,} | {comparison.random[task]:.1f} | {' | '.join(texts)} |")
+        lines.append(f"| `{task}` | {frames[task]:,} | {' | '.join(texts)} |")
     lines += ["", "Processor seconds of a run, mean over seeds:", "", head.replace("| |", "| task |", 1), rule]
     for task in comparison.tasks:
         texts = [f"{comparison.curves[task, name].cpu_s[:, -1].mean():.0f}" for name in names]

@@ -159,8 +159,8 @@ def test_the_report_has_a_table_and_figures(tmp_path):
     assert all(path.stat().st_size > 0 for path in paths)
     text = (tmp_path / "comparison.md").read_text()
     assert "| `vmas/a` | 200 | 0.0 | 5.0 [4.0, 6.0] | **10.0 [10.0, 10.0]** |" in text
-    assert "| `vmas/b` | 200 | -10.0 | **-2.00 [-3.00, -1.00]** | -5.00 [-5.00, -5.00] |" in text
-    assert "| `vmas/c` | 200 | 0.0 | **3.00 [1.00, 5.00]** | **2.50 [2.00, 3.00]** |" in text
+    assert "| `vmas/b` | 200 | -10.00 | **-2.00 [-3.00, -1.00]** | -5.00 [-5.00, -5.00] |" in text
+    assert "| `vmas/c` | 200 | 0.00 | **3.00 [1.00, 5.00]** | **2.50 [2.00, 3.00]** |" in text
     assert "| P(better than MAPPO), equal frames | 0.50 [0.33, 0.67] |  |" in text
 
 
