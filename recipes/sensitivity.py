@@ -166,7 +166,8 @@ def _plot(
         axis.set_title(f"{task.partition('/')[2]}: {shown}", fontsize=10)
         everywhere = [run[column] for trial, run in measured.items() if trial.task == task]
         low, high = 0.0 if column == "cpu_s" else min(everywhere), max(everywhere)
-        axis.set_ylim(low - 0.05 * (high - low) * (column != "cpu_s"), high + 0.05 * (high - low))
+        margin = 0.05 * (high - low) or 0.05
+        axis.set_ylim(0.0 if column == "cpu_s" else low - margin, high + margin)
         if others and axis is figure.axes[0]:
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=120)

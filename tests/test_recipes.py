@@ -371,7 +371,8 @@ def test_an_iteration_that_is_not_logged_is_an_error(tmp_path, monkeypatch):
 
 def test_single_agent_recipes_refuse_teams(tmp_path):
     with pytest.raises(
-        ValueError, match=r"env: 'vmas/balance' has groups of agents, \['agents'\]\. Use the recipes itrpo"
+        ValueError,
+        match=r"env: 'vmas/balance' has groups of agents, \['agents'\]\. Legal: the recipe of any other algorithm",
     ):
         trpo.train(config("trpo", tmp_path, "env=vmas/balance"))
 
