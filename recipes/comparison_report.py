@@ -287,6 +287,8 @@ def _plot_scores(comparison: Comparison, path: Path) -> None:
                 axis.plot([value[0], value[0]], [position - 0.3, position + 0.3], color="black", lw=2)
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=10)
+        axis.use_sticky_edges = False  # which would leave the bars no margin
+        axis.autoscale_view()
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(comparison.algorithms)), [NAMES[name] for name in reversed(comparison.algorithms)])
     axes[0].set_xlabel("0: random policy, 1: the best mean")
