@@ -94,9 +94,9 @@ def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, 
     folder, is_random = cell.folder(root), cell.algorithm == "random"
     recipe = plan["algorithms"][0] if is_random else cell.algorithm
     cfg = config(recipe, overrides, folder)
-    settings_now: Any = OmegaConf.to_container(cfg, resolve=True)
+    now: Any = OmegaConf.to_container(cfg, resolve=True)
     played = {"seed": plan["evaluation"]["seed"] + cell.seed, "episodes": plan["evaluation"]["episodes"][library]}
-    now = settings_now | {"evaluation": played}
+    now["evaluation"] = played
     done = folder / "comparison.json"
     if done.exists():
         before = json.loads(done.read_text())

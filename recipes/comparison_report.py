@@ -199,11 +199,7 @@ def _tables(comparison: Comparison) -> str:
     lines += [
         "",
         f"Scores over all tasks{without}. 0 is a random policy, 1 the best algorithm's mean at equal frames, which",
-    ]
-    lines += [
-        "the bootstrap holds fixed. Equal processor seconds are those that a task's cheapest algorithm takes for all"
-    ]
-    lines += [
+        "the bootstrap holds fixed. Equal processor seconds are those that a task's cheapest algorithm takes for all",
         "frames; a run that has not been evaluated until then has 0. Intervals of 95 %, from resampled seeds:",
         "",
     ]

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from torchrl_trpo.recipes.experiments import CONFIG, config, run_all, train
-from torchrl_trpo.records import finite_mean, read_run
+from torchrl_trpo.records import read_run
 
 MEASURED = ("evaluation_return", "cpu_s", "accepted", "kl_ratio", "explained_variance")
 """What a run gives: the deterministic policy's return at the end, the processor seconds, and of the second half of its
@@ -89,14 +89,13 @@ def run_trial(plan: Mapping[str, Any], root: Path, trial: Trial) -> dict[str, fl
     train(plan["recipe"], cfg)
     summary = json.loads((folder / "summary.json").read_text())
     run = read_run(folder)
-    late = {name: run.column(name)[len(run.column(name)) // 2 :] for name in ("accepted", "kl", "explained_variance")}
-    means = {name: finite_mean(values) for name, values in late.items()}
+    half = -(-len(run.column("iteration")) // 2)
     return {
         "evaluation_return": summary["evaluation_return"],
         "cpu_s": summary["cpu_s"],
-        "accepted": means["accepted"],
-        "kl_ratio": means["kl"] / cfg.updater.max_kl,
-        "explained_variance": means["explained_variance"],
+        "accepted": run.recent("accepted", half),
+        "kl_ratio": run.recent("kl", half) / cfg.updater.max_kl,
+        "explained_variance": run.recent("explained_variance", half),
     }
 
 

@@ -140,12 +140,15 @@ def _table(
     tasks = list(dict.fromkeys(trial["task"] for trial in found))
     returns = {task: [trial["evaluation_return"] for trial in found if trial["task"] == task] for task in tasks}
     hours = sum(trial["cpu_s"] for trial in found) / 3600
-    lines = ["# The search for settings", "", "<!-- Written by python -m torchrl_trpo.recipes.tuning -->", ""]
-    lines += [
-        f"{len(found)} trials, {hours:.1f} processor hours. Return of the deterministic policy. **Bold**: taken, the"
+    lines = [
+        "# The search for settings",
+        "",
+        "<!-- Written by python -m torchrl_trpo.recipes.tuning -->",
+        "",
+        f"{len(found)} trials, {hours:.1f} processor hours. Return of the deterministic policy. **Bold**: taken, the",
+        f"best with {_said(choose)}: [why](README.md#the-comparison).",
+        "The mean is of the place between a task's worst trial of all algorithms, 0, and its best, 1.",
     ]
-    lines += [f"best with {_said(choose)}: [why](README.md#the-comparison)."]
-    lines += ["The mean is of the place between a task's worst trial of all algorithms, 0, and its best, 1."]
     for algorithm in dict.fromkeys(trial["algorithm"] for trial in found):
         by_settings: dict[str, list[Mapping[str, Any]]] = {}
         for trial in found:

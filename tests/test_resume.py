@@ -89,28 +89,20 @@ def check_same(whole, resumed):
 CASES = [
     ("trpo", "gym/CartPole-v1", ["normalize_observations=true", "critic.value_norm=true"]),
     ("trpo", "gym/Pendulum-v1", ["actor.network=lstm", "critic.network=gru"]),
-    ("itrpo", "vmas/balance", ["critic.value_norm=true"]),
+    pytest.param("itrpo", "vmas/balance", ["critic.value_norm=true"], marks=pytest.mark.slow),
     ("itrpo", "pettingzoo/simple_spread_v3", ["env.parallel=true", "env.num_envs=2"]),
     ("matrpo", "vmas/navigation", ["normalize_observations=true", "updater.fisher_subsample=0.5"]),
-    ("matrpo", "pettingzoo/simple_tag_v3", ["critic.inputs=both"]),
+    pytest.param("matrpo", "pettingzoo/simple_tag_v3", ["critic.inputs=both"], marks=pytest.mark.slow),
     ("hatrpo", "vmas/balance", ["critic.value_norm=true", "normalize_observations=true"]),
-    ("hatrpo", "vmas/simple_spread", ["actor.network=gru"]),
+    pytest.param("hatrpo", "vmas/simple_spread", ["actor.network=gru"], marks=pytest.mark.slow),
     ("hatrpo", "pettingzoo/simple_speaker_listener_v4", ["env.continuous_actions=true"]),
     ("happo", "vmas/balance", ["normalize_observations=true", "updater.minibatch_size=20"]),
-    ("mappo", "vmas/navigation", ["updater.minibatch_size=20"]),
+    pytest.param("mappo", "vmas/navigation", ["updater.minibatch_size=20"], marks=pytest.mark.slow),
     ("hatrpo", "mamujoco/Swimmer", ["env.kwargs.agent_conf=2x1"]),
 ]
-SLOW = {("itrpo", "vmas/balance"), ("matrpo", "pettingzoo/simple_tag_v3"), ("hatrpo", "vmas/simple_spread")}
-SLOW |= {("mappo", "vmas/navigation")}
 
 
-@pytest.mark.parametrize(
-    ("name", "env", "overrides"),
-    [
-        pytest.param(*case, id=f"{case[0]}-{case[1]}", marks=[pytest.mark.slow] if case[:2] in SLOW else [])
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize(("name", "env", "overrides"), CASES)
 @pytest.mark.usefixtures("quick_processes")
 def test_resumed_is_uninterrupted(name, env, overrides, tmp_path):
     common = [f"env={env}", "film=false", "checkpoint.every=2", "env.max_steps=9"]

@@ -372,9 +372,7 @@ class Run:
                 self._logger.log_film(film, self.frames)
         self._logger.log({"evaluation_return": summary["evaluation_return"]}, self.frames)
         finite = {name: _finite(value) for name, value in summary.items()}
-        replace_file(
-            self.folder / "summary.json", json.dumps(finite, indent=2) + "\n"
-        )  # last: with it the run is finished
+        replace_file(self.folder / "summary.json", json.dumps(finite, indent=2) + "\n")  # last: the run is finished
         print(
             f"{title}: episode return {summary['episode_return']:.1f} (mean of the last {len(recent)} iterations "
             "with finished episodes), "
