@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import multiprocessing
 
 import pytest
@@ -9,6 +10,13 @@ from tensordict.nn import set_composite_lp_aggregate
 from tests.rank_processes import PRELOADED
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What has been imported stays, and the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

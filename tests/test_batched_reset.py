@@ -106,8 +106,12 @@ def assert_same_rows(left: dict, right: dict, rows: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     "scenario",
     [
-        *(name for name in VmasEnv.available_envs if name not in {*SLOW, "sampling", "pollock"}),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sampling", "pollock")),  # steps of many seconds
+        *(
+            # test_object_state.py has the others; a step of sampling takes many seconds
+            pytest.param(name, marks=[] if at % 2 and name != "sampling" else [pytest.mark.slow])
+            for at, name in enumerate(VmasEnv.available_envs)
+            if name not in SLOW
+        ),
         Keeper,
     ],
 )
@@ -130,8 +134,14 @@ def test_each_scenario_is_reset_exactly(scenario):
         assert_same_rows({k: ours[k] for k in leaves}, {k: fresh[k] for k in leaves}, ENDED)
 
 
-@pytest.mark.parametrize("continuous", [True, False], ids=["continuous", "discrete"])
-@pytest.mark.parametrize("scenario", [name for name in VmasEnv.available_envs if name != "road_traffic"])  # has a clock
+@pytest.mark.parametrize(
+    ("scenario", "continuous"),
+    [
+        pytest.param(scenario, continuous, marks=[] if continuous == bool(at % 2) else [pytest.mark.slow])
+        for at, scenario in enumerate(name for name in VmasEnv.available_envs if name != "road_traffic")  # has a clock
+        for continuous in (True, False)
+    ],
+)
 def test_data_is_that_of_torchrls_wrapper(scenario, continuous):
     """The same keys, shapes, types and values at a reset and at steps, in groups of any kind."""
     env = make(scenario, continuous_actions=continuous)

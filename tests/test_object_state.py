@@ -85,7 +85,14 @@ def assert_same(left: list[dict], right: list[dict]) -> None:
             torch.testing.assert_close(value, theirs[key], rtol=0, atol=0, equal_nan=True, msg=key)
 
 
-@pytest.mark.parametrize("scenario", [name for name in VmasEnv.available_envs if name not in IN_A_NEW_PROCESS])
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if at % 2 else [])  # test_batched_reset.py has the others
+        for at, name in enumerate(VmasEnv.available_envs)
+        if name not in IN_A_NEW_PROCESS
+    ],
+)
 def test_each_scenario_goes_on_bit_for_bit(scenario):
     env, other = make(scenario, 0), make(scenario, 1)
     state, why_slowly = env.state_dict(), env._why_slowly

@@ -87,7 +87,12 @@ def check_same(whole, resumed):
 
 
 CASES = [
-    ("trpo", "gym/CartPole-v1", ["normalize_observations=true", "critic.value_norm=true"]),
+    pytest.param(
+        "trpo",
+        "gym/CartPole-v1",
+        ["normalize_observations=true", "critic.value_norm=true"],
+        marks=pytest.mark.slow,
+    ),
     ("trpo", "gym/Pendulum-v1", ["actor.network=lstm", "critic.network=gru"]),
     pytest.param("itrpo", "vmas/balance", ["critic.value_norm=true"], marks=pytest.mark.slow),
     ("itrpo", "pettingzoo/simple_spread_v3", ["env.parallel=true", "env.num_envs=2"]),
@@ -384,7 +389,7 @@ def test_what_a_killed_writer_left_is_removed(run_folder):
 @pytest.mark.parametrize(
     ("number", "env"),
     [
-        (signal.SIGTERM, ["env=vmas/balance", "env.num_envs=4"]),
+        pytest.param(signal.SIGTERM, ["env=vmas/balance", "env.num_envs=4"], marks=pytest.mark.slow),
         (signal.SIGINT, ["env=pettingzoo/simple_speaker_listener_v4", "env.num_envs=1", "env.parallel=true"]),
     ],
 )
@@ -392,7 +397,7 @@ def test_what_a_killed_writer_left_is_removed(run_folder):
 def test_a_signal_ends_the_iteration_and_writes_a_checkpoint(number, env, tmp_path):
     """And the resumed run, here in another process, is the one that was not stopped. Ctrl-C goes to all processes."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    settings = [*env, "film=false", "train.total_frames=600", "train.frames_per_batch=100", "checkpoint.every=1000"]
+    settings = [*env, "film=false", "train.total_frames=400", "train.frames_per_batch=100", "checkpoint.every=1000"]
     settings += ["critic.minibatch_size=100"]
     command = [sys.executable, "-m", "torchrl_trpo.recipes.hatrpo", *TINY, *settings, f"output_dir={folder}"]
     settings_of_process = {"start_new_session": True, "preexec_fn": heed_sigint}

@@ -46,16 +46,12 @@ def _nothing_is_built(monkeypatch):
         monkeypatch.setattr(recipe, "make_env", lambda *_, **__: pytest.fail("an environment was built"))
 
 
-ONE = [
-    # Types and ranges.
-    ("hatrpo", "seed=x", r"^seed must be a whole number from 0 to 4294967295, got 'x'\.$"),
+VALUES = [
     ("hatrpo", "seed=-1", r"^seed must be .*, got -1\.$"),
     ("hatrpo", "seed=4294967296", r"^seed must be .*, got 4294967296\.$"),
     ("hatrpo", "seed=true", r"^seed must be .*, got true\.$"),
     ("hatrpo", "film=3", r"^film must be true or false, got 3\.$"),
     ("hatrpo", "film=null", r"^film must be true or false, got null\.$"),
-    ("hatrpo", "output_dir=null", r"^output_dir must be a folder, got null\.$"),
-    ("hatrpo", "resume=[1]", r"^resume.*'\[1\]' has no config\.yaml"),
     ("hatrpo", "gamma=null", r"^gamma must be a number from 0 to 1, got null\.$"),
     ("hatrpo", "gamma=nan", r"^gamma must be a number from 0 to 1, got nan\.$"),
     ("hatrpo", "lmbda=true", r"^lmbda must be a number from 0 to 1, got true\.$"),
@@ -84,16 +80,22 @@ ONE = [
     ("happo", "updater.epochs=0", r"^updater\.epochs must be a whole number of at least 1, got 0\.$"),
     ("happo", "updater.minibatch_size=2.5", r"^updater\.minibatch_size must be a whole number .*, got 2\.5\.$"),
     ("happo", "updater.max_grad_norm=null", r"^updater\.max_grad_norm must be a positive number, got null\.$"),
-    # Names of values.
-    ("hatrpo", "team_reward=max", r"^team_reward: 'max'\. Did you mean 'mean'\? Legal: 'mean', 'sum', 'null'\.$"),
     ("hatrpo", "critic.inputs=staet", r"^critic\.inputs: 'staet'\. Did you mean 'state'\?"),
     ("itrpo", "actor.sharing=null", r"^actor\.sharing: null\. .*Legal: 'all', 'group', 'none'\.$"),
     ("itrpo", "actor.network=[gru]", r"^actor\.network: \['gru'\]\. .*Legal: 'mlp', 'gru', 'lstm'\.$"),
     ("itrpo", "critic.share_params=none", r"^critic\.share_params must be true or false, got 'none'\.$"),
     ("matrpo", "critic.others_actions=1", r"^critic\.others_actions must be true or false, got 1\.$"),
-    ("hatrpo", "agent_order=[0,0]", r"^agent_order must be random, fixed, or a list .*, got \[0, 0\]\.$"),
     ("hatrpo", "agent_order=[false,true]", r"^agent_order must be .*, got \[False, True\]\.$"),
     ("hatrpo", "agent_order=backwards", r"^agent_order must be .*, got 'backwards'\.$"),
+]
+
+ONE = [
+    # Values.
+    ("hatrpo", "seed=x", r"^seed must be a whole number from 0 to 4294967295, got 'x'\.$"),
+    ("hatrpo", "output_dir=null", r"^output_dir must be a folder, got null\.$"),
+    ("hatrpo", "resume=[1]", r"^resume.*'\[1\]' has no config\.yaml"),
+    ("hatrpo", "team_reward=max", r"^team_reward: 'max'\. Did you mean 'mean'\? Legal: 'mean', 'sum', 'null'\.$"),
+    ("hatrpo", "agent_order=[0,0]", r"^agent_order must be random, fixed, or a list .*, got \[0, 0\]\.$"),
     ("hatrpo", "device=tpu", r"^device: 'tpu' is not there.* Did you mean 'cpu'\? Legal: 'auto', 'cpu'"),
     ("hatrpo", "device=null", r"^device: None is not there.* Legal: 'auto', 'cpu'"),
     ("hatrpo", "env.name=vmas/balanc", r"^env: 'vmas/balanc'\. Did you mean 'vmas/balance'"),
@@ -128,6 +130,30 @@ ONE = [
     ("hatrpo", "env=gym/CartPole-v1", r"^env: 'gym/CartPole-v1' has a single agent.*Use the recipe trpo\.$"),
     ("hatrpo", "env=custom", r"^env\.factory must be 'package\.module\.function', .*, got null\.$"),
 ]
+
+
+def together(cases):
+    """Puts cases of the same recipe and of different settings together: recipes, and for each its cases by setting."""
+    groups = []
+    for name, override, expected in cases:
+        setting = override.partition("=")[0]
+        fitting = (group for recipe, group in groups if recipe == name and setting not in group)
+        group = next(fitting, None)
+        if group is None:
+            groups.append((name, group := {}))
+        group[setting] = (override, expected)
+    return groups
+
+
+@pytest.mark.parametrize(("name", "cases"), together(VALUES), ids=str)
+def test_each_value_that_cannot_be_has_its_line(name, cases):
+    said = message(name, *[override for override, _ in cases.values()])
+    lines = [line.removeprefix("  - ") for line in said.splitlines()]
+    if len(cases) > 1:
+        assert lines.pop(0) == f"{len(cases)} settings cannot be:"
+    assert len(lines) == len(cases)
+    for _, expected in cases.values():
+        assert sum(bool(re.search(expected, line)) for line in lines) == 1, expected
 
 
 @pytest.mark.parametrize(("name", "override", "expected"), ONE, ids=lambda value: str(value)[:40])

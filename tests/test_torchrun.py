@@ -34,7 +34,7 @@ def train(name, folder, *overrides):
     return summary, told.getvalue()
 
 
-@pytest.mark.parametrize("name", ["matrpo", "trpo"])
+@pytest.mark.parametrize("name", ["matrpo", pytest.param("trpo", marks=pytest.mark.slow)])
 def test_processes_are_one_run(name, tmp_path):
     (summary, told), (other_summary, other_told) = on_ranks(2, train, name, tmp_path, job="job")
     assert summary["frames"] == 400
@@ -88,7 +88,7 @@ def test_environments_that_cannot_be_spread_are_refused(tmp_path):
 
 def test_the_folder_of_another_job_is_refused(tmp_path):
     """Also when torchrun starts that one again because it was refused."""
-    on_ranks(2, train, "itrpo", tmp_path, job="one")
+    on_ranks(2, train, "itrpo", tmp_path, "train.total_frames=80", job="one")
     messages = on_ranks(2, refused, "itrpo", tmp_path, job="other:1")
     assert all("holds a run already" in message for message in messages)
 

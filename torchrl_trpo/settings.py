@@ -300,9 +300,14 @@ def register_environments(config_dir: Path) -> list[str]:
         for task in sorted(written.union(tasks)):
             choices.append(f"{library}/{task}")
             if task not in written:
-                node = {"name": choices[-1], **_ENV_DEFAULTS[library]}
-                ConfigStore.instance().store(group=f"env/{library}", name=task, node=node, package="env")
+                _register(library, task)
     return choices
+
+
+@functools.cache  # once each: a store of a hundred takes as long as composing a config
+def _register(library: str, task: str) -> None:
+    node = {"name": f"{library}/{task}", **_ENV_DEFAULTS[library]}
+    ConfigStore.instance().store(group=f"env/{library}", name=task, node=node, package="env")
 
 
 def _defaults(config_dir: Path, config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
