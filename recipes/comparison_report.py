@@ -36,11 +36,13 @@ class Curves:
         frames: the environment steps at each evaluation, ``[n_points]``.
         cpu_s: the processor seconds of training until then, ``[n_runs, n_points]``.
         returns: the evaluation returns, ``[n_runs, n_points]``.
+        stds: the standard deviations of the returns within an evaluation, ``[n_runs, n_points]``.
     """
 
     frames: Tensor
     cpu_s: Tensor
     returns: Tensor
+    stds: Tensor
 
     def at_cpu(self, seconds: float) -> Tensor:
         """The return of each run when it had used so many processor seconds, linear between two evaluations.
@@ -67,8 +69,9 @@ class Comparison:
         seeds: the seeds that all have.
         curves: the evaluations by task and algorithm.
         random: the random policy's mean return by task.
-        learned: the tasks on which each run of some algorithm ends above each of the random policy's evaluations. On
-            the others a score would compare noise with noise.
+        learned: the tasks on which each run of some algorithm ends above all evaluations of the random policy, by at
+            least half of the standard deviation of its own episodes (an effect that is not small, Cohen 1988). On the
+            others a score would compare noise with noise.
 
     Raises:
         ValueError: if no seed is complete, or a return is not finite.
@@ -90,19 +93,20 @@ class Comparison:
             raise ValueError(f"no seed has all algorithms on all tasks; the first that are missing: {missing[:5]}.")
         self.curves = {cell: self._curves([runs[(*cell, seed)] for seed in self.seeds]) for cell in cells}
         self.random = {task: float(self.curves[task, "random"].returns.mean()) for task in self.tasks}
-        self.learned = [
-            task
-            for task in self.tasks
-            if any(self.final(task, name).min() > self.final(task, "random").max() for name in self.algorithms)
-        ]
+        self.learned = [task for task in self.tasks if any(self._learns(name, task) for name in self.algorithms)]
 
     @staticmethod
     def _curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> Curves:
         columns = {
             name: torch.tensor([[float(row[name]) for row in run] for run in runs], dtype=torch.float64)
-            for name in ("frames", "cpu_s", "evaluation_return")
+            for name in ("frames", "cpu_s", "evaluation_return", "evaluation_std")
         }
-        return Curves(columns["frames"][0], columns["cpu_s"], columns["evaluation_return"])
+        frames, *others = columns.values()
+        return Curves(frames[0], *others)
+
+    def _learns(self, algorithm: str, task: str) -> bool:
+        gain = self.final(task, algorithm) - self.final(task, "random").max()
+        return bool(((gain > 0) & (gain >= 0.5 * self.curves[task, algorithm].stds[:, -1])).all())
 
     def final(self, task: str, algorithm: str) -> Tensor:
         """The last evaluation's returns, ``[n_seeds]``."""

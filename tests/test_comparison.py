@@ -127,6 +127,7 @@ def test_at_equal_processor_seconds_a_run_is_between_its_evaluations():
         frames=torch.tensor([100.0, 200.0]),
         cpu_s=torch.tensor([[10.0, 20.0], [12.0, 24.0], [30.0, 60.0]], dtype=torch.float64),
         returns=torch.tensor([[1.0, 2.0], [1.0, 3.0], [5.0, 6.0]], dtype=torch.float64),
+        stds=torch.ones(3, 2),
     )
     assert curves.at_cpu(22).tolist() == pytest.approx([2, 1 + 2 * 10 / 12, math.nan], nan_ok=True)
 
@@ -141,8 +142,9 @@ def test_only_seeds_that_all_have_are_compared():
 
 
 def test_a_task_that_nobody_learns_has_no_score():
-    finals = {name: {**tasks, "vmas/c": [0.0, 0.2]} for name, tasks in FINALS.items()}
-    finals["random"]["vmas/c"] = [0.1, 0.1]
+    """Runs above the random policy, but by little of what their episodes differ, have learned nothing either."""
+    finals = {name: {**tasks, "vmas/c": [0.0, 9.0], "vmas/d": [0.3, 0.4]} for name, tasks in FINALS.items()}
+    finals["random"] |= {"vmas/c": [0.1, 0.1], "vmas/d": [0.0, 0.0]}
     compared = Comparison(list(rows(**finals)))
     assert compared.learned == ["vmas/a", "vmas/b"]
     assert compared.scores("hatrpo").tolist() == [[0.4, 0.6], [7 / 8, 9 / 8]]
