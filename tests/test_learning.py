@@ -1,4 +1,4 @@
-"""The learning results of the README, with the recipes' defaults; run with ``make test-slow``."""
+"""The learning results of docs/results, with the recipes' defaults; run with ``make test-slow``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's example runs as it stands there."""
+"""The README's example runs as it stands there, and its results are those that were measured."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torchrl_trpo.groups import group_keys
 from torchrl_trpo.networks import make_actor, make_critic
 
 README = Path(__file__).parents[1] / "README.md"
+COMPARISON = README.parent / "docs" / "results" / "comparison.md"
 
 
 def test_the_drop_in_example(capsys):
@@ -29,6 +30,13 @@ def test_the_drop_in_example(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("[True, True, True] [0.0") for line in lines)
+
+
+def test_its_results_are_those_of_the_comparison():
+    rows = [line for line in README.read_text().splitlines() if line.startswith(("| `vmas/", "| `pettingzoo/"))]
+    measured = COMPARISON.read_text().split("\n| task | ")[1].splitlines()[2:]
+    assert len(rows) == 8
+    assert rows == measured[: len(rows)]
 
 
 def test_the_readme_is_short():
