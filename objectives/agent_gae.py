@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrl.modules import ValueNorm, set_recurrent_mode
 from torchrl.objectives.value import MultiAgentGAE
 
+from torchrl_trpo.functional import other_parameters, parameters_restored
 from torchrl_trpo.layout import finite_where_masked, group_of, path, reads_init
 from torchrl_trpo.objectives.policy_rows import entry
 from torchrl_trpo.suggest import nearest
@@ -111,7 +112,7 @@ class AgentGAE(MultiAgentGAE):
         data = self._prepared(tensordict, time_dim)
         average, self.average_gae = self.average_gae, False  # the parent's average counts masked entries too
         try:
-            with set_recurrent_mode(True):
+            with set_recurrent_mode(True), parameters_restored(self.value_network):
                 super().forward(data, params=params, target_params=target_params, time_dim=time_dim)
         finally:
             self.average_gae = average
@@ -131,7 +132,7 @@ class AgentGAE(MultiAgentGAE):
             *args: as for :meth:`~torchrl.objectives.value.MultiAgentGAE.value_estimate`.
             **kwargs: as for :meth:`~torchrl.objectives.value.MultiAgentGAE.value_estimate`.
         """
-        with set_recurrent_mode(True):
+        with set_recurrent_mode(True), parameters_restored(self.value_network):
             return super().value_estimate(self._prepared(tensordict, kwargs.get("time_dim")), *args, **kwargs)
 
     def _prepared(self, tensordict: TensorDictBase, time_dim: int | None) -> TensorDictBase:
@@ -244,7 +245,7 @@ class AgentGAE(MultiAgentGAE):
         network: Any = self.value_network
         time_dim = self._get_time_dim(None, data)
         carried = [key for key in network.in_keys if ("next", *path(key)) in network.out_keys]
-        own = contextlib.nullcontext() if params is None else params.to_module(network, preserve_module_state=False)
+        own = contextlib.nullcontext() if params is None else other_parameters(network, params)
         before: TensorDictBase = TensorDict()
         steps = []
         with torch.no_grad(), own, set_recurrent_mode(False):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_trpo.divergence import has_exact_entropy, kl_divergence
+from torchrl_trpo.functional import other_parameters
 from torchrl_trpo.layout import reads_init
 from torchrl_trpo.minibatches import ADAM_RANGES, average_gradients, count_by_rank, draw_minibatches
 from torchrl_trpo.objectives.loss_parts import estimated_advantage, exact_entropy, row_mask, standardized_advantage
@@ -174,7 +176,8 @@ class ClippedUpdater(RangedSettings):
     def step(self, tensordict: TensorDictBase) -> TensorDict:
         """Updates the policy of each group once on a batch; the batch is not modified.
 
-        A minibatch whose loss or gradient is not finite is left out, so that no parameter can become NaN.
+        If anything raises, policies and optimisers are as before the step, to the bit. A minibatch whose loss or
+        gradient is not finite is left out, so that no parameter can become NaN.
 
         Args:
             tensordict: the collected data, ``[*B, T]``, with advantages or what the losses need to compute them.
@@ -190,8 +193,24 @@ class ClippedUpdater(RangedSettings):
               that of a step was not.
         """
         rows = [self._rows(member.group, self.losses[member.group], tensordict) for member in self._members]
-        stats = [self._update(member, of_group)[0] for member, of_group in zip(self._members, rows, strict=True)]
-        return torch.stack(stats)
+        with self._restored():
+            stats = [self._update(member, of_group)[0] for member, of_group in zip(self._members, rows, strict=True)]
+            return torch.stack(stats)
+
+    @contextlib.contextmanager
+    def _restored(self) -> Iterator[None]:
+        """Puts policies and optimisers back, to the bit, if an error leaves."""
+        tensors = [value.data for loss in self.losses.values() for value in actor_parameters(loss).values(True, True)]
+        before = [value.clone() for value in tensors]
+        optimizers = [copy.deepcopy(member.optimizer.state_dict()) for member in self._members]
+        try:
+            yield
+        except BaseException:
+            for value, own in zip(tensors, before, strict=True):
+                value.copy_(own)
+            for member, state in zip(self._members, optimizers, strict=True):
+                member.optimizer.load_state_dict(state)
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """The settings by name, and the ``optimizers``' states by policy."""
@@ -309,8 +328,7 @@ class ClippedUpdater(RangedSettings):
                 objective = rows.log_prob.new_zeros(())
                 if len(drawn):
                     batch = _minibatch(self.losses[member.group], rows.take(drawn), counts[drawn])
-                    policy = member.parameters.to_module(member.network, preserve_module_state=False)
-                    with set_recurrent_mode(True), policy:
+                    with set_recurrent_mode(True), other_parameters(member.network, member.parameters):
                         out = loss(batch)
                     objective = out["loss_objective"] + out.get("loss_entropy", 0.0)
                     objective.backward()

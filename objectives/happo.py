@@ -120,8 +120,9 @@ class HAPPOUpdater(ClippedUpdater):
     def step(self, tensordict: TensorDictBase) -> TensorDict:
         """Updates the policy of each agent once on a batch; the batch is not modified.
 
-        A minibatch whose loss or gradient is not finite is left out, so that no parameter can become NaN; to the agents
-        that follow, a row that is not finite is as if this agent had not changed there.
+        If anything raises, policies and optimisers are as before the step, to the bit. A minibatch whose loss or
+        gradient is not finite is left out, so that no parameter can become NaN; to the agents that follow, a row that is
+        not finite is as if this agent had not changed there.
 
         Args:
             tensordict: the collected data, ``[*B, T]``, with advantages or what the losses need to compute them.
@@ -143,15 +144,16 @@ class HAPPOUpdater(ClippedUpdater):
         first = next(iter(rows.values()))
         order: list[int] = []
         updated: list[TensorDict] = []
-        for turn in self._sequence.turns(first.log_prob.new_ones(first.log_prob.shape[: first.row_dims].numel())):
-            member = self._members[turn.agent]
-            own = rows[member.group] if member.index is None else rows[member.group].of_agent(member.index)
-            stats, ratio = self._update(member, own.with_factor(turn.factor).contiguous())
-            turn.finish(ratio)
-            updated.append(stats)
-            order.append(turn.agent)
-        by_agent = TensorDict.stack([updated[order.index(agent)] for agent in range(len(order))])
-        return by_agent.set("order", torch.tensor(order, device=by_agent["kl"].device))
+        with self._restored():
+            for turn in self._sequence.turns(first.log_prob.new_ones(first.log_prob.shape[: first.row_dims].numel())):
+                member = self._members[turn.agent]
+                own = rows[member.group] if member.index is None else rows[member.group].of_agent(member.index)
+                stats, ratio = self._update(member, own.with_factor(turn.factor).contiguous())
+                turn.finish(ratio)
+                updated.append(stats)
+                order.append(turn.agent)
+            by_agent = TensorDict.stack([updated[order.index(agent)] for agent in range(len(order))])
+            return by_agent.set("order", torch.tensor(order, device=by_agent["kl"].device))
 
     def _make_members(self) -> list[Member]:
         """The agents of all groups; one for a policy without an agent dimension, as the data will tell."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchrl.modules import set_recurrent_mode
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
+from torchrl_trpo.functional import other_parameters
 from torchrl_trpo.layout import path
 from torchrl_trpo.suggest import nearest
 
@@ -82,17 +83,18 @@ def distribution_keys(network: ProbabilisticTensorDictSequential) -> list[Nested
 def distribution_parameters(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, inputs: TensorDictBase
 ) -> TensorDictBase:
-    """The parameters of a policy's distribution, as a function of the policy's own.
+    """The parameters of a policy's distribution, as a function of the policy's own; nothing else changes.
 
     Args:
         network: the policy.
-        parameters: its parameters and buffers.
+        parameters: its parameters and buffers; what the policy writes into buffers (running statistics) is lost.
         inputs: what it reads, batch size ``[*R]``; for a recurrent policy the last dimension is time.
 
     Returns:
         The distribution's parameters, batch size ``[*R]``.
     """
-    with set_recurrent_mode(True), parameters.to_module(network, preserve_module_state=False):
+    parameters = parameters.apply(lambda value: value if value.requires_grad else value.clone())
+    with set_recurrent_mode(True), other_parameters(network, parameters):
         return network.get_dist_params(inputs.copy()).select(*distribution_keys(network))
 
 

@@ -28,6 +28,8 @@ from torchrl_trpo.vectors import flatten, unflatten
 
 _CPU_ROWS = 4096
 """Rows times agents that are evaluated at once on a CPU."""
+_LARGEST_LOG_RATIO = 40.0
+"""Its square is within float32."""
 
 
 @dataclass
@@ -110,6 +112,8 @@ class PolicyTrustRegion:
         self._live = [self._stateless.get(names[0]) for names in self._keys]
         self._leaves = [value.clone().requires_grad_() for value in self._live]
         self._accepted = torch.zeros(len(indices), dtype=torch.bool, device=rows.log_prob.device)
+        self._log_ratio_max = rows.log_prob.new_zeros(len(indices))
+        self._ratio_moments = rows.log_prob.new_zeros(2, len(indices))
         self._ranks = ranks
         self._chunk_rows = len(rows) if chunk_size is None else max(1, chunk_size // rows.steps_per_row)
         self._bounded: TanhNormal | None = None
@@ -119,16 +123,6 @@ class PolicyTrustRegion:
     def parameters(self) -> Tensor:
         """The parameters ``θ_k``, ``[n, P]``."""
         return flatten(self._leaves, len(self.indices)).detach()
-
-    @property
-    def factor_std(self) -> Tensor | None:
-        """The standard deviation of ``M`` over the rows that count, ``[n]``; None outside of a sequential update."""
-        rows = self._rows
-        if rows.factor.ndim == 1:
-            return None
-        change = rows.factor - 1  # small: its square keeps the digits
-        mean, square = self._ranks.sum_(torch.stack([self._total(rows, change), self._total(rows, change.square())]))
-        return (square - mean.square()).clamp_min(0).sqrt()
 
     def fisher_product(self, subsample: float = 1.0) -> Callable[[Tensor], Tensor]:
         """The product with the Fisher matrix, the Hessian of the mean KL at ``θ_k``, from and to ``[n, P]``.
@@ -160,6 +154,7 @@ class PolicyTrustRegion:
                     dist_params = self._distribution_parameters(piece.rows, self._leaves)
                 gain = self._gain(piece.rows, self._distribution(dist_params))
                 surrogate = (piece.rows.weight * gain).sum()
+                self._compare_with_data(piece.rows, self._distribution(dist_params.detach()))
             slopes = torch.autograd.grad(surrogate, self._leaves, retain_graph=shared, materialize_grads=True)
             total += flatten(slopes, len(self.indices))
             piece.dist_params = None
@@ -202,6 +197,35 @@ class PolicyTrustRegion:
             taken = accepted.reshape(()) if self._agent_slice is None else accepted.reshape(-1, *[1] * (live.ndim - 1))
             live.copy_(torch.where(taken, new, live))
 
+    def snapshot(self) -> Callable[[], None]:
+        """A function that writes ``θ_k`` again, to the bit, whatever was written since."""
+        live, before = self._live, self._leaves  # and no rows: it may outlive the region
+
+        @torch.no_grad()
+        def restore() -> None:
+            for value, own in zip(live, before, strict=True):
+                value.copy_(own)
+
+        return restore
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """How far the data is from ``π_k``, and in a sequential update how uneven the factor is.
+
+        Returns:
+            ``log_ratio_max`` and ``ESS`` as in ``TrustRegionUpdater.step``; in a sequential update ``factor_std``, the
+            standard deviation of ``M`` over the rows that count. Each ``[n]``.
+        """
+        entries = {"log_ratio_max": self._ranks.max_(self._log_ratio_max)}
+        mean, square = self._ranks.sum_(self._ratio_moments)
+        entries["ESS"] = mean.square() / square
+        rows = self._rows
+        if rows.factor.ndim > 1:
+            change = rows.factor - 1  # small: its square keeps the digits
+            moments = torch.stack([self._total(rows, change), self._total(rows, change.square())])
+            mean, square = self._ranks.sum_(moments)
+            entries["factor_std"] = (square - mean.square()).clamp_min(0).sqrt()
+        return entries
+
     @torch.no_grad()
     def ratio(self) -> Tensor:
         """``π_new(u|o) / π_k(u|o)`` once the step is written, ``[*R, *A, 1]``.
@@ -214,6 +238,17 @@ class PolicyTrustRegion:
             ratio = rows.log_ratio(dist, self._max_importance_ratio).exp()
             ratios.append(torch.where(self._per_region(self._accepted, ratio) & (rows.weight > 0), ratio, 1.0))
         return torch.cat(ratios)
+
+    @torch.no_grad()
+    def _compare_with_data(self, rows: PolicyRows, dist: D.Distribution) -> None:
+        """Adds some rows to what is known of the ratios ``π_k(u|o) / π_data(u|o)``."""
+        log_ratio = torch.where(rows.weight > 0, rows.log_ratio(dist), 0.0)
+        ratio = log_ratio.clamp_max(_LARGEST_LOG_RATIO).exp()
+        moments = torch.stack([self._total(rows, ratio), self._total(rows, ratio.square())])
+        self._ratio_moments = self._ratio_moments + moments
+        dims = None if self._agent_slice is None else (*range(rows.row_dims), -1)
+        largest = log_ratio.abs().amax(dims) if dims else log_ratio.abs().amax().reshape(1)
+        self._log_ratio_max = torch.maximum(self._log_ratio_max, largest)
 
     def _piece_product(self, rows: PolicyRows, kept: _Piece | None = None) -> Callable[[Tensor], Tensor]:
         """Some rows' share of the product with the Fisher matrix: ``v ↦ Jᵀ Fdist J v``.

@@ -22,6 +22,7 @@ from torchrl.objectives import PPOLoss, ValueEstimators
 from torchrl.objectives.utils import _sum_td_features, default_value_kwargs
 
 from torchrl_trpo.divergence import has_exact_entropy, kl_divergence
+from torchrl_trpo.functional import parameters_restored
 from torchrl_trpo.layout import reads_init
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
@@ -231,7 +232,8 @@ class TRPOLoss(PPOLoss):
             out.set("loss_entropy", self._weighted_loss_entropy(bonus))
         if self._has_critic:
             # Not self.loss_critic, which updates the statistics of the value norm.
-            loss_critic, value_clip_fraction, explained_variance = super().loss_critic(tensordict)
+            with parameters_restored(self.critic_network):
+                loss_critic, value_clip_fraction, explained_variance = super().loss_critic(tensordict)
             out.set("loss_critic", loss_critic)
             if value_clip_fraction is not None:
                 out.set("value_clip_fraction", value_clip_fraction)
@@ -434,7 +436,8 @@ class TRPOLoss(PPOLoss):
             ``clip_value``) and the explained variance (None unless it is logged).
         """
         self.update_value_norm(tensordict)
-        return super().loss_critic(tensordict.clone(False))  # values are written, that clip_value must not read
+        with parameters_restored(self.critic_network):
+            return super().loss_critic(tensordict.clone(False))  # values are written, that clip_value must not read
 
     def update_value_norm(self, tensordict: TensorDictBase) -> None:
         """Moves the statistics of ``value_norm``, as :meth:`loss_critic` does; nothing without one.
@@ -484,7 +487,8 @@ class TRPOLoss(PPOLoss):
     def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> Any:
         for key, name in [(self.tensor_keys.sample_log_prob, LOG_PROB_ROLE), (self.tensor_keys.action, "action")]:
             entry(tensordict, key, name)
-        return super()._log_weight(tensordict, adv_shape=adv_shape)
+        with parameters_restored(self.actor_network):
+            return super()._log_weight(tensordict, adv_shape=adv_shape)
 
     def _critic_loss_inputs(
         self, target_return: Tensor, state_value: Tensor, old_state_value: Tensor | None

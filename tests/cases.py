@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import CompositeDistribution, TensorDictModule
@@ -42,6 +43,8 @@ DISTRIBUTIONS = {
     "composite": CompositeDistribution,
 }
 """Every kind of action that has an exact KL."""
+OLD_DATA = pytest.mark.filterwarnings("ignore:The data was not collected by the policy")
+"""For tests that step more than once on a batch, or change its log-probabilities."""
 
 
 def make_actor(

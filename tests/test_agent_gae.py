@@ -12,7 +12,18 @@ from torchrl.modules import MultiAgentMLP, PopArtValueNorm, RunningValueNorm
 from torchrl.modules.models.cross_group_critic import CrossCriticGroupSpec, CrossGroupCritic
 from torchrl.objectives.value import MultiAgentGAE
 
-from tests.cases import ACTION, GROUP, LOG_PROB, OBSERVATION, REWARD, VALUE, make_actor, make_data, make_single
+from tests.cases import (
+    ACTION,
+    GROUP,
+    LOG_PROB,
+    OBSERVATION,
+    OLD_DATA,
+    REWARD,
+    VALUE,
+    make_actor,
+    make_data,
+    make_single,
+)
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.objectives import AgentGAE, CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
@@ -246,6 +257,7 @@ def test_a_reward_of_the_team_counts_once():
     torch.testing.assert_close(*results)
 
 
+@OLD_DATA
 def test_hatrpo_warns_once_when_rewards_differ():
     actor, critic = make_actor(), make_critic()
     data = rollout(actor)

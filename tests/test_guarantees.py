@@ -35,6 +35,7 @@ from tests.cases import (
     LOG_PROB,
     NVEC,
     OBSERVATION,
+    OLD_DATA,
     PARTS,
     collected_log_prob,
     joint_log_prob,
@@ -422,6 +423,7 @@ def try_updates(layout, updates):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@OLD_DATA
 def test_every_update(layout):
     try_updates(layout, math.ceil(UPDATES / len(LAYOUTS)))
     print(RECORD)

@@ -18,6 +18,7 @@ from tests.cases import (
     GROUP,
     LOG_PROB,
     OBSERVATION,
+    OLD_DATA,
     bits,
     dense_fisher,
     dense_gradient,
@@ -77,6 +78,7 @@ def test_the_factor_changes_what_the_second_agent_does():
     assert not torch.allclose(sequential[1], simultaneous[1], rtol=1e-3)
 
 
+@OLD_DATA
 def test_an_agent_that_is_masked_leaves_the_factor_as_it_was():
     """Where agent 0 is dead, M stays 1 for agent 1: what the padding's ratio would be is nobody's change."""
     actor = make_actor(n_agents=2)
@@ -107,6 +109,7 @@ def test_one_agent_is_trpo():
     torch.testing.assert_close(stats["kl"], expected["kl"])
 
 
+@OLD_DATA
 def test_random_orders_come_from_torchs_generator():
     objective = HATRPOSequentialObjective(TRPOLoss(actor := make_actor()))
     updater, data = TrustRegionUpdater(objective), make_data(actor)

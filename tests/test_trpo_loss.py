@@ -21,6 +21,7 @@ from tests.cases import (
     GROUP,
     LOG_PROB,
     OBSERVATION,
+    OLD_DATA,
     bits,
     dense_gradient,
     distribution,
@@ -154,6 +155,7 @@ def test_a_part_of_a_composite_action_is_summed_over_its_dimensions():
         torch.testing.assert_close(plain, independent)
 
 
+@OLD_DATA
 def test_entropy_counts_in_the_policy_update():
     """With no advantage at all, the step raises the entropy; and the logged improvement is that of the surrogate."""
     for kind in ("normal", "tanh_normal", "categorical"):
@@ -335,6 +337,7 @@ def test_compiled_forward_equals_eager():
         torch.testing.assert_close(compiled[key], eager[key])
 
 
+@OLD_DATA
 def test_an_importance_cap_holds_in_the_update():
     actor = make_actor(share_params=True)
     data = make_data(actor)

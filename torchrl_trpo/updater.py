@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -14,12 +15,14 @@ from torchrl_trpo.conjugate_gradient import conjugate_gradient
 from torchrl_trpo.line_search import backtrack
 from torchrl_trpo.ranged import RangedSettings
 
+_LOG_RATIO_ROUNDING = 0.01
+"""How far log-probabilities may be apart by rounding. """
+
 
 class TrustRegionProblem(Protocol):
     """One or several independent trust-region subproblems at the current parameters ``θ_k``.
 
-    ``n`` regions of ``P`` parameters each; improvements and divergences are measured from ``θ_k``. One of a sequential
-    update may say ``factor_std`` ``[n]`` besides, which becomes one of the statistics.
+    ``n`` regions of ``P`` parameters each; improvements and divergences are measured from ``θ_k``.
     """
 
     @property
@@ -41,6 +44,12 @@ class TrustRegionProblem(Protocol):
 
     def write(self, parameters: Tensor, accepted: Tensor) -> None:
         """Writes ``parameters`` ``[n, P]`` where ``accepted`` ``[n]``; leaves the others untouched to the bit."""
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that writes ``θ_k`` again, to the bit, whatever was written since."""
+
+    def diagnostics(self) -> Mapping[str, Tensor]:
+        """More statistics, each ``[n]``, once the gradient is known; :meth:`TrustRegionUpdater.step` names them."""
 
 
 class TrustRegionObjective(Protocol):
@@ -117,6 +126,7 @@ class TrustRegionUpdater(RangedSettings):
                 f"have; got {type(objective).__name__}."
             )
         self.objective = objective
+        self._warned_of_data = False
         self.max_kl = max_kl
         self.damping = damping
         self.cg_iters = cg_iters
@@ -128,6 +138,8 @@ class TrustRegionUpdater(RangedSettings):
 
     def step(self, tensordict: TensorDictBase) -> TensorDict:
         """Updates the policy once on a batch; the batch is not modified.
+
+        If anything raises, all parameters are as before the step, to the bit.
 
         Args:
             tensordict: the collected data, ``[*B, T]``, with advantages or what the objective needs to compute them.
@@ -145,15 +157,52 @@ class TrustRegionUpdater(RangedSettings):
             - ``factor_std``: in a sequential update, the standard deviation over the rows of the factor ``M`` that the
               regions before this one have left: 0 of the first, nothing outside of a sequential update.
             - ``order``: ``order[m]`` is the region that was solved m-th.
+            - ``log_ratio_max``: the largest ``|log π_k(u|o) − log π_data(u|o)|`` over the rows that count, at ``θ_k``
+              against what the data says: rounding, if ``π_k`` has collected the data. More is told once, as a warning.
+            - ``ESS``: the effective sample size of the ratios ``π_k(u|o) / π_data(u|o)``, as a share of those rows.
+
+        Raises:
+            RuntimeError: within ``torch.inference_mode``, where nothing can be differentiated.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "step differentiates, which torch.inference_mode forbids. Legal: torch.no_grad, or none."
+            )
         order: list[int] = []
         solved: list[TensorDict] = []
-        for problem in self.objective.trust_regions(tensordict):
-            solved.append(self._solve(problem))
-            order.extend(problem.indices)
-        stats: TensorDict = TensorDict.cat(solved)
-        stats = stats[sorted(range(len(order)), key=order.__getitem__)]
-        return stats.set("order", torch.tensor(order, device=stats["kl"].device))
+        snapshots: list[Callable[[], None]] = []
+        try:
+            for problem in self.objective.trust_regions(tensordict):
+                snapshots.append(problem.snapshot())
+                solved.append(self._solve(problem))
+                order.extend(problem.indices)
+            stats: TensorDict = TensorDict.cat(solved)
+            stats = stats[sorted(range(len(order)), key=order.__getitem__)]
+            self._check_policy_of_data(stats)
+            return stats.set("order", torch.tensor(order, device=stats["kl"].device))
+        except BaseException:
+            for restore in snapshots:
+                restore()
+            raise
+
+    def _check_policy_of_data(self, stats: TensorDict) -> None:
+        """Warns once when the data is not from the policy that the step starts at."""
+        mismatches = stats.get("log_ratio_max", None)
+        if self._warned_of_data or mismatches is None or mismatches.is_meta:
+            return
+        mismatch = float(mismatches.max())  # waits for the device
+        if not _LOG_RATIO_ROUNDING < mismatch < math.inf:
+            return
+        self._warned_of_data = True
+        warnings.warn(
+            "The data was not collected by the policy that is updated: its log-probabilities differ by up to "
+            f"{mismatch:.3g} from the policy's (effective sample size {float(stats['ESS'].min()):.2f}). The trust region "
+            "is around the policy, not around what the data is from. Likely causes: a collector with a copy of the "
+            "policy that is not updated (update_policy_weights_), a batch that was used before, rows of a recurrent "
+            "policy out of order, a part of a composite log-probability that was left out, dropout or batch norm in "
+            "the policy. Each step says more in log_ratio_max and ESS.",
+            stacklevel=3,
+        )
 
     def _solve(self, problem: TrustRegionProblem) -> TensorDict:
         fisher = problem.fisher_product(self.fisher_subsample)  # first: the gradient then uses its forward pass
@@ -180,9 +229,7 @@ class TrustRegionUpdater(RangedSettings):
             "grad_norm": gradient.norm(dim=-1),
             "cg_residual": relative_residual,
         }
-        if (factor_std := getattr(problem, "factor_std", None)) is not None:
-            stats["factor_std"] = factor_std
-        return TensorDict(stats, batch_size=search.accepted.shape)
+        return TensorDict({**stats, **problem.diagnostics()}, batch_size=search.accepted.shape)
 
     def _full_step(self, fisher: Callable[[Tensor], Tensor], gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The step ``β x`` to the trust region's border in the quadratic model, and the residual of ``x``."""

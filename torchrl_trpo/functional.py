@@ -1,0 +1,76 @@
+"""Evaluating a network with other parameters than its own."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def other_parameters(network: nn.Module, parameters: TensorDictBase) -> Iterator[None]:
+    """Evaluates a network with other parameters; its own are back afterwards, also after an error.
+
+    Args:
+        network: the network.
+        parameters: parameters and buffers, with the keys of ``TensorDict.from_module(network)``.
+
+    Yields:
+        Nothing; within, the network has the parameters.
+    """
+    with parameters_restored(network):
+        own = parameters.to_module(network, preserve_module_state=False)
+        yield
+        own.to_module(network, preserve_module_state=False)
+
+
+@contextlib.contextmanager
+def parameters_restored(*networks: nn.Module | None) -> Iterator[None]:
+    """Puts the networks' own parameters and buffers back if an error leaves.
+
+    ``TensorDict.to_module``, which TorchRL's losses, value estimators and multi-agent networks swap parameters with,
+    restores nothing when an ``Exception`` leaves its block: the network would keep clones, or what ``vmap`` made. When
+    anything else leaves it (Ctrl-C), it raises an error of its own instead; here the original one is raised.
+
+    Args:
+        *networks: the networks; None stands for none.
+
+    Yields:
+        Nothing.
+    """
+    if torch.compiler.is_compiling():  # what is compiled has raised already if it does
+        yield
+        return
+    modules = [module for network in networks if network is not None for module in network.modules()]
+    before = [[dict(registry) for registry in _registries(module)] for module in modules]
+    tensors = [_tensor_attributes(module) for module in modules]
+    handled = sys.exception()
+    try:
+        yield
+    except BaseException as error:
+        for module, registered, attributes in zip(modules, before, tensors, strict=True):
+            for registry, own in zip(_registries(module), registered, strict=True):
+                registry.clear()
+                registry.update(own)
+            for name in _tensor_attributes(module):
+                del vars(module)[name]
+            vars(module).update(attributes)
+        replaced = error.__context__
+        if replaced is not None and replaced is not handled and not isinstance(replaced, Exception):
+            raise replaced from None
+        raise
+
+
+def _registries(module: nn.Module) -> tuple[dict, dict]:
+    """A module's parameters and buffers by name; no public view of them can be written to."""
+    return vars(module)["_parameters"], vars(module)["_buffers"]
+
+
+def _tensor_attributes(module: nn.Module) -> dict[str, Any]:
+    """The tensors that a module has as plain attributes: where ``to_module`` leaves what is no ``Parameter``."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, (Tensor, TensorDictBase))}
