@@ -14,7 +14,7 @@ from torchrl.modules import ValueNorm, set_recurrent_mode
 from torchrl.objectives.value import MultiAgentGAE
 
 from torchrl_trpo.functional import other_parameters, parameters_restored
-from torchrl_trpo.layout import finite_where_masked, group_of, path, reads_init
+from torchrl_trpo.layout import finite_where_masked, group_of, key_list, path, reads_init
 from torchrl_trpo.objectives.policy_rows import entry
 from torchrl_trpo.suggest import nearest
 
@@ -42,9 +42,9 @@ class AgentGAE(MultiAgentGAE):
             its own, ``loss_mask_key``.
         team_reward: ``"mean"`` or ``"sum"``: replaces the agents' rewards by one for the team. Default: rewards as
             they are.
-        reward_keys: whose rewards ``team_reward`` takes together, for teams of several groups. Default: the
-            estimator's own reward.
-        other_mask_keys: masks of other groups whose entries are read too. Default: none.
+        reward_keys: the key, or keys, whose rewards ``team_reward`` takes together, for teams of several groups.
+            Default: the estimator's own reward.
+        other_mask_keys: the mask, or masks, of other groups whose entries are read too. Default: none.
         value_norm: a :class:`~torchrl.modules.ValueNorm`: the critic outputs normalised values, which are denormalised
             here. Give the same one to the loss, which normalises the targets. Default: raw values.
         **kwargs: keywords of :class:`~torchrl.objectives.value.MultiAgentGAE`.
@@ -64,9 +64,9 @@ class AgentGAE(MultiAgentGAE):
         self,
         *,
         mask_key: NestedKey | None = None,
-        other_mask_keys: Sequence[NestedKey] = (),
+        other_mask_keys: NestedKey | Sequence[NestedKey] = (),
         team_reward: Literal["mean", "sum"] | None = None,
-        reward_keys: Sequence[NestedKey] | None = None,
+        reward_keys: NestedKey | Sequence[NestedKey] | None = None,
         value_norm: ValueNorm | None = None,
         **kwargs: Any,
     ) -> None:
@@ -76,9 +76,9 @@ class AgentGAE(MultiAgentGAE):
         if team_reward not in (None, "mean", "sum"):
             raise ValueError(f"team_reward: {team_reward!r}. {nearest(team_reward, ['mean', 'sum', None])}")
         self.mask_keys: tuple[NestedKey, ...] = () if mask_key is None else (mask_key,)
-        self.other_mask_keys = [unravel_key(key) for key in other_mask_keys]
+        self.other_mask_keys = key_list(other_mask_keys)
         self.team_reward = team_reward
-        self.reward_keys = None if reward_keys is None else [unravel_key(key) for key in reward_keys]
+        self.reward_keys = None if reward_keys is None else key_list(reward_keys)
         self.value_norm = value_norm
 
     @property

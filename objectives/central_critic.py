@@ -14,7 +14,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueNorm, set_recurrent_mode
 
 from torchrl_trpo.action_features import action_features
-from torchrl_trpo.layout import group_of, path
+from torchrl_trpo.layout import group_of, key_list, path
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.policy_rows import entry
 
@@ -40,14 +40,15 @@ class CentralCriticValueEstimator(AgentGAE):
         gamma: the discount.
         lmbda: GAE's :math:`\lambda`.
         value_network: the critic, from ``central_key`` ``[*B, T, n_agents, F]`` to values ``[*B, T, n_agents, 1]``.
-        observation_keys: the agents' observations, each ``[*B, T, n_g, *F_g]`` with the ``n_g`` agents of its group, of
-            one group or several. An empty list pools the state alone.
+        observation_keys: the agents' observations, each ``[*B, T, n_g, *F_g]`` with the ``n_g`` agents of its group:
+            the key of one group, or a list of several groups' keys. An empty list pools the state alone.
         central_key: where the pooled input is written, ``[*B, T, n_agents, F]``. The agents are those of the
             observation in the same group (of the first one, for a root key).
         state_key: the global state, ``[*B, T, S]``. Default: none.
         n_agents: how many agents there are to give the pooled input to, needed without ``observation_keys``.
-        action_keys: the agents' actions, each ``[*B, T, n_g, A_g]``, to pool those of the others; categorical ones,
-            ``[*B, T, n_g]``, enter one-hot where the policy has their spec, else as their index. Default: not pooled.
+        action_keys: the agents' actions, each ``[*B, T, n_g, A_g]``, to pool those of the others, a key or a list;
+            categorical ones, ``[*B, T, n_g]``, enter one-hot where the policy has their spec, else as their index.
+            Default: not pooled.
         actor_network: the policy of all groups, needed with ``action_keys`` alone: for the actions after the last step.
         agent_one_hot: whether to add the agent's index. Default: False.
         team_reward: ``"mean"`` or ``"sum"``: replaces the agents' rewards by one for the team, of all groups in
@@ -56,8 +57,8 @@ class CentralCriticValueEstimator(AgentGAE):
         **kwargs: keywords of :class:`AgentGAE` and :class:`~torchrl.objectives.value.MultiAgentGAE`.
 
     Raises:
-        ValueError: if nothing is pooled, ``n_agents`` or ``actor_network`` is missing where it is needed, or
-            ``team_reward`` is unknown.
+        ValueError: if nothing is pooled, ``value_network`` does not read ``central_key``, ``n_agents`` or
+            ``actor_network`` is missing where it is needed, or ``team_reward`` is unknown.
         KeyError: when called on data without one of the entries.
 
     Examples:
@@ -94,11 +95,11 @@ class CentralCriticValueEstimator(AgentGAE):
         gamma: float | Tensor,
         lmbda: float | Tensor,
         value_network: TensorDictModule,
-        observation_keys: Sequence[NestedKey],
+        observation_keys: NestedKey | Sequence[NestedKey],
         central_key: NestedKey,
         state_key: NestedKey | None = None,
         n_agents: int | None = None,
-        action_keys: Sequence[NestedKey] | None = None,
+        action_keys: NestedKey | Sequence[NestedKey] | None = None,
         actor_network: TensorDictModuleBase | None = None,
         agent_one_hot: bool = False,
         team_reward: Literal["mean", "sum"] | None = None,
@@ -113,10 +114,10 @@ class CentralCriticValueEstimator(AgentGAE):
             value_norm=value_norm,
             **kwargs,
         )
-        self.observation_keys = [unravel_key(key) for key in observation_keys]
+        self.observation_keys = key_list(observation_keys)
         self.central_key = unravel_key(central_key)
         self.state_key = None if state_key is None else unravel_key(state_key)
-        self.action_keys = [unravel_key(key) for key in action_keys or ()]
+        self.action_keys = key_list(action_keys or ())
         if not self.observation_keys and self.state_key is None:
             raise ValueError(
                 "observation_keys is empty, and there is no state_key; name at least one, such as "
@@ -127,6 +128,12 @@ class CentralCriticValueEstimator(AgentGAE):
         if self.action_keys and actor_network is None:
             raise ValueError(
                 "action_keys need actor_network: the others' actions after the last step are drawn from the policy."
+            )
+        read = [unravel_key(key) for key in value_network.in_keys]
+        if self.central_key not in read:
+            raise ValueError(
+                f"central_key: {self.central_key!r} is not read by value_network, whose in_keys are {read}: what is "
+                "pooled would have no influence. Legal: a value_network with central_key among its in_keys."
             )
         self.n_agents = n_agents
         self.__dict__["actor_network"] = actor_network  # not a submodule: its parameters are the policy's

@@ -22,7 +22,13 @@ from torchrl_trpo.divergence import has_exact_entropy, kl_divergence
 from torchrl_trpo.functional import other_parameters
 from torchrl_trpo.layout import reads_init
 from torchrl_trpo.minibatches import ADAM_RANGES, average_gradients, count_by_rank, draw_minibatches
-from torchrl_trpo.objectives.loss_parts import estimated_advantage, exact_entropy, row_mask, standardized_advantage
+from torchrl_trpo.objectives.loss_parts import (
+    check_distinct_keys,
+    estimated_advantage,
+    exact_entropy,
+    row_mask,
+    standardized_advantage,
+)
 from torchrl_trpo.objectives.policy_network import (
     distribution_parameters,
     input_keys,
@@ -192,6 +198,7 @@ class ClippedUpdater(RangedSettings):
             - ``grad_norm``: the gradient's Euclidean norm before it is shortened, mean over the steps; not finite if
               that of a step was not.
         """
+        check_distinct_keys(self.losses)
         rows = [self._rows(member.group, self.losses[member.group], tensordict) for member in self._members]
         with self._restored():
             stats = [self._update(member, of_group)[0] for member, of_group in zip(self._members, rows, strict=True)]
@@ -259,8 +266,20 @@ class ClippedUpdater(RangedSettings):
             raise ValueError(f"the data is empty: its batch size is {tuple(tensordict.batch_size)}.")
         tensordict = tensordict.clone(False)
         keys = loss.tensor_keys
-        advantage = self._advantage(loss, tensordict)
-        log_prob = collected_log_prob(tensordict, keys.sample_log_prob)
+        advantage, missing = estimated_advantage(loss, tensordict)
+        log_prob = collected_log_prob(loss, tensordict)
+        recorded = None if isinstance(keys.sample_log_prob, list) else tensordict.get(keys.sample_log_prob)
+        if isinstance(recorded, Tensor) and recorded.ndim >= log_prob.ndim:
+            raise ValueError(
+                f"{keys.sample_log_prob!r} has shape {tuple(recorded.shape)}, one of each entry of the action, which "
+                f"{type(loss).__name__} would clip one by one. Legal: a distribution of the joint action, such as "
+                "IndependentNormal, or one within torch.distributions.Independent."
+            )
+        advantage = broadcast_advantage(advantage, log_prob, keys.advantage)
+        if loss.normalize_advantage:
+            advantage = standardized_advantage(loss, advantage, tensordict, self._ranks)
+        else:
+            advantage = loss._maybe_normalize_advantage(advantage, tensordict, update_norm=missing)
         self._check_agents(group, log_prob, tensordict.batch_size)
         inputs = entry(tensordict, input_keys(loss.actor_network), "the actor's in_keys")
         for name in _log_prob_keys(loss):
@@ -269,19 +288,12 @@ class ClippedUpdater(RangedSettings):
             inputs,
             action=entry(tensordict, keys.action, "action"),
             log_prob=log_prob,
-            advantage=broadcast_advantage(advantage, log_prob, keys.advantage),
+            advantage=advantage,
             mask=row_mask(loss, tensordict, log_prob),
             per_agent=any(member.index is not None for member in self._members),
             sequences=reads_init(loss.actor_network),
             ranks=self._ranks,
         )
-
-    def _advantage(self, loss: ClipPPOLoss, tensordict: TensorDictBase) -> Tensor:
-        """The advantage, normalised over the whole batch if the loss does so."""
-        advantage, missing = estimated_advantage(loss, tensordict)
-        if loss.normalize_advantage:
-            return standardized_advantage(loss, advantage, tensordict, self._ranks)
-        return loss._maybe_normalize_advantage(advantage, tensordict, update_norm=missing)
 
     def _update(self, member: Member, rows: PolicyRows) -> tuple[TensorDict, Tensor]:
         """Updates one member on its rows; gives its statistics and the ratios of its actions, 1 where none counts."""

@@ -14,6 +14,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from torchrl_trpo.objectives.agent_sequence import AgentSequence
 from torchrl_trpo.objectives.clipped import ClippedUpdater, Member, actor_parameters, make_member
+from torchrl_trpo.objectives.loss_parts import check_distinct_keys
 from torchrl_trpo.objectives.policy_network import agent_policy, resolve_trust_region
 from torchrl_trpo.objectives.policy_rows import check_agent_dim
 
@@ -121,8 +122,8 @@ class HAPPOUpdater(ClippedUpdater):
         """Updates the policy of each agent once on a batch; the batch is not modified.
 
         If anything raises, policies and optimisers are as before the step, to the bit. A minibatch whose loss or
-        gradient is not finite is left out, so that no parameter can become NaN; to the agents that follow, a row that is
-        not finite is as if this agent had not changed there.
+        gradient is not finite is left out, so that no parameter can become NaN; to the agents that follow, a row that
+        is not finite is as if this agent had not changed there.
 
         Args:
             tensordict: the collected data, ``[*B, T]``, with advantages or what the losses need to compute them.
@@ -140,6 +141,7 @@ class HAPPOUpdater(ClippedUpdater):
               0 of the first.
             - ``order``: ``order[m]`` is the agent that was updated m-th.
         """
+        check_distinct_keys(self.losses)
         rows = {group: self._rows(group, loss, tensordict) for group, loss in self.losses.items()}
         first = next(iter(rows.values()))
         order: list[int] = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import CompositeDistribution, composite_lp_aggregate
 from torch import Tensor
 from torch import distributions as D
@@ -14,6 +16,31 @@ from torchrl_trpo.layout import path
 from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.row_statistics import standardize
 from torchrl_trpo.suggest import nearest
+
+
+def check_distinct_keys(losses: Mapping[str, PPOLoss]) -> None:
+    """Refuses losses of one objective whose value estimators write the same entries.
+
+    One team would train on the other's advantages.
+
+    Args:
+        losses: the losses by group.
+
+    Raises:
+        ValueError: if two groups have the same key for the advantage, or with critics for the value or its target.
+    """
+    taken: dict[tuple[str, NestedKey], str] = {}
+    for group, loss in losses.items():
+        for name in ["advantage"] if loss.critic_network is None else ["advantage", "value", "value_target"]:
+            key = unravel_key(getattr(loss.tensor_keys, name))
+            other = taken.setdefault((name, key), group)
+            if other != group:
+                legal = {member: (member, path(key)[-1]) for member in (other, group)}
+                raise ValueError(
+                    f"{name}: {key!r} is the key of groups {other!r} and {group!r}: the second value estimator "
+                    "overwrites what the first has written. Legal: a key for each group, such as "
+                    f"{' and '.join(f'losses[{m!r}].set_keys({name}={own})' for m, own in legal.items())}."
+                )
 
 
 def estimated_advantage(loss: PPOLoss, tensordict: TensorDictBase) -> tuple[Tensor, bool]:
@@ -66,13 +93,16 @@ def standardized_advantage(loss: PPOLoss, advantage: Tensor, tensordict: TensorD
         The advantage.
 
     Raises:
-        ValueError: if a dimension that is spread over several ranks is not averaged over.
+        ValueError: if a batch or time dimension is not averaged over.
     """
     excluded = {dim % advantage.ndim for dim in loss.normalize_advantage_exclude_dims}
-    if ranks.size > 1 and any(dim < max(1, tensordict.batch_dims - 1) for dim in excluded):
+    rows = sorted(dim for dim in excluded if dim < tensordict.batch_dims)
+    if rows:
         raise ValueError(
-            f"normalize_advantage_exclude_dims: {tuple(loss.normalize_advantage_exclude_dims)} has a dimension that is "
-            "spread over the processes. Legal in several: the agents' dimension (-2), or that of time."
+            f"normalize_advantage_exclude_dims: {tuple(loss.normalize_advantage_exclude_dims)} names dimension "
+            f"{rows[0]} of an advantage of shape {tuple(advantage.shape)}, which is a batch or time dimension of "
+            f"{tuple(tensordict.batch_size)}: each of its {advantage.shape[rows[0]]} entries would be normalised "
+            "alone. Legal: dimensions behind those, as the agents' in [*B, T, n_agents, 1]; () for one agent."
         )
     dims = [dim for dim in range(advantage.ndim) if dim not in excluded]
     return standardize(advantage, row_mask(loss, tensordict, advantage), dims, ranks)

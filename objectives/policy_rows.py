@@ -10,9 +10,11 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor
 from torch import distributions as D
+from torchrl.modules.models.multiagent import MultiAgentNetBase
+from torchrl.objectives import PPOLoss
 
-from torchrl_trpo.divergence import log_prob
-from torchrl_trpo.layout import has_agent_dim, non_finite
+from torchrl_trpo.divergence import log_prob, sum_events
+from torchrl_trpo.layout import group_of, has_agent_dim, non_finite, path
 from torchrl_trpo.ranks import Ranks, check_same_length
 from torchrl_trpo.suggest import nearest
 
@@ -220,20 +222,63 @@ def broadcast_advantage(advantage: Tensor, log_prob: Tensor, key: NestedKey) -> 
     return advantage
 
 
-def collected_log_prob(tensordict: TensorDictBase, key: NestedKey | list[NestedKey]) -> Tensor:
+def collected_log_prob(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
     """What the policy that collected the data says of the actions; of composite ones, the sum over their parts.
 
+    Where a log-probability has as many dimensions as its continuous action, it is one of each entry of the action (the
+    policy's ``Normal`` is not ``Independent``): the joint action's is their sum.
+
     Args:
+        loss: the loss of the policy.
         tensordict: the data, ``[*B]``.
-        key: the key of the log-probabilities, or one for each part.
 
     Returns:
         ``log π_k(u|o)``, ``[*B, *A, 1]``.
+
+    Raises:
+        ValueError: if discrete log-probabilities ``[*B, n]`` may be those of ``n`` agents, or of ``n`` actions of one.
     """
-    log_prob = entry(tensordict, key, LOG_PROB_ROLE)
+    keys, batch_dims = loss.tensor_keys, tensordict.batch_dims
+    log_prob = entry(tensordict, keys.sample_log_prob, LOG_PROB_ROLE)
+    action = entry(tensordict, keys.action, "action")
     if is_tensor_collection(log_prob):
-        log_prob = sum(log_prob.values(True, True))
-    return log_prob.unsqueeze(-1)
+        parts = dict(log_prob.items(True, True))
+        pairs = [
+            (part, tensordict.get((*path(key)[:-1], path(key)[-1].removesuffix("_log_prob")), None))
+            for key, part in parts.items()
+        ]
+    else:
+        pairs = [(log_prob, action if isinstance(action, Tensor) else None)]
+    agent_dims = []
+    for part, own in pairs:
+        extra = part.ndim - batch_dims
+        if own is None or own.ndim > part.ndim:
+            agent_dims.append(extra)
+        elif own.is_floating_point():
+            agent_dims.append(extra - 1)
+    if not agent_dims:
+        extra = max(part.ndim for part, _ in pairs) - batch_dims
+        if extra > 0 and not _has_agents(loss, tensordict):
+            raise ValueError(
+                f"the log-probability {keys.sample_log_prob!r} has shape {tuple(part.shape)} in data of batch size "
+                f"{tuple(tensordict.batch_size)}: is it one of each agent, or of each action of one agent? Legal: the "
+                "action of several agents in a group, such as ('agents', 'action'); several actions of one agent in a "
+                "torchrl_trpo.distributions.MultiCategorical, or a torch.distributions.Independent."
+            )
+        agent_dims.append(min(extra, 1))
+    ndim = batch_dims + max(0, *agent_dims)
+    return sum(sum_events(part, ndim) for part, _ in pairs).unsqueeze(-1)
+
+
+def _has_agents(loss: PPOLoss, tensordict: TensorDictBase) -> bool:
+    """Whether the data of a loss has an agent dimension, by its networks, its keys or its advantage."""
+    action = loss.tensor_keys.action
+    advantage = tensordict.get(loss.tensor_keys.advantage, None)
+    return (
+        any(isinstance(net, MultiAgentNetBase) for net in loss.actor_network.modules())
+        or group_of(action[0] if isinstance(action, list) else action) is not None
+        or (advantage is not None and advantage.ndim > tensordict.batch_dims + 1)
+    )
 
 
 def check_agent_dim(log_prob: Tensor, batch_size: torch.Size, agent_dim: int, n_agents: int) -> None:

@@ -21,7 +21,7 @@ from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss, ValueEstimators
 from torchrl.objectives.utils import _sum_td_features, default_value_kwargs
 
-from torchrl_trpo.divergence import has_exact_entropy, kl_divergence
+from torchrl_trpo.divergence import has_exact_entropy, kl_divergence, sum_events
 from torchrl_trpo.functional import parameters_restored
 from torchrl_trpo.layout import reads_init
 from torchrl_trpo.objectives.agent_gae import AgentGAE
@@ -211,6 +211,8 @@ class TRPOLoss(PPOLoss):
         tensordict = tensordict.clone(False)
         collected = self._collected_distribution(tensordict)
         advantage = self.normalized_advantage(tensordict)
+        if not isinstance(key := self.tensor_keys.sample_log_prob, list) and isinstance(tensordict.get(key), Tensor):
+            tensordict.set(key, collected_log_prob(self, tensordict).squeeze(-1))  # of the joint action
         log_weight, dist, kl_approx, log_is_weight = self._log_weight(tensordict, adv_shape=advantage.shape[:-1])
         if log_is_weight is not None:
             log_weight = log_weight + log_is_weight
@@ -332,7 +334,7 @@ class TRPOLoss(PPOLoss):
         tensordict = tensordict.clone(False)
         advantage = self.normalized_advantage(tensordict, update_norm=True)
         keys = self.tensor_keys
-        log_prob = collected_log_prob(tensordict, keys.sample_log_prob)
+        log_prob = collected_log_prob(self, tensordict)
         if self.trust_region == "per_agent":
             check_agent_dim(log_prob, tensordict.batch_size, self.agent_dim, self.n_regions)
         return flatten_rows(
@@ -479,6 +481,7 @@ class TRPOLoss(PPOLoss):
             The advantage, ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``).
         """
         advantage, missing = estimated_advantage(self, tensordict)
+        advantage = broadcast_advantage(advantage, collected_log_prob(self, tensordict), self.tensor_keys.advantage)
         return self._maybe_normalize_advantage(advantage, tensordict, update_norm=missing and update_norm)
 
     def _standardize_advantage(self, advantage: Tensor, tensordict: TensorDictBase) -> Tensor:
@@ -489,6 +492,12 @@ class TRPOLoss(PPOLoss):
             entry(tensordict, key, name)
         with parameters_restored(self.actor_network):
             return super()._log_weight(tensordict, adv_shape=adv_shape)
+
+    def _get_cur_log_prob(self, tensordict: TensorDictBase, params: TensorDictBase | None = None) -> Any:
+        log_prob, dist, composite = super()._get_cur_log_prob(tensordict, params)
+        if not composite:
+            log_prob = sum_events(log_prob, tensordict.get(self.tensor_keys.sample_log_prob).ndim)
+        return log_prob, dist, composite
 
     def _critic_loss_inputs(
         self, target_return: Tensor, state_value: Tensor, old_state_value: Tensor | None

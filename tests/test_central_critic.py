@@ -9,7 +9,7 @@ from torch import nn
 from torchrl.modules import PopArtValueNorm
 from torchrl.objectives.value import MultiAgentGAE
 
-from tests.cases import ACTION, LOG_PROB, OBSERVATION, REWARD, VALUE, make_actor, make_data
+from tests.cases import ACTION, LOG_PROB, OBSERVATION, OLD_DATA, REWARD, VALUE, make_actor, make_data
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
 
@@ -208,6 +208,7 @@ def test_value_estimate_is_the_target():
     torch.testing.assert_close(target, estimator(data)["value_target"])
 
 
+@OLD_DATA
 def test_in_a_loss():
     """make_value_estimator, the critic's loss on the pooled input, and a step from it."""
     actor, critic = make_actor(), make_critic(9)

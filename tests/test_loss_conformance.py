@@ -735,7 +735,7 @@ def test_coefficients_may_be_scheduled(name, values, form):
 
 
 @pytest.mark.parametrize(
-    ("layout", "exclude"), [("single", ()), ("single", (0,)), ("agents", (-2,)), ("agents", (0,))], ids=str
+    ("layout", "exclude"), [("single", ()), ("single", (-1,)), ("agents", (-2,)), ("agents", (-1, -2))], ids=str
 )
 @pytest.mark.parametrize("advantage", ["given", "missing"])
 def test_normalised_advantages_are_those_of_ppo(layout, exclude, advantage):

@@ -28,6 +28,7 @@ from tests.cases import (
     GROUP,
     LOG_PROB,
     OBSERVATION,
+    OLD_DATA,
     VALUE,
     bits,
     dense_fisher,
@@ -222,6 +223,7 @@ def test_a_masked_agent_keeps_its_memory():
     torch.testing.assert_close(log_prob, torch.where(data["mask"], data[LOG_PROB], 0.0))
 
 
+@OLD_DATA
 def test_a_recurrent_sequence_of_agents():
     """HATRPO's factor is over the steps of the sequences; a group without a memory may be beside one with."""
     actor = recurrent_actor()
@@ -242,6 +244,8 @@ def test_a_recurrent_sequence_of_agents():
     losses = {GROUP: TRPOLoss(actor), "cars": TRPOLoss(cars)}
     losses[GROUP].set_keys(action=ACTION, sample_log_prob=LOG_PROB)
     losses["cars"].set_keys(action=("cars", "action"), sample_log_prob=("cars", "action_log_prob"))
+    losses["cars"].set_keys(advantage=("cars", "advantage"))
+    data["cars", "advantage"] = torch.randn_like(data["advantage"])
     theta = flat_parameters(actor, 2)
     objective = HATRPOSequentialObjective(losses, agent_order=[0, 1, 2, 3])
     regions = objective.trust_regions(data)

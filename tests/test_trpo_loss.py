@@ -537,7 +537,7 @@ def test_distributions_without_an_exact_kl():
     actor[-1].distribution_kwargs = {"df": 3.0}
     data = TensorDict({"observation": torch.randn(4, 3, dtype=torch.float64)}, [4])
     data["action"] = torch.randn(4, 2, dtype=torch.float64)
-    data["action_log_prob"], data["advantage"] = torch.zeros(4, 2).double(), torch.randn(4, 2, 1).double()
+    data["action_log_prob"], data["advantage"] = torch.zeros(4, 2).double(), torch.randn(4, 1).double()
     with pytest.raises(NotImplementedError, match=r"StudentT.*register_kl"):
         TrustRegionUpdater(TRPOLoss(actor, entropy_bonus=False)).step(data)
 

@@ -30,8 +30,9 @@ def kl_divergence(p: D.Distribution, q: D.Distribution, batch_dims: int | None =
         p: the distribution that the expectation is taken under, with batch shape ``[*B]``.
         q: the other one, of the same type and shape, squashed by the same bijection and with the same mask; this is
             not checked.
-        batch_dims: the number of dimensions in ``*B``, for a composite distribution whose parameters lie in a
-            TensorDict of fewer. Default: those of ``p``.
+        batch_dims: the number of dimensions in ``*B``. Dimensions of a distribution beyond them are those of an action
+            whose entries are independent, such as a ``Normal`` that is not ``Independent``: they are summed. Default:
+            those of ``p``.
 
     Returns:
         The divergences, ``[*B]``.
@@ -43,13 +44,13 @@ def kl_divergence(p: D.Distribution, q: D.Distribution, batch_dims: int | None =
         return _sum_of_parts(p, [kl_divergence(p[name], q[name]) for name in p], batch_dims)
     if isinstance(p, MultiCategorical) and isinstance(q, MultiCategorical):
         pairs = zip(p.categoricals, q.categoricals, strict=True)
-        return torch.stack([kl_divergence(*pair) for pair in pairs]).sum(0)
+        return torch.stack([kl_divergence(*pair, batch_dims) for pair in pairs]).sum(0)
     if isinstance(p, D.Categorical) and isinstance(q, D.Categorical):
-        return _categorical_kl(p, q)
+        return sum_events(_categorical_kl(p, q), batch_dims)
     if isinstance(p, D.TransformedDistribution) and isinstance(q, D.TransformedDistribution):
-        return kl_divergence(p.base_dist, q.base_dist)
+        return kl_divergence(p.base_dist, q.base_dist, batch_dims)
     try:
-        return D.kl_divergence(p, q)
+        return sum_events(D.kl_divergence(p, q), batch_dims)
     except NotImplementedError as error:
         reason = (
             " TorchRL's TruncatedNormal bounds its normaliser away from 0, so that its density does not integrate to 1 "
@@ -73,9 +74,22 @@ def _categorical_kl(p: D.Categorical, q: D.Categorical) -> Tensor:
 
 
 def _sum_of_parts(dist: CompositeDistribution, parts: list[Tensor], batch_dims: int | None) -> Tensor:
-    """The sum over a composite's parts; parts that are not ``Independent`` keep event dimensions, which are summed."""
+    """The sum over a composite's parts; its parameters may lie in a TensorDict of fewer dimensions than ``*B``."""
     ndim = len(dist.batch_shape) if batch_dims is None else batch_dims
-    return torch.stack([part.flatten(ndim).sum(-1) if part.ndim > ndim else part for part in parts]).sum(0)
+    return torch.stack([sum_events(part, ndim) for part in parts]).sum(0)
+
+
+def sum_events(values: Tensor, batch_dims: int | None) -> Tensor:
+    """Sums over the entries of an action.
+
+    Args:
+        values: one of each entry, ``[*B, ...]``.
+        batch_dims: the number of dimensions in ``*B``, or None to leave the values as they are.
+
+    Returns:
+        The sums, ``[*B]``.
+    """
+    return values if batch_dims is None or values.ndim <= batch_dims else values.flatten(batch_dims).sum(-1)
 
 
 def log_prob(dist: D.Distribution, action: Tensor | TensorDictBase, batch_dims: int | None = None) -> Tensor:
@@ -92,7 +106,7 @@ def log_prob(dist: D.Distribution, action: Tensor | TensorDictBase, batch_dims: 
     if isinstance(dist, CompositeDistribution):
         actions: Any = action
         return _sum_of_parts(dist, [dist[name].log_prob(actions.get(name)) for name in dist], batch_dims)
-    return dist.log_prob(action)
+    return sum_events(dist.log_prob(action), batch_dims)
 
 
 def has_exact_entropy(dist: D.Distribution) -> bool:
@@ -132,7 +146,7 @@ def entropy(dist: D.Distribution, batch_dims: int | None = None, *, nodes: int =
     if isinstance(dist, CompositeDistribution):
         return _sum_of_parts(dist, [entropy(dist[name], nodes=nodes) for name in dist], batch_dims)
     if has_analytic_entropy(dist):
-        return dist.entropy()
+        return sum_events(dist.entropy(), batch_dims)
     if not _is_squashed_normal(dist):
         raise NotImplementedError(
             f"There is no exact entropy for {type(dist).__name__}. Set entropy_coeff=0 (and entropy_bonus=False), or "
@@ -151,7 +165,7 @@ def entropy(dist: D.Distribution, batch_dims: int | None = None, *, nodes: int =
         z = image
     event_dims = tuple(range(-len(dist.event_shape), 0))
     expected = (weights * log_slope).sum(0)  # [*B, A]
-    return base.entropy() + (expected.sum(event_dims) if event_dims else expected)
+    return sum_events(base.entropy() + (expected.sum(event_dims) if event_dims else expected), batch_dims)
 
 
 @functools.cache

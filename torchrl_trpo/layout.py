@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
@@ -18,6 +20,19 @@ def path(key: NestedKey) -> tuple[str, ...]:
         Its parts.
     """
     return key if isinstance(key, tuple) else (key,)
+
+
+def key_list(keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
+    """One key or several as a list. A tuple of strings is one nested key, as everywhere in TorchRL.
+
+    Args:
+        keys: the keys.
+
+    Returns:
+        The keys, each a string or a tuple of strings.
+    """
+    one = isinstance(keys, str) or (isinstance(keys, tuple) and all(isinstance(part, str) for part in keys) and keys)
+    return [unravel_key(key) for key in ([keys] if one else keys)]
 
 
 def in_group(group: str | None, name: str) -> NestedKey:
