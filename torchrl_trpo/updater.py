@@ -198,8 +198,8 @@ class TrustRegionUpdater(RangedSettings):
             "The data was not collected by the policy that is updated: its log-probabilities differ by up to "
             f"{mismatch:.3g} from the policy's (effective sample size {float(stats['ESS'].min()):.2f}). The trust "
             "region is around the policy, not around what the data is from. Likely causes: a collector with a copy of "
-            "the policy that is not updated (update_policy_weights_), a batch that was used before, rows of a recurrent "
-            "policy out of order, a part of a composite log-probability that was left out, dropout or batch norm in "
+            "the policy that is not updated (update_policy_weights_), a batch that was used before, rows of a "
+            "recurrent policy out of order, a part of a composite log-probability left out, dropout or batch norm in "
             "the policy. Each step says more in log_ratio_max and ESS.",
             stacklevel=3,
         )
