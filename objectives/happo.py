@@ -12,6 +12,7 @@ from torch import Tensor
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import ClipPPOLoss
 
+from torchrl_trpo.objectives.agent_checks import check_agents_alone, check_stacked_agents
 from torchrl_trpo.objectives.agent_sequence import AgentSequence
 from torchrl_trpo.objectives.clipped import ClippedUpdater, Member, actor_parameters, make_member
 from torchrl_trpo.objectives.loss_parts import check_distinct_keys
@@ -102,6 +103,7 @@ class HAPPOUpdater(ClippedUpdater):
             max_grad_norm=max_grad_norm,
             process_group=process_group,
         )
+        self._agents_are_checked = False
         self._sequence = AgentSequence(len(self._members), agent_order=agent_order, ranks=self._ranks)
 
     @property
@@ -143,6 +145,12 @@ class HAPPOUpdater(ClippedUpdater):
         """
         check_distinct_keys(self.losses)
         rows = {group: self._rows(group, loss, tensordict) for group, loss in self.losses.items()}
+        if not self._agents_are_checked:
+            for group in {member.group for member in self._members if member.index is not None}:
+                policy = self.losses[group].actor_network, actor_parameters(self.losses[group])
+                check_stacked_agents(*policy, rows[group])
+                check_agents_alone(*policy, rows[group])
+            self._agents_are_checked = True
         first = next(iter(rows.values()))
         order: list[int] = []
         updated: list[TensorDict] = []
@@ -183,7 +191,8 @@ class HAPPOUpdater(ClippedUpdater):
 
 def _shared_message(group: str) -> str:
     return (
-        f"HAPPO updates the agents one after the other, but agents of group {group!r} share parameters of the policy. "
-        "Give each agent its own: MultiAgentMLP(..., share_params=False). For shared parameters train with the loss "
+        f"HAPPO updates the agents one after the other, but agents of group {group!r} share parameters of the policy, "
+        "or have them in networks that are not stacked. Give each agent its own slice: "
+        "MultiAgentMLP(..., share_params=False). For shared parameters train with the loss "
         "itself, on all agents at once (MAPPO or IPPO)."
     )

@@ -15,6 +15,7 @@ from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import LossModule
 
 from torchrl_trpo.layout import path
+from torchrl_trpo.objectives.agent_checks import check_agents_alone
 from torchrl_trpo.objectives.agent_sequence import AgentSequence
 from torchrl_trpo.objectives.loss_parts import check_distinct_keys
 from torchrl_trpo.objectives.policy_network import resolve_trust_region
@@ -95,6 +96,7 @@ class HATRPOSequentialObjective(LossModule):
         super().__init__()
         self._out_keys: list[NestedKey] | None = None
         self._updates, self._warned_of_rewards = 0, False
+        self._agents_are_checked = False
         groups = {"agents": losses} if isinstance(losses, TRPOLoss) else dict(losses)
         if not groups:
             raise ValueError("losses is an empty mapping; legal: {group: TRPOLoss, ...} with at least one group.")
@@ -233,6 +235,9 @@ class HATRPOSequentialObjective(LossModule):
         for group, loss in self._groups.items():
             if loss.trust_region == "shared" and rows[group].agent_shape.numel() > 1:
                 raise ValueError(_shared_message(group))
+            if loss.trust_region == "per_agent" and not self._agents_are_checked:
+                check_agents_alone(loss.actor_network, loss.actor_parameters, rows[group])
+        self._agents_are_checked = True
         self._check_rewards(tensordict)
         first = next(iter(rows.values()))
         for turn in self._sequence.turns(first.log_prob.new_ones(first.log_prob.shape[: first.row_dims].numel())):
@@ -266,6 +271,7 @@ def _count_agents(group: str, loss: TRPOLoss) -> int:
 def _shared_message(group: str) -> str:
     return (
         f"HATRPO updates the agents one after the other, but agents of group {group!r} share parameters of the "
-        "policy. Give each agent its own: MultiAgentMLP(..., share_params=False). For shared parameters "
-        "use TRPOLoss with TrustRegionUpdater directly (MATRPO or ITRPO)."
+        "policy, or have them in networks that are not stacked. Give each agent its own slice: "
+        "MultiAgentMLP(..., share_params=False). For shared parameters use TRPOLoss with TrustRegionUpdater directly "
+        "(MATRPO or ITRPO)."
     )

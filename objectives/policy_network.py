@@ -5,8 +5,14 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Literal
 
+import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
-from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
+from tensordict.nn import (
+    AddStateIndependentNormalScale,
+    CompositeDistribution,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+)
 from torch import Tensor, nn
 from torchrl.modules import set_recurrent_mode
 from torchrl.modules.models.multiagent import MultiAgentNetBase
@@ -30,26 +36,31 @@ def resolve_trust_region(
         The kind and the number.
 
     Raises:
-        ValueError: if the kind is unknown, or ``"per_agent"`` and a parameter is not stacked per agent.
+        ValueError: if the kind is unknown, or regions are per agent and a parameter is not.
     """
     if trust_region not in {None, "shared", "per_agent"}:
         raise ValueError(f"trust_region: {trust_region!r}. {nearest(trust_region, ['shared', 'per_agent', None])}")
-    nets = [module for module in network.modules() if isinstance(module, MultiAgentNetBase)]
     trained = {key: value for key, value in parameters.items(True, True) if value.requires_grad}
     prefixes = stacked_prefixes(network)
+    if trust_region == "shared" or (trust_region is None and not prefixes):
+        return "shared", 1
     loose = {key: value for key, value in trained.items() if not any(key[: len(p)] == p for p in prefixes)}
-    if trust_region == "shared" or (trust_region is None and (loose or not prefixes)):
-        return "shared", 1  # also for parameters that are shared in part: only one region holds them all
-    sizes = {net.n_agents for net in nets} | {value.shape[0] if value.ndim else 0 for value in loose.values()}
-    # A parameter outside of a multi-agent network is stacked if the user says so, but never that of a plain layer.
+    # Outside of multi-agent networks, parameters are stacked if the user says so, but never those of a plain layer.
     plain = [m for m in network.modules() if type(m).__module__.startswith("torch.nn.") and m._parameters]
-    if len(sizes) != 1 or any(net.share_params for net in nets) or (loose and plain):
+    plain += [m for m in network.modules() if isinstance(m, MultiAgentNetBase) and m.share_params]
+    sizes = {net.n_agents for net in _unshared_nets(network)} or {
+        value.shape[0] for value in loose.values() if value.ndim
+    }
+    n_agents = max(sizes, default=0)
+    shared = {key: tuple(v.shape) for key, v in loose.items() if plain or v.ndim < 2 or v.shape[0] != n_agents}
+    if shared or len(sizes) != 1:
         raise ValueError(
-            "trust_region='per_agent' needs every policy parameter stacked on a leading agent dimension, but those "
-            f"that all agents share have shapes {[tuple(value.shape) for value in (loose or trained).values()]}. Build "
-            "the policy from MultiAgentMLP(share_params=False), or use trust_region='shared'."
+            f"trust_region={trust_region!r}: a region for each agent needs every parameter of the policy stacked on a "
+            f"leading agent dimension, but {', '.join(f'{key} {shape}' for key, shape in shared.items())} is not. "
+            "Legal: MultiAgentMLP(share_params=False) for networks, [n_agents, A] for a standard deviation and other "
+            "parameters of your own; or trust_region='shared', one region for all."
         )
-    return "per_agent", sizes.pop()
+    return "per_agent", n_agents
 
 
 def stacked_prefixes(network: ProbabilisticTensorDictSequential) -> list[tuple[str, ...]]:
@@ -62,10 +73,12 @@ def stacked_prefixes(network: ProbabilisticTensorDictSequential) -> list[tuple[s
         The keys, in the TensorDict of the policy's parameters.
     """
     return [
-        (*name.split("."), "params")
-        for name, module in network.named_modules()
-        if isinstance(module, MultiAgentNetBase) and not module.share_params
+        (*name.split("."), "params") for name, module in network.named_modules() if module in _unshared_nets(network)
     ]
+
+
+def _unshared_nets(network: nn.Module) -> list[MultiAgentNetBase]:
+    return [net for net in network.modules() if isinstance(net, MultiAgentNetBase) and not net.share_params]
 
 
 def distribution_keys(network: ProbabilisticTensorDictSequential) -> list[NestedKey]:
@@ -161,6 +174,8 @@ def single_agent_network(
                     "agent's actions depend on all observations. Use centralized=False."
                 )
             module.n_agents = 1
+        elif isinstance(module, AddStateIndependentNormalScale) and len(module.scale_shape) > 1:
+            module.scale_shape = torch.Size([1, *module.scale_shape[1:]])
         elif isinstance(module, ProbabilisticTensorDictModule):
             # Bounds that differ between agents, [n_agents, A], as an action spec gives them.
             module.distribution_kwargs = {

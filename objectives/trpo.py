@@ -24,6 +24,7 @@ from torchrl.objectives.utils import _sum_td_features, default_value_kwargs
 from torchrl_trpo.divergence import has_exact_entropy, kl_divergence, sum_events
 from torchrl_trpo.functional import parameters_restored
 from torchrl_trpo.layout import reads_init
+from torchrl_trpo.objectives.agent_checks import check_shared_agents, check_stacked_agents
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
 from torchrl_trpo.objectives.loss_parts import estimated_advantage, exact_entropy, row_mask, standardized_advantage
@@ -166,6 +167,8 @@ class TRPOLoss(PPOLoss):
         )
         self._data_has_distribution = False
         self._norm_has_started = False
+        self._region_is_inferred = trust_region is None
+        self._agents_are_checked = False
         self.ranks = Ranks(process_group)
         if self.ranks.size > 1 and self.advantage_norm is not None:
             raise ValueError(
@@ -337,7 +340,7 @@ class TRPOLoss(PPOLoss):
         log_prob = collected_log_prob(self, tensordict)
         if self.trust_region == "per_agent":
             check_agent_dim(log_prob, tensordict.batch_size, self.agent_dim, self.n_regions)
-        return flatten_rows(
+        rows = flatten_rows(
             entry(tensordict, input_keys(self.actor_network), "the actor's in_keys"),
             action=entry(tensordict, keys.action, "action"),
             log_prob=log_prob,
@@ -347,6 +350,15 @@ class TRPOLoss(PPOLoss):
             sequences=reads_init(self.actor_network),
             ranks=self.ranks if ranks is None else ranks,
         )
+        if not any(value.requires_grad for value in self.actor_parameters.values(True, True)):
+            raise ValueError("no parameter of the policy requires a gradient: nothing of it can be updated.")
+        if not self._agents_are_checked and rows.agent_shape.numel() > 1:
+            self._agents_are_checked = True
+            if self.trust_region == "per_agent":
+                check_stacked_agents(self.actor_network, self.actor_parameters, rows)
+            elif self._region_is_inferred:
+                check_shared_agents(self.actor_network, self.actor_parameters, rows)
+        return rows
 
     def surrogate_terms(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         """The surrogate at the current parameters, taken apart for a sequential objective.
@@ -384,7 +396,17 @@ class TRPOLoss(PPOLoss):
 
         Returns:
             The loss itself.
+
+        Raises:
+            ValueError: if the estimator's ``value_network`` is not the loss's critic, or its statistics would be of one
+                process alone.
         """
+        given = hyperparams.get("value_network", getattr(value_type, "value_network", None))
+        if given is not None and self.critic_network is not None and given is not self.critic_network:
+            raise ValueError(
+                "value_network is another network than the loss's critic_network: values would come from one that "
+                "loss_critic does not train. Legal: the critic_network that the loss was made with."
+            )
         if value_type is None or getattr(value_type, "name", str(value_type)).upper() == ValueEstimators.MAGAE.name:
             value_type = AgentGAE
             defaults = default_value_kwargs(self.default_value_estimator)

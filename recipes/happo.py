@@ -71,7 +71,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
             critic,
             clip_epsilon=cfg.clip_epsilon,
             normalize_advantage=True,
-            normalize_advantage_exclude_dims=(-2,),
+            normalize_advantage_exclude_dims=(-2,) if keys.agent_shape else (),
             entropy_coeff=cfg.entropy_coeff,
         )
         loss.loss_mask_key = keys.mask or "auto"

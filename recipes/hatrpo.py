@@ -71,7 +71,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
             actor,
             critic,
             normalize_advantage=True,
-            normalize_advantage_exclude_dims=(-2,),
+            normalize_advantage_exclude_dims=(-2,) if keys.agent_shape else (),
             entropy_coeff=cfg.entropy_coeff,
             chunk_size=cfg.chunk_size,
             compile_policy=cfg.compile_update,

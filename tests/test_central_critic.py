@@ -9,7 +9,7 @@ from torch import nn
 from torchrl.modules import PopArtValueNorm
 from torchrl.objectives.value import MultiAgentGAE
 
-from tests.cases import ACTION, LOG_PROB, OBSERVATION, OLD_DATA, REWARD, VALUE, make_actor, make_data
+from tests.cases import ACTION, GROUP, LOG_PROB, OBSERVATION, OLD_DATA, REWARD, VALUE, make_actor, make_data
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
 
@@ -276,3 +276,37 @@ def test_in_keys_name_what_is_read():
     estimator = make_estimator(state_key="state")
     assert {OBSERVATION, ("next", *OBSERVATION), "state", ("next", "state")} <= set(estimator.in_keys)
     assert CENTRAL not in estimator.in_keys
+
+
+def test_a_critic_that_does_not_read_what_is_pooled_is_refused():
+    """The README's drop-in, then its central critic with the same network: the pooled entry was ignored."""
+    critic = TensorDictModule(torch.nn.Linear(3, 1), in_keys=[OBSERVATION], out_keys=[VALUE])
+    with pytest.raises(ValueError, match=r"central_key: \('agents', 'central'\) is not read by value_network"):
+        make_estimator(value_network=critic)
+
+
+@pytest.mark.parametrize("form", [OBSERVATION, [OBSERVATION], (OBSERVATION,)], ids=["key", "list", "tuple"])
+def test_a_tuple_of_strings_is_one_nested_key(form):
+    """``observation_keys=("agents", "observation")`` once was read as two keys."""
+    actor = make_actor()
+    estimator = make_estimator(
+        9 + 4,
+        observation_keys=form,
+        action_keys=ACTION,
+        actor_network=actor,
+        other_mask_keys=(GROUP, "mask"),
+        reward_keys=REWARD,
+    )
+    assert estimator.observation_keys == [OBSERVATION]
+    assert estimator.action_keys == [ACTION]
+    assert estimator.other_mask_keys == [(GROUP, "mask")]
+    assert estimator.reward_keys == [REWARD]
+    assert make_estimator(observation_keys="state", n_agents=3).observation_keys == ["state"]
+
+
+def test_an_estimator_with_another_network_than_the_losss_critic_is_refused():
+    """loss_critic would train one network, and the advantages come from the other."""
+    loss = TRPOLoss(make_actor(), make_critic(9))
+    settings = {"gamma": 0.99, "lmbda": 0.95, "observation_keys": OBSERVATION, "central_key": CENTRAL}
+    with pytest.raises(ValueError, match="value_network is another network"):
+        loss.make_value_estimator(CentralCriticValueEstimator, value_network=make_critic(9), **settings)

@@ -11,7 +11,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
+from torchrl.modules import IndependentNormal, MultiAgentMLP, NormalParamExtractor, ProbabilisticActor
+from torchrl.objectives import ClipPPOLoss
 
 from tests.cases import (
     ACTION,
@@ -34,7 +35,7 @@ from tests.cases import (
     textbook_kl,
 )
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
+from torchrl_trpo.objectives import ClippedUpdater, HAPPOUpdater, HATRPOSequentialObjective, TRPOLoss
 
 
 def test_sequence_and_factor_against_a_hand_calculation():
@@ -161,6 +162,7 @@ class FlopCounter(TorchDispatchMode):
 def flops_of_an_update(n_agents):
     actor = make_actor(n_agents=n_agents)
     updater = TrustRegionUpdater(HATRPOSequentialObjective(TRPOLoss(actor)), max_backtracks=0)
+    updater.step(make_data(actor, n_agents=n_agents))  # looks at the policy
     data = make_data(actor, n_agents=n_agents)
     with FlopCounter() as counter:
         updater.step(data)
@@ -289,10 +291,11 @@ def test_buffers_are_not_sliced_like_parameters():
 
 
 def test_a_parameter_that_agents_share_is_noticed_whatever_its_length():
-    loss = TRPOLoss(actor_with_scale(shared_scale=True))
-    assert loss.trust_region == "shared"
-    with pytest.raises(ValueError, match="share parameters"):
-        HATRPOSequentialObjective(loss)
+    """A standard deviation ``[A]`` with A = n_agents once was cut per agent, and the rejected agent's policy moved."""
+    for trust_region in (None, "per_agent"):
+        with pytest.raises(ValueError, match=r"'scale'\) \(3,\) is not.*\[n_agents, A\].*trust_region='shared'"):
+            TRPOLoss(actor_with_scale(shared_scale=True), trust_region=trust_region)
+    assert TRPOLoss(actor_with_scale(shared_scale=True), trust_region="shared").n_regions == 1
 
 
 def test_keys_at_the_root():
@@ -362,10 +365,9 @@ def test_other_losses_are_refused():
 
 def test_policies_that_read_each_others_observations_are_refused():
     actor = make_actor()
+    net = MultiAgentMLP(3, 4, n_agents=3, centralized=True, share_params=False, num_cells=[4], depth=1).double()
+    actor.module[0].module = nn.Sequential(net, NormalParamExtractor())
     data = make_data(actor)
-    for module in actor.modules():
-        if hasattr(module, "centralized"):
-            module.centralized = True
     with pytest.raises(ValueError, match="centralized=False"):
         TrustRegionUpdater(HATRPOSequentialObjective(TRPOLoss(actor))).step(data)
 
@@ -397,3 +399,29 @@ def test_gradient_of_the_first_agent_is_the_policy_gradient():
     data = make_data(actor)
     stats = TrustRegionUpdater(HATRPOSequentialObjective(TRPOLoss(deepcopy(actor)), agent_order="fixed")).step(data)
     torch.testing.assert_close(stats["grad_norm"][0], dense_gradient(actor, data, True)[0].norm())
+
+
+@pytest.mark.parametrize("name", ["hatrpo", "mappo", "happo"])
+@pytest.mark.parametrize("shared", ["advantage", "value", "value_target"])
+def test_groups_that_write_the_same_entry_are_refused(name, shared):
+    """With the default keys the second group's estimator overwrote the first one's: a team trained on the other's."""
+    losses, updaters = {}, {"mappo": ClippedUpdater, "happo": HAPPOUpdater}
+    for group in ("cars", "trucks"):
+        actor = make_actor()
+        critic = TensorDictModule(nn.Linear(3, 1).double(), [OBSERVATION], [(group, "value")])
+        losses[group] = TRPOLoss(actor, critic) if name == "hatrpo" else ClipPPOLoss(actor, critic)
+        own = {key: (group, key) for key in ("advantage", "value", "value_target") if key != shared}
+        losses[group].set_keys(action=ACTION, sample_log_prob=LOG_PROB, **own)
+    updater = updaters[name](losses) if name != "hatrpo" else TrustRegionUpdater(HATRPOSequentialObjective(losses))
+    legal = rf"{shared}: .* groups 'cars' and 'trucks'.*losses\['trucks'\].set_keys\({shared}=\('trucks', "
+    with pytest.raises(ValueError, match=legal):
+        updater.step(make_data(losses["cars"].actor_network))
+
+
+def test_without_critics_groups_may_share_what_only_critics_write():
+    losses = {group: TRPOLoss(make_actor()) for group in ("cars", "trucks")}
+    losses["trucks"].set_keys(advantage=("trucks", "advantage"))
+    data = make_data(losses["cars"].actor_network)
+    data["trucks", "advantage"] = data["advantage"]
+    with pytest.warns(UserWarning, match="not collected"):  # by the trucks
+        assert TrustRegionUpdater(HATRPOSequentialObjective(losses)).step(data)["accepted"].all()

@@ -12,7 +12,7 @@ from tensordict.nn import CompositeDistribution, TensorDictModule
 from torch import nn
 from torch.distributions import Normal
 from torchrl.modules import IndependentNormal, PopArtValueNorm, ProbabilisticActor, TanhNormal, TruncatedNormal
-from torchrl.objectives import PPOLoss
+from torchrl.objectives import ClipPPOLoss, PPOLoss
 from torchrl.objectives.value import MultiAgentGAE
 
 from tests.cases import (
@@ -22,6 +22,7 @@ from tests.cases import (
     LOG_PROB,
     OBSERVATION,
     OLD_DATA,
+    PARTS,
     bits,
     dense_gradient,
     distribution,
@@ -38,7 +39,7 @@ from tests.cases import (
 from torchrl_trpo import TrustRegionUpdater, entropy, kl_divergence
 from torchrl_trpo.distributions import MultiCategorical
 from torchrl_trpo.divergence import log_prob
-from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
+from torchrl_trpo.objectives import ClippedUpdater, HATRPOSequentialObjective, TRPOLoss
 
 SHARING = pytest.mark.parametrize("share_params", [True, False], ids=["shared", "per_agent"])
 
@@ -579,3 +580,106 @@ def test_composite_actions_in_a_tensordict_without_the_agents_in_its_batch_size(
     assert results[0]["accepted"].all()
     torch.testing.assert_close(results[1]["kl"], results[0]["kl"])
     torch.testing.assert_close(results[1]["improvement"], results[0]["improvement"])
+
+
+@pytest.mark.parametrize("batch", [(1, 8), (5, 8)], ids=["one environment", "several"])
+def test_a_team_advantage_is_normalised_over_all_rows(batch):
+    """``[*B, T, 1]`` with ``normalize_advantage_exclude_dims=(-2,)``, the agents, was normalised for each time step."""
+    actor = make_actor()
+    data = make_data(actor, batch)
+    data["advantage"] = team = 3 + torch.randn(*batch, 1, dtype=torch.float64)
+    loss = TRPOLoss(actor, normalize_advantage=True, normalize_advantage_exclude_dims=(-2,))
+    expected = ((team - team.mean()) / team.std()).unsqueeze(-2)
+    torch.testing.assert_close(loss.normalized_advantage(data), expected)
+    rows = loss.policy_rows(data).advantage
+    torch.testing.assert_close(rows, expected.expand(*batch, 3, 1).reshape(rows.shape))
+
+
+@pytest.mark.parametrize("exclude", [(-2,), (0,), (1, -1)], ids=str)
+@pytest.mark.parametrize("make", [TRPOLoss, ClipPPOLoss])
+def test_rows_are_never_normalised_apart(make, exclude):
+    """Without an agent dimension, -2 is time: with one environment each advantage would be its own mean."""
+    actor, _ = make_single()
+    data = single_data(actor, batch=(1, 8))
+    data["advantage"] = torch.randn(1, 8, 1, dtype=torch.float64)
+    loss = make(actor, normalize_advantage=True, normalize_advantage_exclude_dims=exclude)
+    updater = TrustRegionUpdater(loss) if make is TRPOLoss else ClippedUpdater(loss)
+    with pytest.raises(ValueError, match=r"normalize_advantage_exclude_dims: .* batch or time dimension of \(1, 8\)"):
+        updater.step(data)
+
+
+@pytest.mark.parametrize("share_params", [True, False, None], ids=["shared", "per_agent", "single"])
+def test_entries_of_an_action_are_no_agents(share_params):
+    """A ``Normal`` that is not ``Independent`` has one log-probability for each entry of an action.
+
+    With a single agent they were taken as agents: the KL reported was a third of the true one. The step is that of the
+    ``IndependentNormal``.
+    """
+    kept = []
+    for distribution_class in (IndependentNormal, torch.distributions.Normal):
+        torch.manual_seed(2)
+        actor = make_single()[0] if share_params is None else make_actor(share_params=share_params)
+        actor[-1].distribution_class = distribution_class
+        data = single_data(actor) if share_params is None else make_data(actor)
+        if share_params is None:
+            data["advantage"] = torch.randn(5, 8, 1, dtype=torch.float64)
+        loss = TRPOLoss(actor, entropy_coeff=0.01)
+        before = loss(data)
+        objective = HATRPOSequentialObjective(loss) if share_params is False else loss
+        stats = TrustRegionUpdater(objective, max_kl=0.02).step(data)
+        kept.append([flat_parameters(actor), *before.values(), *loss(data).values(), *stats.values()])
+        torch.testing.assert_close(loss(data)["kl"], stats["kl"].mean())
+    for one, other in zip(*kept, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_clipped_update_refuses_ratios_of_an_actions_entries():
+    actor, _ = make_single()
+    actor[-1].distribution_class = torch.distributions.Normal
+    data = single_data(actor)
+    data["advantage"] = torch.randn(5, 8, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"\(5, 8, 2\), one of each entry of the action.*IndependentNormal"):
+        ClippedUpdater(ClipPPOLoss(actor)).step(data)
+
+
+def test_parts_of_a_composite_need_not_be_independent():
+    """``forward`` worked, ``step`` did not."""
+    kept = []
+    for normal in (IndependentNormal, torch.distributions.Normal):
+        torch.manual_seed(2)
+        actor = make_actor("composite")
+        actor[-1].distribution_kwargs["distribution_map"] = {**PARTS, "move": normal}
+        data = make_data(actor)
+        stats = TrustRegionUpdater(loss := make_loss(actor)).step(data)
+        kept.append([flat_parameters(actor), *stats.values(), loss(data)["kl"]])
+    for one, other in zip(*kept, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_discrete_log_probs_that_may_be_agents_or_actions_are_refused():
+    net = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(-1, (2, 3))).double()
+    actor = ProbabilisticActor(
+        TensorDictModule(net, ["observation"], ["logits"]),
+        in_keys=["logits"],
+        out_keys=["action"],
+        distribution_class=torch.distributions.Categorical,
+        return_log_prob=True,
+    )
+    data = single_data(actor)
+    data["advantage"] = torch.randn(5, 8, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"one of each agent, or of each action of one agent.*MultiCategorical"):
+        TrustRegionUpdater(TRPOLoss(actor)).step(data)
+
+
+def test_an_update_moves_no_running_statistics():
+    """Batch norm counted each candidate of the line search, those of a rejected step too."""
+    actor, _ = make_single()
+    actor.module[0].module.insert(0, nn.BatchNorm1d(3).double())
+    data = single_data(actor.eval(), batch=(40,))
+    data["advantage"] = torch.randn(40, 1, dtype=torch.float64)
+    actor.train()
+    before = {key: value.clone() for key, value in actor.named_buffers()}
+    with pytest.warns(UserWarning, match="batch norm"):
+        stats = TrustRegionUpdater(TRPOLoss(actor)).step(data)
+    assert stats["accepted"].all()
+    assert all(torch.equal(value, before[key]) for key, value in actor.named_buffers())

@@ -291,6 +291,8 @@ def test_the_host_waits_once_and_for_each_region_twice_and_once_per_try(kind, se
     actor = make_actor(kind)
     data, loss = make_data(actor), make_loss(actor, entropy_bonus=False)
     updater = TrustRegionUpdater(HATRPOSequentialObjective(loss) if sequential else loss, fisher_subsample=0.5)
+    updater.step(data)  # looks at the policy
+    data = make_data(actor)
     with HostWaits() as waits:
         stats = updater.step(data)
     tries = 1 + (stats["step_fraction"].log() / math.log(0.8)).round().int()
