@@ -549,3 +549,10 @@ def test_critics_of_the_recipes_are_recurrent_too():
         make_central_critic(env, keys, network="lstm"),
     ):
         assert "is_init" in critic.in_keys
+
+
+def test_steps_of_a_recurrent_policy_out_of_order_are_told():
+    actor = recurrent_actor(share_params=True)
+    data = sequences(actor)
+    with pytest.warns(UserWarning, match="recurrent policy out of order"):
+        TrustRegionUpdater(TRPOLoss(actor)).step(data[:, torch.tensor([3, 1, 5, 0, 2, 4])])
