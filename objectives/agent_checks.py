@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
@@ -104,7 +102,7 @@ def check_shared_agents(
 @torch.enable_grad()
 def _slopes(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, row: PolicyRows
-) -> tuple[list[NestedKey], list[Sequence[torch.Tensor]]]:
+) -> tuple[list[NestedKey], list[tuple[torch.Tensor, ...]]]:
     """The names of the parameters, and for each agent a derivative of its distribution by each of them."""
     leaves = parameters.data.clone()
     names = [key for key, value in parameters.items(True, True) if value.requires_grad]

@@ -267,7 +267,7 @@ def collected_log_prob(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
             )
         agent_dims.append(min(extra, 1))
     ndim = batch_dims + max(0, *agent_dims)
-    return sum(sum_events(part, ndim) for part, _ in pairs).unsqueeze(-1)
+    return torch.stack([sum_events(part, ndim) for part, _ in pairs]).sum(0).unsqueeze(-1)
 
 
 def _has_agents(loss: PPOLoss, tensordict: TensorDictBase) -> bool:
