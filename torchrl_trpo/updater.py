@@ -146,14 +146,14 @@ class TrustRegionUpdater(RangedSettings):
               regions before this one have left: 0 of the first, nothing outside of a sequential update.
             - ``order``: ``order[m]`` is the region that was solved m-th.
         """
-        order: list[int] = []
+        indices: list[int] = []
         solved: list[TensorDict] = []
         for problem in self.objective.trust_regions(tensordict):
             solved.append(self._solve(problem))
-            order.extend(problem.indices)
+            indices.extend(problem.indices)
         stats: TensorDict = TensorDict.cat(solved)
-        stats = stats[sorted(range(len(order)), key=order.__getitem__)]
-        return stats.set("order", torch.tensor(order, device=stats["kl"].device))
+        order = torch.tensor(indices).to(stats["kl"].device, non_blocking=True)
+        return stats[order.argsort()].set("order", order)
 
     def _solve(self, problem: TrustRegionProblem) -> TensorDict:
         fisher = problem.fisher_product(self.fisher_subsample)  # first: the gradient then uses its forward pass
