@@ -285,12 +285,11 @@ class HostWaits(TorchDispatchMode):
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["batched", "sequential"])
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
-def test_the_host_waits_twice_and_once_per_try(kind, sequential):
+def test_the_host_waits_once_per_try(kind, sequential):
     actor = make_actor(kind)
     data, loss = make_data(actor), make_loss(actor, entropy_bonus=False)
     updater = TrustRegionUpdater(HATRPOSequentialObjective(loss) if sequential else loss, fisher_subsample=0.5)
     with HostWaits() as waits:
         stats = updater.step(data)
     tries = 1 + (stats["step_fraction"].log() / math.log(0.8)).round().int()
-    assert waits.count <= ((2 + tries).sum() if sequential else 2 + tries.max())
-    assert waits.count >= tries.max()
+    assert tries.max() <= waits.count <= (tries.sum() if sequential else tries.max())
