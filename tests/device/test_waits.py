@@ -23,8 +23,6 @@ if missing := [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]:
 
 from tests.device import fakegpu
 
-fakegpu.teach_torchrl()
-
 STEPS = 10
 
 
@@ -40,7 +38,7 @@ class OtherBounds(Transform):
 
 
 def balance(*transforms):
-    settings = {"num_envs": 4, "max_steps": 9, "kwargs": {}, "seed": 0, "device": torch.device("fake")}
+    settings = {"num_envs": 4, "max_steps": 9, "kwargs": {}, "seed": 0, "device": torch.device("fake", 0)}
     env = make_env("vmas/balance", **settings)
     for transform in transforms:
         env.append_transform(transform)
@@ -140,7 +138,7 @@ def test_the_waits_of_an_iteration(name, masked, update, tmp_path, monkeypatch):
     """HATRPO's four agents once waited 30 times in an update, HAPPO's 153 times; each collected step waited 6 times."""
 
     def make(*args, **settings):
-        env = make_env(*args, **{**settings, "device": torch.device("fake")})
+        env = make_env(*args, **{**settings, "device": torch.device("fake", 0)})
         return env.append_transform(SomeAbsent()) if masked else env
 
     monkeypatch.setattr(RECIPES[name], "make_env", make)
