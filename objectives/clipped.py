@@ -298,7 +298,8 @@ class ClippedUpdater(RangedSettings):
     def _fit(self, member: Member, rows: PolicyRows, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The epochs of one member; gives the mean norm of the gradients, and whether all steps were taken."""
         loss = _make_loss(self.losses[member.group], member.network)
-        member.optimizer.param_groups[0]["lr"] = self.lr
+        optimizer: Any = member.optimizer
+        optimizer.param_groups[0]["lr"] = self.lr
         kept = _kept(rows, counts)
         kept_by_rank = count_by_rank(kept, self._ranks)
         size = max(1, self.minibatch_size // rows.steps_per_row)
@@ -306,7 +307,7 @@ class ClippedUpdater(RangedSettings):
         taken = rows.log_prob.new_ones((), dtype=torch.bool)
         for _ in range(self.epochs if sum(kept_by_rank) else 0):
             for drawn in draw_minibatches(kept, kept_by_rank, size, self._ranks):
-                member.optimizer.zero_grad()
+                optimizer.zero_grad()
                 objective = rows.log_prob.new_zeros(())
                 if len(drawn):
                     batch = _minibatch(self.losses[member.group], rows.take(drawn), counts[drawn])
@@ -319,8 +320,8 @@ class ClippedUpdater(RangedSettings):
                 norms.append(torch.nn.utils.clip_grad_norm_(member.trained, self.max_grad_norm))
                 finite = (objective + norms[-1]).isfinite()
                 # As GradScaler tells a fused optimiser to leave a step out: on the device, the momentum too.
-                member.optimizer.found_inf = (~finite).float()
-                member.optimizer.step()
+                optimizer.found_inf = (~finite).float()
+                optimizer.step()
                 taken &= finite
         return torch.stack(norms).mean(), taken
 

@@ -554,7 +554,7 @@ MUTATIONS = (
     Mutation(
         "happo-steps-on-nan",
         "objectives/clipped.py",
-        "member.optimizer.found_inf = (~finite).float()\n",
+        "optimizer.found_inf = (~finite).float()\n",
         "pass\n",
         "a minibatch with a NaN makes the agent's parameters NaN",
         "happo::test_a_minibatch_with_a_nan_is_left_out",

@@ -126,7 +126,7 @@ class BoundedTanhNormal(TanhNormal):
             super().__init__(loc, scale, **bounds, event_dims=event_dims, **kwargs)
             return
         event_dims = min(1, loc.ndim) if event_dims is None else event_dims
-        vars(self).update(_within_bounds(low, high, event_dims, loc.dtype, loc.device, **kwargs))
+        self.__dict__.update(_within_bounds(low, high, event_dims, loc.dtype, loc.device, **kwargs))
         self.update(loc, scale)
 
 
