@@ -4,6 +4,7 @@
 # make check   format, lint, docstring rules and types
 # make docs    the documentation site; fails on a dead link and a public name without a page; make linkcheck asks for external links
 # make bench   what update, memory and sampling cost, as ratios, about 10 minutes; ARGS="--quick --only update,textbook"
+# make gpu-check   recipes, resumes, CUDA graphs, speed, memory, waits and tests on a GPU, a table, about 10 minutes; ARGS="--device cuda:1"
 # make soak    an hour of training with kills, signals and faults, against the same training left in peace
 # make mutations   deliberate mistakes in the numerics, each of which the suite must notice, about 10 minutes
 # make coverage   the lines of torchrl_trpo/, objectives/ and recipes/ that the suite runs
@@ -23,7 +24,7 @@ READY := $(VENV)/.ready
 SPHINX := $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --doctree-dir outputs/docs/doctrees
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train evaluate test test-slow soak mutations coverage check docs linkcheck bench results tuning sensitivity
+.PHONY: train evaluate test test-slow gpu-check soak mutations coverage check docs linkcheck bench results tuning sensitivity
 .DEFAULT_GOAL := train
 
 $(READY): pyproject.toml constraints.txt
@@ -51,6 +52,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 -m slow -o faulthandler_timeout=3600 $(ARGS)
+
+gpu-check: $(READY)
+	@echo "==> Checking the project on a GPU; the table and what belongs to it go to outputs/gpu_check"
+	$(BIN)/python -m tests.gpu_check $(ARGS)
 
 soak: $(READY)
 	@echo "==> Training for about an hour, twice at once: one is killed again and again, and must end as the other"

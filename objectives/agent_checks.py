@@ -61,19 +61,14 @@ def check_agents_alone(
         own = slice_agents(parameters, slice(agent, agent + 1), stacked_prefixes(network))
         single = single_agent_network(network, agent, len(agents))
         expected = {key: value.narrow(row.row_dims, agent, 1) for key, value in together.items(True, True)}
-        cause = None
-        try:
-            apart = distribution_parameters(single, own, row.of_agent(agent).inputs)
-            same = all(_close(apart.get(key), value) for key, value in expected.items())
-        except RuntimeError as error:
-            same, cause = False, error
-        if not same:
+        apart = distribution_parameters(single, own, row.of_agent(agent).inputs)
+        if not all(_close(apart.get(key), value) for key, value in expected.items()):
             raise ValueError(
                 f"agents are updated one at a time, but agent {agent} alone, with its slice of the parameters, does "
                 "not act as among all: the policy has something that depends on other agents, or a buffer with an "
                 "entry for each. Legal: layers that act on each agent's features; what differs between agents as a "
                 "parameter [n_agents, ...] or in a MultiAgentNetBase."
-            ) from cause
+            )
 
 
 def check_shared_agents(

@@ -227,7 +227,7 @@ class CentralCriticValueEstimator(AgentGAE):
             drawn = self.actor_network(tensordict.get("next").select(*self.actor_network.in_keys, strict=False).copy())
         done = entry(tensordict, ("next", *path(self.tensor_keys.done)), "the done key")
         ends = done.flatten(tensordict.batch_dims).any(-1)
-        ends = ends.index_fill(time_dim, torch.tensor([ends.shape[time_dim] - 1], device=ends.device), True)
+        ends.select(time_dim, -1).fill_(True)
         following = []
         for key, action in zip(self.action_keys, actions, strict=True):
             mask = ends.reshape(*ends.shape, *[1] * (action.ndim - ends.ndim))

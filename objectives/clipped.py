@@ -44,6 +44,7 @@ from torchrl_trpo.objectives.policy_rows import (
 )
 from torchrl_trpo.ranged import RangedSettings
 from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.row_statistics import read
 
 _COUNTS = "_counts"
 """Which steps of a sequence count, in a minibatch."""
@@ -328,15 +329,16 @@ class ClippedUpdater(RangedSettings):
     def _fit(self, member: Member, rows: PolicyRows, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The epochs of one member; gives the mean norm of the gradients, and whether all steps were taken."""
         loss = _make_loss(self.losses[member.group], member.network)
-        member.optimizer.param_groups[0]["lr"] = self.lr
-        kept = counts.flatten(1).any(1).nonzero().squeeze(-1)
+        optimizer: Any = member.optimizer
+        optimizer.param_groups[0]["lr"] = self.lr
+        kept = _kept(rows, counts)
         kept_by_rank = count_by_rank(kept, self._ranks)
         size = max(1, self.minibatch_size // rows.steps_per_row)
         norms = [rows.log_prob.new_zeros(())] if not sum(kept_by_rank) else []
-        taken = True
+        taken = rows.log_prob.new_ones((), dtype=torch.bool)
         for _ in range(self.epochs if sum(kept_by_rank) else 0):
             for drawn in draw_minibatches(kept, kept_by_rank, size, self._ranks):
-                member.optimizer.zero_grad()
+                optimizer.zero_grad()
                 objective = rows.log_prob.new_zeros(())
                 if len(drawn):
                     batch = _minibatch(self.losses[member.group], rows.take(drawn), counts[drawn])
@@ -346,11 +348,12 @@ class ClippedUpdater(RangedSettings):
                     objective.backward()
                 objective = average_gradients(member.trained, objective.detach(), counts[drawn].sum(), self._ranks)
                 norms.append(torch.nn.utils.clip_grad_norm_(member.trained, self.max_grad_norm))
-                if (objective + norms[-1]).isfinite():  # waits for the device, to leave no momentum behind
-                    member.optimizer.step()
-                else:
-                    taken = False
-        return torch.stack(norms).mean(), torch.tensor(taken, device=rows.log_prob.device)
+                finite = (objective + norms[-1]).isfinite()
+                # As GradScaler tells a fused optimiser to leave a step out: on the device, the momentum too.
+                optimizer.found_inf = (~finite).float()
+                optimizer.step()
+                taken &= finite
+        return torch.stack(norms).mean(), taken
 
     @torch.no_grad()
     def _distribution(self, member: Member, rows: PolicyRows) -> D.Distribution:
@@ -448,22 +451,30 @@ def _follow(member: Member, loss: ClipPPOLoss) -> None:
 
 def _make_loss(loss: ClipPPOLoss, network: ProbabilisticTensorDictSequential) -> ClipPPOLoss:
     """The loss of a member's policy, with the settings that the group's has now."""
-    epsilon = (loss.clip_epsilon_low, loss.clip_epsilon_high) if loss._asymmetric_clip else (loss.clip_epsilon,)
-    clip_epsilon = tuple(map(float, epsilon))
-    cap = loss.max_importance_ratio
+    names = ["clip_epsilon_low", "clip_epsilon_high"] if loss._asymmetric_clip else ["clip_epsilon"]
+    names += ["entropy_coeff"] + ["max_importance_ratio"] * (loss.max_importance_ratio is not None)
+    numbers = read({name: getattr(loss, name) for name in names})
+    clip_epsilon = [value for name, value in numbers.items() if name.startswith("clip")]
     own = _AgentLoss(
         network,
         functional=False,
-        clip_epsilon=clip_epsilon if loss._asymmetric_clip else clip_epsilon[0],
-        entropy_bonus=loss.entropy_bonus and bool(loss._entropy_coeff_map or loss.entropy_coeff),
+        clip_epsilon=tuple(clip_epsilon) if loss._asymmetric_clip else clip_epsilon[0],
+        entropy_bonus=loss.entropy_bonus and bool(loss._entropy_coeff_map or numbers["entropy_coeff"]),
         samples_mc_entropy=loss.samples_mc_entropy,
         entropy_coeff=loss._entropy_coeff_map or loss.entropy_coeff,
-        max_importance_ratio=None if cap is None else float(cap),
+        max_importance_ratio=numbers.get("max_importance_ratio"),
     )
     keys = loss.tensor_keys
     own.set_keys(action=keys.action, sample_log_prob=keys.sample_log_prob, advantage=keys.advantage)
     own.loss_mask_key = _COUNTS
     return own
+
+
+def _kept(rows: PolicyRows, counts: Tensor) -> Tensor:
+    """The indices of the rows, or sequences, in which anything counts."""
+    if rows.weight.ndim == 1:  # without a mask all do, and the device need not be asked which
+        return torch.arange(len(rows), device=counts.device)
+    return counts.flatten(1).any(1).nonzero().squeeze(-1)
 
 
 def _minibatch(loss: ClipPPOLoss, rows: PolicyRows, counts: Tensor) -> TensorDict:

@@ -163,7 +163,7 @@ class HAPPOUpdater(ClippedUpdater):
                 updated.append(stats)
                 order.append(turn.agent)
             by_agent = TensorDict.stack([updated[order.index(agent)] for agent in range(len(order))])
-            return by_agent.set("order", torch.tensor(order, device=by_agent["kl"].device))
+            return by_agent.set("order", torch.tensor(order).to(by_agent["kl"].device, non_blocking=True))
 
     def _make_members(self) -> list[Member]:
         """The agents of all groups; one for a policy without an agent dimension, as the data will tell."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
@@ -177,10 +177,8 @@ def single_agent_network(
         elif isinstance(module, AddStateIndependentNormalScale) and len(module.scale_shape) > 1:
             module.scale_shape = torch.Size([1, *module.scale_shape[1:]])
         elif isinstance(module, ProbabilisticTensorDictModule):
-            # Bounds that differ between agents, [n_agents, A], as an action spec gives them.
             module.distribution_kwargs = {
-                name: value[..., agent : agent + 1, :] if _is_per_agent(value, n_agents) else value
-                for name, value in module.distribution_kwargs.items()
+                name: _of_agent(value, agent, n_agents) for name, value in module.distribution_kwargs.items()
             }
     return single
 
@@ -241,5 +239,10 @@ def _is_inside(key: tuple[str, ...], outer: tuple[str, ...]) -> bool:
     return len(key) > len(outer) and key[: len(outer)] == outer
 
 
-def _is_per_agent(value: object, n_agents: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 1 and value.shape[-2] == n_agents
+def _of_agent(value: Any, agent: int, n_agents: int) -> Any:
+    """An agent's share of bounds that differ between agents, ``[n_agents, A]``, as an action spec gives them."""
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[-2] == n_agents:
+        return value[..., agent : agent + 1, :]
+    if isinstance(value, tuple) and len(value) == n_agents and all(isinstance(row, tuple) for row in value):
+        return value[agent : agent + 1]
+    return value

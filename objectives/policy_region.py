@@ -10,18 +10,11 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 from torch import distributions as D
-from torchrl.modules import TanhNormal
 
-from torchrl_trpo.distributions import tanh_normal_like
 from torchrl_trpo.divergence import entropy, kl_divergence
 from torchrl_trpo.fisher import fisher_product, output_hessian_product
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
-from torchrl_trpo.objectives.policy_network import (
-    distribution_keys,
-    distribution_parameters,
-    slice_agents,
-    stacked_prefixes,
-)
+from torchrl_trpo.objectives.policy_network import distribution_parameters, slice_agents, stacked_prefixes
 from torchrl_trpo.objectives.policy_rows import PolicyRows
 from torchrl_trpo.ranks import ALONE, Ranks
 from torchrl_trpo.vectors import flatten, unflatten
@@ -92,7 +85,6 @@ class PolicyTrustRegion:
         self.indices = indices
         self._network = network
         self._compiled = compiled
-        self._dist_keys = distribution_keys(network)
         self._rows = rows
         self._batch_dims = rows.log_prob.ndim - 1
         self._agent_slice = agent_slice
@@ -116,7 +108,6 @@ class PolicyTrustRegion:
         self._ratio_moments = rows.log_prob.new_zeros(2, len(indices))
         self._ranks = ranks
         self._chunk_rows = len(rows) if chunk_size is None else max(1, chunk_size // rows.steps_per_row)
-        self._bounded: TanhNormal | None = None
         self._pieces = self._split(rows)
 
     @property
@@ -291,12 +282,7 @@ class PolicyTrustRegion:
         return distribution_parameters(self._network, parameters, rows.inputs)
 
     def _distribution(self, dist_params: TensorDictBase) -> D.Distribution:
-        if self._bounded is not None:
-            return tanh_normal_like(self._bounded, *(dist_params.get(key) for key in self._dist_keys))
-        dist = self._network.build_dist_from_params(dist_params)
-        if type(dist) is TanhNormal:
-            self._bounded = tanh_normal_like(dist, dist.loc.detach(), dist.scale.detach())
-        return dist
+        return self._network.build_dist_from_params(dist_params)
 
     def _gain(self, rows: PolicyRows, dist: D.Distribution) -> Tensor:
         """What each row gives to the surrogate, ``[*R, *A, 1]``."""

@@ -17,11 +17,10 @@ from torchrl.modules import (
     NormalParamExtractor,
     OneHotCategorical,
     ProbabilisticActor,
-    TanhNormal,
     set_recurrent_mode,
 )
 
-from torchrl_trpo.distributions import MultiCategorical
+from torchrl_trpo.distributions import BoundedTanhNormal, MultiCategorical
 from torchrl_trpo.objectives import TRPOLoss
 from torchrl_trpo.objectives.policy_network import input_keys, is_composite
 
@@ -33,7 +32,7 @@ NVEC = (3, 2)
 PARTS = {"move": IndependentNormal, "gear": Categorical}
 DISTRIBUTIONS = {
     "normal": IndependentNormal,
-    "tanh_normal": TanhNormal,
+    "tanh_normal": BoundedTanhNormal,
     "categorical": Categorical,
     "one_hot": OneHotCategorical,
     "masked": MaskedCategorical,
@@ -207,7 +206,7 @@ def textbook_kl(p, q):
         allowed = p.probs > 0
         log_p, log_q = (torch.where(allowed, d.probs, 1.0).log() for d in (p, q))
         return (p.probs * (log_p - log_q)).sum(-1)
-    p, q = (d.base_dist.base_dist if isinstance(d, TanhNormal) else d.base_dist for d in (p, q))
+    p, q = (d.base_dist.base_dist if isinstance(d, BoundedTanhNormal) else d.base_dist for d in (p, q))
     kl = (q.scale / p.scale).log() + (p.scale**2 + (p.loc - q.loc) ** 2) / (2 * q.scale**2) - 0.5
     return kl.sum(-1)
 

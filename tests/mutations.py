@@ -212,7 +212,7 @@ MUTATIONS = (
     Mutation(
         "statistics-by-position",
         "torchrl_trpo/updater.py",
-        "stats[sorted(range(len(order)), key=order.__getitem__)]",
+        "stats[order.argsort()]",
         "stats[order]",
         "statistics are sorted by the inverse of the order",
         "hatrpo",
@@ -554,8 +554,8 @@ MUTATIONS = (
     Mutation(
         "happo-steps-on-nan",
         "objectives/clipped.py",
-        "if (objective + norms[-1]).isfinite():",
-        "if True:",
+        "optimizer.found_inf = (~finite).float()\n",
+        "pass\n",
         "a minibatch with a NaN makes the agent's parameters NaN",
         "happo::test_a_minibatch_with_a_nan_is_left_out",
     ),
@@ -700,8 +700,8 @@ MUTATIONS = (
     Mutation(
         "return-summed",
         "torchrl_trpo/evaluation.py",
-        "float(returns.mean(-1).mean())",
-        "float(returns.sum(-1).mean())",
+        '"episode_return": returns.mean(-1).mean()',
+        '"episode_return": returns.sum(-1).mean()',
         "the return averaged over agents is their sum",
         "envs::test_the_nine_particle_tasks[continuous-simple_adversary_v3]",
     ),

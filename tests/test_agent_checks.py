@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensordict import TensorDict
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule
 from torch import nn
 from torchrl.modules import IndependentNormal, MultiAgentMLP, NormalParamExtractor, ProbabilisticActor
@@ -138,6 +139,7 @@ def test_an_agent_alone_must_be_what_it_is_among_all(make_updater):
     """A buffer ``[n_agents, A]`` is not cut per agent: one agent's policy alone would have been that of all."""
     actor = make_policy(networks(4), Offset(), NormalParamExtractor())
     data = make_data(actor)
+    data[GROUP] = TensorDict(data[GROUP], [5, 8])  # with an agent dimension, tensordict would notice
     with pytest.raises(ValueError, match=r"agent 0 alone, .* does not act as among all"):
         make_updater(actor).step(data)
     assert itrpo(actor).step(data)["accepted"].all()

@@ -9,10 +9,10 @@ from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from tensordict.nn import TensorDictSequential
 from torchrl.envs import ParallelEnv, SerialEnv
 from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
-from torchrl.modules import IndependentNormal, TanhNormal
+from torchrl.modules import IndependentNormal
 
 from tests.environments import HARL_BREAKS
-from torchrl_trpo.distributions import MultiCategorical
+from torchrl_trpo.distributions import BoundedTanhNormal, MultiCategorical
 from torchrl_trpo.envs import make_env, observation_norm
 from torchrl_trpo.evaluation import episode_statistics, evaluate
 from torchrl_trpo.film import film_episodes
@@ -257,7 +257,7 @@ def test_what_is_not_installed(monkeypatch):
 @pytest.mark.parametrize(
     ("space", "distribution"),
     [
-        (Box(-2, 3, (2,)), TanhNormal),
+        (Box(-2, 3, (2,)), BoundedTanhNormal),
         (Box(-np.inf, np.inf, (2,)), IndependentNormal),
         (Discrete(4), torch.distributions.Categorical),
         (MultiDiscrete([3, 2]), MultiCategorical),

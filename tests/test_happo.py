@@ -212,8 +212,10 @@ def test_only_the_agent_whose_turn_it_is_is_evaluated(monkeypatch):
         seen.append(inputs.shape)
         return original(self, inputs)
 
+    updater = HAPPOUpdater(make_loss(actor), epochs=3, minibatch_size=16)
+    updater.step(data)  # looks at the policy
     monkeypatch.setattr(MultiAgentMLP, "forward", forward)
-    HAPPOUpdater(make_loss(actor), epochs=3, minibatch_size=16).step(data)
+    updater.step(data)
     assert {shape[1] for shape in seen} == {1}
     rows = sum(shape[0] for shape in seen)
     assert rows == 5 * (3 + 2) * 40, "its epochs, and once before and after them"

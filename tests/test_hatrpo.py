@@ -174,10 +174,13 @@ def test_cost_is_linear_in_the_number_of_agents():
     assert flops_of_an_update(16) == 4 * flops_of_an_update(4) > 0
 
 
-def test_bounds_that_differ_between_agents():
+@pytest.mark.parametrize("as_tensors", [True, False], ids=["tensors", "tuples"])
+def test_bounds_that_differ_between_agents(as_tensors):
     """TorchRL's action specs give bounds [n_agents, A] to the distribution; an agent is evaluated with its own."""
-    high = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
-    actor = make_actor("tanh_normal", n_agents=2, low=-high, high=high)
+    low, high = ((-1.0, -2.0), (-3.0, -4.0)), ((1.0, 2.0), (3.0, 4.0))
+    if as_tensors:
+        low, high = torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+    actor = make_actor("tanh_normal", n_agents=2, low=low, high=high)
     twin, data = deepcopy(actor), make_data(actor, n_agents=2)
     data["advantage"][..., 0, :] = 0  # then the second agent's factor is 1, and its step that of TRPO
     TrustRegionUpdater(HATRPOSequentialObjective(TRPOLoss(actor), agent_order="fixed")).step(data)

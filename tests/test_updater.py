@@ -287,7 +287,7 @@ class HostWaits(TorchDispatchMode):
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["batched", "sequential"])
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
-def test_the_host_waits_once_and_for_each_region_twice_and_once_per_try(kind, sequential):
+def test_the_host_waits_once_and_once_per_try(kind, sequential):
     actor = make_actor(kind)
     data, loss = make_data(actor), make_loss(actor, entropy_bonus=False)
     updater = TrustRegionUpdater(HATRPOSequentialObjective(loss) if sequential else loss, fisher_subsample=0.5)
@@ -296,8 +296,7 @@ def test_the_host_waits_once_and_for_each_region_twice_and_once_per_try(kind, se
     with HostWaits() as waits:
         stats = updater.step(data)
     tries = 1 + (stats["step_fraction"].log() / math.log(0.8)).round().int()
-    assert waits.count <= 1 + ((2 + tries).sum() if sequential else 2 + tries.max())
-    assert waits.count >= tries.max()
+    assert tries.max() <= waits.count <= 1 + (tries.sum() if sequential else tries.max())
 
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["batched", "sequential"])

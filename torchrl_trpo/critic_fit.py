@@ -16,7 +16,7 @@ from torchrl.objectives import PPOLoss
 from torchrl_trpo.layout import finite_where_masked, non_finite, reads_init
 from torchrl_trpo.minibatches import average_gradients, count_by_rank, draw_minibatches
 from torchrl_trpo.ranks import Ranks, check_same_length
-from torchrl_trpo.row_statistics import variance
+from torchrl_trpo.row_statistics import read, variance
 
 
 def fit_critics(
@@ -95,14 +95,13 @@ def fit_critic(
         raise ValueError(
             f"value_norm: that of {type(loss).__name__} would differ from process to process. Use TRPOLoss."
         )
-    dropped = int(ranks.sum_((counts & ~finite).sum())) * rows.shape[1:].numel()
+    dropped = ranks.sum_((counts & ~finite).sum()) * rows.shape[1:].numel()
     kept = (counts & finite).nonzero().squeeze(-1)
     kept_by_rank = count_by_rank(kept, ranks)
     if sum(kept_by_rank) == 0:
-        return {"loss_critic": math.nan, "explained_variance": math.nan, "dropped": dropped}
-    target, value = (
-        rows.get(key)[kept][counted[kept]] for key in (loss.tensor_keys.value_target, loss.tensor_keys.value)
-    )
+        return {"loss_critic": math.nan, "explained_variance": math.nan, "dropped": int(dropped)}
+    estimates = [rows.get(key)[kept] for key in (loss.tensor_keys.value_target, loss.tensor_keys.value)]
+    target, value = torch.stack(estimates)[:, counted[kept]]
     unexplained = variance(target - value, ranks) / variance(target, ranks)
     if rows.batch_dims > 1:
         check_same_length(rows.shape[1], ranks, rows.device or target.device)
@@ -129,9 +128,8 @@ def fit_critic(
                 total += loss_critic
                 steps += 1
     return {
-        "loss_critic": float(total / steps),
-        "explained_variance": float(1 - unexplained),
-        "dropped": dropped,
+        **read({"loss_critic": total / steps, "explained_variance": 1 - unexplained}),
+        "dropped": int(dropped),
     }
 
 

@@ -172,10 +172,11 @@ def entropy(dist: D.Distribution, batch_dims: int | None = None, *, nodes: int =
 def _gauss_hermite(nodes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Abscissae and weights for expectations under the standard normal; they are copied to a device once."""
     abscissae, weights = np.polynomial.hermite.hermgauss(nodes)
-    return (
-        torch.tensor(math.sqrt(2) * abscissae, dtype=dtype, device=device),
-        torch.tensor(weights / math.sqrt(math.pi), dtype=dtype, device=device),
-    )
+    with torch.inference_mode(False):  # for whoever differentiates later
+        return (
+            torch.tensor(math.sqrt(2) * abscissae, dtype=dtype, device=device),
+            torch.tensor(weights / math.sqrt(math.pi), dtype=dtype, device=device),
+        )
 
 
 def _is_squashed_normal(dist: D.Distribution) -> bool:

@@ -14,6 +14,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl_trpo.groups import GroupKeys, group_keys
 from torchrl_trpo.layout import return_key
 from torchrl_trpo.ranks import ALONE, Ranks
+from torchrl_trpo.row_statistics import read
 
 
 def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, max_steps: int) -> Tensor:
@@ -73,20 +74,20 @@ def episode_statistics(data: TensorDictBase, groups: Sequence[GroupKeys], ranks:
         the same summed over agents, ``episode_length`` in steps, and with several groups ``episode_return_<group>``,
         averaged over the group's agents; NaN when no episode ended.
     """
-    done = data["next", "done"].squeeze(-1)
-    returns = _returns(data, groups)[done]  # [episodes, n_agents]
-    lengths = data["next", "step_count"].squeeze(-1)[done]
+    ends = data["next", "done"].squeeze(-1).nonzero(as_tuple=True)
+    returns = _returns(data, groups)[ends]  # [episodes, n_agents]
+    lengths = data["next", "step_count"].squeeze(-1)[ends]
     returns, lengths = ranks.concat(returns), ranks.concat(lengths)
     statistics = {
-        "episode_return": float(returns.mean(-1).mean()),
-        "episode_return_sum": float(returns.sum(-1).mean()),
-        "episode_length": float(lengths.float().mean()),
+        "episode_return": returns.mean(-1).mean(),
+        "episode_return_sum": returns.sum(-1).mean(),
+        "episode_length": lengths.float().mean(),
     }
     if len(groups) > 1:
         parts = returns.split([keys.n_agents for keys in groups], -1)
         for keys, part in zip(groups, parts, strict=True):
-            statistics[f"episode_return_{keys.group}"] = float(part.mean())
-    return statistics
+            statistics[f"episode_return_{keys.group}"] = part.mean()
+    return read(statistics)
 
 
 def _returns(data: TensorDictBase, groups: Sequence[GroupKeys]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, OneHot, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
@@ -25,7 +25,6 @@ from torchrl.modules import (
     OneHotCategorical,
     PopArtValueNorm,
     ProbabilisticActor,
-    TanhNormal,
 )
 
 from torchrl_trpo import distributions
@@ -42,7 +41,7 @@ def make_actor(
     """A decentralised policy: each agent acts on its own observation.
 
     Args:
-        env: the environment; continuous actions get a ``TanhNormal`` within their bounds, or an ``IndependentNormal``
+        env: the environment; continuous actions get a ``BoundedTanhNormal``, or an ``IndependentNormal``
             without, discrete ones a ``Categorical`` or ``MultiCategorical``, masked where the environment gives an
             ``"action_mask"``.
         keys: the group that acts.
@@ -191,10 +190,8 @@ def _distribution(
         bounds = {"low": spec.space.low, "high": spec.space.high}
         bounded = torch.stack([bound.abs() < 1e30 for bound in bounds.values()])  # no bound may be inf, or the largest
         if bounded.all():
-            low, high = ({value.item() for value in bound.unique()} for bound in bounds.values())
-            if len(low) == len(high) == 1:  # TanhNormal compares numbers without waiting for the device
-                bounds = {"low": low.pop(), "high": high.pop()}
-            return TanhNormal, bounds, ["loc", "scale"], 2 * spec.shape[-1]
+            constants = {name: _constant(bound) for name, bound in bounds.items()}
+            return distributions.BoundedTanhNormal, constants, ["loc", "scale"], 2 * spec.shape[-1]
         if not bounded.any():
             return IndependentNormal, {}, ["loc", "scale"], 2 * spec.shape[-1]
     raise SettingError(
@@ -202,6 +199,16 @@ def _distribution(
         "Legal: Categorical, OneHot or MultiCategorical, and continuous actions with all bounds or none; change the "
         "space with a transform of TorchRL."
     )
+
+
+def _constant(bound: Tensor) -> float | tuple[Any, ...]:
+    """A bound without a tensor that would have to be looked at; a number if it is that of all actions."""
+
+    def of_list(numbers: Any) -> Any:
+        return tuple(map(of_list, numbers)) if isinstance(numbers, list) else numbers
+
+    distinct = bound.unique().tolist()
+    return distinct[0] if len(distinct) == 1 else of_list(bound.tolist())
 
 
 def _network(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,18 @@ def variance(values: Tensor, ranks: Ranks = ALONE) -> Tensor:
         return values.var()
     count, total = ranks.sum_(torch.stack([values.new_tensor(values.numel()), values.sum()]))
     return ranks.sum_((values - total / count).square().sum()) / (count - 1)
+
+
+def read(numbers: Mapping[str, Tensor]) -> dict[str, float]:
+    """Reads numbers from the device, all in one wait.
+
+    Args:
+        numbers: scalars by name, floating point.
+
+    Returns:
+        The numbers.
+    """
+    return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
 
 
 def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Tensor:

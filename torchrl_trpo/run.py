@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
+from torch import Tensor, nn
 from torchrl._utils import logger
 from torchrl.collectors import Collector
 from torchrl.modules import ProbabilisticActor
@@ -41,6 +41,7 @@ from torchrl_trpo.plots import plot_diagnostics, plot_learning_curve
 from torchrl_trpo.policy import on_raw_observations
 from torchrl_trpo.ranks import ALONE, RankLostError, Ranks, agreed, check_same_bits
 from torchrl_trpo.records import REPORTS, STATE, read_rows, read_run
+from torchrl_trpo.row_statistics import read
 from torchrl_trpo.seeding import rank_seed, untouched_generators
 from torchrl_trpo.settings import check_settings
 from torchrl_trpo.stopping import StopSignals
@@ -311,8 +312,8 @@ class Run:
         row = {
             **self._progress,
             **episode_statistics(data, self.groups, self._ranks),
-            **_policy_columns(stats),
-            "entropy": self._entropy(data),
+            **dict.fromkeys((*_MEANS, "factor_std"), math.nan),  # what this kind of update has not
+            **read({**_of_regions(stats), "entropy": self._entropy(data)}),
             **critic,
             **self._laps,
         }
@@ -322,7 +323,7 @@ class Run:
         self._logger.log({name: row[name] for name in self.columns if name != "frames"}, self.frames)
         self._returns.append(row["episode_return"])
         self._progress["best_return"] = max(filter(math.isfinite, self._returns), default=None)
-        self._show(stats, row)
+        self._show(row, stats.numel())
         for report in self._watch.see(data, stats):
             self._report(report)
         last = self.frames >= self.cfg.train.total_frames
@@ -394,7 +395,7 @@ class Run:
             print(f"  {symptom.name}: {symptom.told} See docs/not-learning.md.")
         return summary
 
-    def _entropy(self, data: TensorDictBase) -> float:
+    def _entropy(self, data: TensorDictBase) -> Tensor:
         """The policy's entropy at collection in nats, the mean over the rows and agents that count."""
         total = count = torch.zeros((), device=self.env.device)
         actors = [module for module in self.policy.modules() if isinstance(module, ProbabilisticActor)]
@@ -403,18 +404,17 @@ class Run:
             counts = torch.ones_like(values) if keys.mask is None else data.get(keys.mask).to(values.dtype)
             total, count = total + (values * counts).sum(), count + counts.sum()
         total, count = self._ranks.sum_(torch.stack([total, count]))
-        return float(total / count)
+        return total / count
 
-    def _show(self, stats: TensorDictBase, row: dict[str, Any]) -> None:
+    def _show(self, row: dict[str, Any], n_regions: int) -> None:
         self._bar.update(self.frames - self._bar.n)
         postfix = {
             "return": f"{row['episode_return']:.2f}",
             "kl": f"{row['kl']:.4f}",
             "accepted": f"{row['accepted']:.2f}",
         }
-        broken = sum(not math.isfinite(value) for value in stats["grad_norm"].tolist())
-        if broken:
-            postfix["non_finite"] = f"{broken}/{stats.numel()}"
+        if row["non_finite"]:
+            postfix["non_finite"] = f"{row['non_finite']:.0f}/{n_regions}"
         if row["dropped"]:
             postfix["dropped"] = f"{row['dropped']} rows"
         self._bar.set_postfix(postfix)
@@ -593,13 +593,12 @@ def _is_setting(name: str) -> bool:
     return name.rpartition(".")[2] in _SETTINGS_IN_LOSSES
 
 
-def _policy_columns(stats: TensorDictBase) -> dict[str, float]:
-    """What the columns say of a policy update; NaN for what its kind has not."""
-    means = {name: stats[name].float().mean() for name in _MEANS if name in stats.keys()}
+def _of_regions(stats: TensorDictBase) -> dict[str, Tensor]:
+    """What the columns say of a policy update, and how many of its regions had a gradient that is not finite."""
+    numbers = {name: stats[name].float().mean() for name in _MEANS if name in stats.keys()}
     if "factor_std" in stats.keys():
-        means["factor_std"] = stats["factor_std"].float()[stats["order"][-1]]  # of the last agent: M at its end
-    numbers = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
-    return {name: numbers.get(name, math.nan) for name in (*_MEANS, "factor_std")}
+        numbers["factor_std"] = stats["factor_std"].float()[stats["order"][-1:]].squeeze(0)  # of the last: M at its end
+    return {**numbers, "non_finite": (~stats["grad_norm"].isfinite()).float().sum()}
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -168,18 +168,18 @@ class TrustRegionUpdater(RangedSettings):
             raise RuntimeError(
                 "step differentiates, which torch.inference_mode forbids. Legal: torch.no_grad, or none."
             )
-        order: list[int] = []
+        indices: list[int] = []
         solved: list[TensorDict] = []
         snapshots: list[Callable[[], None]] = []
         try:
             for problem in self.objective.trust_regions(tensordict):
                 snapshots.append(problem.snapshot())
                 solved.append(self._solve(problem))
-                order.extend(problem.indices)
+                indices.extend(problem.indices)
             stats: TensorDict = TensorDict.cat(solved)
-            stats = stats[sorted(range(len(order)), key=order.__getitem__)]
             self._check_policy_of_data(stats)
-            return stats.set("order", torch.tensor(order, device=stats["kl"].device))
+            order = torch.tensor(indices).to(stats["kl"].device, non_blocking=True)
+            return stats[order.argsort()].set("order", order)
         except BaseException:
             for restore in snapshots:
                 restore()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import comparison, iteration, learning, memory, ranks, sampling, scaling, update, waits
+from tests.benchmarks import comparison, iteration, learning, memory, ranks, sampling, scaling, update
 from tests.benchmarks.timing import machine
 
 THEMES: dict[str, Callable[[int, bool], dict[str, float]]] = {
@@ -25,7 +25,6 @@ THEMES: dict[str, Callable[[int, bool], dict[str, float]]] = {
     "textbook": comparison.bench,
     "scaling": scaling.bench,
     "memory": memory.bench,
-    "waits": waits.bench,
     "sampling": sampling.bench,
     "iteration": iteration.bench,
     "ranks": ranks.bench,

@@ -10,9 +10,10 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import MultiAgentMLP, NormalParamExtractor, ProbabilisticActor, TanhNormal
+from torchrl.modules import MultiAgentMLP, NormalParamExtractor, ProbabilisticActor
 
 from torchrl_trpo import TrustRegionUpdater
+from torchrl_trpo.distributions import BoundedTanhNormal
 from torchrl_trpo.objectives import TRPOLoss
 
 N_AGENTS, ROWS, N_OBS, N_ACT = 4, 6000, 16, 2
@@ -25,7 +26,7 @@ def policy_and_data(
     share_params: bool,
     rows: int = ROWS,
     hidden: Sequence[int] = (128, 128),
-    distribution: type[torch.distributions.Distribution] = TanhNormal,
+    distribution: type[torch.distributions.Distribution] = BoundedTanhNormal,
     **loss_settings: Any,
 ) -> tuple[TRPOLoss, TensorDict]:
     """A policy with its loss, and a batch of its actions with random advantages.
@@ -37,7 +38,7 @@ def policy_and_data(
         share_params: whether they share one network.
         rows: the number of environment steps.
         hidden: the sizes of the hidden layers.
-        distribution: of the actions, from a mean and a standard deviation; a ``TanhNormal`` gets the bounds.
+        distribution: of the actions, from a mean and a standard deviation; a ``BoundedTanhNormal`` gets the bounds.
         **loss_settings: keywords of ``TRPOLoss``.
 
     Returns:
@@ -62,7 +63,7 @@ def policy_and_data(
         in_keys=keys,
         out_keys=[("agents", "action")],
         distribution_class=distribution,
-        distribution_kwargs=bounds if distribution is TanhNormal else {},
+        distribution_kwargs=bounds if distribution is BoundedTanhNormal else {},
         return_log_prob=True,
     )
     batch_size = [rows // 100, 100]
