@@ -290,3 +290,7 @@ class ObservationNorm(VecNormV2):
     def _norm(self, data: TensorDictBase, loc: TensorDictBase, var: TensorDictBase, count: TensorDictBase) -> Any:
         # TorchRL keeps E[x] and E[x²]: of what does not vary, rounding can make E[x²] − E[x]² negative, the root NaN.
         return super()._norm(data, loc, var.maximum(loc.pow(2)), count)
+
+    def _get_loc_scale(self, loc_only: bool = False) -> Any:
+        loc, scale = super()._get_loc_scale(loc_only)  # of the same variance
+        return loc, None if loc_only else scale.apply(lambda root: torch.where(root.isnan(), self.eps, root))
