@@ -16,6 +16,7 @@ TINY = ("film=false", "env.num_envs=6", "env.max_steps=5", "train.frames_per_bat
 TINY += ("critic.epochs=1", "critic.hidden=[8]", "actor.hidden=[8]")
 NORMALISED = ("normalize_observations=true", "critic.value_norm=true", "actor.network=gru", "env=vmas/navigation")
 SERIAL = ("env.num_envs=2", "env.max_steps=5", "train.frames_per_batch=20")
+SPREAD = ("env=pettingzoo/simple_spread_v3", *SERIAL)
 TIMES = {"collect_s", "policy_s", "critic_s", "wall_s", "cpu_s"}
 
 
@@ -42,7 +43,7 @@ def train(name, folder, *overrides, iterations=2, device="fake"):
         ("ippo", ("env=vmas/simple_tag",)),
         ("happo", ()),
         ("hatrpo", ("env.continuous_actions=false",)),
-        ("hatrpo", ("env=pettingzoo/simple_spread_v3", "critic.inputs=both", "team_reward=mean", *SERIAL)),
+        ("hatrpo", ("critic.inputs=both", "team_reward=mean", *SPREAD)),
         ("hatrpo", ("env=mamujoco/Swimmer", "env.kwargs.agent_conf=2x1", *SERIAL)),
         ("trpo", ("env=gym/CartPole-v1", *SERIAL)),
         ("trpo", ("env=custom", "env.factory=torchrl.envs.GymEnv", "env.kwargs.env_name=CartPole-v1", *SERIAL)),
@@ -53,7 +54,7 @@ def test_recipes(name, overrides, tmp_path):
     assert len(train(name, tmp_path, *overrides)) == 2
 
 
-@pytest.mark.parametrize("overrides", [(), NORMALISED], ids=["plain", "normalised"])
+@pytest.mark.parametrize("overrides", [(), NORMALISED, SPREAD], ids=["plain", "normalised", "serial"])
 @pytest.mark.parametrize("devices", ["fake fake", "cpu fake", "fake cpu"])
 def test_resume(devices, overrides, tmp_path):
     first, second = devices.split()
@@ -71,6 +72,7 @@ def test_policies_act_anywhere(overrides, tmp_path):
     for device in ("cpu", "fake"):
         record = evaluate_run(tmp_path, episodes=3, device=device, film=tmp_path / "film.gif")
         assert all(abs(value) < 1e6 for value in record["episode_returns"])
+        assert (tmp_path / "film.gif").stat().st_size > 1000
         assert devices_of(load_policy(tmp_path, device=device)) == {device}
 
 
