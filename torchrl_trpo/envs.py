@@ -221,8 +221,8 @@ class TransformState:
 def _placed(make: Callable[[], EnvBase]) -> EnvBase:
     """Makes an environment that knows its device: TorchRL moves data to and from one that does, and only then."""
     env = make()
-    (device, *_) = [spec.device for spec in env.full_observation_spec.values(True, True)]
-    return env.to(device) if env.device is None else env
+    devices = [spec.device for spec in env.full_observation_spec.values(True, True) if spec.device is not None]
+    return env.to(devices[0]) if env.device is None and devices else env
 
 
 def _transforms(env: EnvBase, max_steps: int, normalize_observations: bool) -> list[Transform]:
