@@ -246,6 +246,21 @@ def test_seeds_and_random_numbers_of_its_own():
     assert not (first == collect(other)).all()
 
 
+def test_an_error_leaves_the_global_generators_alone():
+    """After a step that failed, or Ctrl-C, a policy explored with the simulator's random numbers."""
+    env = make("balance")
+    before = torch.get_rng_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(env._env.scenario, "reward", lambda agent: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            env.rollout(1)
+    with torch.random.fork_rng():
+        torch.set_rng_state(before)
+        env.rand_action(env.reset())  # what the rollout drew itself
+        expected = torch.get_rng_state()
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
 def test_environments_without_a_seed_differ():
     """A second one was the first, one reset later."""
     one, other = (BatchedResetVmasEnv("navigation", num_envs=NUM_ENVS) for _ in range(2))

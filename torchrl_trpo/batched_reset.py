@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
 from torch import Tensor
@@ -241,9 +243,15 @@ class BatchedResetVmasEnv(VmasEnv):
     def _own_random_state(self, env: Any) -> Iterator[None]:
         """Inside, what VMAS draws from are this object's generators."""
         shared = _generators(env)
+        of_host = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
         _set_generators(env, self._random_state)
         try:
             yield
+        except BaseException:  # VMAS draws from PyTorch's, NumPy's and Python's, and then leaves them there
+            torch.set_rng_state(of_host[0])
+            np.random.set_state(of_host[1])  # noqa: NPY002
+            random.setstate(of_host[2])
+            raise
         finally:
             self._random_state = _generators(env)
             _set_generators(env, shared)
