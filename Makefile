@@ -48,6 +48,8 @@ evaluate: $(READY)
 test: $(READY)
 	@echo "==> Running the test suite on 2 processes"
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	@echo "==> And what runs on a device that is not the CPU, which is built with g++ and ninja"
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/device
 	@echo "==> Done. One file: $(BIN)/python -m pytest tests/test_updater.py; learning runs: make test-slow"
 
 test-slow: $(READY)

@@ -40,13 +40,11 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     Returns:
         The run's summary.
     """
-    device = resolve_device(cfg.device)
-
     # Environment, and the policies of its groups of agents.
     env = make_env(
         **cfg.env,
         seed=cfg.seed,
-        device=device,
+        device=resolve_device(cfg.device),
         one_group=cfg.actor.sharing == "all",
         state=cfg.critic.inputs != "observations",
         normalize_observations=cfg.normalize_observations,

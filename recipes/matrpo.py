@@ -41,13 +41,11 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     Returns:
         The run's summary.
     """
-    device = resolve_device(cfg.device)
-
     # Environment, and the policies of its groups of agents.
     env = make_env(
         **cfg.env,
         seed=cfg.seed,
-        device=device,
+        device=resolve_device(cfg.device),
         one_group=cfg.actor.sharing == "all",
         state=cfg.critic.inputs != "observations",
         normalize_observations=cfg.normalize_observations,
@@ -69,7 +67,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
             hidden=cfg.critic.hidden,
             network=cfg.critic.network,
         )
-        value_norm = make_value_norm(cfg.critic.value_norm, device)
+        value_norm = make_value_norm(cfg.critic.value_norm, env.device)
         loss = TRPOLoss(
             actor,
             critic,

@@ -40,11 +40,13 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     Returns:
         The run's summary.
     """
-    device = resolve_device(cfg.device)
-
     # Environment, policy and critic.
     env = make_env(
-        **cfg.env, seed=cfg.seed, device=device, normalize_observations=cfg.normalize_observations, ranks=ranks
+        **cfg.env,
+        seed=cfg.seed,
+        device=resolve_device(cfg.device),
+        normalize_observations=cfg.normalize_observations,
+        ranks=ranks,
     )
     keys = check_single_agent(cfg, group_keys(env))
     actor = make_policy(env, [keys], **cfg.actor)
@@ -52,7 +54,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     carry_states(env, actor)
 
     # Objective, and the two things that learn from it.
-    value_norm = make_value_norm(cfg.critic.value_norm, device)
+    value_norm = make_value_norm(cfg.critic.value_norm, env.device)
     loss = TRPOLoss(
         actor,
         critic,

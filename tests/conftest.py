@@ -10,6 +10,7 @@ from tensordict.nn import set_composite_lp_aggregate
 from tests.rank_processes import PRELOADED
 
 torch.set_num_threads(1)
+collect_ignore = ["device"]  # it registers a device for its whole process: a call of its own, make test
 
 
 def pytest_collection_finish():

@@ -246,6 +246,39 @@ def test_seeds_and_random_numbers_of_its_own():
     assert not (first == collect(other)).all()
 
 
+def test_an_error_leaves_the_global_generators_alone():
+    """After a step that failed, or Ctrl-C, a policy explored with the simulator's random numbers."""
+    env = make("balance")
+    before = torch.get_rng_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(env._env.scenario, "reward", lambda agent: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            env.rollout(1)
+    with torch.random.fork_rng():
+        torch.set_rng_state(before)
+        env.rand_action(env.reset())  # what the rollout drew itself
+        expected = torch.get_rng_state()
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_environments_without_a_seed_differ():
+    """A second one was the first, one reset later."""
+    one, other = (BatchedResetVmasEnv("navigation", num_envs=NUM_ENVS) for _ in range(2))
+    of_one, of_other = ([env.reset()["agents", "observation"] for _ in range(3)] for env in (one, other))
+    assert not any(torch.equal(first, second) for first in of_one for second in of_other)
+
+
+def test_an_environment_that_is_made_disturbs_no_other():
+    """Those of VMAS have one generator in a process, which began at the new environment's seed."""
+    drawn = []
+    for make_another in (False, True):
+        plain = VmasEnv("navigation", num_envs=NUM_ENVS, seed=3)
+        if make_another:
+            BatchedResetVmasEnv("navigation", num_envs=NUM_ENVS, seed=0)
+        drawn.append(plain.reset()["agents", "observation"])
+    assert torch.equal(*drawn)
+
+
 def test_a_snapshot_merges_what_places_share_and_refuses_what_it_cannot_split():
     value = torch.zeros(3, 2)
     root = SimpleNamespace(first=value, second=value, count=0, items={1}, text="a")

@@ -19,6 +19,7 @@ from torchrl_trpo.film import film_episodes
 from torchrl_trpo.groups import agent_groups, group_keys
 from torchrl_trpo.networks import _distribution, make_actor, make_central_critic
 from torchrl_trpo.objectives import CentralCriticValueEstimator
+from torchrl_trpo.policy import on_raw_observations
 from torchrl_trpo.simulators import group_agents, known_environments
 
 MPE = [
@@ -169,9 +170,15 @@ def test_normalised_observations():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_what_does_not_vary_is_normalised_to_something_finite(seed):
-    """The velocities at the first reset, where the variance of TorchRL's VecNormV2 is negative by rounding."""
+    """The velocities at the first reset, where the variance of TorchRL's VecNormV2 is negative by rounding.
+
+    What a policy divides by that is taken out of the environment was NaN for longer: in load_policy, and in films.
+    """
     env = build("vmas/balance", num_envs=16, seed=seed, normalize_observations=True)
+    raw = build("vmas/balance", num_envs=16, seed=seed).reset()
     assert env.reset()["agents", "observation"].isfinite().all()
+    policy = on_raw_observations(env, make_actor(env, *group_keys(env), share_params=True))
+    assert policy(raw)["agents", "action"].isfinite().all()
     assert env.rollout(3)["next", "agents", "observation"].isfinite().all()
 
 

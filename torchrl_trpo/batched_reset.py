@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
 from torch import Tensor
@@ -16,6 +18,7 @@ from torchrl.envs import VmasEnv
 
 from torchrl_trpo.object_snapshot import InexactError, ObjectSnapshot, tensors_in
 from torchrl_trpo.object_state import ObjectState
+from torchrl_trpo.seeding import device_state, set_device_state, untouched_generators
 from torchrl_trpo.suggest import SettingError
 
 
@@ -32,8 +35,9 @@ class BatchedResetVmasEnv(VmasEnv):
     It also differs from ``VmasEnv`` in that
 
     - a step at which ``max_steps`` ran out is ``truncated`` and not ``terminated``;
-    - each environment object has random numbers of its own: VMAS's generator is shared by all in a process, so that a
-      second one, say for evaluation, changes what the first one draws.
+    - each environment object has random numbers of its own, on every device: VMAS's generators are shared by all in a
+      process, so that a second one, say for evaluation, changes what the first one draws, and on a GPU they are
+      PyTorch's own, so that its seed is that of the policy's exploration, too.
 
     Args:
         *args: as of :class:`~torchrl.envs.VmasEnv`.
@@ -60,13 +64,17 @@ class BatchedResetVmasEnv(VmasEnv):
     ) -> Any:
         untouched = copy.deepcopy(scenario)  # one that is an object can be built only once
         self._time_limit = max_steps
-        env = super()._build_env(scenario, num_envs, continuous_actions, None, seed, **scenario_kwargs)
-        self._random_state = list(env.vmas_random_state)
-        with self._own_random_state(env), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # given for the first already
-            twin = self.lib.make_env(untouched, 2 if num_envs > 2 else 3, env.device, seed=seed, **scenario_kwargs)
-            self._shared = _shared_tensors(env, twin)
-        self._random_state = list(env.vmas_random_state)
+        shared = self.lib.simulator.environment.Environment.vmas_random_state
+        if seed is None:
+            seed = _draw_seed(shared)
+        with untouched_generators(), _unchanged(shared):
+            env = super()._build_env(scenario, num_envs, continuous_actions, None, seed, **scenario_kwargs)
+            self._random_state = _generators(env)
+            with self._own_random_state(env), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # given for the first already
+                twin = self.lib.make_env(untouched, 2 if num_envs > 2 else 3, env.device, seed=seed, **scenario_kwargs)
+                self._shared = _shared_tensors(env, twin)
+            self._random_state = _generators(env)
         self._why_slowly = ""
         roots = {f"{type(each).__name__} {each.name}": each for each in (*env.world.agents, *env.world.landmarks)}
         roots |= {"scenario": env.scenario, "world": env.world, "agents": env.agents}
@@ -77,16 +85,18 @@ class BatchedResetVmasEnv(VmasEnv):
         """The simulator's state, down to its next random numbers, for ``state_dict()``.
 
         It ends with an :class:`~torchrl_trpo.object_snapshot.InexactError` if the scenario holds what cannot be saved.
-        What VMAS draws on a GPU comes from PyTorch's generator of that GPU, which all share, and is to be saved apart.
 
         Returns:
             The state, of dicts, lists, tensors, numbers and strings.
         """
-        state = self._object_state.save(self._env.steps, self._random_state, self._why_slowly)
+        drawn = [*self._random_state[:3], *({self._env.device.type: state} for state in self._random_state[3:])]
+        state = self._object_state.save(self._env.steps, drawn, self._why_slowly)
         return {"scenario": self._scenario_title(), **state}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Puts the simulator in a saved state, as ``load_state_dict()`` does.
+
+        What it draws on another kind of device than that of the state begins with its own seed.
 
         Args:
             state: from :meth:`get_extra_state`, of an environment with the same arguments.
@@ -97,7 +107,10 @@ class BatchedResetVmasEnv(VmasEnv):
         if state["scenario"] != self._scenario_title():
             names = f"{state['scenario']!r}, and this is {self._scenario_title()!r}"
             raise SettingError(f"The saved state is of the scenario {names}.")
-        self._env.steps, self._random_state, self._why_slowly = self._object_state.load(state)
+        self._env.steps, drawn, self._why_slowly = self._object_state.load(state)
+        of_torch, *of_others = drawn[:3]
+        on_device = [state[kind] for state in drawn[3:] if (kind := self._env.device.type) in state]
+        self._random_state = [of_torch.cpu(), *of_others, *(on_device or self._random_state[3:])]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
         """Loads what ``state_dict()`` gave, here or in another process: the environment goes on from there, to the bit.
@@ -127,7 +140,7 @@ class BatchedResetVmasEnv(VmasEnv):
             self.full_done_spec_unbatched = Composite({name: flag.clone() for name in names}, device=self.device)
 
     def _set_seed(self, seed: int | None) -> None:
-        with self._own_random_state(self._env):
+        with untouched_generators(), self._own_random_state(self._env):  # VMAS seeds those of all devices
             super()._set_seed(seed)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -159,7 +172,7 @@ class BatchedResetVmasEnv(VmasEnv):
             return None
         env = self._env
         snapshot = ObjectSnapshot((env.scenario, env.world), env.num_envs, self._shared)
-        steps, drawn = env.steps, list(env.vmas_random_state)
+        steps, drawn = env.steps, _generators(env)
         env.reset(return_observations=False)
         env.steps = torch.where(ended, env.steps, steps)
         try:
@@ -168,7 +181,8 @@ class BatchedResetVmasEnv(VmasEnv):
             snapshot.keep(~ended)  # a scenario may write while it is read
         except InexactError as error:
             snapshot.restore()
-            env.steps, env.vmas_random_state[:] = steps, drawn
+            env.steps = steps
+            _set_generators(env, drawn)
             self._why_slowly = str(error)
             warnings.warn(
                 f"{self.scenario_name}: ended environments are reset one by one, which is slow when there are many. A "
@@ -227,14 +241,49 @@ class BatchedResetVmasEnv(VmasEnv):
 
     @contextlib.contextmanager
     def _own_random_state(self, env: Any) -> Iterator[None]:
-        """VMAS keeps the state of its generators in a list, once per process; here it holds this object's."""
-        shared = list(env.vmas_random_state)
-        env.vmas_random_state[:] = self._random_state
+        """Inside, what VMAS draws from are this object's generators."""
+        shared = _generators(env)
+        of_host = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+        _set_generators(env, self._random_state)
         try:
             yield
+        except BaseException:  # VMAS draws from PyTorch's, NumPy's and Python's, and then leaves them there
+            torch.set_rng_state(of_host[0])
+            np.random.set_state(of_host[1])  # noqa: NPY002
+            random.setstate(of_host[2])
+            raise
         finally:
-            self._random_state = list(env.vmas_random_state)
-            env.vmas_random_state[:] = shared
+            self._random_state = _generators(env)
+            _set_generators(env, shared)
+
+
+def _generators(env: Any) -> list[Any]:
+    """The states of what VMAS draws from: a list of its own, once per process; on a device, PyTorch's generator too."""
+    return [*env.vmas_random_state, *([] if env.device.type == "cpu" else [device_state(env.device)])]
+
+
+def _set_generators(env: Any, states: list[Any]) -> None:
+    env.vmas_random_state[:] = states[:3]
+    for state in states[3:]:
+        set_device_state(env.device, state)
+
+
+def _draw_seed(states: list[Any]) -> int:
+    """A seed from VMAS's own generator, which moves on."""
+    generator = torch.Generator()
+    generator.set_state(states[0])
+    seed = int(torch.randint(2**31, (), generator=generator))
+    states[0] = generator.get_state()
+    return seed
+
+
+@contextlib.contextmanager
+def _unchanged(values: list[Any]) -> Iterator[None]:
+    before = list(values)
+    try:
+        yield
+    finally:
+        values[:] = before
 
 
 def _shared_tensors(env: Any, twin: Any) -> set[str]:

@@ -20,7 +20,6 @@ from torchrl.checkpoint import (
     Checkpoint,
     CheckpointError,
     CheckpointRotation,
-    GlobalRNGState,
     StateDictCheckpointAdapter,
 )
 from torchrl.collectors import Collector
@@ -29,7 +28,7 @@ from torchrl_trpo.envs import TransformState
 from torchrl_trpo.object_snapshot import InexactError
 from torchrl_trpo.ranks import Ranks, agreed
 from torchrl_trpo.records import flat
-from torchrl_trpo.seeding import rank_seed, seed_generators
+from torchrl_trpo.seeding import GlobalGenerators, rank_seed, seed_generators
 from torchrl_trpo.suggest import SettingError, nearest
 from torchrl_trpo.torchrun import job_id
 
@@ -429,18 +428,27 @@ def _check_plain(state: Any) -> None:
         ) from error
 
 
-class _Generators(GlobalRNGState):
-    """The process's generators; those of GPUs that are not there any more are left out, and this is said."""
+class _Generators(GlobalGenerators):
+    """The process's generators; those of devices that are not there any more are left out, and this is said."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         there = dict(state_dict)
-        if len(there.get("torch_cuda", ())) > torch.cuda.device_count():
-            del there["torch_cuda"]
-            logger.warning(
-                "The checkpoint is of a machine with more GPUs: their random numbers are not continued, and a resumed "
-                "run is not the same to the bit."
-            )
+        for entry in [entry for entry in there if entry.startswith("torch_") and entry != "torch_cpu"]:
+            kind, states = entry.removeprefix("torch_"), there[entry]
+            if (1 if isinstance(states, Tensor) else len(states)) > _device_count(kind):
+                del there[entry]
+                logger.warning(
+                    f"The checkpoint is of a machine with more devices of the kind {kind}: their random numbers are "
+                    "not continued, and a resumed run is not the same to the bit."
+                )
         super().load_state_dict(there)
+
+
+def _device_count(kind: str) -> int:
+    try:
+        return torch.get_device_module(kind).device_count()
+    except RuntimeError:  # this PyTorch does not know it
+        return 0
 
 
 def _packed(data: TensorDictBase) -> dict[str, Any]:

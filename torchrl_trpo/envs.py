@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,8 +46,9 @@ def resolve_device(name: str) -> torch.device:
     """The device that a name stands for.
 
     Args:
-        name: ``"auto"`` (CUDA if there is a GPU, else CPU), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``. In a job of
-            torchrun, ``"auto"`` and ``"cuda"`` are the GPU with the process's number on its machine.
+        name: ``"auto"`` (the accelerator that PyTorch has here, such as a GPU, else the CPU), ``"cpu"``, or an
+            accelerator, such as ``"cuda"`` or ``"cuda:1"``. In a job of torchrun, ``"auto"`` and ``"cuda"`` are the one
+            with the process's number on its machine.
 
     Returns:
         The device.
@@ -55,16 +56,17 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         SettingError: if the name is unknown or the device is not there.
     """
-    n_gpus = torch.cuda.device_count()
-    if name == "auto" and not n_gpus:
-        return torch.device("cpu")
-    if name in {"auto", "cuda"} and is_job():
-        name = f"cuda:{local_rank()}"
-    elif name == "auto":
-        return torch.device("cuda")
-    legal = ["auto", "cpu", *(["cuda"] if n_gpus else []), *(f"cuda:{index}" for index in range(n_gpus))]
+    accelerator, count = torch.accelerator.current_accelerator(check_available=True), torch.accelerator.device_count()
+    kinds = [] if accelerator is None else [accelerator.type]
+    indexed = [f"{kind}:{index}" for kind in kinds for index in range(count)]
+    legal = ["auto", "cpu", *kinds, *indexed]
+    there = f"{count} of {accelerator.type}" if accelerator is not None else "none"
+    if name == "auto":
+        name = (*kinds, "cpu")[0]
+    if name in kinds and is_job():
+        name = f"{name}:{local_rank()}"
     if name not in legal:
-        raise SettingError(f"device: {name!r} is not there, this machine has {n_gpus} GPUs. {nearest(name, legal)}")
+        raise SettingError(f"device: {name!r} is not there, PyTorch sees {there} here. {nearest(name, legal)}")
     return torch.device(name)
 
 
@@ -107,7 +109,8 @@ def make_env(
         max_steps: the time limit, in steps.
         kwargs: the simulator's own arguments.
         seed: the seed of the environments' randomness.
-        device: where the environments live.
+        device: where the environments' data are. Simulators other than VMAS compute on the CPU, one environment at a
+            time, and their data are moved; a factory's batch is where the factory makes it, ``env.device``.
         continuous_actions: whether actions are continuous, where the simulator offers both; discrete ones are
             categorical.
         factory: for ``"custom"``: where the function is that makes the environment, ``"package.module.function"``. It
@@ -142,6 +145,8 @@ def make_env(
                 f"{nearest_multiples(num_envs, ranks.size)}."
             )
         num_envs, seed = num_envs // ranks.size, rank_seed(seed, ranks.rank)
+    if device.type != "cpu" and device.index is None:  # its tensors have one, and TorchRL compares
+        device = torch.device(device.type, torch.accelerator.current_device_index())
     settings = {"one_group": one_group, "state": state, "render": render, "factory": factory}
     with named_construction(name, kwargs):
         make = SIMULATORS[library](
@@ -153,6 +158,7 @@ def make_env(
             continuous=continuous_actions,
             **settings,
         )
+        make = functools.partial(_placed, make)
         env = make()
     if env.batch_size:
         env = guard(env, num_envs)
@@ -212,6 +218,13 @@ class TransformState:
         self._env.transform.load_state_dict(state_dict["transforms"])
 
 
+def _placed(make: Callable[[], EnvBase]) -> EnvBase:
+    """Makes an environment that knows its device: TorchRL moves data to and from one that does, and only then."""
+    env = make()
+    devices = [spec.device for spec in env.full_observation_spec.values(True, True) if spec.device is not None]
+    return env.to(devices[0]) if env.device is None and devices else env
+
+
 def _transforms(env: EnvBase, max_steps: int, normalize_observations: bool) -> list[Transform]:
     groups = agent_groups(env)
     observations = [in_group(group, "observation") for group in groups]
@@ -257,7 +270,10 @@ class ObservationNorm(VecNormV2):
         self._merged = tuple(part.clone() for part in own)
 
     def set_extra_state(self, state: Any) -> None:
-        """Takes saved statistics, which are merged ones."""
+        """Takes saved statistics, which are merged ones, to the device of the environment."""
+        if self._loc is not None:
+            device = next(iter(self._loc.values(True, True))).device
+            state = {key: value.to(device) for key, value in state.items()}
         super().set_extra_state(state)
         self._merged = None if self._loc is None else (self._count.clone(), self._loc.clone(), self._var.clone())
 
@@ -274,3 +290,7 @@ class ObservationNorm(VecNormV2):
     def _norm(self, data: TensorDictBase, loc: TensorDictBase, var: TensorDictBase, count: TensorDictBase) -> Any:
         # TorchRL keeps E[x] and E[x²]: of what does not vary, rounding can make E[x²] − E[x]² negative, the root NaN.
         return super()._norm(data, loc, var.maximum(loc.pow(2)), count)
+
+    def _get_loc_scale(self, loc_only: bool = False) -> Any:
+        loc, scale = super()._get_loc_scale(loc_only)  # of the same variance
+        return loc, None if loc_only else scale.apply(lambda root: torch.where(root.isnan(), self.eps, root))

@@ -77,12 +77,12 @@ def evaluate_run(
         raise SettingError(f"film: {str(film)!r}. Legal: an .mp4 or .gif file in a folder that exists.")
     where = resolve_device(device)
     seed = (config["seed"] + 1000) % 2**32 if seed is None else seed
-    policy = policy_at(path, config, where)
     with untouched_generators(seed):
         num_envs = min(episodes, config["env"]["num_envs"])
         parallel = config["env"].get("parallel", False)
         env = make_run_env(config, num_envs=num_envs, seed=seed, device=where, parallel=parallel)
         try:
+            policy = policy_at(path, config, env.device)
             carry_states(env, policy)
             groups = {keys.group or "agent": keys.n_agents for keys in group_keys(env)}
             settings: dict[str, Any] = {"max_steps": config["env"]["max_steps"], "deterministic": deterministic}
@@ -102,7 +102,7 @@ def evaluate_run(
         "episodes": episodes,
         "seed": seed,
         "deterministic": deterministic,
-        "device": str(where),
+        "device": str(env.device),
         **_statistics(played, groups),
         "film": None if filmed is None else str(filmed),
     }

@@ -37,7 +37,7 @@ _FROM_PARTS: dict[str, Callable] = {
     "scalar": lambda dtype, value: np.dtype(dtype).type(value),
 }
 _STATEFUL: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
-    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+    torch.Generator: (torch.Generator.get_state, lambda value, state: value.set_state(state.cpu())),
     random.Random: (random.Random.getstate, random.Random.setstate),
     np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
     np.random.Generator: (
@@ -66,7 +66,8 @@ class ObjectState:
     Args:
         roots: where to begin, by name. An object is told apart by the shortest way to it, so that what others refer to
             at random, such as the goal among the landmarks, should be a root itself.
-        device: where the objects' tensors live. A state may be loaded on another one than it was saved on.
+        device: where the objects' tensors live. A state may be loaded on another one than it was saved on: tensors
+            that were on the old one come to the new one.
     """
 
     def __init__(self, roots: Mapping[str, object], device: torch.device) -> None:
@@ -317,7 +318,7 @@ class _Reader:
         if kind == "tensor":
             return self._tensor(*content)
         if kind == "array":
-            return self.value(content).numpy().copy(order="K")
+            return self.value(content).cpu().numpy().copy(order="K")
         if kind == "method":
             function, owner = self._values(content)
             return types.MethodType(getattr(type(owner), function) if isinstance(function, str) else function, owner)
@@ -362,7 +363,7 @@ class _Reader:
             _, put = _STATEFUL[type(value)]
             put(value, self.value(content))
         elif kind == "array":
-            value[...] = self.value(content).numpy()
+            value[...] = self.value(content).cpu().numpy()
         elif kind == "tensor" and value.requires_grad != content[-1]:
             value.requires_grad_(content[-1])
 

@@ -64,7 +64,7 @@ def make_run_env(
     Keyword Args:
         num_envs: the number of environments. A factory that makes batches of the run's size alone makes one of it.
         seed: the seed of the environments' randomness.
-        device: where the environments live.
+        device: where the environments' data are, as for :func:`~torchrl_trpo.envs.make_env`.
         parallel: whether environments that are not vectorised themselves get a process each.
         render: whether the environments must be able to draw themselves.
         normalize_observations: whether observations are normalised; not for what :func:`on_raw_observations` gives.
@@ -116,8 +116,8 @@ def load_policy(
     Args:
         run_folder: the run's folder, which holds ``checkpoints``.
         checkpoint: ``"latest"``, or ``"best"``: the one with the highest episode return in its iteration.
-        device: where the policy is to act: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"`` (CUDA if there is a GPU).
-            Default: torch's default device, the CPU.
+        device: where the policy is to act, see :func:`~torchrl_trpo.envs.resolve_device`. Default: torch's default
+            device, the CPU.
 
     Returns:
         The policy. A :class:`~torchrl_trpo.suggest.SettingError` says if there is no such folder, checkpoint or
@@ -152,14 +152,14 @@ def policy_at(path: Path, config: Mapping[str, Any], device: torch.device) -> Te
             seed=config["seed"],
             device=device,
             normalize_observations=config["normalize_observations"],
-        )
+        ).to(device)  # whose specs alone are read, wherever a factory makes it
         try:
             policy = make_policy(env, group_keys(env), **config["actor"])
             parts = {"policy": policy}
             if observation_norm(env) is not None:
                 parts["collection"] = TransformState(env)
             load_components(path, parts)
-            return on_raw_observations(env, policy).eval().requires_grad_(False)
+            return on_raw_observations(env, policy).to(device).eval().requires_grad_(False)
         finally:
             env.close(raise_if_closed=False)
 

@@ -288,8 +288,8 @@ class Run:
         Args:
             name: ``"collect_s"``, ``"policy_s"`` or ``"critic_s"``.
         """
-        if self.env.device is not None and self.env.device.type == "cuda":
-            torch.cuda.synchronize(self.env.device)
+        if (device := self.env.device) is not None and device.type != "cpu":
+            torch.accelerator.synchronize(device)
         now = time.perf_counter()
         self._laps[name] = self._laps.get(name, 0.0) + now - self._last_lap
         self._last_lap = now
@@ -470,6 +470,12 @@ class Run:
             self._writer = csv.DictWriter(self._file, self.columns)
         processes = f" in {self._ranks.size} processes" if self._ranks.size > 1 else ""
         self._say(f"Training {self.algorithm} on {self.cfg.env.name}{processes}; everything goes to {self.folder}")
+        asked, device = resolve_device(self.cfg.device), self.env.device or torch.device("cpu")
+        if device.type != asked.type:
+            self._say(
+                f"device={asked}, but the environment is on {device}, and so is the training. A factory with an "
+                "argument device can make it there."
+            )
 
     def _open_logger(self) -> None:
         """Opens the logger of the first rank."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchrl.checkpoint import GlobalRNGState
 
 
@@ -36,6 +38,60 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class GlobalGenerators(GlobalRNGState):
+    """TorchRL's ``GlobalRNGState``, which knows three kinds of accelerators by their names, for any kind."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of Python's, NumPy's and PyTorch's generators; those of devices that have been used."""
+        state = super().state_dict()
+        if (device := _unknown_to_torchrl()) is not None and torch.get_device_module(device).is_initialized():
+            indices = range(torch.accelerator.device_count())
+            state[_entry(device)] = [device_state(torch.device(device.type, index)) for index in indices]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Puts the states back."""
+        super().load_state_dict(state_dict)
+        if (device := _unknown_to_torchrl()) is not None:
+            for index, state in enumerate(state_dict.get(_entry(device), ())):
+                set_device_state(torch.device(device.type, index), state)
+
+
+def _unknown_to_torchrl() -> torch.device | None:
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return None if device is None or device.type in {"cuda", "xpu", "mps"} else device
+
+
+def _entry(device: torch.device) -> str:
+    return f"torch_{device.type}"
+
+
+def device_state(device: torch.device) -> Tensor:
+    """The state of the global generator of an accelerator.
+
+    Args:
+        device: the accelerator.
+
+    Returns:
+        The state, uint8 ``[bytes]`` on the CPU.
+    """
+    return torch.get_device_module(device).get_rng_state(*_index(device))
+
+
+def set_device_state(device: torch.device, state: Tensor) -> None:
+    """Puts the global generator of an accelerator in a state.
+
+    Args:
+        device: the accelerator.
+        state: from :func:`device_state`, of an accelerator of that kind.
+    """
+    torch.get_device_module(device).set_rng_state(state.cpu(), *_index(device))
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # of which there is one
+
+
 @contextlib.contextmanager
 def untouched_generators(seed: int | None = None) -> Iterator[None]:
     """Leaves the global generators of Python, NumPy and PyTorch as they were.
@@ -46,7 +102,7 @@ def untouched_generators(seed: int | None = None) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    generators, uninitialized = GlobalRNGState(), not torch.cuda.is_initialized()
+    generators = GlobalGenerators()
     before = generators.state_dict()
     try:
         if seed is not None:
@@ -54,5 +110,8 @@ def untouched_generators(seed: int | None = None) -> Iterator[None]:
         yield
     finally:
         generators.load_state_dict(before)
-        if uninitialized:  # CUDA takes the last seed when it is initialised, and simulators seed
-            torch.cuda.manual_seed_all(torch.initial_seed())
+        device = torch.accelerator.current_accelerator(check_available=True)
+        if device is not None and _entry(device) not in before:
+            # An accelerator takes the last seed when it is initialised, and simulators seed.
+            module = torch.get_device_module(device)
+            getattr(module, "manual_seed_all", module.manual_seed)(torch.initial_seed())

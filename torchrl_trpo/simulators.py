@@ -152,13 +152,13 @@ def _mamujoco(
     return functools.partial(_wrap_pettingzoo, make, _pettingzoo_groups(make(), one_group), state)
 
 
-def _gym(name: str, *, kwargs: dict, device: torch.device, render: bool, **unused: Any) -> Callable[[], EnvBase]:
+def _gym(name: str, *, kwargs: dict, render: bool, **unused: Any) -> Callable[[], EnvBase]:
     """A single-agent task of Gymnasium."""
     task = _known_task(name, "gym", "Gymnasium is", "gym")
     kwargs |= {"render_mode": "rgb_array"} if render else {}
     # TorchRL counts the steps: a time limit inside would come first and hide whether it is env.max_steps.
     return functools.partial(
-        ReplayedGymEnv, task, categorical_action_encoding=True, device=device, max_episode_steps=2**31 - 1, **kwargs
+        ReplayedGymEnv, task, categorical_action_encoding=True, device="cpu", max_episode_steps=2**31 - 1, **kwargs
     )
 
 
@@ -257,7 +257,7 @@ def _pettingzoo_groups(env: Any, one_group: bool) -> dict[str, list[str]]:
 def _wrap_pettingzoo(make: Callable[[], Any], groups: dict[str, list[str]], state: bool) -> EnvBase:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "PettingZoo in TorchRL is tested using version")
-        return ReplayedPettingZooWrapper(make(), group_map=groups, return_state=state)
+        return ReplayedPettingZooWrapper(make(), group_map=groups, return_state=state, device="cpu")
 
 
 def _silent_mamujoco(robot: str, **kwargs: Any) -> Any:

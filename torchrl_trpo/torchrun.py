@@ -44,7 +44,7 @@ def local_rank() -> int:
 
 
 def job_ranks(device: torch.device) -> Ranks:
-    """Joins the processes of the job, once: NCCL between GPUs, gloo between CPUs.
+    """Joins the processes of the job, once: NCCL between CUDA's GPUs, gloo between CPUs.
 
     Without a job, a process group that is there is not touched: it belongs to someone else, such as TorchRL's
     distributed collectors.
@@ -58,11 +58,12 @@ def job_ranks(device: torch.device) -> Ranks:
     if not is_job() or int(os.environ["WORLD_SIZE"]) == 1:
         return ALONE
     if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        backend = "gloo"
+        if device.type != "cpu":
+            torch.accelerator.set_device_index(device)
+            backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         store, rank, size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(_agreed_name(store, rank, size), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         atexit.register(dist.destroy_process_group)
     return Ranks(dist.group.WORLD)

@@ -153,35 +153,3 @@ def _package(file: str) -> str:
 
 def _short(file: str) -> str:
     return "/".join(Path(file).parts[-2:])
-
-
-def teach_torchrl() -> None:
-    """What TorchRL does for CUDA by its name: a device has an index, and a generator whose state is saved."""
-    import torchrl.checkpoint
-    import torchrl.collectors
-    import torchrl.envs
-    import torchrl.objectives
-
-    def with_index(original):
-        def make(device):
-            device = original(device)
-            return torch.device(NAME, 0) if device is not None and device.type == NAME else device
-
-        return make
-
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in {"torchrl", "tensordict"} and hasattr(module, "_make_ordinal_device"):
-            module._make_ordinal_device = with_index(module._make_ordinal_device)
-    generators = torchrl.checkpoint.GlobalRNGState
-    save, load = generators.state_dict, generators.load_state_dict
-
-    def load_all(self, state):
-        state = dict(state)
-        own = state.pop(f"torch_{NAME}", None)
-        load(self, state)
-        if own is not None:
-            _module.set_rng_state(own.cpu())
-
-    generators.state_dict = lambda self: {**save(self), f"torch_{NAME}": _state()}
-    generators.load_state_dict = load_all
-    torchrl.envs.transforms.DeviceCastTransform._sync_device = staticmethod(lambda: None)
