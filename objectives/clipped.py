@@ -36,6 +36,7 @@ from torchrl_trpo.objectives.policy_rows import (
 )
 from torchrl_trpo.ranged import RangedSettings
 from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.suggest import PlainKeyError
 
 _COUNTS = "_counts"
 """Which steps of a sequence count, in a minibatch."""
@@ -204,12 +205,12 @@ class ClippedUpdater(RangedSettings):
             state_dict: the settings by name, and the optimisers' states.
 
         Raises:
-            KeyError: if something is missing or unknown.
+            PlainKeyError: if something is missing or unknown.
             ValueError: if it is of another number of policies, or an optimiser's state is not that of the policy's.
         """
         settings = dict(state_dict)
         if "optimizers" not in settings:
-            raise KeyError(f"'optimizers' is missing from the state_dict, which has {list(state_dict)}.")
+            raise PlainKeyError(f"'optimizers' is missing from the state_dict, which has {list(state_dict)}.")
         states = settings.pop("optimizers")
         if len(states) != len(self._members):
             raise ValueError(f"optimizers: the state_dict has {len(states)} policies, legal: {len(self._members)}.")

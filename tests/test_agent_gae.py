@@ -166,6 +166,16 @@ def test_a_dead_agents_rows_stay_in_the_fit_of_the_others():
     assert fit["explained_variance"] == pytest.approx(float(explained))
 
 
+@pytest.mark.parametrize("sizes", [{"epochs": 0}, {"minibatch_size": 0}, {"minibatch_size": 2.5}], ids=str)
+def test_sizes_of_a_fit_that_cannot_be(sizes):
+    """No epoch ended in a division by zero, and a minibatch without rows in torch."""
+    loss = TRPOLoss(make_actor(), make_critic())
+    optimizer = torch.optim.SGD(loss.critic_network_params.flatten_keys().values())
+    name, value = next(iter(sizes.items()))
+    with pytest.raises(ValueError, match=rf"^{name}: {value}\. Legal: a whole number of at least 1\."):
+        fit_critic(loss, optimizer, rollout(make_actor()), **{"epochs": 1, "minibatch_size": 100, **sizes})
+
+
 def test_dead_agents_of_another_group_spoil_no_pool():
     data = rollout()
     for part in (data, data["next"]):
