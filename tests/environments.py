@@ -96,6 +96,74 @@ class Copy(EnvBase):
         self.generator = torch.Generator().manual_seed(seed)
 
 
+class Padded(Copy):
+    """All agents end after 1 to 4 steps, and there are padded steps until the time limit.
+
+    Args:
+        groups: as of :class:`Copy`.
+        num_envs: the number of environments.
+        observed: what is observed in padded steps.
+        paid: what is paid for them.
+        told: whether the agents' done and terminated flags say that they end.
+    """
+
+    def __init__(self, groups, num_envs, observed=0.0, paid=0.0, told=True):
+        super().__init__(groups, num_envs, death=1e-9)
+        self.observed, self.paid, self.told = observed, paid, told
+        self.left = torch.zeros(num_envs, dtype=torch.int64)
+        if told:
+            spec = self.full_done_spec
+            for group, (n, *_) in groups.items():
+                flags = {name: Categorical(2, (num_envs, n, 1), dtype=torch.bool) for name in ("done", "terminated")}
+                spec[group] = Composite(flags, shape=(num_envs, n))
+            self.done_spec = spec
+
+    def _reset(self, tensordict):
+        starts = torch.ones(self.batch_size, dtype=torch.bool)
+        if tensordict is not None and "_reset" in tensordict.keys():
+            starts = tensordict["_reset"].squeeze(-1)
+        self.left = torch.where(starts, torch.randint(1, 5, self.batch_size, generator=self.generator), self.left)
+        return super()._reset(tensordict)
+
+    def _step(self, tensordict):
+        counted = self.left > 0
+        self.left = self.left - 1
+        counts = self.left > 0
+        out = super()._step(tensordict)
+        for group, (n, *_) in self.groups.items():
+            out[group, "mask"] = counts.unsqueeze(-1).expand(-1, n).clone()
+            reward, observation = out[group, "reward"], out[group, "observation"]
+            out[group, "reward"] = torch.where(counted.view(-1, 1, 1), reward, self.paid)
+            out[group, "observation"] = torch.where(counts.view(-1, 1, 1), observation, self.observed)
+            for name in ("done", "terminated") if self.told else ():
+                out[group, name] = (~counts).view(-1, 1, 1).expand(-1, n, 1).clone()
+        return out
+
+
+class Alone(EnvBase):
+    """The agent of an environment with one group of one agent, without the group."""
+
+    def __init__(self, env):
+        super().__init__(batch_size=env.batch_size)
+        self.env = env
+        (self.group,) = env.groups
+        for name in ("full_observation_spec", "full_action_spec", "full_reward_spec"):
+            setattr(self, name, getattr(env, name)[self.group][:, 0].clone())
+        self.full_done_spec = env.full_done_spec.clone()
+
+    def _alone(self, data):
+        return data.select("done", "terminated", strict=False).update(data[self.group][:, 0])
+
+    def _reset(self, tensordict):
+        return self._alone(self.env._reset(tensordict))
+
+    def _step(self, tensordict):
+        return self._alone(self.env._step(TensorDict({self.group: tensordict.unsqueeze(1)}, self.batch_size)))
+
+    def _set_seed(self, seed):
+        self.env._set_seed(seed)
+
+
 class Memory(EnvBase):
     """Each agent sees a cue in the first step of an episode, and is asked for it in the last, 3 to 6 steps later.
 
@@ -160,6 +228,15 @@ def make_memory(num_envs=20):
 def make_copy(num_envs=4, kind="discrete", death=0.0):
     sizes = {"multi": [3, 2]}
     return Copy({"agents": (3, 6, (kind, sizes.get(kind, 4)))}, num_envs, death)
+
+
+def make_padded(num_envs=4, kind="discrete", groups=1, observed=0.0, paid=0.0, told=True):
+    """Groups of agents, or with ``groups=0`` a single agent."""
+    sizes = {"drivers": (2, 5, (kind, 4)), "callers": (1, 4, ("discrete", 3))}
+    settings = {"observed": float(observed), "paid": float(paid), "told": told and groups > 0}
+    if groups == 0:
+        return Alone(Padded({"agent": (1, 5, (kind, 4))}, num_envs, **settings))
+    return Padded(dict(list(sizes.items())[:groups]), num_envs, **settings)
 
 
 def make_different(num_envs=4):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from tensordict.nn import TensorDictSequential
-from torchrl.envs import ParallelEnv, SerialEnv
+from torchrl.envs import ParallelEnv, SerialEnv, Transform
 from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
 from torchrl.modules import IndependentNormal, TanhNormal
 
@@ -173,6 +173,35 @@ def test_what_does_not_vary_is_normalised_to_something_finite(seed):
     env = build("vmas/balance", num_envs=16, seed=seed, normalize_observations=True)
     assert env.reset()["agents", "observation"].isfinite().all()
     assert env.rollout(3)["next", "agents", "observation"].isfinite().all()
+
+
+class Seen(Transform):
+    """Keeps what the transforms before it give of the agents."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def _step(self, tensordict, next_tensordict):
+        self.steps.append(next_tensordict["agents"].clone())
+        return next_tensordict
+
+    def _reset(self, tensordict, tensordict_reset):
+        return self._step(tensordict, tensordict_reset)
+
+
+def test_absent_agents_are_in_no_statistics():
+    """The zeros that dead agents observe were averaged with what the others see."""
+    env = build("custom", factory="tests.environments.make_copy", kwargs={"death": 0.4}, normalize_observations=True)
+    norm = observation_norm(env)
+    env.transform.insert(-1, seen := Seen())
+    env.rollout(5)
+    observations, counts = (torch.stack([step[name] for step in seen.steps]) for name in ("observation", "mask"))
+    for agent in range(3):
+        own = observations[:, :, agent][counts[:, :, agent]]
+        torch.testing.assert_close(norm.loc["agents", "observation"][agent], own.mean(0))
+        torch.testing.assert_close(norm.scale["agents", "observation"][agent], own.std(0, correction=0))
+    assert not counts.all()
 
 
 def test_one_nan_does_not_reach_the_statistics_of_observations(monkeypatch):
