@@ -12,7 +12,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torchrl.envs import (
     Compose,
-    DoubleToFloat,
+    DTypeCastTransform,
     EnvBase,
     InitTracker,
     RewardSum,
@@ -156,6 +156,7 @@ def make_env(
             **settings,
         )
         env = make()
+        _check_entries(env, name, factory)
     if env.batch_size:
         env = guard(env, num_envs)
     else:
@@ -214,6 +215,19 @@ class TransformState:
         self._env.transform.load_state_dict(state_dict["transforms"])
 
 
+def _check_entries(env: Any, name: str, factory: str | None) -> None:
+    """Says what is not where the recipes look for it, before the environment is made many times."""
+    if not isinstance(env, EnvBase):
+        raise SettingError(f"env.factory={factory!r} gave a {type(env).__name__}. Legal: a torchrl EnvBase.")
+    keys = group_keys(env)[0]
+    observed = list(env.full_observation_spec_unbatched.keys(True, True))
+    if name.startswith("gym/") and not {keys.observation, keys.action_mask}.issuperset(observed):
+        raise SettingError(
+            f"env: {name!r} observes {observed}. Legal: one entry; join them with TorchRL's CatTensors in a factory of "
+            "your own, env=custom env.factory=..."
+        )
+
+
 def _transforms(env: EnvBase, max_steps: int, normalize_observations: bool) -> list[Transform]:
     groups = group_keys(env)
     observations = [keys.observation for keys in groups]
@@ -224,9 +238,10 @@ def _transforms(env: EnvBase, max_steps: int, normalize_observations: bool) -> l
     absent = [WithoutAbsent(groups)] if masks else []
     transforms = [InitTracker(), StepCounter(max_steps), *absent, RewardSum(in_keys=rewards, out_keys=returns)]
     read = [*observations, *(["state"] if "state" in spec.keys() else [])]
-    double = [key for key in read if spec[key].dtype == torch.float64]
-    if double:
-        transforms.append(DoubleToFloat(in_keys=double))
+    for dtype in dict.fromkeys(spec[key].dtype for key in read):
+        if dtype != torch.float32:
+            of_dtype = [key for key in read if spec[key].dtype == dtype]
+            transforms.append(DTypeCastTransform(dtype, torch.float32, in_keys=of_dtype))
     if normalize_observations:
         transforms.append(ObservationNorm(observations, masks))
     return transforms
