@@ -11,6 +11,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase, dispatch, skip_existing
 from torch import Tensor
 from torchrl.modules import ValueNorm, set_recurrent_mode
+from torchrl.objectives import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.value import MultiAgentGAE
 
 from torchrl_trpo.functional import other_parameters, parameters_restored
@@ -25,10 +26,12 @@ class AgentGAE(MultiAgentGAE):
     GAE (Schulman et al. 2016, arXiv:1506.02438, equation 16); team rewards and done flags ``[*B, T, 1]`` are broadcast
     to the agents, steps that were truncated but not terminated are bootstrapped. Beyond its parent it
 
-    - keeps padded steps out: where no agent of a step counts (``mask_key``), nothing of that step reaches the
-      steps before it, and what is not finite in masked entries is not read. An agent that does not count while others
-      do keeps its sequence, as in games by turns, where it is paid for its move after the move of others: an agent that
-      dies must be told by its own done and terminated flags;
+    - keeps padded steps out: where no agent of a step counts (``mask_key``, ``other_mask_keys``), nothing of that step
+      reaches the steps before it, and what is not finite in masked entries is not read. The step before is the last of
+      its sequence: it is bootstrapped, unless the data also says at ``t+1`` that no agent counts, and the done flags
+      are silent; then there is nothing to come. An agent that does not count while others do keeps its sequence, as in
+      games by turns, where it is paid for its move after the move of others: an agent that dies must be told by its own
+      done and terminated flags;
     - evaluates recurrent critics over whole sequences, and :math:`V(o_{t+1})` with the state that follows :math:`o_t`,
       also where an episode ends. A sequence starts with the state recorded in the data, or with none;
     - denormalises the values of a critic that outputs normalised ones (``value_norm``);
@@ -38,13 +41,14 @@ class AgentGAE(MultiAgentGAE):
         gamma: the discount.
         lmbda: GAE's :math:`\lambda`.
         value_network: the critic, to values ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``).
-        mask_key: which entries count, bool ``[*B, T]`` or ``[*B, T, n_agents]``. Default: all. ``TRPOLoss`` sets it to
-            its own, ``loss_mask_key``.
+        mask_key: which entries count, bool ``[*B, T]`` or ``[*B, T, n_agents]``; None for all. ``TRPOLoss`` sets it to
+            its own, ``loss_mask_key``; give that of any other loss: ``mask_key=loss.loss_mask_key``. Default:
+            ``"auto"``, as of losses: the ``("collector", "mask")`` of ``split_trajectories`` where the data has it.
         team_reward: ``"mean"`` or ``"sum"``: replaces the agents' rewards by one for the team. Default: rewards as
             they are.
         reward_keys: the key, or keys, whose rewards ``team_reward`` takes together, for teams of several groups.
             Default: the estimator's own reward.
-        other_mask_keys: the mask, or masks, of other groups whose entries are read too. Default: none.
+        other_mask_keys: the masks of all groups, where there are several. Default: none.
         value_norm: a :class:`~torchrl.modules.ValueNorm`: the critic outputs normalised values, which are denormalised
             here. Give the same one to the loss, which normalises the targets. Default: raw values.
         **kwargs: keywords of :class:`~torchrl.objectives.value.MultiAgentGAE`.
@@ -63,7 +67,7 @@ class AgentGAE(MultiAgentGAE):
     def __init__(
         self,
         *,
-        mask_key: NestedKey | None = None,
+        mask_key: NestedKey | Literal["auto"] | None = "auto",
         other_mask_keys: NestedKey | Sequence[NestedKey] = (),
         team_reward: Literal["mean", "sum"] | None = None,
         reward_keys: NestedKey | Sequence[NestedKey] | None = None,
@@ -75,7 +79,9 @@ class AgentGAE(MultiAgentGAE):
             self.deactivate_vmap = True  # TorchRL's own recurrent modules branch on what is in the data
         if team_reward not in (None, "mean", "sum"):
             raise ValueError(f"team_reward: {team_reward!r}. {nearest(team_reward, ['mean', 'sum', None])}")
-        self.mask_keys: tuple[NestedKey, ...] = () if mask_key is None else (mask_key,)
+        self.mask_keys: tuple[NestedKey, ...] = () if mask_key is None else (unravel_key(mask_key),)
+        if mask_key == "auto":
+            self.mask_keys = tuple(key for key in AUTO_LOSS_MASK_KEYS if key != "shifted_valid")  # which it writes
         self.other_mask_keys = key_list(other_mask_keys)
         self.team_reward = team_reward
         self.reward_keys = None if reward_keys is None else key_list(reward_keys)
@@ -119,7 +125,7 @@ class AgentGAE(MultiAgentGAE):
         keys = self.tensor_keys
         if average:
             data.set(keys.advantage, self._averaged(data))
-        for key in (keys.value, ("next", *path(keys.value)), keys.advantage, keys.value_target, "shifted_valid"):
+        for key in (keys.value, _next(keys.value), keys.advantage, keys.value_target, "shifted_valid"):
             if data.get(key, None) is not None:
                 tensordict.set(key, data.get(key))
         return tensordict
@@ -139,24 +145,18 @@ class AgentGAE(MultiAgentGAE):
         """A shallow copy of the data with the team's reward, and without what masked entries must not spread."""
         keys = self.tensor_keys
         for key in (keys.reward, keys.done):
-            entry(tensordict, ("next", *path(key)), "the reward and done keys")
+            entry(tensordict, _next(key), "the reward and done keys")
         self._check_time(tensordict, time_dim)
         data = tensordict.clone(False)
-        mask = self._mask(data)
-        if mask is not None:
-            self._clear_masked(data, mask, group_of(keys.value))
-            self._end_before_padding(data, mask, time_dim)
-        for key in self.other_mask_keys:
-            if data.get(key, None) is not None and group_of(key) != group_of(keys.value):
-                self._clear_masked(data, data.get(key).reshape(*data.batch_size, -1), group_of(key))
+        self._leave_out_masked(data, time_dim)
         if self.team_reward is not None:
             names = [keys.reward] if self.reward_keys is None else self.reward_keys
-            own_rewards = [entry(data, ("next", *path(name)), "reward_keys") for name in dict.fromkeys(names)]
+            own_rewards = [entry(data, _next(name), "reward_keys") for name in dict.fromkeys(names)]
             rewards = torch.cat([reward.flatten(data.batch_dims) for reward in own_rewards], -1)  # [*B, T, all agents]
             team = rewards.mean(-1) if self.team_reward == "mean" else rewards.sum(-1)
-            own = data.get(("next", *path(keys.reward)))
+            own = data.get(_next(keys.reward))
             team = team.reshape(*team.shape, *[1] * (own.ndim - team.ndim)).expand_as(own)
-            data.set(("next", *path(keys.reward)), team)
+            data.set(_next(keys.reward), team)
         return data
 
     def _averaged(self, data: TensorDictBase) -> Tensor:
@@ -191,46 +191,71 @@ class AgentGAE(MultiAgentGAE):
                 "dimension other than time."
             )
 
-    def _mask(self, data: TensorDictBase) -> Tensor | None:
+    def _leave_out_masked(self, data: TensorDictBase, time_dim: int | None) -> None:
+        """Takes what does not count out of what is read, and padded steps out of their sequences."""
+        own_group = group_of(self.tensor_keys.value)
+        others = [
+            (key, _as_mask(data, entry(data, key, "other_mask_keys")), _as_mask(data, data.get(_next(key), None)))
+            for key in self.other_mask_keys
+            if group_of(key) != own_group
+        ]
+        for key, other, next_other in others:
+            self._clear_masked(data, other, next_other, group_of(key))
+        mask, next_mask = self._mask(data), self._mask(data, "next")
+        if mask is None:
+            return
+        self._clear_masked(data, mask, next_mask, own_group)
+        if any(group_of(key) != own_group for key in self.mask_keys):
+            others = []  # the mask is not of agents, but of the step itself
+        now, following = [mask, *(each for _, each, _ in others)], [next_mask, *(each for *_, each in others)]
+        gone = None if any(each is None for each in following) else ~torch.cat(following, -1).any(-1)
+        self._end_before_padding(data, ~torch.cat(now, -1).any(-1), gone, time_dim)
+
+    def _mask(self, data: TensorDictBase, *prefix: str) -> Any:
         """Which entries count, bool ``[*B, T, n]`` or ``[*B, T, 1]`` of all agents; None for all."""
-        masks = [data.get(key, None) for key in self.mask_keys]
-        masks = [mask.reshape(*data.batch_size, -1) for mask in masks if mask is not None]
+        entries = [data.get((*prefix, *path(key)), None) for key in self.mask_keys]
+        masks = [mask for value in entries if (mask := _as_mask(data, value)) is not None]
         return torch.stack(torch.broadcast_tensors(*masks)).all(0) if masks else None
 
-    def _clear_masked(self, data: TensorDictBase, mask: Tensor, group: str | None) -> None:
-        """Removes what is not finite where the mask ``[*B, T, n]`` (or 1) of a group is off."""
+    def _clear_masked(self, data: TensorDictBase, mask: Tensor, next_mask: Tensor | None, group: str | None) -> None:
+        """Removes what is not finite where the mask ``[*B, T, n]`` (or 1) of a group is off, or at ``t+1`` the next."""
         own_group = group == group_of(self.tensor_keys.value)
-        for name in self._read_keys():
+        rewards = [self.tensor_keys.reward, *(self.reward_keys or ())]  # of the action at t
+        both = mask if next_mask is None else mask & next_mask
+        for name in [*self._read_keys(), *rewards]:
             if not own_group and group_of(name) != group:
                 continue
-            for key in (name, ("next", *path(name))):
+            for key, counts in ((name, mask), (_next(name), mask if name in rewards else both)):
                 value = data.get(key, None)
                 if value is not None and value.is_floating_point():
-                    data.set(key, finite_where_masked(value, mask, per_agent=group_of(name) == group))
+                    data.set(key, finite_where_masked(value, counts, per_agent=group_of(name) == group))
 
-    def _end_before_padding(self, data: TensorDictBase, mask: Tensor, time_dim: int | None) -> None:
-        """The step before a padded one is the last of its sequence, whatever the flags say; it is bootstrapped."""
+    def _end_before_padding(
+        self, data: TensorDictBase, padded: Tensor, gone: Tensor | None, time_dim: int | None
+    ) -> None:
+        """The step before ``padded`` ones, or with nobody at ``t+1`` (``gone``), ends a sequence; both ``[*B, T]``."""
         time_dim = self._get_time_dim(time_dim, data)
-        padded = ~mask.any(-1)
-        ends = padded | padded.roll(-1, time_dim)
-        done_key, terminated_key = (
-            ("next", *path(key)) for key in (self.tensor_keys.done, self.tensor_keys.terminated)
-        )
+        done_key, terminated_key = (_next(key) for key in (self.tensor_keys.done, self.tensor_keys.terminated))
         done = data.get(done_key)
-        data.set(terminated_key, data.get(terminated_key, done))
+        terminated = data.get(terminated_key, done)
+        ends = padded | padded.roll(-1, time_dim)
+        if gone is not None:
+            ends = ends | gone
+            gone = gone.reshape(*gone.shape, *[1] * (done.ndim - gone.ndim))
+            terminated = terminated | (gone & ~done)
+        data.set(terminated_key, terminated)
         data.set(done_key, done | ends.reshape(*ends.shape, *[1] * (done.ndim - ends.ndim)))
 
     def _read_keys(self) -> list[NestedKey]:
-        """What is read at ``t`` or ``t+1`` that masked entries may spoil."""
-        read = [] if self.value_network is None else self.value_network.in_keys
-        return [*read, self.tensor_keys.reward, *(self.reward_keys or ())]
+        """What is read at ``t`` and ``t+1``, beside rewards, that masked entries may spoil."""
+        return [] if self.value_network is None else list(self.value_network.in_keys)
 
     def _call_value_nets(
         self, data: TensorDictBase, params: TensorDictBase | None, *args: Any, value_key: NestedKey, **kwargs: Any
     ) -> Any:
         if self.value_network is not None and reads_init(self.value_network):
             self._add_states(data, params)
-        next_key = ("next", *path(value_key))
+        next_key = _next(value_key)
         known = [skip_existing() and data.get(key, None) is not None for key in (value_key, next_key)]
         value, next_value, valid = super()._call_value_nets(data, params, *args, value_key=value_key, **kwargs)
         if self.value_norm is not None:  # values that the data had are in the rewards' units already
@@ -244,14 +269,14 @@ class AgentGAE(MultiAgentGAE):
         """Adds the recurrent states that follow each step, from which the values at ``t+1`` start."""
         network: Any = self.value_network
         time_dim = self._get_time_dim(None, data)
-        carried = [key for key in network.in_keys if ("next", *path(key)) in network.out_keys]
+        carried = [key for key in network.in_keys if _next(key) in network.out_keys]
         own = contextlib.nullcontext() if params is None else other_parameters(network, params)
         before: TensorDictBase = TensorDict()
         steps = []
         with torch.no_grad(), own, set_recurrent_mode(False):
             for step in data.select(*network.in_keys, strict=False).unbind(time_dim):
                 for key in carried:
-                    state, recorded = before.get(("next", *path(key)), None), step.get(key, None)
+                    state, recorded = before.get(_next(key), None), step.get(key, None)
                     if state is not None:
                         begins = step.get("is_init").reshape(*step.batch_size, *[1] * (state.ndim - step.batch_dims))
                         fresh = torch.zeros_like(state) if recorded is None else recorded
@@ -259,7 +284,16 @@ class AgentGAE(MultiAgentGAE):
                 before = network(step)
                 steps.append(before.get("next").select(*carried))
         for key, state in cast("TensorDict", torch.stack(steps, time_dim)).items(True, True):
-            data.set(("next", *path(key)), state)
+            data.set(_next(key), state)
             if data.get(key, None) is None:
                 data.set(key, torch.zeros_like(state))
         data.set(("next", "is_init"), torch.zeros_like(data.get("is_init")))
+
+
+def _as_mask(data: TensorDictBase, value: Tensor | None) -> Any:
+    """A mask as ``[*B, T, n]`` or ``[*B, T, 1]``; None if there is none."""
+    return None if value is None else value.reshape(*data.batch_size, -1).bool()
+
+
+def _next(key: NestedKey) -> NestedKey:
+    return ("next", *path(key))

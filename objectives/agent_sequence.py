@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from torchrl_trpo.ranged import plain_number
 from torchrl_trpo.ranks import ALONE, Ranks
 
 
@@ -86,8 +87,8 @@ class AgentSequence:
         if isinstance(order, str) and order in {"random", "fixed"}:
             self._agent_order = "random" if order == "random" else tuple(range(self.n_agents))
             return
-        indices = [] if isinstance(order, str) else [int(index) for index in order]
-        if sorted(indices) != list(range(self.n_agents)):
+        indices = [plain_number(index) for index in order] if isinstance(order, Iterable) else []
+        if any(type(index) is not int for index in indices) or sorted(indices) != list(range(self.n_agents)):
             raise ValueError(
                 f"agent_order: {order!r}. Legal: 'random', 'fixed', or a sequence that names each of the "
                 f"{self.n_agents} agents 0 to {self.n_agents - 1} once."

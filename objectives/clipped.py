@@ -22,6 +22,7 @@ from torchrl_trpo.divergence import has_exact_entropy, kl_divergence
 from torchrl_trpo.functional import other_parameters
 from torchrl_trpo.layout import reads_init
 from torchrl_trpo.minibatches import ADAM_RANGES, average_gradients, count_by_rank, draw_minibatches
+from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.loss_parts import (
     check_distinct_keys,
     estimated_advantage,
@@ -45,6 +46,7 @@ from torchrl_trpo.objectives.policy_rows import (
 from torchrl_trpo.ranged import RangedSettings
 from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.row_statistics import read
+from torchrl_trpo.suggest import PlainKeyError
 
 _COUNTS = "_counts"
 """Which steps of a sequence count, in a minibatch."""
@@ -95,7 +97,8 @@ class ClippedUpdater(RangedSettings):
     (Schulman et al. 2017, arXiv:1707.06347), the mean over rows and agents. It is what the trust-region updates are
     compared with: the critic is fitted beside it, as theirs is, so that nothing but the policy's step differs.
 
-    Clipping, entropy, keys and masks are the loss's, as they are at the time of a step. Advantages are normalised over
+    Clipping, entropy, keys and masks are the loss's, as they are at the time of a step; an :class:`AgentGAE` is to have
+    the same masks (``mask_key=loss.loss_mask_key``). Advantages are normalised over
     the whole batch, not over minibatches, if the loss has ``normalize_advantage``. Settings are plain attributes:
     change them between steps for a schedule (``updater.lr = 1e-4``).
 
@@ -231,12 +234,12 @@ class ClippedUpdater(RangedSettings):
             state_dict: the settings by name, and the optimisers' states.
 
         Raises:
-            KeyError: if something is missing or unknown.
+            PlainKeyError: if something is missing or unknown.
             ValueError: if it is of another number of policies, or an optimiser's state is not that of the policy's.
         """
         settings = dict(state_dict)
         if "optimizers" not in settings:
-            raise KeyError(f"'optimizers' is missing from the state_dict, which has {list(state_dict)}.")
+            raise PlainKeyError(f"'optimizers' is missing from the state_dict, which has {list(state_dict)}.")
         states = settings.pop("optimizers")
         if len(states) != len(self._members):
             raise ValueError(f"optimizers: the state_dict has {len(states)} policies, legal: {len(self._members)}.")
@@ -265,6 +268,7 @@ class ClippedUpdater(RangedSettings):
         """What the group's update needs of a batch; what the loss reads is in the rows' ``inputs`` and ``action``."""
         if 0 in tensordict.batch_size:
             raise ValueError(f"the data is empty: its batch size is {tuple(tensordict.batch_size)}.")
+        _check_masks(group, loss)
         tensordict = tensordict.clone(False)
         keys = loss.tensor_keys
         advantage, missing = estimated_advantage(loss, tensordict)
@@ -385,6 +389,19 @@ def _check_loss(group: str, loss: ClipPPOLoss, ranks: Ranks) -> None:
         )
     if ranks.size > 1 and loss.advantage_norm is not None:
         raise ValueError("advantage_norm: its statistics would be of each process alone. Legal: normalize_advantage.")
+
+
+def _check_masks(group: str, loss: ClipPPOLoss) -> None:
+    """Refuses a loss whose value estimator lets masked steps reach the others; TorchRL's losses do not tell theirs."""
+    estimator = loss._value_estimator
+    if isinstance(estimator, AgentGAE) and not (
+        {*loss._loss_mask_keys()} - {"shifted_valid"} <= {*estimator.mask_keys}
+    ):
+        raise ValueError(
+            f"the loss of group {group!r} has loss_mask_key={loss.loss_mask_key!r}, and its value estimator reads "
+            f"{list(estimator.mask_keys)}: masked steps would be in the advantages of the others. Legal: "
+            f"make_value_estimator({type(estimator).__name__}, mask_key=loss.loss_mask_key, ...)."
+        )
 
 
 def _function(loss_class: type, name: str) -> object:

@@ -15,7 +15,7 @@ from torchrl_trpo.divergence import entropy
 from torchrl_trpo.layout import path
 from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.row_statistics import standardize
-from torchrl_trpo.suggest import nearest
+from torchrl_trpo.suggest import PlainKeyError, nearest
 
 
 def check_distinct_keys(losses: Mapping[str, PPOLoss]) -> None:
@@ -54,7 +54,7 @@ def estimated_advantage(loss: PPOLoss, tensordict: TensorDictBase) -> tuple[Tens
         The advantage, ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``), and whether it was missing.
 
     Raises:
-        KeyError: if there is neither an advantage nor a critic to compute it with.
+        PlainKeyError: if there is neither an advantage nor a critic to compute it with.
         ValueError: if the advantage misses its last dimension of size 1.
     """
     key = loss.tensor_keys.advantage
@@ -62,7 +62,7 @@ def estimated_advantage(loss: PPOLoss, tensordict: TensorDictBase) -> tuple[Tens
     missing = advantage is None
     if missing:
         if loss.critic_network is None and loss._value_estimator is None:
-            raise KeyError(
+            raise PlainKeyError(
                 f"the advantage {key!r} is not in the data, and the loss has no critic to compute it with. Give "
                 f"{type(loss).__name__} a critic_network, compute the advantage first, or name its key with "
                 f"set_keys(advantage=...). {nearest(key, tensordict.keys(True, True))}"

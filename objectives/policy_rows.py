@@ -16,7 +16,7 @@ from torchrl.objectives import PPOLoss
 from torchrl_trpo.divergence import log_prob, sum_events
 from torchrl_trpo.layout import group_of, has_agent_dim, non_finite, path
 from torchrl_trpo.ranks import Ranks, check_same_length
-from torchrl_trpo.suggest import nearest
+from torchrl_trpo.suggest import PlainKeyError, nearest
 
 LOG_PROB_ROLE = "sample_log_prob (a policy with return_log_prob=True writes it)"
 
@@ -315,11 +315,11 @@ def entry(tensordict: TensorDictBase, key: NestedKey | list[NestedKey], role: st
         The entry.
 
     Raises:
-        KeyError: if it is not there.
+        PlainKeyError: if it is not there.
     """
     for name in key if isinstance(key, list) else [key]:
         if tensordict.get(name, None) is None:
-            raise KeyError(
+            raise PlainKeyError(
                 f"{role}: {name!r} is not in the data. {nearest(name, tensordict.keys(True, True))} "
                 "Name the entry that is meant where the key is set, or with set_keys."
             )

@@ -47,6 +47,7 @@ from torchrl_trpo.objectives.policy_rows import (
     flatten_rows,
 )
 from torchrl_trpo.objectives.popart import update_value_norm
+from torchrl_trpo.ranged import plain_number, positive_whole
 from torchrl_trpo.ranks import ALONE, Ranks
 from torchrl_trpo.row_statistics import effective_sample_size
 from torchrl_trpo.suggest import nearest
@@ -150,16 +151,14 @@ class TRPOLoss(PPOLoss):
         process_group: dist.ProcessGroup | None = None,
         **kwargs: Any,
     ) -> None:
-        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-            raise ValueError(f"chunk_size: {chunk_size!r}. Legal: None, or a whole number of at least 1.")
         accepted = [name for name in inspect.signature(PPOLoss).parameters if name != "kwargs"]
         for name in kwargs:
             if name not in accepted:  # PPOLoss would ignore it
                 raise TypeError(f"{name}: TRPOLoss has no such argument. {nearest(name, accepted)}")
-        super().__init__(actor_network, critic_network, entropy_coeff=entropy_coeff, **kwargs)
+        super().__init__(actor_network, critic_network, entropy_coeff=plain_number(entropy_coeff), **kwargs)
         self.value_norm = value_norm
         self.agent_dim = agent_dim
-        self.chunk_size = chunk_size
+        self.chunk_size = None if chunk_size is None else positive_whole("chunk_size", chunk_size)
         self.compile_policy = compile_policy
         self._compiled: dict[str, CompiledPolicy] = {}
         self.trust_region, self.n_regions = resolve_trust_region(

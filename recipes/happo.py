@@ -81,6 +81,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
             observation_keys=[other.observation for other in groups] if cfg.critic.inputs != "state" else [],
             state_key="state" if cfg.critic.inputs != "observations" else None,
             n_agents=keys.n_agents,
+            mask_key=loss.loss_mask_key,
             other_mask_keys=[other.mask for other in groups if other.mask],
             central_key=keys.central,
             agent_one_hot=cfg.critic.agent_one_hot,

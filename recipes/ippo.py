@@ -66,7 +66,14 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
             entropy_coeff=cfg.entropy_coeff,
         )
         loss.loss_mask_key = keys.mask or "auto"
-        loss.make_value_estimator(AgentGAE, gamma=cfg.gamma, lmbda=cfg.lmbda, value_network=critic)
+        loss.make_value_estimator(
+            AgentGAE,
+            gamma=cfg.gamma,
+            lmbda=cfg.lmbda,
+            value_network=critic,
+            mask_key=loss.loss_mask_key,
+            other_mask_keys=[other.mask for other in groups if other.mask],
+        )
         loss.set_keys(**keys.loss_keys)
         losses[str(keys.group)] = loss
     updater = ClippedUpdater(losses, **cfg.updater, process_group=ranks.group)

@@ -74,7 +74,12 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         )
         loss.set_keys(**keys.loss_keys)
         loss.loss_mask_key = keys.mask or "auto"
-        loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda, value_norm=value_norm)
+        loss.make_value_estimator(
+            gamma=cfg.gamma,
+            lmbda=cfg.lmbda,
+            other_mask_keys=[other.mask for other in groups if other.mask],
+            value_norm=value_norm,
+        )
         losses[str(keys.group)] = loss
     updaters = [TrustRegionUpdater(loss, **cfg.updater) for loss in losses.values()]
     critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]

@@ -66,6 +66,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         process_group=ranks.group,
     )
     loss.set_keys(**keys.loss_keys)
+    loss.loss_mask_key = keys.mask or "auto"
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda, value_norm=value_norm)
     updater = TrustRegionUpdater(loss, **cfg.updater)
     critic_optim = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=cfg.critic.lr, fused=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict
-from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, Unbounded
-from torchrl.envs import EnvBase
+from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, OneHot, Unbounded
+from torchrl.envs import EnvBase, FlattenObservation, PettingZooWrapper, TransformedEnv, VmasEnv
+from torchrl.envs.utils import MarlGroupMapType
 
 
 def shape_of(size):
@@ -96,6 +97,106 @@ class Copy(EnvBase):
         self.generator = torch.Generator().manual_seed(seed)
 
 
+class Padded(Copy):
+    """All agents end after 1 to 4 steps, and there are padded steps until the time limit.
+
+    Args:
+        groups: as of :class:`Copy`.
+        num_envs: the number of environments.
+        observed: what is observed in padded steps.
+        paid: what is paid for them.
+        told: whether the agents' done and terminated flags say that they end.
+    """
+
+    def __init__(self, groups, num_envs, observed=0.0, paid=0.0, told=True):
+        super().__init__(groups, num_envs, death=1e-9)
+        self.observed, self.paid, self.told = observed, paid, told
+        self.left = torch.zeros(num_envs, dtype=torch.int64)
+        if told:
+            spec = self.full_done_spec
+            for group, (n, *_) in groups.items():
+                flags = {name: Categorical(2, (num_envs, n, 1), dtype=torch.bool) for name in ("done", "terminated")}
+                spec[group] = Composite(flags, shape=(num_envs, n))
+            self.done_spec = spec
+
+    def _reset(self, tensordict):
+        starts = torch.ones(self.batch_size, dtype=torch.bool)
+        if tensordict is not None and "_reset" in tensordict.keys():
+            starts = tensordict["_reset"].squeeze(-1)
+        self.left = torch.where(starts, torch.randint(1, 5, self.batch_size, generator=self.generator), self.left)
+        return super()._reset(tensordict)
+
+    def _step(self, tensordict):
+        counted = self.left > 0
+        self.left = self.left - 1
+        counts = self.left > 0
+        out = super()._step(tensordict)
+        for group, (n, *_) in self.groups.items():
+            out[group, "mask"] = counts.unsqueeze(-1).expand(-1, n).clone()
+            reward, observation = out[group, "reward"], out[group, "observation"]
+            out[group, "reward"] = torch.where(counted.view(-1, 1, 1), reward, self.paid)
+            out[group, "observation"] = torch.where(counts.view(-1, 1, 1), observation, self.observed)
+            for name in ("done", "terminated") if self.told else ():
+                out[group, name] = (~counts).view(-1, 1, 1).expand(-1, n, 1).clone()
+        return out
+
+
+class Alone(EnvBase):
+    """The agent of an environment with one group of one agent, without the group."""
+
+    def __init__(self, env):
+        super().__init__(batch_size=env.batch_size)
+        self.env = env
+        (self.group,) = env.groups
+        for name in ("full_observation_spec", "full_action_spec", "full_reward_spec"):
+            setattr(self, name, getattr(env, name)[self.group][:, 0].clone())
+        self.full_done_spec = env.full_done_spec.clone()
+
+    def _alone(self, data):
+        return data.select("done", "terminated", strict=False).update(data[self.group][:, 0])
+
+    def _reset(self, tensordict):
+        return self._alone(self.env._reset(tensordict))
+
+    def _step(self, tensordict):
+        return self._alone(self.env._step(TensorDict({self.group: tensordict.unsqueeze(1)}, self.batch_size)))
+
+    def _set_seed(self, seed):
+        self.env._set_seed(seed)
+
+
+class Specified(EnvBase):
+    """Gives what its specs say, at random.
+
+    Args:
+        num_envs: the number of environments.
+        observation: the specs of one environment; of an ``"action_mask"``, the first action is allowed always.
+        action: likewise.
+        reward: likewise. Default: one of the team.
+        done: likewise.
+    """
+
+    def __init__(self, num_envs, observation, action, reward=None, done=None):
+        super().__init__(batch_size=(num_envs,))
+        self.observation_spec = Composite(observation).expand(num_envs)
+        self.action_spec = Composite(action).expand(num_envs)
+        self.reward_spec = Composite(reward or {"reward": Unbounded((1,))}).expand(num_envs)
+        self.done_spec = Composite(done or {"done": Categorical(2, (1,), dtype=torch.bool)}).expand(num_envs)
+
+    def _reset(self, tensordict):
+        data = self.observation_spec.rand()
+        for key in data.keys(True, True):
+            if key[-1] == "action_mask":
+                data[key][..., 0] = True
+        return data
+
+    def _step(self, tensordict):
+        return self._reset(tensordict).update(self.full_reward_spec.rand()).update(self.full_done_spec.zero())
+
+    def _set_seed(self, seed):
+        torch.manual_seed(seed)
+
+
 class Memory(EnvBase):
     """Each agent sees a cue in the first step of an episode, and is asked for it in the last, 3 to 6 steps later.
 
@@ -162,6 +263,15 @@ def make_copy(num_envs=4, kind="discrete", death=0.0):
     return Copy({"agents": (3, 6, (kind, sizes.get(kind, 4)))}, num_envs, death)
 
 
+def make_padded(num_envs=4, kind="discrete", groups=1, observed=0.0, paid=0.0, told=True):
+    """Groups of agents, or with ``groups=0`` a single agent."""
+    sizes = {"drivers": (2, 5, (kind, 4)), "callers": (1, 4, ("discrete", 3))}
+    settings = {"observed": float(observed), "paid": float(paid), "told": told and groups > 0}
+    if groups == 0:
+        return Alone(Padded({"agent": (1, 5, (kind, 4))}, num_envs, **settings))
+    return Padded(dict(list(sizes.items())[:groups]), num_envs, **settings)
+
+
 def make_different(num_envs=4):
     return Copy(HARL_BREAKS, num_envs)
 
@@ -169,6 +279,66 @@ def make_different(num_envs=4):
 def make_mixed(num_envs=4):
     """Discrete and continuous agents in one team."""
     return Copy({"drivers": (2, 5, ("continuous", 2)), "callers": (1, 7, ("masked", 4))}, num_envs)
+
+
+def make_specified(num_envs=4, name="nested"):
+    """Two agents, or one, whose entries are at the places of ``SPECIFIED``."""
+    return Specified(num_envs, *SPECIFIED[name]())
+
+
+def make_one_group_of_all(num_envs=4):
+    """Agents that observe vectors of different lengths."""
+    return VmasEnv("simple_tag", num_envs=num_envs, group_map=MarlGroupMapType.ALL_IN_ONE_GROUP)
+
+
+def make_tictactoe():
+    """Two players by turns, each a group: ``{"observation", "action_mask"}``, small integers in a 3 by 3 by 2 board."""
+    from pettingzoo.classic import tictactoe_v3
+
+    env = PettingZooWrapper(tictactoe_v3.env(), use_mask=True)
+    boards = [(group, "observation", "observation") for group in env.group_map]
+    return TransformedEnv(env, FlattenObservation(-3, -1, in_keys=boards))
+
+
+ONE_OF_3, FLAGS = {"agents": {"action": Categorical(3, (2,))}}, {"dtype": torch.bool}
+SEEN = {"agents": {"observation": Unbounded((2, 5))}}
+SPECIFIED = {
+    "nested": lambda: (
+        {"agents": {"observation": {"own": Unbounded((2, 5)), "action_mask": Categorical(2, (2, 3), **FLAGS)}}},
+        ONE_OF_3,
+    ),
+    "integers": lambda: ({"agents": {"observation": Bounded(0, 9, (2, 5), dtype=torch.int64)}}, ONE_OF_3),
+    "flags": lambda: ({"agents": {"observation": OneHot(6, (2, 6))}}, ONE_OF_3),
+    "two observations": lambda: (
+        {"agents": {"observation": {"pos": Unbounded((2, 5)), "vel": Unbounded((2, 3))}}},
+        ONE_OF_3,
+    ),
+    "another observation": lambda: ({"agents": {"obs": Unbounded((2, 5))}}, ONE_OF_3),
+    "no observation": lambda: ({"state": Unbounded((5,))}, ONE_OF_3),
+    "an index": lambda: ({"agents": {"observation": Categorical(6, (2,))}}, ONE_OF_3),
+    "a matrix": lambda: ({"agents": {"observation": Unbounded((2, 4, 7))}}, ONE_OF_3),
+    "a tiny picture": lambda: ({"agents": {"observation": Unbounded((2, 3, 6, 7))}}, ONE_OF_3),
+    "other agents": lambda: ({"agents": {"observation": Unbounded((3, 5))}}, ONE_OF_3),
+    "agents at the root": lambda: (
+        {"p1": Unbounded((5,)), "p2": Unbounded((5,))},
+        {"p1": Categorical(3), "p2": Categorical(3)},
+    ),
+    "no agent dimension": lambda: (
+        {"p1": {"observation": Unbounded((5,))}, "p2": {"observation": Unbounded((5,))}},
+        {"p1": {"action": Categorical(3)}, "p2": {"action": Categorical(3)}},
+    ),
+    "another action": lambda: (SEEN, {"agents": {"move": Categorical(3, (2,))}}),
+    "two actions": lambda: (SEEN, {"agents": {"action": Categorical(3, (2,)), "say": Categorical(3, (2,))}}),
+    "another reward": lambda: (SEEN, ONE_OF_3, {"agents": {"payoff": Unbounded((2, 1))}}),
+    "a flat reward": lambda: (SEEN, ONE_OF_3, {"agents": {"reward": Unbounded((2,))}}),
+    "ends of agents alone": lambda: (SEEN, ONE_OF_3, None, {"agents": {"done": Categorical(2, (2, 1), **FLAGS)}}),
+    "a wide mask": lambda: (
+        {"agents": {"observation": Unbounded((2, 5)), "action_mask": Categorical(2, (2, 4), **FLAGS)}},
+        ONE_OF_3,
+    ),
+    "a mask of numbers": lambda: ({"agents": {**SEEN["agents"], "mask": Unbounded((2,))}}, ONE_OF_3),
+}
+"""Observations, actions, rewards and ends of one environment."""
 
 
 def make_pictures(num_envs=4):

@@ -619,8 +619,8 @@ MUTATIONS = (
     Mutation(
         "padding-terminates",
         "objectives/agent_gae.py",
-        "data.set(terminated_key, data.get(terminated_key, done))",
-        "data.set(terminated_key, done | ends.reshape(*ends.shape, *[1] * (done.ndim - ends.ndim)))",
+        "data.set(terminated_key, terminated)",
+        "data.set(terminated_key, terminated | ends.reshape(*ends.shape, *[1] * (done.ndim - ends.ndim)))",
         "the step before padding is not bootstrapped",
         "agent_gae",
     ),

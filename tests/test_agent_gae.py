@@ -74,6 +74,51 @@ def test_padding_reaches_no_advantage(junk):
     assert (padded["next", "done"][:, 5] == data["next", "done"][:, 5]).all(), "the data is not changed"
 
 
+def test_the_padding_of_split_trajectories_is_found():
+    """Losses of TorchRL look for it by themselves, and their value estimators did not know of it."""
+    critic, data = make_critic(), rollout()
+    data["collector", "mask"] = (torch.arange(6) < 4).expand(4, 6).clone()
+    expected = make_gae(critic, mask_key=("collector", "mask"))(data.clone())["advantage"]
+    assert torch.equal(make_gae(critic)(data.clone())["advantage"], expected)
+    data[("next", *REWARD)][:, 4:] = 1e3
+    assert torch.equal(make_gae(critic)(data)["advantage"][:, :4], expected[:, :4])
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_what_follows_the_last_step_that_counts(told):
+    """Where the data says that no agent counts next, nothing is to come; truncated steps are bootstrapped as ever."""
+    critic, data = make_critic(), rollout()
+    data["next", "done"][:] = data["next", "terminated"][:] = False
+    data["next", "done"][:, 3] = told
+    expected = data.clone()[:, :4]
+    expected["next", "done"][:, 3] = True
+    expected["next", "terminated"][:, 3] = not told
+    data["mask"] = (torch.arange(6) < 4).expand(4, 6).clone()
+    data["next", "mask"] = (torch.arange(1, 7) < 4).expand(4, 6).clone()
+    actual = make_gae(critic, mask_key="mask")(data)["advantage"]
+    torch.testing.assert_close(actual[:, :4], make_gae(critic)(expected)["advantage"])
+
+
+def test_a_group_of_one_agent_keeps_its_sequence_in_games_by_turns():
+    """It is paid for its move when the other has moved, which was taken for padding of its group."""
+    data = TensorDict({}, [4, 6])
+    turn = (torch.arange(6) % 2 == 0).expand(4, 6).unsqueeze(-1)
+    following = data["next"] = TensorDict({"done": torch.zeros(4, 6, 1, dtype=torch.bool)}, [4, 6])
+    for group, mask in (("white", turn), ("black", ~turn)):
+        data[group, "mask"], following[group, "mask"] = mask.clone(), (~mask).clone()
+        data[group, "observation"], following[group, "observation"] = torch.randn(2, 4, 6, 1, 3).double()
+        following[group, "reward"] = torch.randn(4, 6, 1, 1, dtype=torch.float64)
+    critic = TensorDictModule(nn.Linear(3, 1).double(), [("white", "observation")], [("white", "state_value")])
+    advantages = []
+    for masks in ({}, {"mask_key": ("white", "mask"), "other_mask_keys": [("white", "mask"), ("black", "mask")]}):
+        gae = AgentGAE(gamma=GAMMA, lmbda=LMBDA, value_network=critic, **masks)
+        gae.set_keys(value=("white", "state_value"), reward=("white", "reward"))
+        advantages.append(gae(data.clone())["advantage"])
+    torch.testing.assert_close(advantages[1], advantages[0])
+    with pytest.raises(KeyError, match=r"other_mask_keys: \('black', 'mask'\) is not in the data"):
+        gae(data.exclude(("black", "mask")))
+
+
 @pytest.mark.parametrize("reward", [1e9, 3e38])
 @pytest.mark.parametrize("keywords", [{}, {"group_key": "task"}], ids=["together", "by task"])
 def test_a_masked_reward_moves_no_averaged_advantage(reward, keywords):
@@ -175,6 +220,16 @@ def test_a_dead_agents_rows_stay_in_the_fit_of_the_others():
     assert fit["dropped"] == 0
     assert fit["loss_critic"] == pytest.approx(float((target - value).square().mean()))
     assert fit["explained_variance"] == pytest.approx(float(explained))
+
+
+@pytest.mark.parametrize("sizes", [{"epochs": 0}, {"minibatch_size": 0}, {"minibatch_size": 2.5}], ids=str)
+def test_sizes_of_a_fit_that_cannot_be(sizes):
+    """No epoch ended in a division by zero, and a minibatch without rows in torch."""
+    loss = TRPOLoss(make_actor(), make_critic())
+    optimizer = torch.optim.SGD(loss.critic_network_params.flatten_keys().values())
+    name, value = next(iter(sizes.items()))
+    with pytest.raises(ValueError, match=rf"^{name}: {value}\. Legal: a whole number of at least 1\."):
+        fit_critic(loss, optimizer, rollout(make_actor()), **{"epochs": 1, "minibatch_size": 100, **sizes})
 
 
 def test_dead_agents_of_another_group_spoil_no_pool():

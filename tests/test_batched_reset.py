@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -11,7 +12,9 @@ import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs import StepCounter, TransformedEnv, VmasEnv
+from torchrl.envs.common import _EnvWrapper
 from torchrl.envs.utils import check_env_specs
+from vmas import make_env as make_vmas
 from vmas.simulator.core import Agent, World
 from vmas.simulator.scenario import BaseScenario
 
@@ -180,6 +183,75 @@ def test_scenarios_that_share_state_are_reset_one_by_one_and_say_so_once(scenari
                 assert_same_rows({k: ours[k] for k in leaves}, {k: expected[k] for k in leaves}, slice(None))
     (warning,) = [w for w in caught if "one by one" in str(w.message)]
     assert scenario in str(warning.message)
+
+
+ARGUMENTS = {
+    "continuous_actions": False,
+    "max_steps": 7,
+    "categorical_actions": False,
+    "seed": 1,
+    "group_map": {"outer": ["agent_0", "agent_2"], "inner": ["agent_1"]},
+    "scenario_kwargs": {"n_agents": 2},
+    "from_pixels": False,
+    "pixels_only": True,
+    "device": "cpu",
+    "batch_size": (NUM_ENVS,),
+    "spec_locked": False,
+    "multidiscrete_actions": True,
+    "clamp_actions": True,
+    "grad_enabled": True,
+    "wrapper_kwargs": {},
+}
+"""What VmasEnv takes: its own arguments, those of TorchRL's wrappers, and those of VMAS."""
+NEVER = {"self", "scenario", "num_envs", "args", "kwargs"}
+PIXELS = {"from_pixels", "pixels_only"}  # read out of its ``**kwargs``
+NEVER |= {"wrapper", "allow_done_after_reset", "dict_spaces", "terminated_truncated"}  # VmasEnv raises
+
+
+class Strict(Keeper):
+    """A scenario that takes no arguments but its own."""
+
+    def make_world(self, batch_dim: int, device: torch.device, n_agents: int = 3) -> World:
+        world = super().make_world(batch_dim, device)
+        for index in range(1, n_agents):
+            world.add_agent(Agent(name=f"agent_{index}"))
+        return world
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_every_argument_of_torchrls_wrapper(name):
+    """Discrete actions by dimension were refused: the world that tells what is shared was made of fewer arguments."""
+    discrete = {"continuous_actions": False} if name in {"multidiscrete_actions", "categorical_actions"} else {}
+    arguments = {"seed": 0, **discrete, name: ARGUMENTS[name]}
+    envs = [cls(Strict(), num_envs=NUM_ENVS, **arguments) for cls in (BatchedResetVmasEnv, VmasEnv)]
+    ours, theirs = envs
+    for spec in ("input_spec", "observation_spec", "reward_spec"):
+        assert getattr(ours, spec) == getattr(theirs, spec)
+    assert set(ours.full_done_spec.keys()) - {"truncated"} == set(theirs.full_done_spec.keys())
+    check_env_specs(ours)
+    reset(ours)
+    assert ours.rand_step(TensorDict(batch_size=[NUM_ENVS]))["next", "done"].shape == (NUM_ENVS, 1)
+
+
+def test_no_argument_of_torchrls_wrapper_is_forgotten():
+    takes = (VmasEnv.__init__, _EnvWrapper.__init__, make_vmas)
+    assert {name for each in takes for name in inspect.signature(each).parameters} == ARGUMENTS.keys() - PIXELS | NEVER
+
+
+def test_gradients_pass_through_the_resets_of_others():
+    """What was put back after a reset of all had no graph: with ``grad_enabled``, gradients ended there."""
+    gradients = []
+    for cls in (BatchedResetVmasEnv, VmasEnv):
+        env = make("balance", cls, grad_enabled=True)
+        data = env.reset()
+        data["agents", "action"] = action = torch.full((NUM_ENVS, 3, 2), 0.1, requires_grad=True)
+        env.step(data)
+        data = reset(env)
+        data["agents", "action"] = torch.zeros(NUM_ENVS, 3, 2)
+        observed = env.step(data)["next", "agents", "observation"].square().sum()
+        gradients.append(torch.autograd.grad(observed, action)[0])
+    assert torch.equal((gradients[0] != 0).any(-1).any(-1), ~ENDED)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
 
 
 def test_one_environment_alone():

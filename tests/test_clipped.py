@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.multiagent import MAPPOLoss
 
 from tests.cases import (
@@ -23,7 +25,7 @@ from tests.cases import (
     same_bits,
     textbook_kl,
 )
-from torchrl_trpo.objectives import ClippedUpdater
+from torchrl_trpo.objectives import AgentGAE, ClippedUpdater, HAPPOUpdater
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -100,6 +102,25 @@ def test_masked_agents_do_not_count():
         noisy[OBSERVATION] += noise
         results.append(updated(own, noisy, loss=loss)[0])
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("updater", [ClippedUpdater, HAPPOUpdater])
+def test_the_value_estimator_must_know_the_mask(updater):
+    """TorchRL's losses do not tell theirs; a padded step was then in the advantages of the others."""
+    actor = make_actor()
+    critic = TensorDictModule(nn.Linear(3, 1).double(), in_keys=[OBSERVATION], out_keys=[(GROUP, "state_value")])
+    loss = ClipPPOLoss(actor, critic)
+    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, value=(GROUP, "state_value"))
+    loss.make_value_estimator(AgentGAE, gamma=0.9, lmbda=0.9, value_network=critic)
+    data = make_data(actor)
+    updater(loss).step(data)
+    loss.loss_mask_key = (GROUP, "mask")
+    with pytest.raises(
+        ValueError, match=r"loss_mask_key=\('agents', 'mask'\).*Legal: make_value_estimator\(AgentGAE, ma"
+    ):
+        updater(loss).step(data)
+    loss.make_value_estimator(AgentGAE, gamma=0.9, lmbda=0.9, value_network=critic, mask_key=loss.loss_mask_key)
+    updater(loss).step(data)
 
 
 def test_each_group_has_a_policy_and_an_optimizer():

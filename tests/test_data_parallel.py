@@ -286,7 +286,7 @@ def refuse(argument):
 def observe():
     """Statistics of observations after three batches of which this rank has seen its part."""
     ranks = Ranks(dist.group.WORLD if dist.is_initialized() else ALONE)
-    norm = ObservationNorm(in_keys=["observation"], decay=1.0, reduce_batch_dims=True)
+    norm = ObservationNorm(["observation"], {})
     torch.manual_seed(0)
     for batch in range(3):
         observation = torch.randn(ENVS, STEPS, 2) * (batch + 1) + batch

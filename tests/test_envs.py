@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
+from gymnasium.spaces import Dict as DictSpace
 from tensordict.nn import TensorDictSequential
-from torchrl.envs import ParallelEnv, SerialEnv
+from torchrl.envs import ParallelEnv, SerialEnv, Transform
 from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
 from torchrl.modules import IndependentNormal
 
@@ -21,6 +23,7 @@ from torchrl_trpo.networks import _distribution, make_actor, make_central_critic
 from torchrl_trpo.objectives import CentralCriticValueEstimator
 from torchrl_trpo.policy import on_raw_observations
 from torchrl_trpo.simulators import group_agents, known_environments
+from torchrl_trpo.suggest import SettingError
 
 MPE = [
     "simple_v3",
@@ -182,6 +185,35 @@ def test_what_does_not_vary_is_normalised_to_something_finite(seed):
     assert env.rollout(3)["next", "agents", "observation"].isfinite().all()
 
 
+class Seen(Transform):
+    """Keeps what the transforms before it give of the agents."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def _step(self, tensordict, next_tensordict):
+        self.steps.append(next_tensordict["agents"].clone())
+        return next_tensordict
+
+    def _reset(self, tensordict, tensordict_reset):
+        return self._step(tensordict, tensordict_reset)
+
+
+def test_absent_agents_are_in_no_statistics():
+    """The zeros that dead agents observe were averaged with what the others see."""
+    env = build("custom", factory="tests.environments.make_copy", kwargs={"death": 0.4}, normalize_observations=True)
+    norm = observation_norm(env)
+    env.transform.insert(-1, seen := Seen())
+    env.rollout(5)
+    observations, counts = (torch.stack([step[name] for step in seen.steps]) for name in ("observation", "mask"))
+    for agent in range(3):
+        own = observations[:, :, agent][counts[:, :, agent]]
+        torch.testing.assert_close(norm.loc["agents", "observation"][agent], own.mean(0))
+        torch.testing.assert_close(norm.scale["agents", "observation"][agent], own.std(0, correction=0))
+    assert not counts.all()
+
+
 def test_one_nan_does_not_reach_the_statistics_of_observations(monkeypatch):
     env = build("gym/Pendulum-v1", normalize_observations=True)
     env.reset()
@@ -226,6 +258,108 @@ def test_agents_that_differ_are_not_padded():
         assert data[keys.central].shape == (3, 4, 1, 17 + 18 + 19 + others), "the others' actions are one-hot"
         assert (data[keys.central][..., -others:].sum(-1) == 2).all()
         assert data[keys.advantage].shape == (3, 4, 1, 1)
+
+
+# ------------------------------------------------------------------ where entries are
+
+
+@pytest.mark.filterwarnings("ignore:The old environment creation API", "ignore:PettingZoo in TorchRL is tested")
+@pytest.mark.parametrize(
+    ("factory", "case", "observation", "action_mask"),
+    [
+        ("make_specified", "nested", ("agents", "observation", "own"), ("agents", "observation", "action_mask")),
+        ("make_specified", "integers", ("agents", "observation"), None),
+        ("make_specified", "flags", ("agents", "observation"), None),
+        (
+            "make_tictactoe",
+            None,
+            ("player_1", "observation", "observation"),
+            ("player_1", "action_mask"),
+        ),
+    ],
+)
+def test_observations_that_lie_deeper_or_are_no_floats(factory, case, observation, action_mask):
+    """PettingZoo's and VMAS's mappings ended in an IndexError, and integers in torch: mat1 and mat2, same dtype."""
+    env = build("custom", factory=f"tests.environments.{factory}", kwargs={} if case is None else {"name": case})
+    groups = group_keys(env)
+    assert (groups[0].observation, groups[0].action_mask) == (observation, action_mask)
+    policy = TensorDictSequential(*[make_actor(env, keys, share_params=False) for keys in groups])
+    data = env.rollout(4, policy, break_when_any_done=False)
+    assert data[observation].dtype == torch.float32
+    if action_mask is not None:
+        counts = data[groups[0].mask] if groups[0].mask else torch.ones_like(data[groups[0].action], dtype=torch.bool)
+        allowed = data[action_mask].gather(-1, data[groups[0].action].unsqueeze(-1)).squeeze(-1)
+        assert allowed[counts].all()
+    critic = make_central_critic(env, groups[0])
+    assert critic.module.network[0].in_features == sum(data[keys.observation][0, 0].numel() for keys in groups)
+    env.close(raise_if_closed=False)
+
+
+OBSERVES = r"env: group 'agents' observes "
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            "two observations",
+            OBSERVES + r"\[\('agents', 'observation', 'pos'\), \('agents', 'obs.*'vel'\)\]\. .*CatTensors",
+        ),
+        (
+            "another observation",
+            OBSERVES + r"\[\('agents', 'obs'\)\]\. Legal: \('agents', 'observation'\), .*RenameTran",
+        ),
+        ("no observation", OBSERVES + r"\[\]\. Legal: "),
+        ("an index", r"\('agents', 'observation'\) is Categorical of shape \(2,\)\. Legal: \(2, F\) or "),
+        ("a matrix", r"no network for the observation .* of shape \(4, 7\)\. Legal: \(F,\), or pictures .*FlattenObs"),
+        ("a tiny picture", r"of shape \(3, 6, 7\)\. Legal: .* of at least 7 by 7"),
+        ("other agents", r"is UnboundedContinuous of shape \(3, 5\)\. Legal: \(2, F\) or "),
+        ("agents at the root", r"its actions are \['p1', 'p2'\]\. Legal: 'action' of a single agent, or \(group, 'act"),
+        ("no agent dimension", r"the action of group 'p1' has shape \(\)\. Legal: \[n_agents, "),
+        ("another action", r"its actions are \[\('agents', 'move'\)\]\. Legal: "),
+        ("two actions", r"its actions are \[\('agents', 'action'\), \('agents', 'say'\)\]\. Legal: .*one action each"),
+        ("another reward", r"no \('agents', 'reward'\), and no 'reward' of the team, but \[\('agents', 'payoff'\)\]"),
+        ("a flat reward", r"its \('agents', 'reward'\) has shape \(2,\)\. Legal: \(2, 1\)\."),
+        ("ends of agents alone", r"its ends are \[\('agents', 'done'\), .*Legal: with a 'done' of the whole"),
+        ("a wide mask", r"\('agents', 'action_mask'\) has shape \(2, 4\), .*Legal: \(2, 3\) for discrete actions"),
+        ("a mask of numbers", r"its \('agents', 'mask'\) is torch.float32 of shape \(2,\)\. Legal: torch.bool"),
+    ],
+)
+def test_entries_elsewhere_are_named(case, message):
+    """They ended in a KeyError or IndexError of whatever read them first."""
+
+    def make():
+        env = build("custom", factory="tests.environments.make_specified", kwargs={"name": case})
+        return make_actor(env, *group_keys(env), share_params=True)
+
+    with pytest.raises(SettingError, match=message):
+        make()
+
+
+def test_agents_that_differ_are_no_group():
+    with pytest.raises(SettingError, match=r"is Stacked of shape .*-1\)\. Legal: .*that differ are groups of"):
+        build("custom", factory="tests.environments.make_one_group_of_all")
+
+
+class Goal(gymnasium.Env):
+    """Gymnasium's convention for goals, of which a policy would have read one entry."""
+
+    observation_space = DictSpace({"observation": Box(-1, 1, (3,)), "desired_goal": Box(-1, 1, (2,))})
+    action_space = Discrete(3)
+
+    def __init__(self):
+        pass
+
+
+def test_observations_of_gymnasium_that_are_several():
+    gymnasium.register("Goal-v0", Goal)
+    with pytest.raises(SettingError, match=r"'gym/Goal-v0' observes \['desired_goal', 'observation'\]\. .*CatTensors"):
+        build("gym/Goal-v0")
+    gymnasium.registry.pop("Goal-v0")
+    with pytest.raises(SettingError, match=r"'observation' is Stacked of shape \(3,\)\. Legal: \(F,\) or "):
+        build("gym/Blackjack-v1")
+    with pytest.raises(SettingError, match=r"factory='tests\.test_envs\.Goal' gave a Goal\. Legal: a torchrl EnvBase"):
+        build("custom", factory="tests.test_envs.Goal")
 
 
 # ------------------------------------------------------------------ mistakes

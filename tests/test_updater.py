@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -252,9 +254,36 @@ def test_settings_outside_their_range(name, value):
         TrustRegionUpdater(TRPOLoss(make_actor()), **{name: value})
 
 
+@pytest.mark.parametrize(
+    "kind", [np.float32, np.float64, np.array, torch.tensor, lambda value: torch.tensor([value]), Fraction]
+)
+def test_numbers_of_other_libraries(kind):
+    """A radius from ``np.linspace`` in float32, or from a tensor, was refused; it is kept as Python's number."""
+    updater = TrustRegionUpdater(TRPOLoss(make_actor(), chunk_size=np.int64(7)), max_kl=kind(0.25))
+    updater.damping = kind(0.5)
+    updater.cg_iters = torch.tensor(3)
+    updater.load_state_dict({**updater.state_dict(), "max_backtracks": np.int32(4), "accept_ratio": kind(0.125)})
+    taken = (updater.objective.chunk_size, *updater.state_dict().values())
+    assert taken == (7, 0.25, 0.5, 3, 1e-6, 0.8, 4, 0.125, 1.0)
+    assert [type(value) for value in taken] == [int, float, float, int, float, float, int, float, float]
+
+
+@pytest.mark.parametrize(
+    "value", ["0.01", True, torch.tensor(True), np.True_, np.array([0.1, 0.2]), torch.zeros(0), 1j, None], ids=repr
+)
+def test_what_is_no_number(value):
+    with pytest.raises(TypeError, match=f"max_kl must be a positive number, got .* of type {type(value).__name__}"):
+        TrustRegionUpdater(TRPOLoss(make_actor()), max_kl=value)
+
+
+def test_the_text_of_a_key_error_is_printed_as_it_is():
+    """Python's ``KeyError`` prints its message in quotes, with those inside escaped."""
+    with pytest.raises(KeyError) as caught:
+        TrustRegionUpdater(TRPOLoss(make_actor())).load_state_dict({"max_kll": 1.0})
+    assert str(caught.value).startswith("'max_kll' is not a setting of the updater. Did you mean 'max_kl'? Legal:")
+
+
 def test_wrong_types():
-    with pytest.raises(TypeError, match=r"max_kl.*'0\.01'.*str"):
-        TrustRegionUpdater(TRPOLoss(make_actor()), max_kl="0.01")
     with pytest.raises(TypeError, match="trust_regions"):
         TrustRegionUpdater(torch.nn.Linear(1, 1))
 

@@ -29,8 +29,9 @@ class BatchedResetVmasEnv(VmasEnv):
     batch is reset at once, and everything that the scenario and its world hold (tensors of entities, sensors and
     controllers, in attributes, lists and dicts) is then put back for the environments that go on, to the bit. Where
     that cannot be exact, because a reset changes something that all environments share, they are reset one by one as in
-    ``VmasEnv``, and a warning says so, once. What a scenario draws once for its whole batch (a permutation of the
-    agents) is common to the environments that are reset together, as after a reset of all.
+    ``VmasEnv``, and a warning says so, once; with ``grad_enabled`` they always are, since what is put back has no
+    graph. What a scenario draws once for its whole batch (a permutation of the agents) is common to the environments
+    that are reset together, as after a reset of all.
 
     It also differs from ``VmasEnv`` in that
 
@@ -72,10 +73,12 @@ class BatchedResetVmasEnv(VmasEnv):
             self._random_state = _generators(env)
             with self._own_random_state(env), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # given for the first already
-                twin = self.lib.make_env(untouched, 2 if num_envs > 2 else 3, env.device, seed=seed, **scenario_kwargs)
+                size = 2 if num_envs > 2 else 3
+                own = {name: scenario_kwargs[name] for name in scenario_kwargs.keys() - {"from_pixels", "pixels_only"}}
+                twin = self.lib.make_env(untouched, size, env.device, continuous_actions, seed=seed, **own)
                 self._shared = _shared_tensors(env, twin)
             self._random_state = _generators(env)
-        self._why_slowly = ""
+        self._why_slowly = "gradients are to pass through them" if env.grad_enabled else ""
         roots = {f"{type(each).__name__} {each.name}": each for each in (*env.world.agents, *env.world.landmarks)}
         roots |= {"scenario": env.scenario, "world": env.world, "agents": env.agents}
         self._object_state = ObjectState(roots, env.device)

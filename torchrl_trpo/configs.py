@@ -131,7 +131,7 @@ class AgentGAEConfig(LossConfig):
     gamma: float = 0.99
     lmbda: float = 0.95
     value_network: Any = None
-    mask_key: Any = None
+    mask_key: Any = "auto"
     other_mask_keys: Any = ()
     team_reward: str | None = None
     reward_keys: Any = None

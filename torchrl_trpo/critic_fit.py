@@ -15,6 +15,7 @@ from torchrl.objectives import PPOLoss
 
 from torchrl_trpo.layout import finite_where_masked, non_finite, reads_init
 from torchrl_trpo.minibatches import average_gradients, count_by_rank, draw_minibatches
+from torchrl_trpo.ranged import positive_whole
 from torchrl_trpo.ranks import Ranks, check_same_length
 from torchrl_trpo.row_statistics import read, variance
 
@@ -80,7 +81,12 @@ def fit_critic(
     Returns:
         ``loss_critic``, the mean over the last epoch, ``explained_variance`` of the targets by the values that the
         advantages were computed with, and ``dropped``, the number of rows left out for what is not finite.
+
+    Raises:
+        ValueError: if ``epochs`` or ``minibatch_size`` is below 1, or the loss has a ``value_norm`` that would differ
+            from process to process.
     """
+    epochs, minibatch_size = positive_whole("epochs", epochs), positive_whole("minibatch_size", minibatch_size)
     rows, counted, has_masks = _rows_of_fit(loss, data)
     names = [name for name in rows.keys(True, True) if rows.get(name).is_floating_point()]
     finite = torch.ones(len(rows), dtype=torch.bool, device=counted.device)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
 from torchrl.envs import (
     Compose,
-    DoubleToFloat,
+    DTypeCastTransform,
     EnvBase,
     InitTracker,
     RewardSum,
@@ -22,10 +23,11 @@ from torchrl.envs import (
 )
 from torchrl.envs.transforms import VecNormV2
 
+from torchrl_trpo.absence import WithoutAbsent
 from torchrl_trpo.batched_reset import BatchedResetVmasEnv
 from torchrl_trpo.faults import NamedFaultsParallelEnv, guard, make_guarded
-from torchrl_trpo.groups import agent_groups
-from torchrl_trpo.layout import in_group, return_key
+from torchrl_trpo.groups import agent_groups, group_keys
+from torchrl_trpo.layout import return_key
 from torchrl_trpo.ranks import ALONE, Ranks
 from torchrl_trpo.seeding import rank_seed
 from torchrl_trpo.simulators import SIMULATORS, named_construction
@@ -160,6 +162,7 @@ def make_env(
         )
         make = functools.partial(_placed, make)
         env = make()
+        _check_entries(env, name, factory)
     if env.batch_size:
         env = guard(env, num_envs)
     else:
@@ -221,30 +224,59 @@ class TransformState:
 def _placed(make: Callable[[], EnvBase]) -> EnvBase:
     """Makes an environment that knows its device: TorchRL moves data to and from one that does, and only then."""
     env = make()
+    if not isinstance(env, EnvBase):
+        return env  # which is refused
     devices = [spec.device for spec in env.full_observation_spec.values(True, True) if spec.device is not None]
     return env.to(devices[0]) if env.device is None and devices else env
 
 
+def _check_entries(env: Any, name: str, factory: str | None) -> None:
+    """Says what is not where the recipes look for it, before the environment is made many times."""
+    if not isinstance(env, EnvBase):
+        raise SettingError(f"env.factory={factory!r} gave a {type(env).__name__}. Legal: a torchrl EnvBase.")
+    keys = group_keys(env)[0]
+    observed = list(env.full_observation_spec_unbatched.keys(True, True))
+    if name.startswith("gym/") and not {keys.observation, keys.action_mask}.issuperset(observed):
+        raise SettingError(
+            f"env: {name!r} observes {observed}. Legal: one entry; join them with TorchRL's CatTensors in a factory of "
+            "your own, env=custom env.factory=..."
+        )
+
+
 def _transforms(env: EnvBase, max_steps: int, normalize_observations: bool) -> list[Transform]:
-    groups = agent_groups(env)
-    observations = [in_group(group, "observation") for group in groups]
+    groups = group_keys(env)
+    observations = [keys.observation for keys in groups]
     spec = env.full_observation_spec_unbatched
     rewards = list(env.reward_keys)
     returns = [return_key(key) for key in rewards]
-    transforms = [InitTracker(), StepCounter(max_steps), RewardSum(in_keys=rewards, out_keys=returns)]
+    masks = {keys.observation: keys.mask for keys in groups if keys.mask is not None}
+    absent = [WithoutAbsent(groups)] if masks else []
+    transforms = [InitTracker(), StepCounter(max_steps), *absent, RewardSum(in_keys=rewards, out_keys=returns)]
     read = [*observations, *(["state"] if "state" in spec.keys() else [])]
-    double = [key for key in read if spec[key].dtype == torch.float64]
-    if double:
-        transforms.append(DoubleToFloat(in_keys=double))
+    for dtype in dict.fromkeys(spec[key].dtype for key in read):
+        if dtype != torch.float32:
+            of_dtype = [key for key in read if spec[key].dtype == dtype]
+            transforms.append(DTypeCastTransform(dtype, torch.float32, in_keys=of_dtype))
     if normalize_observations:
-        transforms.append(ObservationNorm(in_keys=observations, decay=1.0, reduce_batch_dims=True))
+        transforms.append(ObservationNorm(observations, masks))
     return transforms
 
 
 class ObservationNorm(VecNormV2):
-    """``VecNormV2`` that stays finite, and without its remark that batches are experimental."""
+    """``VecNormV2`` of what counts: what is not finite, or of an agent that is absent, is in no statistics.
 
+    Args:
+        in_keys: the observations, each ``[num_envs, *F]``.
+        masks: where it is said which agents count, ``[num_envs, n_agents]``, by the observation.
+    """
+
+    _count: Any
     _merged: tuple[TensorDictBase, ...] | None = None  # count, mean and mean square when ranks last had the same
+
+    def __init__(self, in_keys: Sequence[NestedKey], masks: Mapping[NestedKey, NestedKey]) -> None:
+        super().__init__(in_keys=in_keys, decay=1.0, reduce_batch_dims=True)
+        self.masks = masks
+        self._counts: dict[NestedKey, Tensor] = {}
 
     @torch.no_grad()
     def merge(self, ranks: Ranks) -> None:
@@ -262,7 +294,7 @@ class ObservationNorm(VecNormV2):
         for key in list(self._loc.keys(True, True)):
             count, mean, square = (part.get(key) for part in own)
             old_count, old_mean, old_square = (part.get(key).double() for part in before)
-            added = ranks.sum_((count - old_count).reshape(1)).reshape(())
+            added = ranks.sum_(count - old_count)
             for value, old in ((mean, old_mean), (square, old_square)):
                 sums = ranks.sum_(value.double() * count - old * old_count)
                 value.copy_(torch.where(added > 0, (sums + old * old_count) / (old_count + added), value))
@@ -283,9 +315,30 @@ class ObservationNorm(VecNormV2):
             warnings.filterwarnings("ignore", "Support of .* for containers with non-empty batch-size")
             super().set_container(container)
 
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        self._counts = {key: next_tensordict.get(mask) for key, mask in self.masks.items()}
+        return super()._step(tensordict, next_tensordict)
+
+    def _maybe_stateful_init(self, data: TensorDictBase) -> None:
+        begins = self._loc is None
+        super()._maybe_stateful_init(data)
+        if begins:  # a count for each number, some of which an absent agent or a NaN leaves out
+            self._count = self._loc.apply(lambda mean, count: count.expand_as(mean).clone(), self._count)
+
     def _stateful_update(self, data: TensorDictBase) -> None:
-        # One NaN would make the statistics NaN for good, and with them the observations of all environments.
-        super()._stateful_update(data.apply(lambda value, mean: torch.where(value.isfinite(), value, mean), self._loc))
+        if self.frozen:
+            return
+        for key, value in self._maybe_cast_to_float(data).items(True, True):
+            counts = value.isfinite()  # one NaN would make the statistics NaN for good
+            if (mask := self._counts.get(key)) is not None:
+                mask = mask.reshape(*data.batch_size, -1)
+                counts = counts & mask.reshape(*mask.shape, *[1] * (value.ndim - mask.ndim))
+            mean, square, count = (part.get(key) for part in (self._loc, self._var, self._count))
+            number = counts.sum(0)
+            count += number
+            value = torch.where(counts, value, 0.0)
+            for statistic, batch in ((mean, value), (square, value.square())):
+                statistic.lerp_(batch.sum(0) / number.clamp_min(1), number.to(batch.dtype) / count.clamp_min(1))
 
     def _norm(self, data: TensorDictBase, loc: TensorDictBase, var: TensorDictBase, count: TensorDictBase) -> Any:
         # TorchRL keeps E[x] and E[x²]: of what does not vary, rounding can make E[x²] − E[x]² negative, the root NaN.

@@ -24,6 +24,7 @@ from torchrl_trpo.evaluation import play_episodes
 from torchrl_trpo.film import film_run
 from torchrl_trpo.groups import group_keys
 from torchrl_trpo.policy import find_run, make_run_env, policy_at
+from torchrl_trpo.ranged import plain_number
 from torchrl_trpo.recurrent import carry_states
 from torchrl_trpo.seeding import untouched_generators
 from torchrl_trpo.suggest import SettingError
@@ -69,6 +70,7 @@ def evaluate_run(
         SettingError: if an argument cannot be.
     """
     path, config = find_run(run_folder, checkpoint)
+    episodes, seed = plain_number(episodes), plain_number(seed)
     if episodes < 1:
         raise SettingError(f"episodes must be at least 1, got {episodes}.")
     if seed is not None and not 0 <= seed < 2**32:

@@ -29,10 +29,13 @@ from torchrl.modules import (
 
 from torchrl_trpo import distributions
 from torchrl_trpo.action_features import n_action_features
-from torchrl_trpo.groups import GroupKeys, agent_groups
+from torchrl_trpo.groups import GroupKeys, group_keys
 from torchrl_trpo.layout import in_group, path
 from torchrl_trpo.recurrent import RecurrentModule
 from torchrl_trpo.suggest import SettingError
+
+_SMALLEST_PICTURE = 7
+"""What two convolutions of 3 by 3 with stride 2 leave something of."""
 
 
 def make_actor(
@@ -57,6 +60,14 @@ def make_actor(
     """
     spec = env.full_action_spec_unbatched[keys.action]
     distribution, kwargs, names, n_outputs = _distribution(spec, keys.action_mask is not None)
+    if keys.action_mask is not None:
+        legal = (*keys.agent_shape, n_outputs)
+        shape = env.full_observation_spec_unbatched[keys.action_mask].shape
+        if "logits" not in names or shape != legal:
+            raise SettingError(
+                f"env: {keys.action_mask!r} has shape {tuple(shape)}, for the action {type(spec).__name__} "
+                f"{tuple(spec.shape)}. Legal: {legal} for discrete actions, no mask for continuous ones."
+            )
     last = [] if "logits" in names else [NormalParamExtractor()]
     outputs = [in_group(keys.group, name) for name in names]
     settings: dict[str, Any] = {"share_params": share_params, "hidden": hidden, "network": network}
@@ -125,10 +136,10 @@ def make_central_critic(
     """
     observations, actions = env.full_observation_spec_unbatched, env.full_action_spec_unbatched
     size = keys.n_agents if agent_one_hot else 0
-    for group, n_agents in agent_groups(env).items():
-        size += observations[group, "observation"].shape.numel() if inputs != "state" else 0
+    for other in group_keys(env):
+        size += observations[other.observation].shape.numel() if inputs != "state" else 0
         if others_actions:
-            size += (n_agents - (group == keys.group)) * n_action_features(actions[group, "action"])
+            size += (other.n_agents - (other.group == keys.group)) * n_action_features(actions[other.action])
     size += observations["state"].shape.numel() if inputs != "observations" else 0
     differ = agent_one_hot or others_actions
     if network != "mlp" or differ:
@@ -230,6 +241,12 @@ def _network(
     hidden = list(hidden)
     modules: list[TensorDictModuleBase] = []
     shape = env.full_observation_spec_unbatched[in_key].shape[len(keys.agent_shape) :] if size is None else (size,)
+    if len(shape) not in (1, 3) or (len(shape) == 3 and min(shape[1:]) < _SMALLEST_PICTURE):
+        raise SettingError(
+            f"the recipes have no network for the observation {in_key!r} of shape {tuple(shape)}. Legal: (F,), or "
+            f"pictures (C, H, W) of at least {_SMALLEST_PICTURE} by {_SMALLEST_PICTURE}; use TorchRL's "
+            "FlattenObservation, or a one-hot of an index."
+        )
     if len(shape) == 3:
         pixels = in_group(keys.group, f"{name}_pixels")
         images = _convolutions(env, keys, shape, agents)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
-from torchrl.envs import Compose, DoubleToFloat, EnvBase, Transform
+from torchrl.envs import Compose, DTypeCastTransform, EnvBase, Transform
 
 from torchrl_trpo.envs import TransformState, make_env, observation_norm, resolve_device
 from torchrl_trpo.groups import GroupKeys, group_keys
@@ -199,8 +199,9 @@ def on_raw_observations(env: EnvBase, policy: TensorDictModuleBase) -> TensorDic
     observations = {keys.observation for keys in group_keys(env)}
     transforms: list[Transform] = []
     for transform in env.transform:
-        if isinstance(transform, DoubleToFloat) and (read := observations.intersection(transform.in_keys)):
-            transforms.append(DoubleToFloat(in_keys=sorted(read)))
+        cast = isinstance(transform, DTypeCastTransform)
+        if cast and (read := [key for key in transform.in_keys if key in observations]):
+            transforms.append(DTypeCastTransform(transform.dtype_in, torch.float32, in_keys=read))
     if (norm := observation_norm(env)) is not None:
         transforms.append(norm.to_observation_norm())
     return _OnRawObservations(Compose(*transforms), policy) if transforms else policy

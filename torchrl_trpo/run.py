@@ -402,7 +402,7 @@ class Run:
         for keys, actor in zip(self.groups, actors, strict=True):
             values = entropy(actor.build_dist_from_params(data))
             counts = torch.ones_like(values) if keys.mask is None else data.get(keys.mask).to(values.dtype)
-            total, count = total + (values * counts).sum(), count + counts.sum()
+            total, count = total + torch.where(counts > 0, values, 0.0).sum(), count + counts.sum()
         total, count = self._ranks.sum_(torch.stack([total, count]))
         return total / count
 

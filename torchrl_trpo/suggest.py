@@ -14,6 +14,13 @@ class AgreedError(SettingError):
     """One that the first of several processes has found, and told the others."""
 
 
+class PlainKeyError(KeyError):
+    """A ``KeyError`` that is printed as its message is; Python's is printed in quotes, with those inside escaped."""
+
+    def __str__(self) -> str:
+        return "".join(map(str, self.args))
+
+
 def nearest(given: object, legal: Iterable[object]) -> str:
     """Describes the legal values for an error message, nearest names first.
 

@@ -16,6 +16,7 @@ from torchrl.trainers.algorithms.on_policy import OnPolicyTrainer
 from torchrl_trpo.critic_fit import fit_critics, trained_parameters
 from torchrl_trpo.layout import path, return_key
 from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
+from torchrl_trpo.ranged import positive_whole
 from torchrl_trpo.updater import TrustRegionUpdater
 
 _STATISTICS = (
@@ -89,13 +90,10 @@ class TrustRegionStepper(OptimizationStepper):
         critic_epochs: int = 5,
         minibatch_size: int = 300,
     ) -> None:
-        for name, value in {"critic_epochs": critic_epochs, "minibatch_size": minibatch_size}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: {value!r}. Legal: a whole number of at least 1.")
         self.updater = updater
         self.optimizer = optimizer
-        self.critic_epochs = critic_epochs
-        self.minibatch_size = minibatch_size
+        self.critic_epochs = positive_whole("critic_epochs", critic_epochs)
+        self.minibatch_size = positive_whole("minibatch_size", minibatch_size)
         self._losses = losses_by_group(updater.objective)
         for group, loss in self._losses.items():
             if loss.critic_network is None:

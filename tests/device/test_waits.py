@@ -126,9 +126,9 @@ def waits(recorder):
 @pytest.mark.parametrize(
     ("name", "masked", "update"),
     [
-        ("hatrpo", False, 1),  # whether rewards differ, after 1, 2, 4, 8, ... updates
-        ("hatrpo", True, 1),
-        ("itrpo", False, 0),
+        ("hatrpo", False, 2),  # is the data the policy's; and after 1, 2, 4, 8, ... updates: do rewards differ
+        ("hatrpo", True, 2),
+        ("itrpo", False, 1),
         ("happo", False, 8),  # the settings of each agent's loss: read from the group's, written into its own
         ("happo", True, 12),  # and which of its rows count
         ("mappo", False, 2),
