@@ -16,7 +16,9 @@ from torchrl_trpo.groups import GroupKeys
 
 def group(name, n_agents, mask=None):
     done = {"done": "done", "terminated": "terminated"}
-    return GroupKeys(name, n_agents, reward=(name, "reward"), **done, action_mask=None, mask=mask)
+    return GroupKeys(
+        name, n_agents, observation=(name, "observation"), reward=(name, "reward"), **done, action_mask=None, mask=mask
+    )
 
 
 def data_of(advantage, group="agents"):

@@ -380,7 +380,7 @@ def test_an_update_without_a_finite_minibatch_moves_nothing():
     before, states = bits(actor), copy.deepcopy(updater.state_dict())
     broken = data.clone()
     broken["advantage"][0, 0] = math.nan
-    watch = RejectionWatch([GroupKeys(GROUP, 3, *[None] * 5)], max_kl=None, damping=None)
+    watch = RejectionWatch([GroupKeys(GROUP, 3, *[None] * 6)], max_kl=None, damping=None)
     broken[GROUP, "advantage"] = broken["advantage"]
     for _ in range(PATIENCE):
         stats = updater.step(broken)

@@ -523,7 +523,16 @@ def test_pictures_of_a_single_agent():
         full_observation_spec_unbatched=pictures,
         full_action_spec_unbatched=Composite({"action": Categorical(3)}),
     )
-    keys = GroupKeys(None, 1, reward="reward", done="done", terminated="terminated", action_mask=None, mask=None)
+    keys = GroupKeys(
+        None,
+        1,
+        observation="observation",
+        reward="reward",
+        done="done",
+        terminated="terminated",
+        action_mask=None,
+        mask=None,
+    )
     actor = make_actor(env, keys, share_params=True, hidden=[8])
     data = actor(TensorDict({"observation": torch.randn(6, 1, 7, 7)}, [6]))
     assert data["action"].shape == (6,)
