@@ -200,7 +200,7 @@ class HATRPOSequentialObjective(LossModule):
         Returns:
             ``loss_objective`` (gradient): :math:`-\sum_m L^{i_m}(\theta)`; ``kl`` (log only): each agent's mean KL in
             nats from its policy at ``θ_k`` of the data, ``[n_agents]``, NaN where the data has no distribution
-            parameters.
+            parameters, or the distribution no closed form.
         """
         ratios: list[Tensor] = []
         terms: list[Tensor] = []

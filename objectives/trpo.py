@@ -21,7 +21,7 @@ from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss, ValueEstimators
 from torchrl.objectives.utils import _sum_td_features, default_value_kwargs
 
-from torchrl_trpo.divergence import has_exact_entropy, kl_divergence
+from torchrl_trpo.divergence import has_exact_entropy, kl_if_exact
 from torchrl_trpo.layout import reads_init
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
@@ -95,7 +95,7 @@ class TRPOLoss(PPOLoss):
     - ``loss_objective`` (gradient): :math:`-\mathbb{E}[ratio \cdot \hat A]`; ``loss_entropy`` (gradient);
       ``loss_critic`` (gradient, with a critic).
     - ``kl`` (log only): the exact mean KL in nats from the policy that collected the data, whose distribution
-      parameters are read from the data; left out when the data has none.
+      parameters are read from the data; left out when the data has none, or the distribution no closed form.
     - ``ESS`` (log only): the effective sample size of the ratios, as a share of the rows.
     - ``kl_approx``, ``entropy``, ``explained_variance``, ... (log only): as in ``PPOLoss``.
 
@@ -163,7 +163,7 @@ class TRPOLoss(PPOLoss):
         self.trust_region, self.n_regions = resolve_trust_region(
             trust_region, self.actor_network, self.actor_parameters
         )
-        self._data_has_distribution = False
+        self._returns_kl = False
         self._norm_has_started = False
         self.ranks = Ranks(process_group)
         if self.ranks.size > 1 and self.advantage_norm is not None:
@@ -180,11 +180,11 @@ class TRPOLoss(PPOLoss):
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        """What :meth:`forward` returns; ``kl`` is among them once data with distribution parameters was seen."""
+        """What :meth:`forward` returns; ``kl`` is among them if it could be computed for the data seen last."""
         if self._out_keys is not None:
             return self._out_keys
         keys = ["loss_objective", "kl_approx", "ESS"]
-        keys += ["kl"] if self._data_has_distribution else []
+        keys += ["kl"] if self._returns_kl else []
         keys += ["entropy", "loss_entropy"] if self.entropy_bonus else []
         keys += ["composite_entropy"] if self.entropy_bonus and self._entropy_by_part() else []
         if self._has_critic:
@@ -218,9 +218,10 @@ class TRPOLoss(PPOLoss):
         out.set("kl_approx", kl_approx.detach().mean())
         with torch.no_grad():
             out.set("ESS", effective_sample_size(log_weight, row_mask(self, tensordict, log_weight)))
-            if collected is not None:
-                kl = kl_divergence(collected, dist, log_weight.ndim - 1).unsqueeze(-1)
-                out.set("kl", self._reduce_loss(kl, tensordict, reduction="mean"))
+            kl = None if collected is None else kl_if_exact(collected, dist, log_weight.ndim - 1)
+            self._returns_kl = kl is not None
+            if kl is not None:
+                out.set("kl", self._reduce_loss(kl.unsqueeze(-1), tensordict, reduction="mean"))
         if self.entropy_bonus:
             bonus = self._get_entropy(dist, adv_shape=advantage.shape[:-1])
             if is_tensor_collection(bonus):
@@ -353,7 +354,7 @@ class TRPOLoss(PPOLoss):
         Returns:
             The ratios ``[N, n]`` (gradient), the advantages times the rows' weights ``[N, n]``, and each agent's mean
             KL from the policy that collected the data ``[n]`` in nats, NaN when the data has no distribution
-            parameters.
+            parameters, or the distribution no closed form.
         """
         rows = self.policy_rows(tensordict, ALONE)
         dist_params = distribution_parameters(self.actor_network, self.actor_parameters, rows.inputs)
@@ -363,8 +364,8 @@ class TRPOLoss(PPOLoss):
         with torch.no_grad():
             written = tensordict.select(*distribution_keys(self.actor_network), strict=False)
             collected = self._collected_distribution(written.reshape(rows.inputs.batch_size))
-            kl = torch.full_like(rows.log_prob, torch.nan)
-            kl = kl if collected is None else kl_divergence(collected, dist, kl.ndim - 1).unsqueeze(-1)
+            kl = None if collected is None else kl_if_exact(collected, dist, rows.log_prob.ndim - 1)
+            kl = torch.full_like(rows.log_prob, torch.nan) if kl is None else kl.unsqueeze(-1)
             kl = (rows.weight * torch.where(counts, kl, 0.0)).flatten(0, rows.row_dims - 1).flatten(1).sum(0)
         terms = (ratio, rows.weight * rows.advantage)
         ratio, weighted_advantage = (term.flatten(0, rows.row_dims - 1).flatten(1) for term in terms)
@@ -520,7 +521,6 @@ class TRPOLoss(PPOLoss):
     def _collected_distribution(self, tensordict: TensorDictBase) -> D.Distribution | None:
         """The policy's distribution as it was at collection, from the parameters that it wrote; None without them."""
         keys = distribution_keys(self.actor_network)
-        self._data_has_distribution = all(tensordict.get(key, None) is not None for key in keys)
-        if not self._data_has_distribution:
+        if any(tensordict.get(key, None) is None for key in keys):
             return None
         return self.actor_network.build_dist_from_params(tensordict.select(*keys))

@@ -10,9 +10,18 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import CompositeDistribution, TensorDictModule
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import (
+    AffineTransform,
+    Categorical,
+    Gumbel,
+    Kumaraswamy,
+    MixtureSameFamily,
+    Normal,
+    TransformedDistribution,
+    Weibull,
+)
 from torchrl.modules import IndependentNormal, PopArtValueNorm, ProbabilisticActor, TanhNormal, TruncatedNormal
-from torchrl.objectives import PPOLoss
+from torchrl.objectives import ClipPPOLoss, PPOLoss
 from torchrl.objectives.value import MultiAgentGAE
 
 from tests.cases import (
@@ -37,7 +46,7 @@ from tests.cases import (
 from torchrl_trpo import TrustRegionUpdater, entropy, kl_divergence
 from torchrl_trpo.distributions import MultiCategorical
 from torchrl_trpo.divergence import log_prob
-from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
+from torchrl_trpo.objectives import HAPPOUpdater, HATRPOSequentialObjective, TRPOLoss
 
 SHARING = pytest.mark.parametrize("share_params", [True, False], ids=["shared", "per_agent"])
 
@@ -537,6 +546,55 @@ def test_distributions_without_an_exact_kl():
     data["action_log_prob"], data["advantage"] = torch.zeros(4, 2).double(), torch.randn(4, 2, 1).double()
     with pytest.raises(NotImplementedError, match=r"StudentT.*register_kl"):
         TrustRegionUpdater(TRPOLoss(actor, entropy_bonus=False)).step(data)
+
+
+def two_humps(loc, scale):
+    """A mixture, which has a density but no closed form of its KL or entropy."""
+    humps = IndependentNormal(torch.stack([loc, -loc], -2), torch.stack([scale, scale], -2))
+    return MixtureSameFamily(Categorical(logits=torch.zeros_like(loc[..., :2])), humps)
+
+
+def test_a_kl_without_a_closed_form_is_left_out_where_it_is_only_logged():
+    """Forward, and the clipped updates, raised the error that belongs to the trust region alone."""
+    actor = make_actor()
+    actor[-1].distribution_class = two_humps
+    data = make_data(actor)
+    loss = TRPOLoss(actor, entropy_bonus=False)
+    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB)
+    out = loss(data)
+    assert set(out.keys()) == set(loss.out_keys) == {"loss_objective", "kl_approx", "ESS"}
+    torch.testing.assert_close(-out["loss_objective"], data["advantage"].mean())
+    out = HATRPOSequentialObjective(loss)(data)
+    assert out["loss_objective"].isfinite()
+    assert out["kl"].isnan().all()
+    clipping = ClipPPOLoss(actor, entropy_bonus=False)
+    clipping.set_keys(action=ACTION, sample_log_prob=LOG_PROB)
+    stats = HAPPOUpdater(clipping, minibatch_size=40).step(data)
+    assert stats["kl"].isnan().all()
+    assert (stats["improvement"] > 0).all()
+    with pytest.raises(NotImplementedError, match=r"MixtureSameFamily.*register_kl"):
+        TrustRegionUpdater(loss).step(data)
+
+
+def plain_transformed(loc, scale):
+    return TransformedDistribution(Normal(torch.zeros_like(loc), torch.ones_like(scale)), [AffineTransform(loc, scale)])
+
+
+@pytest.mark.parametrize("kind", [Weibull, Kumaraswamy, plain_transformed], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("event_dims", [0, 1])
+def test_a_bijection_that_moves_with_the_policy_is_not_shared(kind, event_dims):
+    """Of such distributions only the fixed base was compared: every KL was 0, and no step too long."""
+    p, q = (torch.distributions.Independent(kind(*torch.rand(2, 4, 2)), event_dims) for _ in range(2))
+    with pytest.raises(NotImplementedError, match="no exact KL"):
+        kl_divergence(p, q)
+    curved = torch.rand(2, 4, 2, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="no exact KL"):
+        kl_divergence(kind(*curved.detach()), kind(*curved))
+
+
+def test_a_registered_closed_form_is_preferred_to_that_of_the_base():
+    p, q = (torch.distributions.Independent(Gumbel(*torch.rand(2, 4, 2)), 1) for _ in range(2))
+    torch.testing.assert_close(kl_divergence(p, q), torch.distributions.kl_divergence(p, q))
 
 
 def test_truncated_normals_are_refused():
