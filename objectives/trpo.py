@@ -20,6 +20,7 @@ from torch import distributions as D
 from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss, ValueEstimators
 from torchrl.objectives.utils import _sum_td_features, default_value_kwargs
+from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_trpo.divergence import has_exact_entropy, kl_if_exact
 from torchrl_trpo.layout import reads_init
@@ -383,11 +384,12 @@ class TRPOLoss(PPOLoss):
             The loss itself.
         """
         if value_type is None or getattr(value_type, "name", str(value_type)).upper() == ValueEstimators.MAGAE.name:
-            value_type = AgentGAE
             defaults = default_value_kwargs(self.default_value_estimator)
-            hyperparams = {**defaults, "value_network": self.critic_network, **hyperparams}
-        super().make_value_estimator(value_type, **hyperparams)
-        if isinstance(value_type, type):
+            super().make_value_estimator(AgentGAE, **{**defaults, "value_network": self.critic_network, **hyperparams})
+            self.value_type = ValueEstimators.MAGAE
+        else:
+            super().make_value_estimator(value_type, **hyperparams)
+        if not isinstance(value_type, ValueEstimatorBase):
             self._forward_value_estimator_keys()
         self._forward_masks()
         self._set_in_keys()
