@@ -79,6 +79,8 @@ class TRPOLoss(PPOLoss):
         entropy_coeff: the weight :math:`c_H` of the entropy. Default: 0.
         value_norm: a :class:`~torchrl.modules.ValueNorm` that the critic's targets are normalised with. If the value
             estimator has the same one, the critic outputs normalised values; otherwise raw values, as in ``MAPPOLoss``.
+            Its statistics move when the critic's loss is computed with gradients, by :meth:`forward` or
+            :meth:`loss_critic`; never by a policy update.
         chunk_size: how many environment steps the policy update evaluates at a time, with the same result to rounding.
             Its memory then depends on this number and no longer on the size of the batch, beyond the batch itself; but
             a product with the Fisher matrix costs a forward pass more. Default: all, fastest.
@@ -88,7 +90,8 @@ class TRPOLoss(PPOLoss):
         process_group: the processes of ``torch.distributed`` that update together (``torch.distributed.group.WORLD``),
             each with rows of its own; they begin with the first one's parameters and stay the same to the bit. The
             policy update, the advantage's and the values' statistics are then of all rows, as if one process had them;
-            :meth:`forward` is of this process's rows. Each call is made by all of them. Default: this process alone.
+            the numbers of :meth:`forward` are of this process's rows. Each call is made by all of them. Default: this
+            process alone.
         **kwargs: keywords of :class:`~torchrl.objectives.PPOLoss`.
 
     Output keys of :meth:`forward`:
@@ -200,7 +203,11 @@ class TRPOLoss(PPOLoss):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Evaluates the objective at the current parameters; nothing else changes.
+        """Evaluates the objective at the current parameters.
+
+        With a critic and a ``value_norm``, the statistics of the values move as in :meth:`loss_critic`, unless
+        gradients are off (``torch.no_grad``): a second call then gives another ``loss_critic``, as with ``MAPPOLoss``.
+        Nothing else changes.
 
         Args:
             tensordict: the data, ``[*B, T]``.
@@ -232,8 +239,7 @@ class TRPOLoss(PPOLoss):
                 out.set("entropy", bonus.detach().mean())
             out.set("loss_entropy", self._weighted_loss_entropy(bonus))
         if self._has_critic:
-            # Not self.loss_critic, which updates the statistics of the value norm.
-            loss_critic, value_clip_fraction, explained_variance = super().loss_critic(tensordict)
+            loss_critic, value_clip_fraction, explained_variance = self.loss_critic(tensordict)
             out.set("loss_critic", loss_critic)
             if value_clip_fraction is not None:
                 out.set("value_clip_fraction", value_clip_fraction)
@@ -424,10 +430,11 @@ class TRPOLoss(PPOLoss):
             estimator.mask_keys = tuple(key for key in self._loss_mask_keys() if key != "shifted_valid")
 
     def loss_critic(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The critic's distance from the value targets, to be minimised; statistics of ``value_norm`` are updated.
+        """The critic's distance from the value targets, to be minimised.
 
-        When they move, the last layer of a critic that outputs normalised values is corrected, so that no value changes
-        (PopArt).
+        Each call moves the statistics of ``value_norm`` towards these targets first, unless gradients are off
+        (``torch.no_grad``). The last layer of a critic that outputs normalised values is then corrected in place, so
+        that no value changes (PopArt); a graph from an earlier call can no longer be differentiated.
 
         Args:
             tensordict: the data with value targets, ``[*B]``.
@@ -436,7 +443,8 @@ class TRPOLoss(PPOLoss):
             The distance ``[*B, n_agents, 1]`` times ``critic_coeff``, the share of clipped values (None without
             ``clip_value``) and the explained variance (None unless it is logged).
         """
-        self.update_value_norm(tensordict)
+        if torch.is_grad_enabled():
+            self.update_value_norm(tensordict)
         return super().loss_critic(tensordict.clone(False))  # values are written, that clip_value must not read
 
     def update_value_norm(self, tensordict: TensorDictBase) -> None:

@@ -362,17 +362,70 @@ def test_an_importance_cap_holds_in_the_update():
     torch.testing.assert_close(stats["improvement"][0], gain)
 
 
-def test_forward_leaves_the_value_norm_alone():
-    actor, critic = make_single()
-    norm = PopArtValueNorm(shape=1)
-    loss = TRPOLoss(actor, critic, value_norm=norm)
-    data = loss.value_estimator(single_data(actor))
-    loss.loss_critic(data)
-    before = deepcopy(norm.state_dict())
-    assert (loss(data) == loss(data)).all()
-    assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
-    loss.loss_critic(data)
-    assert not torch.equal(norm.debiasing_term, before["debiasing_term"])
+def make_popart(share_params=False, beta=0.5):
+    """A loss whose critic outputs normalised values, its norm, and data with targets far from 0."""
+    actor, norm = make_actor(share_params=share_params), PopArtValueNorm(beta=beta).double()
+    critic = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    critic = TensorDictModule(critic, [OBSERVATION], ["state_value"])
+    loss = TRPOLoss(actor, critic, value_norm=norm, loss_critic_type="l2", clip_value=0.2)
+    loss.make_value_estimator(gamma=0.9, lmbda=0.9, value_norm=norm)
+    data = make_data(actor)
+    data["value_target"] = 50 + 10 * torch.randn_like(data["advantage"])
+    loss.update_value_norm(data)
+    with torch.no_grad():
+        data["state_value"] = norm.denormalize(critic(data.clone())["state_value"])
+    data["value_target"] = 3 * data["value_target"]
+    return loss, norm, data
+
+
+def test_a_policy_update_and_an_evaluation_leave_the_value_norm_alone():
+    loss, norm, data = make_popart()
+    objective = HATRPOSequentialObjective(loss)
+    before = deepcopy(loss.critic_network_params.data), deepcopy(norm.state_dict())
+    objective(data)
+    loss.policy_rows(data)
+    assert TrustRegionUpdater(objective).step(data)["accepted"].all()
+    with torch.no_grad():
+        first = loss(data)
+        assert (loss(data) == first).all()
+        loss.loss_critic(data)
+    assert (loss.critic_network_params.data == before[0]).all()
+    assert all(torch.equal(value, before[1][key]) for key, value in norm.state_dict().items())
+    loss(data)
+    assert not torch.equal(norm.debiasing_term, before[1]["debiasing_term"])
+
+
+def test_forward_corrects_the_critic_before_it_is_evaluated():
+    """Forward moved no statistics; a loop of ``loss(data)``, as TorchRL's scripts are, never had any."""
+    torch.manual_seed(0)
+    loss, norm, data = make_popart()
+    twin = deepcopy(loss)
+    values = norm.denormalize(loss.critic_network(data.clone())["state_value"])
+    out = loss(data)
+    torch.testing.assert_close(norm.denormalize(loss.critic_network(data.clone())["state_value"]), values)
+    out["loss_critic"].backward()
+
+    twin.update_value_norm(data)
+    norm = twin.value_norm
+    with twin.critic_network_params.to_module(twin.critic_network):
+        value = twin.critic_network(data.clone())["state_value"]
+    target, old = norm.normalize(data["value_target"]), norm.normalize(data["state_value"])
+    clipped = old + (value - old).clamp(-0.2, 0.2)
+    torch.maximum((value - target) ** 2, (clipped - target) ** 2).mean().backward()
+    for name, parameter in loss.critic_network_params.items(True, True):
+        torch.testing.assert_close(parameter.grad, twin.critic_network_params[name].grad)
+    residual = norm.denormalize(value) - data["value_target"]
+    explained = 1 - residual.var(0, correction=0) / data["value_target"].var(0, correction=0)
+    torch.testing.assert_close(out["explained_variance"], explained.detach())
+
+
+def test_a_graph_from_before_a_correction_is_not_differentiated_with_what_came_after():
+    """The gradient of the hidden layers was silently that of the corrected last layer."""
+    loss, _, data = make_popart()
+    first = loss(data)["loss_critic"]
+    loss(data)["loss_critic"].backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.backward()
 
 
 def test_value_norm_without_an_estimator_that_knows_it():
