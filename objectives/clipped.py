@@ -20,6 +20,7 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl_trpo.divergence import has_exact_entropy, kl_if_exact
 from torchrl_trpo.layout import reads_init
 from torchrl_trpo.minibatches import ADAM_RANGES, average_gradients, count_by_rank, draw_minibatches
+from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.loss_parts import estimated_advantage, exact_entropy, row_mask, standardized_advantage
 from torchrl_trpo.objectives.policy_network import (
     distribution_parameters,
@@ -311,7 +312,7 @@ class ClippedUpdater(RangedSettings):
                 if len(drawn):
                     batch = _minibatch(self.losses[member.group], rows.take(drawn), counts[drawn])
                     policy = member.parameters.to_module(member.network, preserve_module_state=False)
-                    with set_recurrent_mode(True), policy:
+                    with set_recurrent_mode(True), policy, differentiable_attention():
                         out = loss(batch)
                     objective = out["loss_objective"] + out.get("loss_entropy", 0.0)
                     objective.backward()

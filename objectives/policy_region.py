@@ -15,6 +15,7 @@ from torchrl.modules import TanhNormal
 from torchrl_trpo.distributions import tanh_normal_like
 from torchrl_trpo.divergence import entropy, kl_divergence
 from torchrl_trpo.fisher import fisher_product, output_hessian_product
+from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
 from torchrl_trpo.objectives.policy_network import (
     distribution_keys,
@@ -251,9 +252,10 @@ class PolicyTrustRegion:
         for keys, leaf in zip(self._keys, leaves, strict=True):
             for key in keys:
                 parameters.set(key, leaf)
-        if self._compiled is not None and not twice:
-            return self._compiled(parameters, rows.inputs).apply(at_least_single)
-        return distribution_parameters(self._network, parameters, rows.inputs).apply(at_least_single)
+        with differentiable_attention(twice=twice):
+            if self._compiled is not None and not twice:
+                return self._compiled(parameters, rows.inputs).apply(at_least_single)
+            return distribution_parameters(self._network, parameters, rows.inputs).apply(at_least_single)
 
     def _distribution(self, dist_params: TensorDictBase) -> D.Distribution:
         if self._bounded is not None:

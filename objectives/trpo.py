@@ -25,6 +25,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 from torchrl_trpo.divergence import has_exact_entropy, kl_if_exact
 from torchrl_trpo.layout import reads_init
 from torchrl_trpo.objectives.agent_gae import AgentGAE
+from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
 from torchrl_trpo.objectives.loss_parts import estimated_advantage, exact_entropy, row_mask, standardized_advantage
 from torchrl_trpo.objectives.policy_network import (
@@ -364,7 +365,8 @@ class TRPOLoss(PPOLoss):
             parameters, or the distribution no closed form.
         """
         rows = self.policy_rows(tensordict, ALONE)
-        dist_params = distribution_parameters(self.actor_network, self.actor_parameters, rows.inputs)
+        with differentiable_attention():
+            dist_params = distribution_parameters(self.actor_network, self.actor_parameters, rows.inputs)
         dist = self.actor_network.build_dist_from_params(dist_params)
         counts = rows.weight > 0
         ratio = torch.where(counts, rows.log_ratio(dist, self.max_importance_ratio).exp(), 1.0)
