@@ -18,11 +18,12 @@ from torch import distributions as D
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss
 
-from torchrl_trpo.divergence import has_exact_entropy, kl_divergence
+from torchrl_trpo.divergence import has_exact_entropy, kl_if_exact
 from torchrl_trpo.functional import other_parameters
 from torchrl_trpo.layout import reads_init
 from torchrl_trpo.minibatches import ADAM_RANGES, average_gradients, count_by_rank, draw_minibatches
 from torchrl_trpo.objectives.agent_gae import AgentGAE
+from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.loss_parts import (
     check_distinct_keys,
     estimated_advantage,
@@ -196,7 +197,7 @@ class ClippedUpdater(RangedSettings):
             Statistics with batch size ``[n_groups]``, all detached.
 
             - ``accepted`` (bool): whether every step was taken; False if a minibatch was left out.
-            - ``kl``: the exact mean ``KL(π_k ‖ π_new)`` in nats.
+            - ``kl``: the exact mean ``KL(π_k ‖ π_new)`` in nats, NaN for a distribution without a closed form.
             - ``improvement`` of the surrogate without clipping.
             - ``clip_fraction``: the share of the rows whose ratio is outside of the clipping interval after the update.
             - ``grad_norm``: the gradient's Euclidean norm before it is shortened, mean over the steps; not finite if
@@ -315,8 +316,9 @@ class ClippedUpdater(RangedSettings):
                 rows.log_ratio(each, group_loss.max_importance_ratio).exp() for each in (before, after)
             )
             counts = counts & rows.advantage.isfinite()  # which is NaN where anything of a row is not finite
+            kl = kl_if_exact(before, after, rows.log_prob.ndim - 1)
             rows_of = {
-                "kl": kl_divergence(before, after, rows.log_prob.ndim - 1).unsqueeze(-1),
+                "kl": torch.full_like(ratio, torch.nan) if kl is None else kl.unsqueeze(-1),
                 "improvement": rows.factor * (ratio - ratio_before) * rows.advantage,
                 "clip_fraction": ((log_ratio < low) | (log_ratio > high)).to(ratio.dtype),
             }
@@ -346,7 +348,8 @@ class ClippedUpdater(RangedSettings):
                 objective = rows.log_prob.new_zeros(())
                 if len(drawn):
                     batch = _minibatch(self.losses[member.group], rows.take(drawn), counts[drawn])
-                    with set_recurrent_mode(True), other_parameters(member.network, member.parameters):
+                    policy = other_parameters(member.network, member.parameters)
+                    with set_recurrent_mode(True), policy, differentiable_attention():
                         out = loss(batch)
                     objective = out["loss_objective"] + out.get("loss_entropy", 0.0)
                     objective.backward()

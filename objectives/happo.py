@@ -134,7 +134,7 @@ class HAPPOUpdater(ClippedUpdater):
             Statistics with batch size ``[n_agents]``, in agent index order, all detached.
 
             - ``accepted`` (bool): whether every step was taken; False if a minibatch was left out.
-            - ``kl``: the exact mean ``KL(π_k ‖ π_new)`` in nats.
+            - ``kl``: the exact mean ``KL(π_k ‖ π_new)`` in nats, NaN for a distribution without a closed form.
             - ``improvement`` of the surrogate without clipping, times ``M``.
             - ``clip_fraction``: the share of the rows whose ratio is outside of the clipping interval after the update.
             - ``grad_norm``: the gradient's Euclidean norm before it is shortened, mean over the steps; not finite if

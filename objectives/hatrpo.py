@@ -203,7 +203,7 @@ class HATRPOSequentialObjective(LossModule):
         Returns:
             ``loss_objective`` (gradient): :math:`-\sum_m L^{i_m}(\theta)`; ``kl`` (log only): each agent's mean KL in
             nats from its policy at ``θ_k`` of the data, ``[n_agents]``, NaN where the data has no distribution
-            parameters.
+            parameters, or the distribution no closed form.
         """
         check_distinct_keys(self._groups)
         ratios: list[Tensor] = []

@@ -74,8 +74,8 @@ def estimated_advantage(loss: PPOLoss, tensordict: TensorDictBase) -> tuple[Tens
     if advantage.ndim <= tensordict.batch_dims or advantage.shape[-1] != 1:
         raise ValueError(
             f"the advantage {key!r} has shape {tuple(advantage.shape)} in data of batch size "
-            f"{tuple(tensordict.batch_size)}: its last dimension must be 1, [*B, T, 1] or [*B, T, n_agents, 1]. "
-            "Use advantage.unsqueeze(-1)."
+            f"{tuple(tensordict.batch_size)}, which would make the objective an outer product over samples. Legal: "
+            "[*B, T, 1] or [*B, T, n_agents, 1]. Use advantage.unsqueeze(-1)."
         )
     return advantage, missing
 

@@ -13,9 +13,10 @@ from torch import distributions as D
 
 from torchrl_trpo.divergence import entropy, kl_divergence
 from torchrl_trpo.fisher import fisher_product, output_hessian_product
+from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
 from torchrl_trpo.objectives.policy_network import distribution_parameters, slice_agents, stacked_prefixes
-from torchrl_trpo.objectives.policy_rows import PolicyRows
+from torchrl_trpo.objectives.policy_rows import PolicyRows, at_least_single
 from torchrl_trpo.ranks import ALONE, Ranks
 from torchrl_trpo.vectors import flatten, unflatten
 
@@ -272,14 +273,15 @@ class PolicyTrustRegion:
     def _distribution_parameters(
         self, rows: PolicyRows, leaves: Sequence[Tensor], *, twice: bool = False
     ) -> TensorDictBase:
-        """The distribution's parameters; ``twice`` if they are differentiated twice."""
+        """The distribution's parameters, in single precision at least; ``twice`` if they are differentiated twice."""
         parameters = self._stateless.clone(False)
         for keys, leaf in zip(self._keys, leaves, strict=True):
             for key in keys:
                 parameters.set(key, leaf)
-        if self._compiled is not None and not twice:
-            return self._compiled(parameters, rows.inputs)
-        return distribution_parameters(self._network, parameters, rows.inputs)
+        with differentiable_attention(twice=twice):
+            if self._compiled is not None and not twice:
+                return self._compiled(parameters, rows.inputs).apply(at_least_single)
+            return distribution_parameters(self._network, parameters, rows.inputs).apply(at_least_single)
 
     def _distribution(self, dist_params: TensorDictBase) -> D.Distribution:
         return self._network.build_dist_from_params(dist_params)

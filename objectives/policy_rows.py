@@ -174,6 +174,7 @@ def flatten_rows(
         The rows.
     """
     batch_size = inputs.batch_size
+    log_prob, advantage = at_least_single(log_prob), at_least_single(advantage)
     values = {"log_prob": log_prob, "advantage": advantage.expand_as(log_prob), "action": action}
     rows = TensorDict({**values, "inputs": inputs}, batch_size=batch_size).detach()
     rows = rows.reshape(-1, batch_size[-1]) if sequences else rows.reshape(-1)
@@ -324,6 +325,18 @@ def entry(tensordict: TensorDictBase, key: NestedKey | list[NestedKey], role: st
                 "Name the entry that is meant where the key is set, or with set_keys."
             )
     return tensordict.select(*key) if isinstance(key, list) else tensordict.get(key)
+
+
+def at_least_single(value: Tensor) -> Tensor:
+    """A floating-point entry in single precision at least: what half precision rounds away adds up over the rows.
+
+    Args:
+        value: the entry.
+
+    Returns:
+        The entry; the same where it is wide enough, or not floating-point.
+    """
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 def _equal_weight(count: int, like: Tensor, ranks: Ranks) -> Tensor:

@@ -46,7 +46,8 @@ def _mean(value_norm: ValueNorm) -> Tensor:
 
 def _last_layer(critic: TensorDictBase) -> tuple[Tensor, Tensor]:
     """Weight ``[..., 1, H]`` and bias ``[..., 1]`` of the layer that outputs the value."""
-    parameters = {key if isinstance(key, tuple) else (key,): value for key, value in critic.data.items(True, True)}
+    # Not their .data: what was computed with the old ones must not be differentiated with the new ones unseen.
+    parameters = {key if isinstance(key, tuple) else (key,): value for key, value in critic.items(True, True)}
     found = []
     for key, weight in parameters.items():
         bias = parameters.get((*key[:-1], "bias"))

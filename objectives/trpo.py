@@ -20,12 +20,14 @@ from torch import distributions as D
 from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss, ValueEstimators
 from torchrl.objectives.utils import _sum_td_features, default_value_kwargs
+from torchrl.objectives.value import ValueEstimatorBase
 
-from torchrl_trpo.divergence import has_exact_entropy, kl_divergence, sum_events
+from torchrl_trpo.divergence import has_exact_entropy, kl_if_exact, sum_events
 from torchrl_trpo.functional import parameters_restored
 from torchrl_trpo.layout import reads_init
 from torchrl_trpo.objectives.agent_checks import check_shared_agents, check_stacked_agents
 from torchrl_trpo.objectives.agent_gae import AgentGAE
+from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
 from torchrl_trpo.objectives.loss_parts import estimated_advantage, exact_entropy, row_mask, standardized_advantage
 from torchrl_trpo.objectives.policy_network import (
@@ -81,6 +83,8 @@ class TRPOLoss(PPOLoss):
         entropy_coeff: the weight :math:`c_H` of the entropy. Default: 0.
         value_norm: a :class:`~torchrl.modules.ValueNorm` that the critic's targets are normalised with. If the value
             estimator has the same one, the critic outputs normalised values; otherwise raw values, as in ``MAPPOLoss``.
+            Its statistics move when the critic's loss is computed with gradients, by :meth:`forward` or
+            :meth:`loss_critic`; never by a policy update.
         chunk_size: how many environment steps the policy update evaluates at a time, with the same result to rounding.
             Its memory then depends on this number and no longer on the size of the batch, beyond the batch itself; but
             a product with the Fisher matrix costs a forward pass more. Default: all, fastest.
@@ -90,7 +94,8 @@ class TRPOLoss(PPOLoss):
         process_group: the processes of ``torch.distributed`` that update together (``torch.distributed.group.WORLD``),
             each with rows of its own; they begin with the first one's parameters and stay the same to the bit. The
             policy update, the advantage's and the values' statistics are then of all rows, as if one process had them;
-            :meth:`forward` is of this process's rows. Each call is made by all of them. Default: this process alone.
+            the numbers of :meth:`forward` are of this process's rows. Each call is made by all of them. Default: this
+            process alone.
         **kwargs: keywords of :class:`~torchrl.objectives.PPOLoss`.
 
     Output keys of :meth:`forward`:
@@ -98,7 +103,7 @@ class TRPOLoss(PPOLoss):
     - ``loss_objective`` (gradient): :math:`-\mathbb{E}[ratio \cdot \hat A]`; ``loss_entropy`` (gradient);
       ``loss_critic`` (gradient, with a critic).
     - ``kl`` (log only): the exact mean KL in nats from the policy that collected the data, whose distribution
-      parameters are read from the data; left out when the data has none.
+      parameters are read from the data; left out when the data has none, or the distribution no closed form.
     - ``ESS`` (log only): the effective sample size of the ratios, as a share of the rows.
     - ``kl_approx``, ``entropy``, ``explained_variance``, ... (log only): as in ``PPOLoss``.
 
@@ -164,7 +169,7 @@ class TRPOLoss(PPOLoss):
         self.trust_region, self.n_regions = resolve_trust_region(
             trust_region, self.actor_network, self.actor_parameters
         )
-        self._data_has_distribution = False
+        self._returns_kl = False
         self._norm_has_started = False
         self._region_is_inferred = trust_region is None
         self._agents_are_checked = False
@@ -183,11 +188,11 @@ class TRPOLoss(PPOLoss):
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        """What :meth:`forward` returns; ``kl`` is among them once data with distribution parameters was seen."""
+        """What :meth:`forward` returns; ``kl`` is among them if it could be computed for the data seen last."""
         if self._out_keys is not None:
             return self._out_keys
         keys = ["loss_objective", "kl_approx", "ESS"]
-        keys += ["kl"] if self._data_has_distribution else []
+        keys += ["kl"] if self._returns_kl else []
         keys += ["entropy", "loss_entropy"] if self.entropy_bonus else []
         keys += ["composite_entropy"] if self.entropy_bonus and self._entropy_by_part() else []
         if self._has_critic:
@@ -202,7 +207,11 @@ class TRPOLoss(PPOLoss):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Evaluates the objective at the current parameters; nothing else changes.
+        """Evaluates the objective at the current parameters.
+
+        With a critic and a ``value_norm``, the statistics of the values move as in :meth:`loss_critic`, unless
+        gradients are off (``torch.no_grad``): a second call then gives another ``loss_critic``, as with ``MAPPOLoss``.
+        Nothing else changes.
 
         Args:
             tensordict: the data, ``[*B, T]``.
@@ -223,9 +232,10 @@ class TRPOLoss(PPOLoss):
         out.set("kl_approx", kl_approx.detach().mean())
         with torch.no_grad():
             out.set("ESS", effective_sample_size(log_weight, row_mask(self, tensordict, log_weight)))
-            if collected is not None:
-                kl = kl_divergence(collected, dist, log_weight.ndim - 1).unsqueeze(-1)
-                out.set("kl", self._reduce_loss(kl, tensordict, reduction="mean"))
+            kl = None if collected is None else kl_if_exact(collected, dist, log_weight.ndim - 1)
+            self._returns_kl = kl is not None
+            if kl is not None:
+                out.set("kl", self._reduce_loss(kl.unsqueeze(-1), tensordict, reduction="mean"))
         if self.entropy_bonus:
             bonus = self._get_entropy(dist, adv_shape=advantage.shape[:-1])
             if is_tensor_collection(bonus):
@@ -235,9 +245,7 @@ class TRPOLoss(PPOLoss):
                 out.set("entropy", bonus.detach().mean())
             out.set("loss_entropy", self._weighted_loss_entropy(bonus))
         if self._has_critic:
-            # Not self.loss_critic, which updates the statistics of the value norm.
-            with parameters_restored(self.critic_network):
-                loss_critic, value_clip_fraction, explained_variance = super().loss_critic(tensordict)
+            loss_critic, value_clip_fraction, explained_variance = self.loss_critic(tensordict)
             out.set("loss_critic", loss_critic)
             if value_clip_fraction is not None:
                 out.set("value_clip_fraction", value_clip_fraction)
@@ -368,18 +376,19 @@ class TRPOLoss(PPOLoss):
         Returns:
             The ratios ``[N, n]`` (gradient), the advantages times the rows' weights ``[N, n]``, and each agent's mean
             KL from the policy that collected the data ``[n]`` in nats, NaN when the data has no distribution
-            parameters.
+            parameters, or the distribution no closed form.
         """
         rows = self.policy_rows(tensordict, ALONE)
-        dist_params = distribution_parameters(self.actor_network, self.actor_parameters, rows.inputs)
+        with differentiable_attention():
+            dist_params = distribution_parameters(self.actor_network, self.actor_parameters, rows.inputs)
         dist = self.actor_network.build_dist_from_params(dist_params)
         counts = rows.weight > 0
         ratio = torch.where(counts, rows.log_ratio(dist, self.max_importance_ratio).exp(), 1.0)
         with torch.no_grad():
             written = tensordict.select(*distribution_keys(self.actor_network), strict=False)
             collected = self._collected_distribution(written.reshape(rows.inputs.batch_size))
-            kl = torch.full_like(rows.log_prob, torch.nan)
-            kl = kl if collected is None else kl_divergence(collected, dist, kl.ndim - 1).unsqueeze(-1)
+            kl = None if collected is None else kl_if_exact(collected, dist, rows.log_prob.ndim - 1)
+            kl = torch.full_like(rows.log_prob, torch.nan) if kl is None else kl.unsqueeze(-1)
             kl = (rows.weight * torch.where(counts, kl, 0.0)).flatten(0, rows.row_dims - 1).flatten(1).sum(0)
         terms = (ratio, rows.weight * rows.advantage)
         ratio, weighted_advantage = (term.flatten(0, rows.row_dims - 1).flatten(1) for term in terms)
@@ -407,11 +416,12 @@ class TRPOLoss(PPOLoss):
                 "loss_critic does not train. Legal: the critic_network that the loss was made with."
             )
         if value_type is None or getattr(value_type, "name", str(value_type)).upper() == ValueEstimators.MAGAE.name:
-            value_type = AgentGAE
             defaults = default_value_kwargs(self.default_value_estimator)
-            hyperparams = {**defaults, "value_network": self.critic_network, **hyperparams}
-        super().make_value_estimator(value_type, **hyperparams)
-        if isinstance(value_type, type):
+            super().make_value_estimator(AgentGAE, **{**defaults, "value_network": self.critic_network, **hyperparams})
+            self.value_type = ValueEstimators.MAGAE
+        else:
+            super().make_value_estimator(value_type, **hyperparams)
+        if not isinstance(value_type, ValueEstimatorBase):
             self._forward_value_estimator_keys()
         self._forward_masks()
         self._set_in_keys()
@@ -446,10 +456,11 @@ class TRPOLoss(PPOLoss):
             estimator.mask_keys = tuple(key for key in self._loss_mask_keys() if key != "shifted_valid")
 
     def loss_critic(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The critic's distance from the value targets, to be minimised; statistics of ``value_norm`` are updated.
+        """The critic's distance from the value targets, to be minimised.
 
-        When they move, the last layer of a critic that outputs normalised values is corrected, so that no value changes
-        (PopArt).
+        Each call moves the statistics of ``value_norm`` towards these targets first, unless gradients are off
+        (``torch.no_grad``). The last layer of a critic that outputs normalised values is then corrected in place, so
+        that no value changes (PopArt); a graph from an earlier call can no longer be differentiated.
 
         Args:
             tensordict: the data with value targets, ``[*B]``.
@@ -458,7 +469,8 @@ class TRPOLoss(PPOLoss):
             The distance ``[*B, n_agents, 1]`` times ``critic_coeff``, the share of clipped values (None without
             ``clip_value``) and the explained variance (None unless it is logged).
         """
-        self.update_value_norm(tensordict)
+        if torch.is_grad_enabled():
+            self.update_value_norm(tensordict)
         with parameters_restored(self.critic_network):
             return super().loss_critic(tensordict.clone(False))  # values are written, that clip_value must not read
 
@@ -554,7 +566,6 @@ class TRPOLoss(PPOLoss):
     def _collected_distribution(self, tensordict: TensorDictBase) -> D.Distribution | None:
         """The policy's distribution as it was at collection, from the parameters that it wrote; None without them."""
         keys = distribution_keys(self.actor_network)
-        self._data_has_distribution = all(tensordict.get(key, None) is not None for key in keys)
-        if not self._data_has_distribution:
+        if any(tensordict.get(key, None) is None for key in keys):
             return None
         return self.actor_network.build_dist_from_params(tensordict.select(*keys))

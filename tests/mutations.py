@@ -408,8 +408,8 @@ MUTATIONS = (
     Mutation(
         "logged-kl-swapped",
         "objectives/trpo.py",
-        "kl_divergence(collected, dist, log_weight.ndim - 1)",
-        "kl_divergence(dist, collected, log_weight.ndim - 1)",
+        "kl_if_exact(collected, dist, log_weight.ndim - 1)",
+        "kl_if_exact(dist, collected, log_weight.ndim - 1)",
         "forward reports KL(π_θ ‖ π_k)",
         "trpo_loss",
     ),

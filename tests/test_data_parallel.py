@@ -155,6 +155,7 @@ def train(value_norm, masked):
             )
         updater.step(data)
         fits.append(fit_critic(loss, optimizer, data, epochs=1, minibatch_size=7, process_group=group))
+        loss(data)  # the statistics of normalised values move once more
     parameters = torch.cat([value.detach().flatten() for value in critic.parameters()])
     return flat_parameters(actor), parameters, fits
 

@@ -20,7 +20,7 @@ from tensordict.nn import (
     set_composite_lp_aggregate,
 )
 from torch import nn
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Gamma, MixtureSameFamily, Normal
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import (
     IndependentNormal,
@@ -205,10 +205,10 @@ def results(loss, data, losses=("loss_objective", "loss_entropy", "loss_critic")
     return out.detach(), dict(zip([name for name, _ in loss.named_parameters()], grads, strict=True))
 
 
-def assert_same(ours, theirs, data, **settings):
+def assert_same(ours, theirs, data, besides=frozenset(), **settings):
     out, grads = results(ours, data, **settings)
     expected, their_grads = results(theirs, data, **settings)
-    for key in set(expected.keys(True, True)) - CLIPPING:
+    for key in set(expected.keys(True, True)) - CLIPPING - besides:
         torch.testing.assert_close(out[key], expected[key])
     assert list(grads) == list(their_grads)
     for name, grad in grads.items():
@@ -279,6 +279,7 @@ def test_values_and_gradients_are_those_of_mappo(kind, layout, other, advantage)
 @pytest.mark.parametrize("clip_value", [None, 0.2])
 @pytest.mark.parametrize("loss_critic_type", ["l2", "smooth_l1"])
 def test_a_value_norm_counts_as_in_mappo(layout, norm, clip_value, loss_critic_type):
+    """Its statistics move in ``loss_critic`` and in forward, where targets once stayed as large as they are."""
     case = make_case(**LAYOUTS[layout])
     settings = {"clip_value": clip_value, "loss_critic_type": loss_critic_type}
     actor, critic = deepcopy((case.actor, case.critic))
@@ -292,6 +293,7 @@ def test_a_value_norm_counts_as_in_mappo(layout, norm, clip_value, loss_critic_t
         data["value_target"] = 10 + (step + 1) * data["value_target"]
         for mine, other in zip(ours.loss_critic(data), theirs.loss_critic(data.clone()), strict=True):
             torch.testing.assert_close(mine, other)
+        assert_same(ours, theirs, data, losses=("loss_critic",), besides={"loss_objective", "loss_entropy", "entropy"})
         for mine, other in zip(ours.value_norm.buffers(), theirs.value_norm.buffers(), strict=True):
             torch.testing.assert_close(mine, other)
 
@@ -397,6 +399,7 @@ def test_an_estimator_may_be_an_entry_a_class_or_an_instance(estimator, form):
         other.make_value_estimator(ESTIMATORS[estimator](**own))
     else:
         assert other.make_value_estimator(estimator.name.lower(), **hyperparams) is other
+        assert other.value_type is by_entry.value_type is estimator
     assert isinstance(other.value_estimator, ESTIMATORS[estimator])
     expected, actual = by_entry(case.data), other(case.data)
     for key in expected.keys():
@@ -418,7 +421,11 @@ def test_an_unknown_estimator_is_refused(name):
 
 
 def test_the_default_estimator_has_the_defaults_of_torchrl():
+    """``value_type`` was the class, where a TorchRL loss has the entry."""
     ours, theirs = make_case().losses(MAPPOLoss)
+    ours.make_value_estimator()
+    theirs.make_value_estimator()
+    assert ours.value_type is theirs.value_type is ValueEstimators.MAGAE
     for name in ("gamma", "lmbda"):
         assert getattr(ours.value_estimator, name) == getattr(theirs.value_estimator, name)
     assert isinstance(ours.value_estimator, AgentGAE)
@@ -669,6 +676,15 @@ def test_clipping_needs_the_values_of_the_data():
         case.loss(clip_value=0.1)(case.data.exclude("state_value"))
 
 
+def test_a_flat_advantage_is_refused_in_the_words_of_ppo():
+    case = make_case()
+    data = case.data.reshape(-1)
+    data["advantage"] = data["advantage"].squeeze(-1)
+    for loss in case.losses():
+        with pytest.raises(ValueError, match="outer product over samples"):
+            loss(data)
+
+
 def test_an_unknown_critic_loss_is_refused():
     case = make_case()
     with pytest.raises(NotImplementedError, match="cubic"):
@@ -696,6 +712,48 @@ def test_composite_actions_with_and_without_aggregated_log_probs(layout, aggrega
         out = ours(case.data)
         assert ("composite_entropy" in out.keys()) == (not aggregate)
         assert set(out.keys()) == set(ours.out_keys)
+
+
+@set_composite_lp_aggregate(False)
+@pytest.mark.parametrize("by_part", [False, True])
+@pytest.mark.filterwarnings("ignore:.*does not have an analytic entropy")
+def test_composite_actions_of_which_a_part_has_no_closed_form(by_part):
+    """Of a mixture there is neither the KL, which forward asked for, nor the entropy, which is sampled."""
+
+    def mixture(logits, loc, scale):
+        return MixtureSameFamily(Categorical(logits=logits), Normal(loc, scale))
+
+    names = [("params", "pull", "concentration"), ("params", "pull", "rate")]
+    names += [("params", "push", name) for name in ("logits", "loc", "scale")]
+    actor = ProbabilisticTensorDictSequential(
+        TensorDictModule(
+            lambda observed: (*2 * [observed[..., 0].exp()], observed, observed, observed.exp()), ["observation"], names
+        ),
+        ProbabilisticTensorDictModule(
+            in_keys=["params"],
+            out_keys=["pull", ("deep", "push")],
+            distribution_class=CompositeDistribution,
+            distribution_kwargs={
+                "distribution_map": {"pull": Gamma, "push": mixture},
+                "name_map": {"pull": "pull", "push": ("deep", "push")},
+            },
+            return_log_prob=True,
+        ),
+    )
+    data = make_case().data
+    with set_exploration_type(ExplorationType.RANDOM):
+        actor(data)
+    log_probs = ["pull_log_prob", ("deep", "push_log_prob")]
+    coefficients = dict(zip(log_probs, (0.2, 0.7), strict=True)) if by_part else 0.1
+    outs = []
+    for kind in (TRPOLoss, PPOLoss):
+        loss = kind(actor, make_case().critic, entropy_coeff=coefficients)
+        loss.set_keys(action=["pull", ("deep", "push")], sample_log_prob=log_probs)
+        torch.manual_seed(0)
+        outs.append(loss(data))
+    assert set(outs[0].keys()) == set(outs[1].keys()) | {"ESS"}
+    for key in outs[1].keys(True, True):
+        torch.testing.assert_close(outs[0][key], outs[1][key])
 
 
 @pytest.mark.parametrize("layout", ["nested", "agents"])

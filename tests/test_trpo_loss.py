@@ -10,7 +10,16 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import CompositeDistribution, TensorDictModule
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import (
+    AffineTransform,
+    Categorical,
+    Gumbel,
+    Kumaraswamy,
+    MixtureSameFamily,
+    Normal,
+    TransformedDistribution,
+    Weibull,
+)
 from torchrl.modules import IndependentNormal, PopArtValueNorm, ProbabilisticActor, TanhNormal, TruncatedNormal
 from torchrl.objectives import ClipPPOLoss, PPOLoss
 from torchrl.objectives.value import MultiAgentGAE
@@ -39,7 +48,7 @@ from tests.cases import (
 from torchrl_trpo import TrustRegionUpdater, entropy, kl_divergence
 from torchrl_trpo.distributions import MultiCategorical
 from torchrl_trpo.divergence import log_prob
-from torchrl_trpo.objectives import ClippedUpdater, HATRPOSequentialObjective, TRPOLoss
+from torchrl_trpo.objectives import ClippedUpdater, HAPPOUpdater, HATRPOSequentialObjective, TRPOLoss
 
 SHARING = pytest.mark.parametrize("share_params", [True, False], ids=["shared", "per_agent"])
 
@@ -357,17 +366,70 @@ def test_an_importance_cap_holds_in_the_update():
     torch.testing.assert_close(stats["improvement"][0], gain)
 
 
-def test_forward_leaves_the_value_norm_alone():
-    actor, critic = make_single()
-    norm = PopArtValueNorm(shape=1)
-    loss = TRPOLoss(actor, critic, value_norm=norm)
-    data = loss.value_estimator(single_data(actor))
-    loss.loss_critic(data)
-    before = deepcopy(norm.state_dict())
-    assert (loss(data) == loss(data)).all()
-    assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
-    loss.loss_critic(data)
-    assert not torch.equal(norm.debiasing_term, before["debiasing_term"])
+def make_popart(share_params=False, beta=0.5):
+    """A loss whose critic outputs normalised values, its norm, and data with targets far from 0."""
+    actor, norm = make_actor(share_params=share_params), PopArtValueNorm(beta=beta).double()
+    critic = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    critic = TensorDictModule(critic, [OBSERVATION], ["state_value"])
+    loss = TRPOLoss(actor, critic, value_norm=norm, loss_critic_type="l2", clip_value=0.2)
+    loss.make_value_estimator(gamma=0.9, lmbda=0.9, value_norm=norm)
+    data = make_data(actor)
+    data["value_target"] = 50 + 10 * torch.randn_like(data["advantage"])
+    loss.update_value_norm(data)
+    with torch.no_grad():
+        data["state_value"] = norm.denormalize(critic(data.clone())["state_value"])
+    data["value_target"] = 3 * data["value_target"]
+    return loss, norm, data
+
+
+def test_a_policy_update_and_an_evaluation_leave_the_value_norm_alone():
+    loss, norm, data = make_popart()
+    objective = HATRPOSequentialObjective(loss)
+    before = deepcopy(loss.critic_network_params.data), deepcopy(norm.state_dict())
+    objective(data)
+    loss.policy_rows(data)
+    assert TrustRegionUpdater(objective).step(data)["accepted"].all()
+    with torch.no_grad():
+        first = loss(data)
+        assert (loss(data) == first).all()
+        loss.loss_critic(data)
+    assert (loss.critic_network_params.data == before[0]).all()
+    assert all(torch.equal(value, before[1][key]) for key, value in norm.state_dict().items())
+    loss(data)
+    assert not torch.equal(norm.debiasing_term, before[1]["debiasing_term"])
+
+
+def test_forward_corrects_the_critic_before_it_is_evaluated():
+    """Forward moved no statistics; a loop of ``loss(data)``, as TorchRL's scripts are, never had any."""
+    torch.manual_seed(0)
+    loss, norm, data = make_popart()
+    twin = deepcopy(loss)
+    values = norm.denormalize(loss.critic_network(data.clone())["state_value"])
+    out = loss(data)
+    torch.testing.assert_close(norm.denormalize(loss.critic_network(data.clone())["state_value"]), values)
+    out["loss_critic"].backward()
+
+    twin.update_value_norm(data)
+    norm = twin.value_norm
+    with twin.critic_network_params.to_module(twin.critic_network):
+        value = twin.critic_network(data.clone())["state_value"]
+    target, old = norm.normalize(data["value_target"]), norm.normalize(data["state_value"])
+    clipped = old + (value - old).clamp(-0.2, 0.2)
+    torch.maximum((value - target) ** 2, (clipped - target) ** 2).mean().backward()
+    for name, parameter in loss.critic_network_params.items(True, True):
+        torch.testing.assert_close(parameter.grad, twin.critic_network_params[name].grad)
+    residual = norm.denormalize(value) - data["value_target"]
+    explained = 1 - residual.var(0, correction=0) / data["value_target"].var(0, correction=0)
+    torch.testing.assert_close(out["explained_variance"], explained.detach())
+
+
+def test_a_graph_from_before_a_correction_is_not_differentiated_with_what_came_after():
+    """The gradient of the hidden layers was silently that of the corrected last layer."""
+    loss, _, data = make_popart()
+    first = loss(data)["loss_critic"]
+    loss(data)["loss_critic"].backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.backward()
 
 
 def test_value_norm_without_an_estimator_that_knows_it():
@@ -541,6 +603,55 @@ def test_distributions_without_an_exact_kl():
     data["action_log_prob"], data["advantage"] = torch.zeros(4, 2).double(), torch.randn(4, 1).double()
     with pytest.raises(NotImplementedError, match=r"StudentT.*register_kl"):
         TrustRegionUpdater(TRPOLoss(actor, entropy_bonus=False)).step(data)
+
+
+def two_humps(loc, scale):
+    """A mixture, which has a density but no closed form of its KL or entropy."""
+    humps = IndependentNormal(torch.stack([loc, -loc], -2), torch.stack([scale, scale], -2))
+    return MixtureSameFamily(Categorical(logits=torch.zeros_like(loc[..., :2])), humps)
+
+
+def test_a_kl_without_a_closed_form_is_left_out_where_it_is_only_logged():
+    """Forward, and the clipped updates, raised the error that belongs to the trust region alone."""
+    actor = make_actor()
+    actor[-1].distribution_class = two_humps
+    data = make_data(actor)
+    loss = TRPOLoss(actor, entropy_bonus=False)
+    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB)
+    out = loss(data)
+    assert set(out.keys()) == set(loss.out_keys) == {"loss_objective", "kl_approx", "ESS"}
+    torch.testing.assert_close(-out["loss_objective"], data["advantage"].mean())
+    out = HATRPOSequentialObjective(loss)(data)
+    assert out["loss_objective"].isfinite()
+    assert out["kl"].isnan().all()
+    clipping = ClipPPOLoss(actor, entropy_bonus=False)
+    clipping.set_keys(action=ACTION, sample_log_prob=LOG_PROB)
+    stats = HAPPOUpdater(clipping, minibatch_size=40).step(data)
+    assert stats["kl"].isnan().all()
+    assert (stats["improvement"] > 0).all()
+    with pytest.raises(NotImplementedError, match=r"MixtureSameFamily.*register_kl"):
+        TrustRegionUpdater(loss).step(data)
+
+
+def plain_transformed(loc, scale):
+    return TransformedDistribution(Normal(torch.zeros_like(loc), torch.ones_like(scale)), [AffineTransform(loc, scale)])
+
+
+@pytest.mark.parametrize("kind", [Weibull, Kumaraswamy, plain_transformed], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("event_dims", [0, 1])
+def test_a_bijection_that_moves_with_the_policy_is_not_shared(kind, event_dims):
+    """Of such distributions only the fixed base was compared: every KL was 0, and no step too long."""
+    p, q = (torch.distributions.Independent(kind(*torch.rand(2, 4, 2)), event_dims) for _ in range(2))
+    with pytest.raises(NotImplementedError, match="no exact KL"):
+        kl_divergence(p, q)
+    curved = torch.rand(2, 4, 2, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="no exact KL"):
+        kl_divergence(kind(*curved.detach()), kind(*curved))
+
+
+def test_a_registered_closed_form_is_preferred_to_that_of_the_base():
+    p, q = (torch.distributions.Independent(Gumbel(*torch.rand(2, 4, 2)), 1) for _ in range(2))
+    torch.testing.assert_close(kl_divergence(p, q), torch.distributions.kl_divergence(p, q))
 
 
 def test_truncated_normals_are_refused():

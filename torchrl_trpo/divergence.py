@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import CompositeDistribution
 from torch import Tensor
 from torch import distributions as D
+from torch.distributions.kl import _KL_REGISTRY
 from torchrl.modules import TruncatedNormal
 from torchrl.modules.distributions.utils import has_analytic_entropy
 
@@ -22,7 +24,8 @@ def kl_divergence(p: D.Distribution, q: D.Distribution, batch_dims: int | None =
     """The exact ``KL(p ‖ q)`` of two action distributions of the same policy, in nats.
 
     It is the KL of the joint action: summed over the action's dimensions, not averaged. A bijection that both share
-    (the squashing of a ``TanhNormal``) leaves the KL unchanged, so it is taken between the base distributions. Actions
+    (the squashing of a ``TanhNormal``) leaves the KL unchanged, so it is taken between the base distributions; one that
+    depends on the distribution's parameters (that of a ``Weibull``) is not shared, and has no KL this way. Actions
     that are masked, in both, add neither divergence nor curvature. Of independent parts (``CompositeDistribution``,
     :class:`~torchrl_trpo.distributions.MultiCategorical`) it is the sum.
 
@@ -47,23 +50,69 @@ def kl_divergence(p: D.Distribution, q: D.Distribution, batch_dims: int | None =
         return torch.stack([kl_divergence(*pair, batch_dims) for pair in pairs]).sum(0)
     if isinstance(p, D.Categorical) and isinstance(q, D.Categorical):
         return sum_events(_categorical_kl(p, q), batch_dims)
-    if isinstance(p, D.TransformedDistribution) and isinstance(q, D.TransformedDistribution):
-        return kl_divergence(p.base_dist, q.base_dist, batch_dims)
-    try:
+    if _is_registered(p, q):
         return sum_events(D.kl_divergence(p, q), batch_dims)
-    except NotImplementedError as error:
-        reason = (
-            " TorchRL's TruncatedNormal bounds its normaliser away from 0, so that its density does not integrate to 1 "
-            "where the mean is far outside of the bounds: what it samples has no exact KL."
-            if isinstance(p, TruncatedNormal)
-            else ""
-        )
-        raise NotImplementedError(
-            f"There is no exact KL divergence for {type(p).__name__}.{reason} Legal: a policy with IndependentNormal, "
-            "TanhNormal (within bounds), (Masked)Categorical, (Masked)OneHotCategorical or MultiCategorical actions, a "
-            "CompositeDistribution of them, or a closed form of your own, registered with "
-            "torch.distributions.register_kl."
-        ) from error
+    if isinstance(p, D.Independent) and isinstance(q, D.Independent) and not isinstance(p, TruncatedNormal):
+        kl = kl_divergence(p.base_dist, q.base_dist)
+        dims = p.reinterpreted_batch_ndims
+        return sum_events(kl.flatten(-dims).sum(-1) if dims else kl, batch_dims)
+    transformed = D.TransformedDistribution
+    if isinstance(p, transformed) and isinstance(q, transformed) and not _moves_its_bijection(p, q):
+        return kl_divergence(p.base_dist, q.base_dist, batch_dims)
+    reason = (
+        " TorchRL's TruncatedNormal bounds its normaliser away from 0, so that its density does not integrate to 1 "
+        "where the mean is far outside of the bounds: what it samples has no exact KL."
+        if isinstance(p, TruncatedNormal)
+        else ""
+    )
+    raise NotImplementedError(
+        f"There is no exact KL divergence for {type(p).__name__}.{reason} Legal: a policy with IndependentNormal, "
+        "TanhNormal (within bounds), (Masked)Categorical, (Masked)OneHotCategorical or MultiCategorical actions, a "
+        "CompositeDistribution of them, or a closed form of your own, registered with "
+        "torch.distributions.register_kl."
+    )
+
+
+def kl_if_exact(p: D.Distribution, q: D.Distribution, batch_dims: int | None = None) -> Tensor | None:
+    """:func:`kl_divergence` for what is only logged.
+
+    Args:
+        p: the distribution that the expectation is taken under, with batch shape ``[*B]``.
+        q: the other one.
+        batch_dims: as for :func:`kl_divergence`.
+
+    Returns:
+        The divergences, ``[*B]``, or None where there is no closed form.
+    """
+    try:
+        return kl_divergence(p, q, batch_dims)
+    except NotImplementedError:
+        return None
+
+
+def _is_registered(p: D.Distribution, q: D.Distribution) -> bool:
+    """Whether torch has a closed form for the pair itself, not only one for what is wrapped in it."""
+    wrappers = (D.Independent, D.TransformedDistribution)
+    return any(isinstance(p, a) and isinstance(q, b) and a not in wrappers for a, b in _KL_REGISTRY)
+
+
+def _moves_its_bijection(p: D.TransformedDistribution, q: D.TransformedDistribution) -> bool:
+    """Whether the bijection depends on the policy: it has parameters that the base has not."""
+    base = q.base_dist
+    while isinstance(base, D.Independent):
+        base = base.base_dist
+    if q.arg_constraints:
+        return not q.arg_constraints.keys() <= base.arg_constraints.keys()
+    # A plain TransformedDistribution names no parameters.
+    pairs = zip(_tensors(p.transforms), _tensors(q.transforms), strict=True)
+    return any(after.requires_grad or not torch.equal(before, after) for before, after in pairs)
+
+
+def _tensors(transforms: Iterable[D.Transform]) -> Iterator[Tensor]:
+    for transform in transforms:
+        yield from (value for value in vars(transform).values() if isinstance(value, Tensor))
+        yield from _tensors(getattr(transform, "parts", ()))
+        yield from _tensors([transform.base_transform] if isinstance(transform, D.IndependentTransform) else ())
 
 
 def _categorical_kl(p: D.Categorical, q: D.Categorical) -> Tensor:

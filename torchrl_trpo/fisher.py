@@ -12,9 +12,12 @@ gives ``J v``.  Both graphs are built once and kept; a product then costs about 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
 
 from torchrl_trpo.vectors import flatten, unflatten
 
@@ -77,7 +80,12 @@ def fisher_product(
 
     Returns:
         The product, from ``[n, P]`` to ``[n, P]``.
+
+    An operation between parameters and outputs that can be differentiated only once is a ``RuntimeError``.
     """
+    # Where a torch.autograd.Function cannot be differentiated twice, its part of J v may be missing without an error.
+    custom = [node for node in _graph(outputs) if isinstance(node, BackwardCFunction)]
+    _check_differentiable_twice(outputs, parameters, custom)
     cotangents = [torch.zeros_like(output, requires_grad=True) for output in outputs]
     with torch.enable_grad():
         pulled = torch.autograd.grad(outputs, parameters, cotangents, create_graph=True, materialize_grads=True)
@@ -86,9 +94,64 @@ def fisher_product(
     def product(vectors: Tensor) -> Tensor:
         tangents = unflatten(vectors, parameters)
         directions = [t for t, pull in zip(tangents, pulled, strict=True) if pull.requires_grad]
-        Jv = torch.autograd.grad(linear, cotangents, directions, retain_graph=True, materialize_grads=True)
+        try:
+            Jv = torch.autograd.grad(linear, cotangents, directions, retain_graph=True, materialize_grads=True)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError):
+                _check_differentiable_twice(outputs, parameters, _graph(outputs))
+            raise
         HJv = metric(Jv)
         JtHJv = torch.autograd.grad(outputs, parameters, HJv, retain_graph=True, materialize_grads=True)
         return flatten(JtHJv, n_regions)
 
     return product
+
+
+def _graph(outputs: Sequence[Tensor]) -> list[Node]:
+    """The operations that lead to outputs, each once."""
+    nodes: dict[Node, None] = {}
+    left = [output.grad_fn for output in outputs]
+    while left:
+        node = left.pop()
+        if node is not None and node not in nodes:
+            nodes[node] = None
+            left.extend(following for following, _ in node.next_functions)
+    return list(nodes)
+
+
+def _check_differentiable_twice(outputs: Sequence[Tensor], parameters: Sequence[Tensor], nodes: Sequence[Node]) -> None:
+    """Raises an error that names the first of some operations whose derivative has none."""
+    if not nodes:
+        return
+    passed: list[tuple[str, Any, Any]] = []  # an operation, what it gives back, what it got
+
+    def record(name: str) -> Callable[[Any, Any], None]:
+        return lambda slopes, received: passed.append((name, slopes, received))
+
+    hooks = [node.register_hook(record(node.name())) for node in nodes]
+    cotangents = [torch.ones_like(output, requires_grad=True) for output in outputs]
+    try:
+        with torch.enable_grad():
+            torch.autograd.grad(outputs, parameters, cotangents, create_graph=True, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, slopes, received in passed:
+        causes = [cotangent for cotangent in received if cotangent is not None and cotangent.requires_grad]
+        if causes and any(slope is not None and not _leads_to(slope, causes) for slope in slopes):
+            raise RuntimeError(
+                f"the policy has an operation that can be differentiated only once, {name}; products with the Fisher "
+                "matrix differentiate twice. Legal: operations whose derivatives are differentiable (plain PyTorch in "
+                "place of a fused, compiled or custom one)."
+            )
+
+
+def _leads_to(slope: Tensor, causes: Sequence[Tensor]) -> bool:
+    """Whether a derivative can be differentiated by what it was computed from; one that is 0 needs not to be."""
+    found: Sequence[Tensor | None] = [None]
+    if slope.requires_grad:
+        try:
+            found = torch.autograd.grad(slope.sum(), causes, retain_graph=True, allow_unused=True)
+        except RuntimeError:
+            return False
+    return any(part is not None for part in found) or not bool(slope.any())

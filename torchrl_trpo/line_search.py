@@ -59,7 +59,7 @@ def backtrack(
     for tries in range(max_backtracks + 1):
         share = backtrack_coeff**tries
         # A region that has decided is evaluated at the step it keeps: its answer is not used again.
-        candidate = torch.where(accepted, fraction, share * possible)
+        candidate = torch.where(accepted, fraction, zeros.masked_fill(possible, share))
         new_improvement, new_kl = evaluate(candidate)
         enough = new_improvement >= accept_ratio * share * expected_improvement
         inside = new_kl <= max_kl
