@@ -146,12 +146,13 @@ class PolicyTrustRegion:
                     dist_params = self._distribution_parameters(piece.rows, self._leaves)
                 gain = self._gain(piece.rows, self._distribution(dist_params))
                 surrogate = (piece.rows.weight * gain).sum()
-                self._compare_with_data(piece.rows, self._distribution(dist_params.detach()))
+            dist_k = self._distribution(dist_params.detach())
+            self._compare_with_data(piece.rows, dist_k)
             slopes = torch.autograd.grad(surrogate, self._leaves, retain_graph=shared, materialize_grads=True)
             total += flatten(slopes, len(self.indices))
             piece.dist_params = None
             if self._fits_in_chunk(self._rows):
-                piece.dist, piece.gain = self._distribution(dist_params.detach()), gain.detach()
+                piece.dist, piece.gain = dist_k, gain.detach()
         return self._ranks.sum_(total)
 
     @torch.no_grad()

@@ -109,7 +109,9 @@ class TRPOLoss(PPOLoss):
 
     Raises:
         TypeError: if a keyword is not known.
-        ValueError: if ``trust_region`` is unknown, or is ``"per_agent"`` and a parameter is not stacked.
+        ValueError: if ``trust_region`` is unknown; or if regions are per agent, inferred or asked for, and a parameter
+            is not stacked. In the first update also if agents' actions depend on each other's slices, or no parameter
+            is shared in a region that was inferred to be one for all.
 
     Examples:
         >>> import torch
@@ -332,7 +334,7 @@ class TRPOLoss(PPOLoss):
             shapes that do not fit are errors.
 
         Raises:
-            ValueError: if the data is empty, or the loss has a lagging policy (``delay_actor``).
+            ValueError: if the data is empty, the loss has a lagging policy (``delay_actor``), or the policy is frozen.
         """
         if 0 in tensordict.batch_size:
             raise ValueError(f"the data is empty: its batch size is {tuple(tensordict.batch_size)}.")
