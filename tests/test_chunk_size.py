@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 
 import pytest
@@ -78,8 +79,8 @@ def test_without_chunks_gradient_and_fisher_matrix_share_a_forward_pass():
         passes.clear()
         updater.fisher_subsample = subsample
         stats = updater.step(data)
-        assert (stats["step_fraction"] == 1).all()
-        assert len(passes) == expected + 1
+        tries = 1 + (stats["step_fraction"].log() / math.log(0.8)).round().int().max()
+        assert len(passes) == expected + tries
 
 
 @pytest.mark.parametrize("chunk_size", [0, -3, 2.5, "many"])
