@@ -6,6 +6,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 
+from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.policy_network import (
     distribution_parameters,
     single_agent_network,
@@ -102,7 +103,8 @@ def _slopes(
     leaves = parameters.data.clone()
     names = [key for key, value in parameters.items(True, True) if value.requires_grad]
     trained = [leaves.get(name).requires_grad_() for name in names]
-    outputs = distribution_parameters(network, leaves, row.inputs)
+    with differentiable_attention():
+        outputs = distribution_parameters(network, leaves, row.inputs)
     slopes = []
     for agent in range(row.agent_shape.numel()):
         own = [value.narrow(row.row_dims, agent, 1) for value in outputs.values(True, True) if value.requires_grad]

@@ -19,6 +19,7 @@ from tests.cases import (
     LOG_PROB,
     MASK,
     OBSERVATION,
+    OLD_DATA,
     REWARD,
     VALUE,
     make_actor,
@@ -67,6 +68,7 @@ def floating(values):
     return {value.dtype for value in values if value.is_floating_point()}
 
 
+@OLD_DATA
 @pytest.mark.parametrize("kind", ["normal", "tanh_normal", "masked", "multi_categorical", "composite"])
 def test_no_update_takes_the_default_type(dtype, kind):
     """A try of the line search had parameters of torch's default type, which the network could not multiply with."""
@@ -88,6 +90,7 @@ def test_no_update_takes_the_default_type(dtype, kind):
     assert floating(actor.parameters()) == {dtype}
 
 
+@OLD_DATA
 @pytest.mark.parametrize("central", [False, True])
 def test_no_part_of_a_loop_takes_the_default_type(dtype, central):
     """Values, advantages, the policy's step and the critic's fit, with PopArt."""

@@ -16,7 +16,7 @@ from torchrl_trpo.line_search import backtrack
 from torchrl_trpo.ranged import RangedSettings
 
 _LOG_RATIO_ROUNDING = 0.01
-"""How far log-probabilities may be apart by rounding. """
+"""How far log-probabilities may be apart by rounding; of actions near their bounds it is coarse."""
 
 
 class TrustRegionProblem(Protocol):
@@ -177,7 +177,7 @@ class TrustRegionUpdater(RangedSettings):
                 solved.append(self._solve(problem))
                 indices.extend(problem.indices)
             stats: TensorDict = TensorDict.cat(solved)
-            self._check_policy_of_data(stats)
+            self._check_policy_of_data(stats, torch.finfo(problem.parameters.dtype).eps)
             order = torch.tensor(indices).to(stats["kl"].device, non_blocking=True)
             return stats[order.argsort()].set("order", order)
         except BaseException:
@@ -185,13 +185,13 @@ class TrustRegionUpdater(RangedSettings):
                 restore()
             raise
 
-    def _check_policy_of_data(self, stats: TensorDict) -> None:
-        """Warns once when the data is not from the policy that the step starts at."""
+    def _check_policy_of_data(self, stats: TensorDict, precision: float) -> None:
+        """Warns once when the data is not from the policy that the step starts at, beyond its parameters' precision."""
         mismatches = stats.get("log_ratio_max", None)
         if self._warned_of_data or mismatches is None or mismatches.is_meta:
             return
         mismatch = float(mismatches.max())  # waits for the device
-        if not _LOG_RATIO_ROUNDING < mismatch < math.inf:
+        if not max(_LOG_RATIO_ROUNDING, 2**16 * precision) < mismatch < math.inf:
             return
         self._warned_of_data = True
         warnings.warn(
