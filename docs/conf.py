@@ -58,8 +58,9 @@ nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo\
 # What is public: the names that the two packages export, and what the modules on the pages hold, which
 # sphinx.ext.coverage compares. A module that is on no page and not internal fails the build until it is decided.
 INTERNAL = (
-    r"torchrl_trpo\.(absence|action_features|batched_reset|checkpoints|conjugate_gradient|divergence|fisher|layout|line_search|"
-    r"minibatches|object_snapshot|object_state|ranged|row_statistics|score_statistics|seeding|simulators|stopping|torchrun|"
+    r"torchrl_trpo\.(absence|action_features|batched_reset|checkpoints|conjugate_gradient|divergence|fisher|functional|"
+    r"layout|line_search|minibatches|object_snapshot|object_state|ranged|row_statistics|score_statistics|seeding|"
+    r"simulators|stopping|torchrun|"
     r"updater|vectors|objectives\..*|recipes\.(comparison|comparison_report|experiments|sensitivity|tuning))"
 )
 coverage_ignore_functions = ["main"]
