@@ -1,10 +1,18 @@
-"""Whether the parameters of a policy belong to its agents as its trust regions have it."""
+"""Whether the parameters of a policy belong to its agents as its trust regions have it.
+
+A policy's structure does not depend on its parameters or inputs. So it is looked at where no zero hides anything: at a
+few rows of a batch, with parameters and inputs changed a little, in evaluation mode.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
+from torch import Tensor, nn
 
 from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.policy_network import (
@@ -15,6 +23,8 @@ from torchrl_trpo.objectives.policy_network import (
 )
 from torchrl_trpo.objectives.policy_rows import PolicyRows
 
+_ROWS = 4
+
 
 def check_stacked_agents(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, rows: PolicyRows
@@ -24,13 +34,13 @@ def check_stacked_agents(
     Args:
         network: the policy, with parameters stacked on a leading agent dimension.
         parameters: its parameters and buffers.
-        rows: a batch; its first row is looked at.
+        rows: a batch.
 
     Raises:
         ValueError: if an agent's actions depend on another one's slice.
     """
-    row, agents = rows.take(slice(0, 1)), range(rows.agent_shape.numel())
-    names, slopes = _slopes(network, parameters, row)
+    agents = range(rows.agent_shape.numel())
+    names, slopes = _slopes(network, parameters, rows)
     for agent in agents:
         others = [other for other in agents if other != agent]
         wrong = [name for name, slope in zip(names, slopes[agent], strict=True) if _any(slope[others])]
@@ -51,25 +61,27 @@ def check_agents_alone(
     Args:
         network: the policy, with parameters stacked on a leading agent dimension.
         parameters: its parameters and buffers.
-        rows: a batch; its first row is looked at.
+        rows: a batch.
 
     Raises:
         ValueError: if it does, beyond rounding.
     """
-    row, agents = rows.take(slice(0, 1)), range(rows.agent_shape.numel())
-    together = distribution_parameters(network, parameters.data, row.inputs)
-    for agent in agents:
-        own = slice_agents(parameters, slice(agent, agent + 1), stacked_prefixes(network))
-        single = single_agent_network(network, agent, len(agents))
-        expected = {key: value.narrow(row.row_dims, agent, 1) for key, value in together.items(True, True)}
-        apart = distribution_parameters(single, own, row.of_agent(agent).inputs)
-        if not all(_close(apart.get(key), value) for key, value in expected.items()):
-            raise ValueError(
-                f"agents are updated one at a time, but agent {agent} alone, with its slice of the parameters, does "
-                "not act as among all: the policy has something that depends on other agents, or a buffer with an "
-                "entry for each. Legal: layers that act on each agent's features; what differs between agents as a "
-                "parameter [n_agents, ...] or in a MultiAgentNetBase."
-            )
+    few, agents = _few(rows), range(rows.agent_shape.numel())
+    moved = parameters.apply(lambda value: _moved(value).requires_grad_(value.requires_grad))
+    with _in_evaluation(network), differentiable_attention():
+        together = distribution_parameters(network, moved, few.inputs)
+        for agent in agents:
+            single = single_agent_network(network, agent, len(agents))
+            own = slice_agents(moved, slice(agent, agent + 1), stacked_prefixes(network))
+            apart = distribution_parameters(single, own, few.of_agent(agent).inputs)
+            expected = {key: _of_agent(value, agent, few) for key, value in together.items(True, True)}
+            if not all(_close(apart.get(key), value) for key, value in expected.items()):
+                raise ValueError(
+                    f"agents are updated one at a time, but agent {agent} alone, with its slice of the parameters, "
+                    "does not act as among all: the policy has something that depends on other agents, or a buffer "
+                    "with an entry for each. Legal: layers that act on each agent's features; what differs between "
+                    "agents as a parameter [n_agents, ...] or in a MultiAgentNetBase."
+                )
 
 
 def check_shared_agents(
@@ -80,12 +92,12 @@ def check_shared_agents(
     Args:
         network: the policy.
         parameters: its parameters and buffers.
-        rows: a batch; its first row is looked at.
+        rows: a batch.
 
     Raises:
         ValueError: if each parameter reaches the actions of one agent at most.
     """
-    _, slopes = _slopes(network, parameters, rows.take(slice(0, 1)))
+    _, slopes = _slopes(network, parameters, rows)
     reached = torch.tensor([[_any(slope) for slope in own] for own in slopes])  # [n_agents, parameters]
     if (reached.sum(0) <= 1).all() and reached.any(1).all():
         raise ValueError(
@@ -97,29 +109,69 @@ def check_shared_agents(
 
 @torch.enable_grad()
 def _slopes(
-    network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, row: PolicyRows
-) -> tuple[list[NestedKey], list[tuple[torch.Tensor, ...]]]:
+    network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, rows: PolicyRows
+) -> tuple[list[NestedKey], list[tuple[Tensor, ...]]]:
     """The names of the parameters, and for each agent a derivative of its distribution by each of them."""
-    leaves = parameters.data.clone()
-    names = [key for key, value in parameters.items(True, True) if value.requires_grad]
-    trained = [leaves.get(name).requires_grad_() for name in names]
-    with differentiable_attention():
-        outputs = distribution_parameters(network, leaves, row.inputs)
+    few = _few(rows)
+    leaves = parameters.apply(lambda value: _moved(value).requires_grad_(value.requires_grad))
+    names = [key for key, value in leaves.items(True, True) if value.requires_grad]
+    trained = [leaves.get(name) for name in names]
+    with _in_evaluation(network), differentiable_attention():
+        outputs = distribution_parameters(network, leaves, few.inputs)
     slopes = []
-    for agent in range(row.agent_shape.numel()):
-        own = [value.narrow(row.row_dims, agent, 1) for value in outputs.values(True, True) if value.requires_grad]
-        directions = [torch.arange(value.numel()).to(value).sin().add(2).reshape(value.shape) for value in own]
+    for agent in range(few.agent_shape.numel()):
+        own = [_of_agent(value, agent, few) for value in outputs.values(True, True) if value.requires_grad]
+        directions = [2 + _waves(value) for value in own]
         slopes.append(torch.autograd.grad(own, trained, directions, retain_graph=True, materialize_grads=True))
     return names, slopes
 
 
-def _any(slope: torch.Tensor) -> bool:
+def _few(rows: PolicyRows) -> PolicyRows:
+    """Some rows, with inputs that are not those of the data."""
+    few = rows.take(slice(0, _ROWS))
+    inputs: TensorDict = few.inputs.apply(_moved)
+    return few.with_inputs(inputs)
+
+
+def _moved(value: Tensor) -> Tensor:
+    """Other numbers than those given, each by something else; without a draw of random ones."""
+    value = value.detach()
+    return value + 0.1 * _waves(value) if value.is_floating_point() else value.clone()
+
+
+def _waves(value: Tensor) -> Tensor:
+    """Numbers between -1 and 1 that differ from entry to entry."""
+    return torch.arange(1, 1 + value.numel(), device=value.device).to(value.dtype).sin().reshape(value.shape)
+
+
+def _of_agent(value: Tensor, agent: int, rows: PolicyRows) -> Tensor:
+    """An agent's part of an output ``[*R, n_agents, F]``; all of one that the agents have in common."""
+    per_agent = value.ndim > rows.row_dims and value.shape[rows.row_dims] == rows.agent_shape.numel()
+    return value.narrow(rows.row_dims, agent, 1) if per_agent else value
+
+
+@contextlib.contextmanager
+def _in_evaluation(network: nn.Module) -> Iterator[None]:
+    """Evaluates a network without dropout, and batch norm by what it has counted."""
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _any(slope: Tensor) -> bool:
     """Whether a derivative is not zero; one that is not finite says nothing, nor does the meta device."""
     return not slope.is_meta and bool((slope.abs() > 0).any())
 
 
-def _close(value: torch.Tensor, expected: torch.Tensor) -> bool:
+def _close(value: Tensor, expected: Tensor) -> bool:
     """Whether two evaluations are the same up to rounding."""
     if value.shape != expected.shape or value.is_meta:
         return value.is_meta
-    return torch.allclose(value, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+    if not value.is_floating_point():
+        return torch.equal(value, expected)
+    tolerance = torch.finfo(value.dtype).eps ** 0.5
+    return torch.allclose(value, expected, rtol=tolerance, atol=tolerance, equal_nan=True)

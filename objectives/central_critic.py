@@ -14,6 +14,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueNorm, set_recurrent_mode
 
 from torchrl_trpo.action_features import action_features
+from torchrl_trpo.functional import parameters_restored
 from torchrl_trpo.layout import group_of, key_list, path
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.policy_rows import entry
@@ -223,7 +224,8 @@ class CentralCriticValueEstimator(AgentGAE):
     @torch.no_grad()
     def _next_actions(self, tensordict: TensorDictBase, actions: list[Tensor], time_dim: int) -> list[Tensor]:
         # Recurrent policies take single steps, from the states that were recorded.
-        with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
+        own = parameters_restored(self.actor_network)
+        with own, set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
             drawn = self.actor_network(tensordict.get("next").select(*self.actor_network.in_keys, strict=False).copy())
         done = entry(tensordict, ("next", *path(self.tensor_keys.done)), "the done key")
         ends = done.flatten(tensordict.batch_dims).any(-1)

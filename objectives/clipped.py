@@ -25,7 +25,9 @@ from torchrl_trpo.minibatches import ADAM_RANGES, average_gradients, count_by_ra
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.loss_parts import (
-    check_distinct_keys,
+    actor_parameters,
+    check_padding,
+    check_separate_losses,
     estimated_advantage,
     exact_entropy,
     row_mask,
@@ -203,7 +205,7 @@ class ClippedUpdater(RangedSettings):
             - ``grad_norm``: the gradient's Euclidean norm before it is shortened, mean over the steps; not finite if
               that of a step was not.
         """
-        check_distinct_keys(self.losses)
+        check_separate_losses(self.losses)
         rows = [self._rows(member.group, self.losses[member.group], tensordict) for member in self._members]
         with self._restored():
             stats = [self._update(member, of_group)[0] for member, of_group in zip(self._members, rows, strict=True)]
@@ -270,12 +272,13 @@ class ClippedUpdater(RangedSettings):
         if 0 in tensordict.batch_size:
             raise ValueError(f"the data is empty: its batch size is {tuple(tensordict.batch_size)}.")
         _check_masks(group, loss)
+        check_padding(loss, tensordict)
         tensordict = tensordict.clone(False)
         keys = loss.tensor_keys
         advantage, missing = estimated_advantage(loss, tensordict)
         log_prob = collected_log_prob(loss, tensordict)
         recorded = None if isinstance(keys.sample_log_prob, list) else tensordict.get(keys.sample_log_prob)
-        if isinstance(recorded, Tensor) and recorded.ndim >= log_prob.ndim:
+        if isinstance(recorded, Tensor) and recorded.shape[log_prob.ndim - 1 :].numel() > 1:
             raise ValueError(
                 f"{keys.sample_log_prob!r} has shape {tuple(recorded.shape)}, one of each entry of the action, which "
                 f"{type(loss).__name__} would clip one by one. Legal: a distribution of the joint action, such as "
@@ -332,6 +335,7 @@ class ClippedUpdater(RangedSettings):
         stats = TensorDict({"accepted": taken, **sums, "grad_norm": grad_norm})
         return stats, torch.where(counts, ratio, 1.0)
 
+    @torch.enable_grad()
     def _fit(self, member: Member, rows: PolicyRows, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The epochs of one member; gives the mean norm of the gradients, and whether all steps were taken."""
         loss = _make_loss(self.losses[member.group], member.network)
@@ -409,18 +413,6 @@ def _check_masks(group: str, loss: ClipPPOLoss) -> None:
 
 def _function(loss_class: type, name: str) -> object:
     return inspect.unwrap(getattr(loss_class, name))  # a LossModule wraps its forward anew in each class
-
-
-def actor_parameters(loss: ClipPPOLoss) -> TensorDictBase:
-    """The parameters and buffers of a loss's policy.
-
-    Args:
-        loss: the loss.
-
-    Returns:
-        The parameters, as its functional calls use them.
-    """
-    return loss.actor_network_params if loss.functional else TensorDict.from_module(loss.actor_network)
 
 
 def make_member(

@@ -14,8 +14,8 @@ from torchrl.objectives import ClipPPOLoss
 
 from torchrl_trpo.objectives.agent_checks import check_agents_alone, check_stacked_agents
 from torchrl_trpo.objectives.agent_sequence import AgentSequence
-from torchrl_trpo.objectives.clipped import ClippedUpdater, Member, actor_parameters, make_member
-from torchrl_trpo.objectives.loss_parts import check_distinct_keys
+from torchrl_trpo.objectives.clipped import ClippedUpdater, Member, make_member
+from torchrl_trpo.objectives.loss_parts import actor_parameters, check_separate_losses
 from torchrl_trpo.objectives.policy_network import agent_policy, resolve_trust_region
 from torchrl_trpo.objectives.policy_rows import check_agent_dim
 
@@ -143,7 +143,7 @@ class HAPPOUpdater(ClippedUpdater):
               0 of the first.
             - ``order``: ``order[m]`` is the agent that was updated m-th.
         """
-        check_distinct_keys(self.losses)
+        check_separate_losses(self.losses)
         rows = {group: self._rows(group, loss, tensordict) for group, loss in self.losses.items()}
         if not self._agents_are_checked:
             for group in {member.group for member in self._members if member.index is not None}:

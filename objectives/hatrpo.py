@@ -17,7 +17,7 @@ from torchrl.objectives import LossModule
 from torchrl_trpo.layout import path
 from torchrl_trpo.objectives.agent_checks import check_agents_alone
 from torchrl_trpo.objectives.agent_sequence import AgentSequence
-from torchrl_trpo.objectives.loss_parts import check_distinct_keys
+from torchrl_trpo.objectives.loss_parts import check_separate_losses
 from torchrl_trpo.objectives.policy_network import resolve_trust_region
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.trpo import TRPOLoss
@@ -205,7 +205,7 @@ class HATRPOSequentialObjective(LossModule):
             nats from its policy at ``θ_k`` of the data, ``[n_agents]``, NaN where the data has no distribution
             parameters, or the distribution no closed form.
         """
-        check_distinct_keys(self._groups)
+        check_separate_losses(self._groups)
         ratios: list[Tensor] = []
         terms: list[Tensor] = []
         divergences: list[Tensor] = []
@@ -230,7 +230,7 @@ class HATRPOSequentialObjective(LossModule):
         Yields:
             One subproblem per agent; it must be solved and written before the next is drawn.
         """
-        check_distinct_keys(self._groups)
+        check_separate_losses(self._groups)
         rows = {group: loss.policy_rows(tensordict) for group, loss in self._groups.items()}
         for group, loss in self._groups.items():
             if loss.trust_region == "shared" and rows[group].agent_shape.numel() > 1:

@@ -12,23 +12,47 @@ from torch import distributions as D
 from torchrl.objectives import PPOLoss
 
 from torchrl_trpo.divergence import entropy
+from torchrl_trpo.functional import parameters_restored
 from torchrl_trpo.layout import path
+from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.row_statistics import standardize
 from torchrl_trpo.suggest import PlainKeyError, nearest
 
 
-def check_distinct_keys(losses: Mapping[str, PPOLoss]) -> None:
-    """Refuses losses of one objective whose value estimators write the same entries.
+def actor_parameters(loss: PPOLoss) -> TensorDictBase:
+    """The parameters and buffers of a loss's policy.
 
-    One team would train on the other's advantages.
+    Args:
+        loss: the loss.
+
+    Returns:
+        The parameters, as its functional calls use them.
+    """
+    return loss.actor_network_params if loss.functional else TensorDict.from_module(loss.actor_network)
+
+
+def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
+    """Refuses losses of one objective that write the same entries, or whose policies share parameters.
+
+    One team would train on the other's advantages, or be moved by the other's steps.
 
     Args:
         losses: the losses by group.
 
     Raises:
-        ValueError: if two groups have the same key for the advantage, or with critics for the value or its target.
+        ValueError: if two groups have the same key for the advantage, or with critics for the value or its target; or
+            if a parameter is of both policies.
     """
+    owners: dict[int, str] = {}
+    for group, loss in losses.items():
+        for key, value in actor_parameters(loss).items(True, True):
+            other = owners.setdefault(id(value), group)
+            if value.requires_grad and other != group:
+                raise ValueError(
+                    f"groups {other!r} and {group!r} share the parameter {key} of their policies: a step of one would "
+                    "move the other's policy. Legal: a policy for each group, or one group of all agents."
+                )
     taken: dict[tuple[str, NestedKey], str] = {}
     for group, loss in losses.items():
         for name in ["advantage"] if loss.critic_network is None else ["advantage", "value", "value_target"]:
@@ -37,10 +61,37 @@ def check_distinct_keys(losses: Mapping[str, PPOLoss]) -> None:
             if other != group:
                 legal = {member: (member, path(key)[-1]) for member in (other, group)}
                 raise ValueError(
-                    f"{name}: {key!r} is the key of groups {other!r} and {group!r}: the second value estimator "
-                    "overwrites what the first has written. Legal: a key for each group, such as "
+                    f"{name}: {key!r} is the key of groups {other!r} and {group!r}: what one's value estimator writes "
+                    "there, the other would use. Legal: a key for each group, such as "
                     f"{' and '.join(f'losses[{m!r}].set_keys({name}={own})' for m, own in legal.items())}."
                 )
+
+
+def check_padding(loss: PPOLoss, tensordict: TensorDictBase) -> None:
+    """Refuses padding that a value estimator which knows no masks has taken for the steps that follow.
+
+    Args:
+        loss: the loss.
+        tensordict: the data, ``[*B, T]``.
+
+    Raises:
+        ValueError: if a step that counts is followed by one that does not, without an end.
+    """
+    estimator = loss._value_estimator
+    masks = [tensordict.get(key, None) for key in loss._loss_mask_keys() if key != "shifted_valid"]
+    masks = [mask for mask in masks if mask is not None]
+    done = tensordict.get(("next", *path(loss.tensor_keys.done)), None)
+    if estimator is None or isinstance(estimator, AgentGAE) or not masks or done is None or tensordict.batch_dims < 2:
+        return
+    steps = tensordict.shape[-1]
+    counts = torch.stack([mask.reshape(*tensordict.shape, -1).any(-1) for mask in masks]).all(0)
+    ends = done.reshape(*tensordict.shape, -1).any(-1)
+    if steps > 1 and (counts[..., :-1] & ~counts[..., 1:] & ~ends[..., :-1]).any():
+        raise ValueError(
+            f"{type(estimator).__name__} does not know the loss's mask: what padded steps were paid is in the "
+            "advantages of the steps before them, which do not end. Legal: "
+            "make_value_estimator(AgentGAE, mask_key=loss.loss_mask_key, ...), or done flags before the padding."
+        )
 
 
 def estimated_advantage(loss: PPOLoss, tensordict: TensorDictBase) -> tuple[Tensor, bool]:
@@ -69,7 +120,8 @@ def estimated_advantage(loss: PPOLoss, tensordict: TensorDictBase) -> tuple[Tens
             )
         params = loss._cached_critic_network_params_detached if loss.critic_network is not None else None
         target_params = loss.target_critic_network_params if params is not None else None
-        loss.value_estimator(tensordict, params=params, target_params=target_params)
+        with parameters_restored(loss.critic_network):
+            loss.value_estimator(tensordict, params=params, target_params=target_params)
         advantage = tensordict.get(key)
     if advantage.ndim <= tensordict.batch_dims or advantage.shape[-1] != 1:
         raise ValueError(

@@ -46,7 +46,7 @@ def resolve_trust_region(
         return "shared", 1
     loose = {key: value for key, value in trained.items() if not any(key[: len(p)] == p for p in prefixes)}
     # Outside of multi-agent networks, parameters are stacked if the user says so, but never those of a plain layer.
-    plain = [m for m in network.modules() if type(m).__module__.startswith("torch.nn.") and m._parameters]
+    plain = [m for m in network.modules() if type(m).__module__.startswith("torch.nn.") and _is_trained_layer(m)]
     plain += [m for m in network.modules() if isinstance(m, MultiAgentNetBase) and m.share_params]
     sizes = {net.n_agents for net in _unshared_nets(network)} or {
         value.shape[0] for value in loose.values() if value.ndim
@@ -61,6 +61,12 @@ def resolve_trust_region(
             "parameters of your own; or trust_region='shared', one region for all."
         )
     return "per_agent", n_agents
+
+
+def _is_trained_layer(module: nn.Module) -> bool:
+    if isinstance(module, (nn.ParameterDict, nn.ParameterList)):
+        return False
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 def stacked_prefixes(network: ProbabilisticTensorDictSequential) -> list[tuple[str, ...]]:

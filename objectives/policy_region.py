@@ -24,6 +24,8 @@ _CPU_ROWS = 4096
 """Rows times agents that are evaluated at once on a CPU."""
 _LARGEST_LOG_RATIO = 40.0
 """Its square is within float32."""
+_LOG_RATIO_ROUNDING = 0.01
+"""How far log-probabilities of the same policy may be apart."""
 
 
 @dataclass
@@ -106,7 +108,7 @@ class PolicyTrustRegion:
         self._leaves = [value.clone().requires_grad_() for value in self._live]
         self._accepted = torch.zeros(len(indices), dtype=torch.bool, device=rows.log_prob.device)
         self._log_ratio_max = rows.log_prob.new_zeros(len(indices))
-        self._ratio_moments = rows.log_prob.new_zeros(2, len(indices))
+        self._ratio_moments = rows.log_prob.new_zeros(3, len(indices))
         self._ranks = ranks
         self._chunk_rows = len(rows) if chunk_size is None else max(1, chunk_size // rows.steps_per_row)
         self._pieces = self._split(rows)
@@ -205,12 +207,13 @@ class PolicyTrustRegion:
         """How far the data is from ``π_k``, and in a sequential update how uneven the factor is.
 
         Returns:
-            ``log_ratio_max`` and ``ESS`` as in ``TrustRegionUpdater.step``; in a sequential update ``factor_std``, the
-            standard deviation of ``M`` over the rows that count. Each ``[n]``.
+            ``log_ratio_max`` and ``ESS`` as in ``TrustRegionUpdater.step``; ``mismatch``, the share of the rows with
+            another log-probability than the data says; in a sequential update ``factor_std``, the standard deviation of
+            ``M`` over the rows that count. Each ``[n]``.
         """
-        entries = {"log_ratio_max": self._ranks.max_(self._log_ratio_max)}
-        mean, square = self._ranks.sum_(self._ratio_moments)
-        entries["ESS"] = mean.square() / square
+        mean, square, mismatch = self._ranks.sum_(self._ratio_moments)
+        entries = {"log_ratio_max": self._ranks.max_(self._log_ratio_max), "ESS": mean.square() / square}
+        entries["mismatch"] = mismatch
         rows = self._rows
         if rows.factor.ndim > 1:
             change = rows.factor - 1  # small: its square keeps the digits
@@ -237,10 +240,12 @@ class PolicyTrustRegion:
         """Adds some rows to what is known of the ratios ``π_k(u|o) / π_data(u|o)``."""
         log_ratio = torch.where(rows.weight > 0, rows.log_ratio(dist), 0.0)
         ratio = log_ratio.clamp_max(_LARGEST_LOG_RATIO).exp()
-        moments = torch.stack([self._total(rows, ratio), self._total(rows, ratio.square())])
+        rounding = 8 * torch.finfo(self._leaves[0].dtype).eps * (1 + rows.log_prob.abs())
+        other = (log_ratio.abs() > rounding.clamp_min(_LOG_RATIO_ROUNDING)).to(ratio)
+        moments = torch.stack([self._total(rows, values) for values in (ratio, ratio.square(), other)])
         self._ratio_moments = self._ratio_moments + moments
-        dims = None if self._agent_slice is None else (*range(rows.row_dims), -1)
-        largest = log_ratio.abs().amax(dims) if dims else log_ratio.abs().amax().reshape(1)
+        dims = (*range(rows.row_dims), -1) if self._agent_slice is not None else tuple(range(log_ratio.ndim))
+        largest = log_ratio.abs().amax(dims).reshape(len(self.indices))
         self._log_ratio_max = torch.maximum(self._log_ratio_max, largest)
 
     def _piece_product(self, rows: PolicyRows, kept: _Piece | None = None) -> Callable[[Tensor], Tensor]:

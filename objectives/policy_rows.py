@@ -110,6 +110,17 @@ class PolicyRows:
         shape = [*self.log_prob.shape[: self.row_dims], *[1] * (self.log_prob.ndim - self.row_dims)]
         return replace(self, factor=factor.reshape(shape))
 
+    def with_inputs(self, inputs: TensorDict) -> PolicyRows:
+        """The same rows, as if the policy had read something else.
+
+        Args:
+            inputs: what it reads, batch size ``[*R]``.
+
+        Returns:
+            The rows.
+        """
+        return replace(self, inputs=inputs)
+
     def _map(self, function: Callable[[Tensor, bool], Tensor]) -> PolicyRows:
         """Applies a function of an entry, and whether it is one per agent, to what there is per row."""
         agents = self.agent_shape.numel()
@@ -256,10 +267,11 @@ def collected_log_prob(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
         if own is None or own.ndim > part.ndim:
             agent_dims.append(extra)
         elif own.is_floating_point():
-            agent_dims.append(extra - 1)
+            agent_dims.append(extra if extra == 1 and _has_agents(loss, tensordict, by_key=False) else extra - 1)
     if not agent_dims:
         extra = max(part.ndim for part, _ in pairs) - batch_dims
-        if extra > 0 and not _has_agents(loss, tensordict):
+        many = any(part.shape[batch_dims:].numel() > 1 for part, _ in pairs)
+        if many and not _has_agents(loss, tensordict):
             raise ValueError(
                 f"the log-probability {keys.sample_log_prob!r} has shape {tuple(part.shape)} in data of batch size "
                 f"{tuple(tensordict.batch_size)}: is it one of each agent, or of each action of one agent? Legal: the "
@@ -271,14 +283,15 @@ def collected_log_prob(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
     return torch.stack([sum_events(part, ndim) for part, _ in pairs]).sum(0).unsqueeze(-1)
 
 
-def _has_agents(loss: PPOLoss, tensordict: TensorDictBase) -> bool:
-    """Whether the data of a loss has an agent dimension, by its networks, its keys or its advantage."""
+def _has_agents(loss: PPOLoss, tensordict: TensorDictBase, *, by_key: bool = True) -> bool:
+    """Whether the data of a loss has an agent dimension: by its networks, its advantage, or its group and its key."""
     action = loss.tensor_keys.action
+    group = group_of(action[0] if isinstance(action, list) else action)
     advantage = tensordict.get(loss.tensor_keys.advantage, None)
     return (
         any(isinstance(net, MultiAgentNetBase) for net in loss.actor_network.modules())
-        or group_of(action[0] if isinstance(action, list) else action) is not None
         or (advantage is not None and advantage.ndim > tensordict.batch_dims + 1)
+        or (group is not None and (by_key or tensordict.get(group).batch_dims > tensordict.batch_dims))
     )
 
 

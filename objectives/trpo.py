@@ -29,7 +29,13 @@ from torchrl_trpo.objectives.agent_checks import check_shared_agents, check_stac
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
-from torchrl_trpo.objectives.loss_parts import estimated_advantage, exact_entropy, row_mask, standardized_advantage
+from torchrl_trpo.objectives.loss_parts import (
+    check_padding,
+    estimated_advantage,
+    exact_entropy,
+    row_mask,
+    standardized_advantage,
+)
 from torchrl_trpo.objectives.policy_network import (
     distribution_keys,
     distribution_parameters,
@@ -343,6 +349,7 @@ class TRPOLoss(PPOLoss):
                 "delay_actor=True keeps a lagging policy for clipping; a trust-region step is taken from the current "
                 "one. Use delay_actor=False."
             )
+        check_padding(self, tensordict)
         tensordict = tensordict.clone(False)
         advantage = self.normalized_advantage(tensordict, update_norm=True)
         keys = self.tensor_keys
@@ -362,11 +369,11 @@ class TRPOLoss(PPOLoss):
         if not any(value.requires_grad for value in self.actor_parameters.values(True, True)):
             raise ValueError("no parameter of the policy requires a gradient: nothing of it can be updated.")
         if not self._agents_are_checked and rows.agent_shape.numel() > 1:
-            self._agents_are_checked = True
             if self.trust_region == "per_agent":
                 check_stacked_agents(self.actor_network, self.actor_parameters, rows)
             elif self._region_is_inferred:
                 check_shared_agents(self.actor_network, self.actor_parameters, rows)
+            self._agents_are_checked = True
         return rows
 
     def surrogate_terms(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:

@@ -277,8 +277,8 @@ MUTATIONS = (
     Mutation(
         "mismatch-of-the-kept",
         "objectives/policy_region.py",
-        "log_ratio.abs().amax(dims)",
-        "log_ratio.amax(dims)",
+        "largest = log_ratio.abs().amax(dims)",
+        "largest = log_ratio.amax(dims)",
         "data that is likelier than the policy says is not told",
         "updater",
     ),

@@ -150,3 +150,44 @@ def test_a_frozen_policy_is_refused():
     data = make_data(actor)
     with pytest.raises(ValueError, match="no parameter of the policy requires a gradient"):
         itrpo(actor).step(data)
+
+
+@pytest.mark.parametrize("hidden", ["caught error", "zeros", "zero head"])
+@pytest.mark.parametrize("make_updater", [itrpo, hatrpo, happo])
+def test_nothing_hides_what_agents_see_of_each_other(hidden, make_updater):
+    """A caught error switched the look at the policy off; a row of zeros, or a head of zeros, has no derivatives."""
+    net = networks(4)
+    actor = make_policy(net, nn.ReLU(), Mixing(), NormalParamExtractor())
+    for value in net.parameters():
+        if hidden == "zero head":
+            value.data.zero_()
+    data = make_data(actor)
+    updater = make_updater(actor)
+    if hidden == "zeros":
+        data[OBSERVATION][0, 0] = 0
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"actions of agent 0 depend on other agents' slices"):
+            updater.step(data)
+
+
+@pytest.mark.parametrize("make_updater", [itrpo, hatrpo])
+def test_what_is_frozen_may_be_shared_and_containers_are_no_layers(make_updater):
+    """A frozen encoder, and a standard deviation in a ``ParameterDict``, were refused as shared."""
+
+    class Policy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Linear(3, 3).requires_grad_(False)
+            self.net = networks(2)
+            self.own = nn.ParameterDict({"log_std": nn.Parameter(torch.zeros(3, 2))})
+
+        def forward(self, observation):
+            loc = self.net(self.encoder(observation))
+            return loc, self.own["log_std"].exp().expand_as(loc)
+
+    actor = make_policy(Policy())
+    data = make_data(actor)
+    old = actor.get_dist(data.clone())
+    stats = make_updater(actor).step(data)
+    assert stats["accepted"].all()
+    torch.testing.assert_close(stats["kl"], region_mean(textbook_kl(old, actor.get_dist(data.clone())), True))

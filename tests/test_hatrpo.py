@@ -428,3 +428,16 @@ def test_without_critics_groups_may_share_what_only_critics_write():
     data["trucks", "advantage"] = data["advantage"]
     with pytest.warns(UserWarning, match="not collected"):  # by the trucks
         assert TrustRegionUpdater(HATRPOSequentialObjective(losses)).step(data)["accepted"].all()
+
+
+@pytest.mark.parametrize("name", ["hatrpo", "mappo", "happo"])
+def test_groups_that_share_a_policy_are_refused(name):
+    """Each step was within max_kl of its own region, and their sum was not."""
+    actor = make_actor()
+    losses = {group: (TRPOLoss if name == "hatrpo" else ClipPPOLoss)(actor) for group in ("cars", "trucks")}
+    for group, loss in losses.items():
+        loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, advantage=(group, "advantage"))
+    updaters = {"mappo": ClippedUpdater, "happo": HAPPOUpdater}
+    updater = updaters[name](losses) if name != "hatrpo" else TrustRegionUpdater(HATRPOSequentialObjective(losses))
+    with pytest.raises(ValueError, match="groups 'cars' and 'trucks' share the parameter"):
+        updater.step(make_data(actor))

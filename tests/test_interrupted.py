@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.modules import IndependentNormal, MultiAgentMLP, NormalParamExtractor, ProbabilisticActor
-from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives import ClipPPOLoss, ValueEstimators
 
 from tests.cases import (
     ACTION,
@@ -149,3 +151,25 @@ def test_an_error_in_a_forward_pass_leaves_policy_and_critic_their_parameters(sh
             state = network.state_dict(keep_vars=True)
             assert list(state) == list(before)
             assert all(state[key] is value for key, value in before.items())
+
+
+@pytest.mark.parametrize("make", [TRPOLoss, ClipPPOLoss])
+def test_an_error_in_another_estimator_leaves_the_critic_its_parameters(make):
+    """The update calls the loss's estimator for a missing advantage, TorchRL's own too."""
+    actor = make_actor()
+    net = MultiAgentMLP(3, 1, n_agents=3, centralized=False, share_params=False, num_cells=[4], depth=1).double()
+    critic = TensorDictModule(net, [OBSERVATION], [VALUE])
+    loss = make(actor, critic)
+    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, reward=REWARD, value=VALUE)
+    loss.make_value_estimator(ValueEstimators.GAE)
+    data = make_data(actor).exclude("advantage")
+    data["next"] = data.select(OBSERVATION).update({REWARD: torch.zeros(5, 8, 3, 1)})
+    data["next", "done"] = data["next", "terminated"] = torch.zeros(5, 8, 1, dtype=torch.bool)
+    own = critic.state_dict(keep_vars=True)
+    bad = data.clone().set(OBSERVATION, data[OBSERVATION][..., :-1])
+    updater = TrustRegionUpdater(loss) if make is TRPOLoss else ClippedUpdater(loss)
+    with pytest.raises(RuntimeError):
+        updater.step(bad)
+    assert all(own[key] is value for key, value in critic.state_dict(keep_vars=True).items())
+    critic(data)
+    copy.deepcopy(critic)

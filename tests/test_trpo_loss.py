@@ -21,7 +21,7 @@ from torch.distributions import (
     Weibull,
 )
 from torchrl.modules import IndependentNormal, PopArtValueNorm, ProbabilisticActor, TanhNormal, TruncatedNormal
-from torchrl.objectives import ClipPPOLoss, PPOLoss
+from torchrl.objectives import ClipPPOLoss, PPOLoss, ValueEstimators
 from torchrl.objectives.value import MultiAgentGAE
 
 from tests.cases import (
@@ -794,3 +794,62 @@ def test_an_update_moves_no_running_statistics():
         stats = TrustRegionUpdater(TRPOLoss(actor)).step(data)
     assert stats["accepted"].all()
     assert all(torch.equal(value, before[key]) for key, value in actor.named_buffers())
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("make", [TRPOLoss, ClipPPOLoss])
+def test_an_estimator_that_knows_no_masks_must_see_an_end_before_the_padding(make, ends):
+    """TorchRL's estimators do not read the loss's mask: what padding is paid was in the advantages of real steps."""
+    actor, critic = make_single()
+    loss = make(actor, critic)
+    loss.loss_mask_key = "mask"
+    loss.make_value_estimator(ValueEstimators.GAE)
+    data = single_data(actor)
+    data["mask"] = (torch.arange(8) < 6).expand(5, 8)
+    data["next", "done"][:, 5] = data["next", "terminated"][:, 5] = ends
+    updater = TrustRegionUpdater(loss) if make is TRPOLoss else ClippedUpdater(loss)
+    if ends:
+        assert updater.step(data)["accepted"].all()
+        return
+    with pytest.raises(ValueError, match=r"GAE does not know the loss's mask.*AgentGAE, mask_key"):
+        updater.step(data)
+
+
+def test_agents_with_a_scalar_action_each():
+    """``[*B, n_agents]`` of a group, without an action dimension: agents are not summed to one."""
+    loc = TensorDictModule(nn.Sequential(nn.Linear(3, 1), nn.Flatten(-2)).double(), [OBSERVATION], [(GROUP, "loc")])
+    actor = ProbabilisticActor(
+        loc,
+        in_keys={"loc": (GROUP, "loc")},
+        out_keys=[ACTION],
+        distribution_class=Normal,
+        distribution_kwargs={"scale": 1.0},
+        return_log_prob=True,
+    )
+    data = make_data(actor)
+    old = actor.get_dist(data.clone())
+    stats = TrustRegionUpdater(TRPOLoss(actor)).step(data)
+    assert stats["accepted"].all()
+    kl = torch.distributions.kl_divergence(old, actor.get_dist(data.clone())).mean()
+    torch.testing.assert_close(stats["kl"], kl.detach().reshape(1))
+
+
+def test_one_entry_is_no_choice_between_agents_and_actions():
+    """A discrete action of shape ``(1,)``; and a ``Normal`` of one entry in a clipped update."""
+    actor = ProbabilisticActor(
+        TensorDictModule(
+            nn.Sequential(nn.Linear(3, 4), nn.Unflatten(-1, (1, 4))).double(), ["observation"], ["logits"]
+        ),
+        in_keys=["logits"],
+        out_keys=["action"],
+        distribution_class=torch.distributions.Categorical,
+        return_log_prob=True,
+    )
+    single, _ = make_single(n_act=1)
+    single[-1].distribution_class = Normal
+    for policy, make in ((actor, TRPOLoss), (single, ClipPPOLoss)):
+        data = single_data(policy)
+        data["advantage"] = torch.randn(5, 8, 1, dtype=torch.float64)
+        loss = make(policy)
+        updater = TrustRegionUpdater(loss) if make is TRPOLoss else ClippedUpdater(loss)
+        assert updater.step(data)["accepted"].all()

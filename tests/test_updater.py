@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tests.cases import (
     ACTION,
@@ -364,3 +365,16 @@ def test_inference_mode_is_refused_by_its_name():
     updater, data = TrustRegionUpdater(TRPOLoss(actor := make_actor())), make_data(actor)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         updater.step(data)
+
+
+def test_actions_at_their_bounds_are_no_other_policy():
+    """What a squashed action at its bound says of itself is rounding: single rows are apart by more than 1."""
+    actor = make_actor("tanh_normal", n_obs=3, share_params=True).float()
+    for parameter in actor.parameters():
+        parameter.data *= 5
+    data = make_data(actor.double(), (60, 20)).float()
+    actor.float()
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        actor(data)
+    stats = TrustRegionUpdater(TRPOLoss(actor)).step(data)
+    assert stats["log_ratio_max"] > 0.01

@@ -61,7 +61,8 @@ def parameters_restored(*networks: nn.Module | None) -> Iterator[None]:
                 del vars(module)[name]
             vars(module).update(attributes)
         replaced = error.__context__
-        if replaced is not None and replaced is not handled and not isinstance(replaced, Exception):
+        of_tensordict = isinstance(error, RuntimeError) and replaced is not handled
+        if of_tensordict and replaced is not None and not isinstance(replaced, Exception):
             raise replaced from None
         raise
 

@@ -15,9 +15,6 @@ from torchrl_trpo.conjugate_gradient import conjugate_gradient
 from torchrl_trpo.line_search import backtrack
 from torchrl_trpo.ranged import RangedSettings
 
-_LOG_RATIO_ROUNDING = 0.01
-"""How far log-probabilities may be apart by rounding; of actions near their bounds it is coarse."""
-
 
 class TrustRegionProblem(Protocol):
     """One or several independent trust-region subproblems at the current parameters ``θ_k``.
@@ -49,7 +46,10 @@ class TrustRegionProblem(Protocol):
         """A function that writes ``θ_k`` again, to the bit, whatever was written since."""
 
     def diagnostics(self) -> Mapping[str, Tensor]:
-        """More statistics, each ``[n]``, once the gradient is known; :meth:`TrustRegionUpdater.step` names them."""
+        """More statistics, each ``[n]``, once the gradient is known; :meth:`TrustRegionUpdater.step` names them.
+
+        ``mismatch`` is none of them: the share of the rows whose log-probability in the data is not the policy's.
+        """
 
 
 class TrustRegionObjective(Protocol):
@@ -177,30 +177,33 @@ class TrustRegionUpdater(RangedSettings):
                 solved.append(self._solve(problem))
                 indices.extend(problem.indices)
             stats: TensorDict = TensorDict.cat(solved)
-            self._check_policy_of_data(stats, torch.finfo(problem.parameters.dtype).eps)
+            self._check_policy_of_data(stats)
             order = torch.tensor(indices).to(stats["kl"].device, non_blocking=True)
             return stats[order.argsort()].set("order", order)
         except BaseException:
-            for restore in snapshots:
+            for restore in reversed(snapshots):
                 restore()
             raise
 
-    def _check_policy_of_data(self, stats: TensorDict, precision: float) -> None:
-        """Warns once when the data is not from the policy that the step starts at, beyond its parameters' precision."""
-        mismatches = stats.get("log_ratio_max", None)
+    def _check_policy_of_data(self, stats: TensorDict) -> None:
+        """Warns once when most of the data is not from the policy that the step starts at.
+
+        A few log-probabilities may differ by any amount: of squashed actions at their bounds only rounding is left.
+        """
+        mismatches = stats.pop("mismatch", None)
         if self._warned_of_data or mismatches is None or mismatches.is_meta:
             return
-        mismatch = float(mismatches.max())  # waits for the device
-        if not max(_LOG_RATIO_ROUNDING, 2**16 * precision) < mismatch < math.inf:
+        if not float(mismatches.max()) > 0.5:  # waits for the device
             return
         self._warned_of_data = True
         warnings.warn(
             "The data was not collected by the policy that is updated: its log-probabilities differ by up to "
-            f"{mismatch:.3g} from the policy's (effective sample size {float(stats['ESS'].min()):.2f}). The trust "
-            "region is around the policy, not around what the data is from. Likely causes: a collector with a copy of "
-            "the policy that is not updated (update_policy_weights_), a batch that was used before, rows of a "
-            "recurrent policy out of order, a part of a composite log-probability left out, dropout or batch norm in "
-            "the policy. Each step says more in log_ratio_max and ESS.",
+            f"{float(stats['log_ratio_max'].max()):.3g} from the policy's (effective sample size "
+            f"{float(stats['ESS'].min()):.2f}). The trust region is around the policy, not around what the data is "
+            "from. Likely causes: a collector with a copy of the policy that is not updated "
+            "(update_policy_weights_), a batch that was used before, rows of a recurrent policy out of order, a part "
+            "of a composite log-probability left out, dropout or batch norm in the policy, most actions at their "
+            "bounds. Each step says more in log_ratio_max and ESS.",
             stacklevel=3,
         )
 
