@@ -272,10 +272,10 @@ class ClippedUpdater(RangedSettings):
         if 0 in tensordict.batch_size:
             raise ValueError(f"the data is empty: its batch size is {tuple(tensordict.batch_size)}.")
         _check_masks(group, loss)
-        check_padding(loss, tensordict)
         tensordict = tensordict.clone(False)
         keys = loss.tensor_keys
         advantage, missing = estimated_advantage(loss, tensordict)
+        check_padding(loss, tensordict)
         log_prob = collected_log_prob(loss, tensordict)
         recorded = None if isinstance(keys.sample_log_prob, list) else tensordict.get(keys.sample_log_prob)
         if isinstance(recorded, Tensor) and recorded.shape[log_prob.ndim - 1 :].numel() > 1:

@@ -349,9 +349,9 @@ class TRPOLoss(PPOLoss):
                 "delay_actor=True keeps a lagging policy for clipping; a trust-region step is taken from the current "
                 "one. Use delay_actor=False."
             )
-        check_padding(self, tensordict)
         tensordict = tensordict.clone(False)
         advantage = self.normalized_advantage(tensordict, update_norm=True)
+        check_padding(self, tensordict)
         keys = self.tensor_keys
         log_prob = collected_log_prob(self, tensordict)
         if self.trust_region == "per_agent":
