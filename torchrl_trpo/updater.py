@@ -158,8 +158,8 @@ class TrustRegionUpdater(RangedSettings):
               regions before this one have left: 0 of the first, nothing outside of a sequential update.
             - ``order``: ``order[m]`` is the region that was solved m-th.
             - ``log_ratio_max``: the largest ``|log π_k(u|o) − log π_data(u|o)|`` over the rows that count, at ``θ_k``
-              against what the data says: rounding, if ``π_k`` has collected the data. If most rows are apart by more than
-              that, a warning says so once.
+              against what the data says: rounding, if ``π_k`` has collected the data. If most rows are further apart, a
+              warning says so once.
             - ``ESS``: the effective sample size of the ratios ``π_k(u|o) / π_data(u|o)``, as a share of those rows.
 
         Raises:
