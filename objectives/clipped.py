@@ -34,6 +34,7 @@ from torchrl_trpo.objectives.loss_parts import (
     standardized_advantage,
 )
 from torchrl_trpo.objectives.policy_network import (
+    build_distribution,
     distribution_parameters,
     input_keys,
     slice_agents,
@@ -374,7 +375,7 @@ class ClippedUpdater(RangedSettings):
             distribution_parameters(member.network, member.parameters, rows.inputs[start : start + size])
             for start in range(0, len(rows), size)
         ]
-        return member.network.build_dist_from_params(torch.cat(parts))
+        return build_distribution(member.network, torch.cat(parts))
 
 
 def _check_loss(group: str, loss: ClipPPOLoss, ranks: Ranks) -> None:

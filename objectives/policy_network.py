@@ -14,9 +14,11 @@ from tensordict.nn import (
     ProbabilisticTensorDictSequential,
 )
 from torch import Tensor, nn
-from torchrl.modules import set_recurrent_mode
+from torch import distributions as D
+from torchrl.modules import TanhNormal, set_recurrent_mode
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
+from torchrl_trpo.distributions import BoundedTanhNormal
 from torchrl_trpo.functional import other_parameters
 from torchrl_trpo.layout import path
 from torchrl_trpo.suggest import nearest
@@ -115,6 +117,24 @@ def distribution_parameters(
     parameters = parameters.apply(lambda value: value if value.requires_grad else value.clone())
     with set_recurrent_mode(True), other_parameters(network, parameters):
         return network.get_dist_params(inputs.copy()).select(*distribution_keys(network))
+
+
+def build_distribution(network: ProbabilisticTensorDictSequential, dist_params: TensorDictBase) -> D.Distribution:
+    """A policy's distribution; TorchRL's ``TanhNormal`` as one that looks at its bounds once, the same to the bit.
+
+    Args:
+        network: the policy.
+        dist_params: the distribution's parameters, from :func:`distribution_parameters`.
+
+    Returns:
+        The distribution.
+    """
+    module = _distribution_module(network)
+    if module.distribution_class is not TanhNormal:
+        return module.get_dist(dist_params)
+    names = [path(name)[-1] for name in module.dist_keys]
+    own = {name: dist_params.get(key) for name, key in zip(names, module.in_keys, strict=True)}
+    return BoundedTanhNormal(**own, **module.distribution_kwargs)
 
 
 def input_keys(network: ProbabilisticTensorDictSequential) -> list[NestedKey]:

@@ -15,7 +15,12 @@ from torchrl_trpo.divergence import entropy, kl_divergence
 from torchrl_trpo.fisher import fisher_product, output_hessian_product
 from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
-from torchrl_trpo.objectives.policy_network import distribution_parameters, slice_agents, stacked_prefixes
+from torchrl_trpo.objectives.policy_network import (
+    build_distribution,
+    distribution_parameters,
+    slice_agents,
+    stacked_prefixes,
+)
 from torchrl_trpo.objectives.policy_rows import PolicyRows, at_least_single
 from torchrl_trpo.ranks import ALONE, Ranks
 from torchrl_trpo.vectors import flatten, unflatten
@@ -290,7 +295,7 @@ class PolicyTrustRegion:
             return distribution_parameters(self._network, parameters, rows.inputs).apply(at_least_single)
 
     def _distribution(self, dist_params: TensorDictBase) -> D.Distribution:
-        return self._network.build_dist_from_params(dist_params)
+        return build_distribution(self._network, dist_params)
 
     def _gain(self, rows: PolicyRows, dist: D.Distribution) -> Tensor:
         """What each row gives to the surrogate, ``[*R, *A, 1]``."""

@@ -83,3 +83,11 @@ def test_what_inference_mode_has_seen_first_can_be_trained():
     with torch.inference_mode():
         entropies()
     assert torch.autograd.grad(entropies(), loc)[0].isfinite().all()
+
+
+def test_bounds_that_are_written_to_are_looked_at_anew():
+    high = torch.ones(2)
+    for bound in (1.0, 5.0):
+        high.fill_(bound)
+        dist = BoundedTanhNormal(torch.full((4, 2), 20.0), torch.ones(4, 2), low=-1.0, high=high)
+        torch.testing.assert_close(dist.deterministic_sample, torch.full((4, 2), bound), rtol=1e-2, atol=0)

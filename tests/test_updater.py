@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import TanhNormal
 
 from tests.cases import (
     ACTION,
@@ -316,9 +317,11 @@ class HostWaits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["batched", "sequential"])
-@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+@pytest.mark.parametrize("kind", [*DISTRIBUTIONS, "TanhNormal of TorchRL"])
 def test_the_host_waits_once_and_once_per_try(kind, sequential):
-    actor = make_actor(kind)
+    actor = make_actor("tanh_normal" if kind == "TanhNormal of TorchRL" else kind)
+    if kind == "TanhNormal of TorchRL":  # which asks for its bounds whenever it is made
+        actor[-1].distribution_class = TanhNormal
     data, loss = make_data(actor), make_loss(actor, entropy_bonus=False)
     updater = TrustRegionUpdater(HATRPOSequentialObjective(loss) if sequential else loss, fisher_subsample=0.5)
     updater.step(data)  # looks at the policy

@@ -98,7 +98,7 @@ class BoundedTanhNormal(TanhNormal):
 
     Keyword Args:
         low: the lower bound: a number, or a tuple or a tensor ``[A]`` or ``[n_agents, A]``. A tensor is looked at anew
-            only if it is another object.
+            if it is another object, or was written to.
         high: the upper bound, likewise.
         event_dims: how many of the last dimensions are one action. Default: 1, of a scalar 0.
         **kwargs: as for ``TanhNormal``.
@@ -126,21 +126,32 @@ class BoundedTanhNormal(TanhNormal):
             super().__init__(loc, scale, **bounds, event_dims=event_dims, **kwargs)
             return
         event_dims = min(1, loc.ndim) if event_dims is None else event_dims
-        self.__dict__.update(_within_bounds(low, high, event_dims, loc.dtype, loc.device, **kwargs))
+        versions = (_version(low), _version(high))
+        self.__dict__.update(_within_bounds(low, high, versions, event_dims, loc.dtype, loc.device, **kwargs))
         self.update(loc, scale)
 
 
 @functools.lru_cache(maxsize=1024)
 def _within_bounds(
-    low: _Bound, high: _Bound, event_dims: int, dtype: torch.dtype, device: torch.device, **kwargs: Any
+    low: _Bound,
+    high: _Bound,
+    versions: tuple[int, int],
+    event_dims: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    **kwargs: Any,
 ) -> dict[str, Any]:
-    """What a ``TanhNormal`` knows of its bounds."""
+    """What a ``TanhNormal`` knows of its bounds; tensors that were written to since are other bounds."""
     with torch.inference_mode(False):  # for whoever differentiates later
         bounds = {name: _tensor(bound, dtype, device) for name, bound in {"low": low, "high": high}.items()}
         point = torch.zeros([1] * event_dims, dtype=dtype, device=device)
         known = vars(TanhNormal(point, torch.ones_like(point), **bounds, event_dims=event_dims, **kwargs))
     del known["base_dist"]  # update() would write into what all share
     return {name: bool(value) if name.startswith("non_trivial") else value for name, value in known.items()}
+
+
+def _version(bound: _Bound) -> int:
+    return bound._version if isinstance(bound, Tensor) and not bound.is_inference() else 0
 
 
 def _tensor(bound: _Bound, dtype: torch.dtype, device: torch.device) -> Tensor:
