@@ -78,9 +78,9 @@ def check_agents_alone(
             if not all(_close(apart.get(key), value) for key, value in expected.items()):
                 raise ValueError(
                     f"agents are updated one at a time, but agent {agent} alone, with its slice of the parameters, "
-                    "does not act as among all: the policy has something that depends on other agents, or a buffer "
-                    "with an entry for each. Legal: layers that act on each agent's features; what differs between "
-                    "agents as a parameter [n_agents, ...] or in a MultiAgentNetBase."
+                    "does not act as among all: something in the policy depends on other agents. Legal: layers that "
+                    "act on each agent's features; what differs between agents as a parameter or buffer "
+                    "[n_agents, ...], or in a MultiAgentNetBase."
                 )
 
 

@@ -72,7 +72,10 @@ def _is_trained_layer(module: nn.Module) -> bool:
 
 
 def stacked_prefixes(network: ProbabilisticTensorDictSequential) -> list[tuple[str, ...]]:
-    """Where a policy keeps parameters of all agents, stacked: the keys of its unshared multi-agent networks.
+    """Where a policy keeps what is of all agents, stacked, besides parameters of its own that are trained.
+
+    These are its unshared multi-agent networks, and beside them buffers and frozen parameters ``[n_agents, ...]`` that
+    are not a plain layer's, such as a standard deviation that is set by hand.
 
     Args:
         network: the policy.
@@ -80,9 +83,16 @@ def stacked_prefixes(network: ProbabilisticTensorDictSequential) -> list[tuple[s
     Returns:
         The keys, in the TensorDict of the policy's parameters.
     """
-    return [
-        (*name.split("."), "params") for name, module in network.named_modules() if module in _unshared_nets(network)
-    ]
+    nets = set(_unshared_nets(network))
+    prefixes = [(*name.split("."), "params") for name, module in network.named_modules() if module in nets]
+    sizes = {value.shape[0] for net in nets for value in net.params.values(True, True)}
+    inner = {each for net in network.modules() if isinstance(net, MultiAgentNetBase) for each in net.modules()}
+    for name, module in network.named_modules():
+        if module not in inner and not type(module).__module__.startswith("torch.nn."):
+            for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if value.ndim > 1 and not value.requires_grad and {value.shape[0]} == sizes:
+                    prefixes.append((*filter(None, name.split(".")), key))
+    return prefixes
 
 
 def _unshared_nets(network: nn.Module) -> list[MultiAgentNetBase]:
@@ -212,7 +222,7 @@ def single_agent_network(
 def slice_agents(
     parameters: TensorDictBase, agents: slice, prefixes: list[tuple[str, ...]], path: tuple[str, ...] = ()
 ) -> TensorDictBase:
-    """Slices the stacked parameters of a policy; buffers and constants that are not per agent stay whole.
+    """Slices what a policy keeps for each agent; buffers and constants that are not per agent stay whole.
 
     Args:
         parameters: the parameters of all agents.
@@ -230,7 +240,7 @@ def slice_agents(
         if is_tensor_collection(value):
             sliced[key] = slice_agents(value, agents, prefixes, (*path, key))
         else:
-            sliced[key] = value.data[agents] if value.requires_grad else value.data
+            sliced[key] = value.data[agents] if value.requires_grad or (*path, key) in prefixes else value.data
     return TensorDict(sliced)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tensordict import TensorDict
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule
 from torch import nn
 from torchrl.modules import IndependentNormal, MultiAgentMLP, NormalParamExtractor, ProbabilisticActor
@@ -44,8 +43,15 @@ class Mixing(nn.Module):
         return outputs + outputs.mean(-2, keepdim=True)
 
 
+class Seen(nn.Module):
+    """Agents see each other without a gradient."""
+
+    def forward(self, outputs):
+        return outputs + outputs.detach().mean(-2, keepdim=True)
+
+
 class Offset(nn.Module):
-    """An entry for each agent in a buffer, which an agent alone knows nothing of."""
+    """An entry for each agent in a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -136,13 +142,32 @@ def test_agents_that_see_each_other_have_no_regions_of_their_own(make_updater):
 
 @pytest.mark.parametrize("make_updater", [hatrpo, happo])
 def test_an_agent_alone_must_be_what_it_is_among_all(make_updater):
-    """A buffer ``[n_agents, A]`` is not cut per agent: one agent's policy alone would have been that of all."""
-    actor = make_policy(networks(4), Offset(), NormalParamExtractor())
+    actor = make_policy(networks(4), Seen(), NormalParamExtractor())
     data = make_data(actor)
-    data[GROUP] = TensorDict(data[GROUP], [5, 8])  # with an agent dimension, tensordict would notice
     with pytest.raises(ValueError, match=r"agent 0 alone, .* does not act as among all"):
         make_updater(actor).step(data)
     assert itrpo(actor).step(data)["accepted"].all()
+
+
+@pytest.mark.parametrize("make_updater", [itrpo, hatrpo, happo])
+@pytest.mark.parametrize(
+    "constant",
+    [
+        Offset,
+        lambda: Scale(3, 2).requires_grad_(False),
+        lambda: AddStateIndependentNormalScale((3, 2), make_param=False),
+    ],
+    ids=["buffer", "frozen parameter", "tensordict's buffer"],
+)
+def test_a_constant_for_each_agent_is_each_agents(constant, make_updater):
+    """A standard deviation that is set by hand, ``[n_agents, A]``, was that of all agents for an agent alone."""
+    last = [NormalParamExtractor()] if constant is Offset else []
+    actor = make_policy(networks(4 if last else 2), constant(), *last)
+    data = make_data(actor)
+    old = actor.get_dist(data.clone())
+    stats = make_updater(actor).step(data)
+    assert stats["accepted"].all()
+    torch.testing.assert_close(stats["kl"], region_mean(textbook_kl(old, actor.get_dist(data.clone())), True))
 
 
 def test_a_frozen_policy_is_refused():
