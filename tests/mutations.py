@@ -759,7 +759,7 @@ MUTATIONS = (
         "try:\n            snapshot.keep(~ended)",
         "try:\n            snapshot.keep(torch.zeros_like(ended))",
         "environments that go on are reset with those that ended",
-        "batched_reset::test_each_scenario_is_reset_exactly[balance]",
+        "batched_reset::test_each_scenario_is_reset_exactly[navigation]",
     ),
     Mutation(
         "clocks-reset",
@@ -767,7 +767,7 @@ MUTATIONS = (
         "        env.steps = torch.where(ended, env.steps, steps)\n",
         "",
         "the time limit of environments that go on starts anew",
-        "batched_reset::test_each_scenario_is_reset_exactly[balance]",
+        "batched_reset::test_each_scenario_is_reset_exactly[navigation]",
     ),
     Mutation(
         "time-limit-terminates",
