@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor, nn
 
@@ -53,6 +54,7 @@ def check_stacked_agents(
             )
 
 
+@torch.no_grad()
 def check_agents_alone(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, rows: PolicyRows
 ) -> None:
@@ -67,12 +69,12 @@ def check_agents_alone(
         ValueError: if it does, beyond rounding.
     """
     few, agents = _few(rows), range(rows.agent_shape.numel())
-    moved = parameters.apply(lambda value: _moved(value).requires_grad_(value.requires_grad))
+    moved, prefixes = _moved_parameters(parameters), stacked_prefixes(network)
     with _in_evaluation(network), differentiable_attention():
         together = distribution_parameters(network, moved, few.inputs)
         for agent in agents:
             single = single_agent_network(network, agent, len(agents))
-            own = slice_agents(moved, slice(agent, agent + 1), stacked_prefixes(network))
+            own = slice_agents(moved, slice(agent, agent + 1), prefixes)
             apart = distribution_parameters(single, own, few.of_agent(agent).inputs)
             expected = {key: _of_agent(value, agent, few) for key, value in together.items(True, True)}
             if not all(_close(apart.get(key), value) for key, value in expected.items()):
@@ -113,7 +115,7 @@ def _slopes(
 ) -> tuple[list[NestedKey], list[tuple[Tensor, ...]]]:
     """The names of the parameters, and for each agent a derivative of its distribution by each of them."""
     few = _few(rows)
-    leaves = parameters.apply(lambda value: _moved(value).requires_grad_(value.requires_grad))
+    leaves = _moved_parameters(parameters)
     names = [key for key, value in leaves.items(True, True) if value.requires_grad]
     trained = [leaves.get(name) for name in names]
     with _in_evaluation(network), differentiable_attention():
@@ -129,8 +131,12 @@ def _slopes(
 def _few(rows: PolicyRows) -> PolicyRows:
     """Some rows, with inputs that are not those of the data."""
     few = rows.take(slice(0, _ROWS))
-    inputs: TensorDict = few.inputs.apply(_moved)
-    return few.with_inputs(inputs)
+    return replace(few, inputs=few.inputs.apply(_moved))
+
+
+def _moved_parameters(parameters: TensorDictBase) -> TensorDictBase:
+    """Other parameters, leaves of their own where the policy's are trained."""
+    return parameters.apply(lambda value: _moved(value).requires_grad_(value.requires_grad))
 
 
 def _moved(value: Tensor) -> Tensor:

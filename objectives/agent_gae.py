@@ -15,7 +15,7 @@ from torchrl.objectives import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.value import MultiAgentGAE
 
 from torchrl_trpo.functional import other_parameters, parameters_restored
-from torchrl_trpo.layout import finite_where_masked, group_of, key_list, path, reads_init
+from torchrl_trpo.layout import finite_where_masked, group_of, key_list, next_key, path, reads_init
 from torchrl_trpo.objectives.policy_rows import entry
 from torchrl_trpo.suggest import nearest
 
@@ -125,7 +125,7 @@ class AgentGAE(MultiAgentGAE):
         keys = self.tensor_keys
         if average:
             data.set(keys.advantage, self._averaged(data))
-        for key in (keys.value, _next(keys.value), keys.advantage, keys.value_target, "shifted_valid"):
+        for key in (keys.value, next_key(keys.value), keys.advantage, keys.value_target, "shifted_valid"):
             if data.get(key, None) is not None:
                 tensordict.set(key, data.get(key))
         return tensordict
@@ -145,18 +145,18 @@ class AgentGAE(MultiAgentGAE):
         """A shallow copy of the data with the team's reward, and without what masked entries must not spread."""
         keys = self.tensor_keys
         for key in (keys.reward, keys.done):
-            entry(tensordict, _next(key), "the reward and done keys")
+            entry(tensordict, next_key(key), "the reward and done keys")
         self._check_time(tensordict, time_dim)
         data = tensordict.clone(False)
         self._leave_out_masked(data, time_dim)
         if self.team_reward is not None:
             names = [keys.reward] if self.reward_keys is None else self.reward_keys
-            own_rewards = [entry(data, _next(name), "reward_keys") for name in dict.fromkeys(names)]
+            own_rewards = [entry(data, next_key(name), "reward_keys") for name in dict.fromkeys(names)]
             rewards = torch.cat([reward.flatten(data.batch_dims) for reward in own_rewards], -1)  # [*B, T, all agents]
             team = rewards.mean(-1) if self.team_reward == "mean" else rewards.sum(-1)
-            own = data.get(_next(keys.reward))
+            own = data.get(next_key(keys.reward))
             team = team.reshape(*team.shape, *[1] * (own.ndim - team.ndim)).expand_as(own)
-            data.set(_next(keys.reward), team)
+            data.set(next_key(keys.reward), team)
         return data
 
     def _averaged(self, data: TensorDictBase) -> Tensor:
@@ -195,7 +195,7 @@ class AgentGAE(MultiAgentGAE):
         """Takes what does not count out of what is read, and padded steps out of their sequences."""
         own_group = group_of(self.tensor_keys.value)
         others = [
-            (key, _as_mask(data, entry(data, key, "other_mask_keys")), _as_mask(data, data.get(_next(key), None)))
+            (key, _as_mask(data, entry(data, key, "other_mask_keys")), _as_mask(data, data.get(next_key(key), None)))
             for key in self.other_mask_keys
             if group_of(key) != own_group
         ]
@@ -225,7 +225,7 @@ class AgentGAE(MultiAgentGAE):
         for name in [*self._read_keys(), *rewards]:
             if not own_group and group_of(name) != group:
                 continue
-            for key, counts in ((name, mask), (_next(name), mask if name in rewards else both)):
+            for key, counts in ((name, mask), (next_key(name), mask if name in rewards else both)):
                 value = data.get(key, None)
                 if value is not None and value.is_floating_point():
                     data.set(key, finite_where_masked(value, counts, per_agent=group_of(name) == group))
@@ -235,7 +235,7 @@ class AgentGAE(MultiAgentGAE):
     ) -> None:
         """The step before ``padded`` ones, or with nobody at ``t+1`` (``gone``), ends a sequence; both ``[*B, T]``."""
         time_dim = self._get_time_dim(time_dim, data)
-        done_key, terminated_key = (_next(key) for key in (self.tensor_keys.done, self.tensor_keys.terminated))
+        done_key, terminated_key = (next_key(key) for key in (self.tensor_keys.done, self.tensor_keys.terminated))
         done = data.get(done_key)
         terminated = data.get(terminated_key, done)
         ends = padded | padded.roll(-1, time_dim)
@@ -255,28 +255,28 @@ class AgentGAE(MultiAgentGAE):
     ) -> Any:
         if self.value_network is not None and reads_init(self.value_network):
             self._add_states(data, params)
-        next_key = _next(value_key)
-        known = [skip_existing() and data.get(key, None) is not None for key in (value_key, next_key)]
+        following = next_key(value_key)
+        known = [skip_existing() and data.get(key, None) is not None for key in (value_key, following)]
         value, next_value, valid = super()._call_value_nets(data, params, *args, value_key=value_key, **kwargs)
         if self.value_norm is not None:  # values that the data had are in the rewards' units already
             value = value if known[0] else self.value_norm.denormalize(value)
             next_value = next_value if known[1] else self.value_norm.denormalize(next_value)
         data.set(value_key, value)  # the parent writes into a copy where next observations are NaN
-        data.set(next_key, next_value)
+        data.set(following, next_value)
         return value, next_value, valid
 
     def _add_states(self, data: TensorDictBase, params: TensorDictBase | None) -> None:
         """Adds the recurrent states that follow each step, from which the values at ``t+1`` start."""
         network: Any = self.value_network
         time_dim = self._get_time_dim(None, data)
-        carried = [key for key in network.in_keys if _next(key) in network.out_keys]
+        carried = [key for key in network.in_keys if next_key(key) in network.out_keys]
         own = contextlib.nullcontext() if params is None else other_parameters(network, params)
         before: TensorDictBase = TensorDict()
         steps = []
         with torch.no_grad(), own, set_recurrent_mode(False):
             for step in data.select(*network.in_keys, strict=False).unbind(time_dim):
                 for key in carried:
-                    state, recorded = before.get(_next(key), None), step.get(key, None)
+                    state, recorded = before.get(next_key(key), None), step.get(key, None)
                     if state is not None:
                         begins = step.get("is_init").reshape(*step.batch_size, *[1] * (state.ndim - step.batch_dims))
                         fresh = torch.zeros_like(state) if recorded is None else recorded
@@ -284,7 +284,7 @@ class AgentGAE(MultiAgentGAE):
                 before = network(step)
                 steps.append(before.get("next").select(*carried))
         for key, state in cast("TensorDict", torch.stack(steps, time_dim)).items(True, True):
-            data.set(_next(key), state)
+            data.set(next_key(key), state)
             if data.get(key, None) is None:
                 data.set(key, torch.zeros_like(state))
         data.set(("next", "is_init"), torch.zeros_like(data.get("is_init")))
@@ -293,7 +293,3 @@ class AgentGAE(MultiAgentGAE):
 def _as_mask(data: TensorDictBase, value: Tensor | None) -> Any:
     """A mask as ``[*B, T, n]`` or ``[*B, T, 1]``; None if there is none."""
     return None if value is None else value.reshape(*data.batch_size, -1).bool()
-
-
-def _next(key: NestedKey) -> NestedKey:
-    return ("next", *path(key))

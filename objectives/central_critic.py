@@ -15,7 +15,7 @@ from torchrl.modules import ValueNorm, set_recurrent_mode
 
 from torchrl_trpo.action_features import action_features
 from torchrl_trpo.functional import parameters_restored
-from torchrl_trpo.layout import group_of, key_list, path
+from torchrl_trpo.layout import group_of, key_list, next_key
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.policy_rows import entry
 
@@ -144,12 +144,12 @@ class CentralCriticValueEstimator(AgentGAE):
     def in_keys(self) -> list[NestedKey]:
         """What :meth:`AgentGAE.forward` reads."""
         pooled = [*self.observation_keys, *self.action_keys, *([self.state_key] if self.state_key else [])]
-        read = [key for key in super().in_keys if key not in (self.central_key, ("next", *path(self.central_key)))]
-        return list(dict.fromkeys([*read, *pooled, *[("next", *path(k)) for k in pooled if k not in self.action_keys]]))
+        read = [key for key in super().in_keys if key not in (self.central_key, next_key(self.central_key))]
+        return list(dict.fromkeys([*read, *pooled, *[next_key(k) for k in pooled if k not in self.action_keys]]))
 
     def _prepared(self, tensordict: TensorDictBase, time_dim: int | None) -> TensorDictBase:
         data = self.pool(super()._prepared(tensordict, time_dim), time_dim)
-        for key in (self.central_key, ("next", *path(self.central_key))):
+        for key in (self.central_key, next_key(self.central_key)):
             tensordict.set(key, data.get(key))
         return data
 
@@ -227,7 +227,7 @@ class CentralCriticValueEstimator(AgentGAE):
         own = parameters_restored(self.actor_network)
         with own, set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
             drawn = self.actor_network(tensordict.get("next").select(*self.actor_network.in_keys, strict=False).copy())
-        done = entry(tensordict, ("next", *path(self.tensor_keys.done)), "the done key")
+        done = entry(tensordict, next_key(self.tensor_keys.done), "the done key")
         ends = done.flatten(tensordict.batch_dims).any(-1)
         ends.select(time_dim, -1).fill_(True)
         following = []

@@ -30,6 +30,7 @@ from torchrl_trpo.objectives.loss_parts import (
     check_separate_losses,
     estimated_advantage,
     exact_entropy,
+    mask_keys,
     row_mask,
     standardized_advantage,
 )
@@ -402,9 +403,7 @@ def _check_loss(group: str, loss: ClipPPOLoss, ranks: Ranks) -> None:
 def _check_masks(group: str, loss: ClipPPOLoss) -> None:
     """Refuses a loss whose value estimator lets masked steps reach the others; TorchRL's losses do not tell theirs."""
     estimator = loss._value_estimator
-    if isinstance(estimator, AgentGAE) and not (
-        {*loss._loss_mask_keys()} - {"shifted_valid"} <= {*estimator.mask_keys}
-    ):
+    if isinstance(estimator, AgentGAE) and not {*mask_keys(loss)} <= {*estimator.mask_keys}:
         raise ValueError(
             f"the loss of group {group!r} has loss_mask_key={loss.loss_mask_key!r}, and its value estimator reads "
             f"{list(estimator.mask_keys)}: masked steps would be in the advantages of the others. Legal: "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import LossModule
 
-from torchrl_trpo.layout import path
+from torchrl_trpo.layout import next_key
 from torchrl_trpo.objectives.agent_checks import check_agents_alone
 from torchrl_trpo.objectives.agent_sequence import AgentSequence
 from torchrl_trpo.objectives.loss_parts import check_separate_losses
@@ -135,7 +135,7 @@ class HATRPOSequentialObjective(LossModule):
         for loss in self._groups.values():
             if getattr(loss._value_estimator, "team_reward", None) is not None:
                 return
-            reward = tensordict.get(("next", *path(loss.tensor_keys.reward)), None)
+            reward = tensordict.get(next_key(loss.tensor_keys.reward), None)
             if reward is not None:
                 rewards.append(reward.flatten(tensordict.batch_dims))
         if not rewards or rewards[0].is_meta:

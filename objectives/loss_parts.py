@@ -13,7 +13,7 @@ from torchrl.objectives import PPOLoss
 
 from torchrl_trpo.divergence import entropy
 from torchrl_trpo.functional import parameters_restored
-from torchrl_trpo.layout import path
+from torchrl_trpo.layout import next_key, path
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.ranks import Ranks
 from torchrl_trpo.row_statistics import standardize
@@ -67,6 +67,18 @@ def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
                 )
 
 
+def mask_keys(loss: PPOLoss) -> tuple[NestedKey, ...]:
+    """The entries of the data that say what counts for a loss, without what a value estimator itself writes.
+
+    Args:
+        loss: the loss.
+
+    Returns:
+        The keys.
+    """
+    return tuple(key for key in loss._loss_mask_keys() if key != "shifted_valid")
+
+
 def check_padding(loss: PPOLoss, tensordict: TensorDictBase) -> None:
     """Refuses padding that a value estimator which knows no masks has taken for the steps that follow.
 
@@ -78,9 +90,9 @@ def check_padding(loss: PPOLoss, tensordict: TensorDictBase) -> None:
         ValueError: if a step that counts is followed by one that does not, without an end.
     """
     estimator = loss._value_estimator
-    masks = [tensordict.get(key, None) for key in loss._loss_mask_keys() if key != "shifted_valid"]
+    masks = [tensordict.get(key, None) for key in mask_keys(loss)]
     masks = [mask for mask in masks if mask is not None]
-    done = tensordict.get(("next", *path(loss.tensor_keys.done)), None)
+    done = tensordict.get(next_key(loss.tensor_keys.done), None)
     if estimator is None or isinstance(estimator, AgentGAE) or not masks or done is None or tensordict.batch_dims < 2:
         return
     steps = tensordict.shape[-1]

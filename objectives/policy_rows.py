@@ -110,17 +110,6 @@ class PolicyRows:
         shape = [*self.log_prob.shape[: self.row_dims], *[1] * (self.log_prob.ndim - self.row_dims)]
         return replace(self, factor=factor.reshape(shape))
 
-    def with_inputs(self, inputs: TensorDict) -> PolicyRows:
-        """The same rows, as if the policy had read something else.
-
-        Args:
-            inputs: what it reads, batch size ``[*R]``.
-
-        Returns:
-            The rows.
-        """
-        return replace(self, inputs=inputs)
-
     def _map(self, function: Callable[[Tensor, bool], Tensor]) -> PolicyRows:
         """Applies a function of an entry, and whether it is one per agent, to what there is per row."""
         agents = self.agent_shape.numel()

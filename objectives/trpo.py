@@ -30,9 +30,11 @@ from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
 from torchrl_trpo.objectives.loss_parts import (
+    actor_parameters,
     check_padding,
     estimated_advantage,
     exact_entropy,
+    mask_keys,
     row_mask,
     standardized_advantage,
 )
@@ -192,7 +194,7 @@ class TRPOLoss(PPOLoss):
     @property
     def actor_parameters(self) -> TensorDictBase:
         """The policy's parameters and buffers, whether the loss is functional or not."""
-        return self.actor_network_params if self.functional else TensorDict.from_module(self.actor_network)
+        return actor_parameters(self)
 
     @property
     def out_keys(self) -> list[NestedKey]:
@@ -360,7 +362,7 @@ class TRPOLoss(PPOLoss):
             entry(tensordict, input_keys(self.actor_network), "the actor's in_keys"),
             action=entry(tensordict, keys.action, "action"),
             log_prob=log_prob,
-            advantage=broadcast_advantage(advantage, log_prob, keys.advantage),
+            advantage=advantage,
             mask=row_mask(self, tensordict, log_prob),
             per_agent=self.trust_region == "per_agent",
             sequences=reads_init(self.actor_network),
@@ -461,8 +463,7 @@ class TRPOLoss(PPOLoss):
     def _forward_masks(self) -> None:
         estimator = getattr(self, "_value_estimator", None)
         if isinstance(estimator, AgentGAE):
-            # What an estimator itself writes says nothing about the data.
-            estimator.mask_keys = tuple(key for key in self._loss_mask_keys() if key != "shifted_valid")
+            estimator.mask_keys = mask_keys(self)
 
     def loss_critic(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The critic's distance from the value targets, to be minimised.

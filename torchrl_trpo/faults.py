@@ -18,7 +18,7 @@ from torchrl.data import Composite, NonTensor
 from torchrl.envs import EnvBase, ParallelEnv
 
 from torchrl_trpo.groups import GroupKeys
-from torchrl_trpo.layout import group_of, path
+from torchrl_trpo.layout import group_of, next_key, path
 
 
 class EnvironmentFault(RuntimeError):
@@ -394,9 +394,9 @@ def _floating(data: TensorDictBase, groups: Sequence[GroupKeys]) -> list[tuple[N
     masks: dict[NestedKey, NestedKey | None] = {keys.observation: keys.mask for keys in groups}
     masks["state"] = None
     masks |= {key: keys.mask for keys in groups for key in (keys.action, keys.log_prob)}
-    masks |= {_next(keys.reward): keys.mask if group_of(keys.reward) else None for keys in groups}
-    masks |= {_next(keys.observation): None if keys.mask is None else _next(keys.mask) for keys in groups}
-    masks[_next("state")] = None
+    masks |= {next_key(keys.reward): keys.mask if group_of(keys.reward) else None for keys in groups}
+    masks |= {next_key(keys.observation): None if keys.mask is None else next_key(keys.mask) for keys in groups}
+    masks[next_key("state")] = None
     entries = []
     for key, mask in masks.items():
         value = data.get(key, None)
@@ -413,10 +413,6 @@ def _first_non_finite(data: TensorDictBase) -> tuple[int, NestedKey] | None:
         if rows.any():
             return int(rows.nonzero()[0]), key
     return None
-
-
-def _next(key: NestedKey) -> NestedKey:
-    return ("next", *path(key))
 
 
 def _finite(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -35,6 +35,18 @@ def key_list(keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
     return [unravel_key(key) for key in ([keys] if one else keys)]
 
 
+def next_key(key: NestedKey) -> NestedKey:
+    """The key of an entry at ``t+1``.
+
+    Args:
+        key: the entry's key at ``t``.
+
+    Returns:
+        The key.
+    """
+    return ("next", *path(key))
+
+
 def in_group(group: str | None, name: str) -> NestedKey:
     """The key of an entry of a group, or of an environment without groups.
 

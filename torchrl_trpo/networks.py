@@ -30,7 +30,7 @@ from torchrl.modules import (
 from torchrl_trpo import distributions
 from torchrl_trpo.action_features import n_action_features
 from torchrl_trpo.groups import GroupKeys, group_keys
-from torchrl_trpo.layout import in_group, path
+from torchrl_trpo.layout import in_group, next_key
 from torchrl_trpo.recurrent import RecurrentModule
 from torchrl_trpo.suggest import SettingError
 
@@ -261,7 +261,7 @@ def _network(
             hidden[0],
             cell=network,
             in_keys=[in_key, state, "is_init"],
-            out_keys=[features, ("next", *path(state))],
+            out_keys=[features, next_key(state)],
             n_agents=None if keys.group is None else keys.n_agents,
             share_params=share_params,
             device=env.device,

@@ -14,7 +14,7 @@ from torchrl.trainers import LogScalar, OptimizationStepper, Trainer, TrainerHoo
 from torchrl.trainers.algorithms.on_policy import OnPolicyTrainer
 
 from torchrl_trpo.critic_fit import fit_critics, trained_parameters
-from torchrl_trpo.layout import path, return_key
+from torchrl_trpo.layout import next_key, path, return_key
 from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 from torchrl_trpo.ranged import positive_whole
 from torchrl_trpo.updater import TrustRegionUpdater
@@ -364,8 +364,8 @@ class TRPOTrainer(OnPolicyTrainer):
 
     def _log_groups(self) -> None:
         for group, loss in self._losses.items():
-            reward, action = ("next", *path(loss.tensor_keys.reward)), loss.tensor_keys.action
-            logs = [LogScalar(("next", *path(loss.tensor_keys.done)), f"done_percentage_{group}", include_std=False)]
+            reward, action = next_key(loss.tensor_keys.reward), loss.tensor_keys.action
+            logs = [LogScalar(next_key(loss.tensor_keys.done), f"done_percentage_{group}", include_std=False)]
             if self.log_rewards:
                 logs += [
                     LogScalar(reward, f"r_training_{group}", log_pbar=True),
