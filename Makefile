@@ -50,7 +50,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 	@echo "==> And what runs on a device that is not the CPU, which is built with g++ and ninja"
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/device
-	@echo "==> Done. One file: $(BIN)/python -m pytest tests/test_updater.py; learning runs: make test-slow"
+	@echo "==> Done. One file: $(BIN)/python -m pytest tests/numerics/test_updater.py; learning runs: make test-slow"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 -m slow -o faulthandler_timeout=3600 $(ARGS)
@@ -82,15 +82,15 @@ check: $(READY)
 
 results: $(READY)
 	@echo "==> Comparing all algorithms on all tasks, 2 runs at a time; runs go to outputs/comparison, the report to docs/results"
-	$(BIN)/python -m torchrl_trpo.recipes.comparison $(ARGS)
+	$(BIN)/python -m torchrl_trpo.recipes.studies.comparison $(ARGS)
 
 tuning: $(READY)
 	@echo "==> Searching settings, 2 at a time; runs go to outputs/tuning, the outcome to docs/results and recipes/config"
-	$(BIN)/python -m torchrl_trpo.recipes.tuning $(ARGS)
+	$(BIN)/python -m torchrl_trpo.recipes.studies.tuning $(ARGS)
 
 sensitivity: $(READY)
 	@echo "==> Changing one setting at a time, 2 runs at a time; runs go to outputs/sensitivity, the report to docs/results"
-	$(BIN)/python -m torchrl_trpo.recipes.sensitivity $(ARGS)
+	$(BIN)/python -m torchrl_trpo.recipes.studies.sensitivity $(ARGS)
 
 docs: $(READY)
 	@echo "==> Building the site; the tutorial is executed when it has changed"

@@ -14,10 +14,10 @@ from torchrl.modules import ValueNorm, set_recurrent_mode
 from torchrl.objectives import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.value import MultiAgentGAE
 
-from torchrl_trpo.functional import other_parameters, parameters_restored
-from torchrl_trpo.layout import finite_where_masked, group_of, key_list, next_key, path, reads_init
+from torchrl_trpo.errors import nearest
+from torchrl_trpo.keys import finite_where_masked, group_of, key_list, next_key, path, reads_init
+from torchrl_trpo.objectives.functional import other_parameters, parameters_restored
 from torchrl_trpo.objectives.policy_rows import entry
-from torchrl_trpo.suggest import nearest
 
 
 class AgentGAE(MultiAgentGAE):

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchrl_trpo.ranged import plain_number
-from torchrl_trpo.ranks import ALONE, Ranks
+from torchrl_trpo.arguments import plain_number
+from torchrl_trpo.parallel.ranks import ALONE, Ranks
 
 
 class AgentTurn:

@@ -18,12 +18,14 @@ from torch import distributions as D
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss
 
-from torchrl_trpo.divergence import has_exact_entropy, kl_if_exact
-from torchrl_trpo.functional import other_parameters
-from torchrl_trpo.layout import reads_init
-from torchrl_trpo.minibatches import ADAM_RANGES, average_gradients, count_by_rank, draw_minibatches
+from torchrl_trpo.arguments import RangedSettings
+from torchrl_trpo.distributions.divergence import has_exact_entropy, kl_if_exact
+from torchrl_trpo.errors import PlainKeyError
+from torchrl_trpo.keys import reads_init
+from torchrl_trpo.numerics.statistics import read
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.attention import differentiable_attention
+from torchrl_trpo.objectives.functional import other_parameters
 from torchrl_trpo.objectives.loss_parts import (
     actor_parameters,
     check_padding,
@@ -48,10 +50,8 @@ from torchrl_trpo.objectives.policy_rows import (
     entry,
     flatten_rows,
 )
-from torchrl_trpo.ranged import RangedSettings
-from torchrl_trpo.ranks import Ranks
-from torchrl_trpo.row_statistics import read
-from torchrl_trpo.suggest import PlainKeyError
+from torchrl_trpo.parallel.minibatches import ADAM_RANGES, average_gradients, count_by_rank, draw_minibatches
+from torchrl_trpo.parallel.ranks import Ranks
 
 _COUNTS = "_counts"
 """Which steps of a sequence count, in a minibatch."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import LossModule
 
-from torchrl_trpo.layout import next_key
+from torchrl_trpo.keys import next_key
 from torchrl_trpo.objectives.agent_checks import check_agents_alone
 from torchrl_trpo.objectives.agent_sequence import AgentSequence
 from torchrl_trpo.objectives.loss_parts import check_separate_losses

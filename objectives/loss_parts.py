@@ -11,13 +11,13 @@ from torch import Tensor
 from torch import distributions as D
 from torchrl.objectives import PPOLoss
 
-from torchrl_trpo.divergence import entropy
-from torchrl_trpo.functional import parameters_restored
-from torchrl_trpo.layout import next_key, path
+from torchrl_trpo.distributions.divergence import entropy
+from torchrl_trpo.errors import PlainKeyError, nearest
+from torchrl_trpo.keys import next_key, path
+from torchrl_trpo.numerics.statistics import standardize
 from torchrl_trpo.objectives.agent_gae import AgentGAE
-from torchrl_trpo.ranks import Ranks
-from torchrl_trpo.row_statistics import standardize
-from torchrl_trpo.suggest import PlainKeyError, nearest
+from torchrl_trpo.objectives.functional import parameters_restored
+from torchrl_trpo.parallel.ranks import Ranks
 
 
 def actor_parameters(loss: PPOLoss) -> TensorDictBase:

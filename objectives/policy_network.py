@@ -19,9 +19,9 @@ from torchrl.modules import TanhNormal, set_recurrent_mode
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
 from torchrl_trpo.distributions import BoundedTanhNormal
-from torchrl_trpo.functional import other_parameters
-from torchrl_trpo.layout import path
-from torchrl_trpo.suggest import nearest
+from torchrl_trpo.errors import nearest
+from torchrl_trpo.keys import path
+from torchrl_trpo.objectives.functional import other_parameters
 
 
 def resolve_trust_region(

@@ -11,8 +11,9 @@ from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 from torch import distributions as D
 
-from torchrl_trpo.divergence import entropy, kl_divergence
-from torchrl_trpo.fisher import fisher_product, output_hessian_product
+from torchrl_trpo.distributions.divergence import entropy, kl_divergence
+from torchrl_trpo.numerics.fisher import fisher_product, output_hessian_product
+from torchrl_trpo.numerics.vectors import flatten, unflatten
 from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
 from torchrl_trpo.objectives.policy_network import (
@@ -22,8 +23,7 @@ from torchrl_trpo.objectives.policy_network import (
     stacked_prefixes,
 )
 from torchrl_trpo.objectives.policy_rows import PolicyRows, at_least_single
-from torchrl_trpo.ranks import ALONE, Ranks
-from torchrl_trpo.vectors import flatten, unflatten
+from torchrl_trpo.parallel.ranks import ALONE, Ranks
 
 _CPU_ROWS = 4096
 """Rows times agents that are evaluated at once on a CPU."""

@@ -13,10 +13,10 @@ from torch import distributions as D
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import PPOLoss
 
-from torchrl_trpo.divergence import log_prob, sum_events
-from torchrl_trpo.layout import group_of, has_agent_dim, non_finite, path
-from torchrl_trpo.ranks import Ranks, check_same_length
-from torchrl_trpo.suggest import PlainKeyError, nearest
+from torchrl_trpo.distributions.divergence import log_prob, sum_events
+from torchrl_trpo.errors import PlainKeyError, nearest
+from torchrl_trpo.keys import group_of, has_agent_dim, non_finite, path
+from torchrl_trpo.parallel.ranks import Ranks, check_same_length
 
 LOG_PROB_ROLE = "sample_log_prob (a policy with return_log_prob=True writes it)"
 

@@ -7,7 +7,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.modules import ValueNorm
 
-from torchrl_trpo.ranks import ALONE, Ranks
+from torchrl_trpo.parallel.ranks import ALONE, Ranks
 
 
 @torch.no_grad()

@@ -22,13 +22,16 @@ from torchrl.objectives import PPOLoss, ValueEstimators
 from torchrl.objectives.utils import _sum_td_features, default_value_kwargs
 from torchrl.objectives.value import ValueEstimatorBase
 
-from torchrl_trpo.divergence import has_exact_entropy, kl_if_exact, sum_events
-from torchrl_trpo.functional import parameters_restored
-from torchrl_trpo.layout import reads_init
+from torchrl_trpo.arguments import plain_number, positive_whole
+from torchrl_trpo.distributions.divergence import has_exact_entropy, kl_if_exact, sum_events
+from torchrl_trpo.errors import nearest
+from torchrl_trpo.keys import reads_init
+from torchrl_trpo.numerics.statistics import effective_sample_size
 from torchrl_trpo.objectives.agent_checks import check_shared_agents, check_stacked_agents
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
+from torchrl_trpo.objectives.functional import parameters_restored
 from torchrl_trpo.objectives.loss_parts import (
     actor_parameters,
     check_padding,
@@ -57,10 +60,7 @@ from torchrl_trpo.objectives.policy_rows import (
     flatten_rows,
 )
 from torchrl_trpo.objectives.popart import update_value_norm
-from torchrl_trpo.ranged import plain_number, positive_whole
-from torchrl_trpo.ranks import ALONE, Ranks
-from torchrl_trpo.row_statistics import effective_sample_size
-from torchrl_trpo.suggest import nearest
+from torchrl_trpo.parallel.ranks import ALONE, Ranks
 
 
 class TRPOLoss(PPOLoss):

@@ -16,17 +16,17 @@ import torch
 from omegaconf import DictConfig
 
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.collection import make_collector
-from torchrl_trpo.critic_fit import fit_critics
+from torchrl_trpo.config.settings import check_teams, plain_errors, run_recipe
 from torchrl_trpo.envs import make_env, resolve_device
-from torchrl_trpo.groups import group_keys
+from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks import make_central_critic, make_value_norm
+from torchrl_trpo.networks.recurrent import carry_states
 from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
-from torchrl_trpo.policy import make_policy
-from torchrl_trpo.ranks import Ranks
-from torchrl_trpo.recurrent import carry_states
-from torchrl_trpo.run import Run, training_run
-from torchrl_trpo.settings import check_teams, plain_errors, run_recipe
+from torchrl_trpo.parallel.ranks import Ranks
+from torchrl_trpo.training.collector import make_collector
+from torchrl_trpo.training.critic_fit import fit_critics
+from torchrl_trpo.training.policy import make_policy
+from torchrl_trpo.training.run import Run, training_run
 
 
 @training_run

@@ -14,7 +14,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-import torchrl_trpo.configs  # noqa: F401 - registers them
+import torchrl_trpo.trainer.configs  # noqa: F401 - registers them
 
 
 @hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config" / "trainer"), config_name="hatrpo")

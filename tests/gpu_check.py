@@ -32,23 +32,27 @@ from torchrl.collectors import Collector
 from torchrl.envs import VmasEnv
 
 from tests.benchmarks.problems import policy_and_data
-from tests.test_recipes import RECIPES, config, metrics
-from torchrl_trpo import TrustRegionUpdater, load_policy, run
-from torchrl_trpo.collection import make_collector
+from tests.recipes.test_recipes import RECIPES, config, metrics
+from torchrl_trpo import TrustRegionUpdater, load_policy
 from torchrl_trpo.envs import make_env, resolve_device
+from torchrl_trpo.errors import SettingError
 from torchrl_trpo.evaluate import evaluate_run
-from torchrl_trpo.groups import group_keys
+from torchrl_trpo.keys import group_keys
 from torchrl_trpo.objectives import HATRPOSequentialObjective
-from torchrl_trpo.policy import make_policy
-from torchrl_trpo.suggest import SettingError
+from torchrl_trpo.training import run
+from torchrl_trpo.training.collector import make_collector
+from torchrl_trpo.training.policy import make_policy
 
 ROOT = Path(__file__).parents[1]
 SIZES = ("film=false", "env.num_envs=60", "env.max_steps=10", "train.frames_per_batch=600", "checkpoint.every=1")
 SMALL_SIZES = (*SIZES, "env.num_envs=4", "env.max_steps=5", "train.frames_per_batch=40", "actor.hidden=[8]")
 SERIAL = ("env.num_envs=4", "env.max_steps=20", "train.frames_per_batch=160")
 NORMALISED = ("env=vmas/navigation", "actor.network=gru", "normalize_observations=true", "critic.value_norm=true")
-SUITE = ("line_search", "conjugate_gradient", "fisher", "hatrpo", "agent_gae", "central_critic")
-SUITE += ("value_estimator_conformance", "updater", "clipped", "trpo_loss")
+SUITE = (
+    *(f"tests/numerics/test_{name}.py" for name in ("line_search", "conjugate_gradient", "fisher", "updater")),
+    *(f"tests/objectives/test_{name}.py" for name in ("hatrpo", "clipped", "trpo", "agent_gae", "central_critic")),
+    "tests/objectives/test_value_estimator_conformance.py",
+)
 
 
 class Table:
@@ -242,7 +246,7 @@ def suite(device, files, out, seconds):
     command = [sys.executable, "-m", "pytest", "-p", "tests.on_device", "-q", "--tb=short", "-W", "ignore", *workers]
     with (out / "pytest.txt").open("w") as file:
         process = subprocess.run(  # what puts tests on the device cannot be compiled
-            [*command, "-k", "not compiled", "-o", "filterwarnings=", *(f"tests/test_{name}.py" for name in files)],
+            [*command, "-k", "not compiled", "-o", "filterwarnings=", *files],
             env=os.environ | {"TEST_DEVICE": device},
             cwd=ROOT,
             stdout=file,

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["torchrl_trpo.envs", "tests.cases", "tests.test_resume"]
+PRELOADED = ["torchrl_trpo.envs", "tests.cases", "tests.training.test_resume"]
 """What processes are forked with, so that they need not import it."""
 
 

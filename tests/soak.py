@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from tests.test_resume import components, differences, heed_sigint, metrics
+from tests.training.test_resume import components, differences, heed_sigint, metrics
 from torchrl_trpo.envs import BatchedResetVmasEnv
 
 ROWS = 800

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from tensordict.nn import TensorDictSequential
 
-from tests.test_combinations import ALGORITHMS, ENVIRONMENTS, ONE_GROUP
+from tests.recipes.test_combinations import ALGORITHMS, ENVIRONMENTS, ONE_GROUP
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.groups import group_keys
+from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks import make_actor, make_critic
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -44,7 +44,7 @@ def test_the_loop_trains(loop):
     assert data["next", "truncated"][:, 9::10].all()
 
 
-@pytest.mark.slow  # the compiler's tracing; tests/test_collection.py compiles a policy in the fast suite
+@pytest.mark.slow  # the compiler's tracing; tests/training/test_collector.py compiles a policy in the fast suite
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_the_policy_may_be_compiled():
     graphs = []

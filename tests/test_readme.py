@@ -8,7 +8,7 @@ import torch
 from torchrl.collectors import Collector
 
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.groups import group_keys
+from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks import make_actor, make_critic
 
 README = Path(__file__).parents[1] / "README.md"

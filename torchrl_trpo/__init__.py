@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torchrl_trpo.conjugate_gradient import CGResult, conjugate_gradient
-from torchrl_trpo.divergence import entropy, kl_divergence
-from torchrl_trpo.fisher import fisher_product, output_hessian_product
-from torchrl_trpo.line_search import LineSearchResult, backtrack
-from torchrl_trpo.updater import TrustRegionObjective, TrustRegionProblem, TrustRegionUpdater
+from torchrl_trpo.distributions.divergence import entropy, kl_divergence
+from torchrl_trpo.numerics.conjugate_gradient import CGResult, conjugate_gradient
+from torchrl_trpo.numerics.fisher import fisher_product, output_hessian_product
+from torchrl_trpo.numerics.line_search import LineSearchResult, backtrack
+from torchrl_trpo.numerics.updater import TrustRegionObjective, TrustRegionProblem, TrustRegionUpdater
 
 if TYPE_CHECKING:
-    from torchrl_trpo.policy import load_policy
+    from torchrl_trpo.training.policy import load_policy
 
 __all__ = [
     "CGResult",
@@ -30,7 +30,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "load_policy":  # not before it is asked for: it needs what the recipes need
-        from torchrl_trpo.policy import load_policy
+        from torchrl_trpo.training.policy import load_policy
 
         return load_policy
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

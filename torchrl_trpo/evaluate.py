@@ -18,16 +18,16 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from torchrl_trpo.checkpoints import WHICH
+from torchrl_trpo.arguments import plain_number
 from torchrl_trpo.envs import resolve_device
-from torchrl_trpo.evaluation import play_episodes
-from torchrl_trpo.film import film_run
-from torchrl_trpo.groups import group_keys
-from torchrl_trpo.policy import find_run, make_run_env, policy_at
-from torchrl_trpo.ranged import plain_number
-from torchrl_trpo.recurrent import carry_states
+from torchrl_trpo.errors import SettingError
+from torchrl_trpo.keys import group_keys
+from torchrl_trpo.networks.recurrent import carry_states
 from torchrl_trpo.seeding import untouched_generators
-from torchrl_trpo.suggest import SettingError
+from torchrl_trpo.training.checkpoints import WHICH
+from torchrl_trpo.training.episodes import play_episodes
+from torchrl_trpo.training.film import film_run
+from torchrl_trpo.training.policy import find_run, make_run_env, policy_at
 
 RESAMPLES = 10_000
 """Of the bootstrap."""

@@ -25,8 +25,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from torchrl_trpo.records import RunRecord, find_runs, finite_mean, flat, read_run
-from torchrl_trpo.suggest import SettingError
+from torchrl_trpo.errors import SettingError
+from torchrl_trpo.reporting.record import RunRecord, find_runs, finite_mean, flat, read_run
 
 _OF_A_RUN = ("seed", "output_dir", "resume", "versions", "film", "checkpoint", "logger", "algorithm")
 """Settings that are no setting of what is compared; the algorithm is one if it differs."""

@@ -12,11 +12,11 @@ from tests.benchmarks.sampling import STEPS, our_env
 from tests.benchmarks.timing import medians
 from tests.benchmarks.update import DEFAULT_SUBSAMPLE
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.collection import make_collector
-from torchrl_trpo.critic_fit import fit_critic
-from torchrl_trpo.groups import group_keys
+from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks import make_actor, make_central_critic
 from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
+from torchrl_trpo.training.collector import make_collector
+from torchrl_trpo.training.critic_fit import fit_critic
 
 
 def bench(repetitions: int, quick: bool) -> dict[str, float]:

@@ -22,13 +22,13 @@ from tests.benchmarks.sampling import STEPS
 from tests.benchmarks.update import DEFAULT_SUBSAMPLE
 from tests.rank_processes import on_ranks
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.collection import make_collector
-from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.groups import group_keys
+from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks import make_actor, make_central_critic
 from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
-from torchrl_trpo.ranks import Ranks
+from torchrl_trpo.parallel.ranks import Ranks
+from torchrl_trpo.training.collector import make_collector
+from torchrl_trpo.training.critic_fit import fit_critic
 
 UPDATES, COMPARED_ENVS = 20, 20
 """After how many updates, with how many environments, parameters are compared; those of the ranks to the bit."""

@@ -17,10 +17,10 @@ from torchrl.collectors import Collector
 from torchrl.envs import Compose, EnvBase, InitTracker, RewardSum, StepCounter, Transform, TransformedEnv, VmasEnv
 
 from tests.benchmarks.timing import medians
-from torchrl_trpo.collection import make_collector
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.groups import group_keys
+from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks import make_actor
+from torchrl_trpo.training.collector import make_collector
 
 STEPS, N_AGENTS = 100, 4
 """Steps in a batch, which are also an episode's limit; agents."""

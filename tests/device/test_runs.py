@@ -7,10 +7,10 @@ import csv
 import pytest
 from hydra import compose, initialize_config_dir
 
-from tests.test_recipes import CONFIG_DIR, RECIPES
+from tests.recipes.test_recipes import CONFIG_DIR, RECIPES
 from torchrl_trpo import load_policy
+from torchrl_trpo.config.settings import check_overrides
 from torchrl_trpo.evaluate import evaluate_run
-from torchrl_trpo.settings import check_overrides
 
 TINY = ("film=false", "env.num_envs=6", "env.max_steps=5", "train.frames_per_batch=60", "checkpoint.every=1")
 TINY += ("critic.epochs=1", "critic.hidden=[8]", "actor.hidden=[8]")

@@ -11,12 +11,12 @@ from torchrl.envs import Transform
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules.distributions import continuous
 
-from tests.test_recipes import RECIPES, config
+from tests.recipes.test_recipes import RECIPES, config
 from torchrl_trpo.envs import make_env
-from torchrl_trpo.groups import group_keys
-from torchrl_trpo.policy import make_policy
-from torchrl_trpo.recurrent import carry_states
-from torchrl_trpo.run import Run
+from torchrl_trpo.keys import group_keys
+from torchrl_trpo.networks.recurrent import carry_states
+from torchrl_trpo.training.policy import make_policy
+from torchrl_trpo.training.run import Run
 
 if missing := [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]:
     pytest.skip(f"the device fake is built with {' and '.join(missing)}", allow_module_level=True)
@@ -119,7 +119,7 @@ def waits(recorder):
         count
         for (kind, _, stack), count in recorder.events.items()
         if kind in fakegpu.WAITS
-        and not recorder.owner(stack)[0].startswith(("vmas", "product:torchrl_trpo/line_search.py"))
+        and not recorder.owner(stack)[0].startswith(("vmas", "product:torchrl_trpo/numerics/line_search.py"))
     )
 
 

@@ -7,8 +7,8 @@ from torchrl.modules import PopArtValueNorm
 
 from tests.loops.hatrpo import make_env, make_networks
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.critic_fit import fit_critic
 from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
+from torchrl_trpo.training.critic_fit import fit_critic
 
 
 def train(num_envs=60, max_steps=100, frames=120_000, batch=6_000, epochs=5, minibatch=300, seed=0):

@@ -1,0 +1,175 @@
+"""Trains all algorithms on all tasks with several seeds, evaluates them, and compares them.
+
+    python -m torchrl_trpo.recipes.studies.comparison
+    python -m torchrl_trpo.recipes.studies.comparison --tasks vmas/balance --seeds 0 1 --report outputs/report
+
+What is run is config/comparison.yaml, or a part of it. Stopped, it goes on where it was. The report has a row of
+comparison.csv for each evaluation, comparison.md and the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchrl.envs.utils import RandomPolicy
+
+from torchrl_trpo.recipes.studies.jobs import CONFIG, check_same, config, run_all, train
+from torchrl_trpo.recipes.studies.report import write_report
+from torchrl_trpo.seeding import untouched_generators
+from torchrl_trpo.training.checkpoints import read_record
+from torchrl_trpo.training.episodes import play_episodes
+from torchrl_trpo.training.policy import make_run_env, policy_at
+from torchrl_trpo.training.run import replace_file
+
+COLUMNS = ("task", "algorithm", "seed", "iteration", "frames", "cpu_s", "evaluation_return", "evaluation_std")
+"""The columns of ``comparison.csv``."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of the comparison, or with the algorithm ``random`` none at all."""
+
+    task: str
+    algorithm: str
+    seed: int
+
+    def folder(self, root: Path) -> Path:
+        """Where it goes.
+
+        Args:
+            root: the comparison's folder.
+
+        Returns:
+            The run's folder.
+        """
+        return root / self.task / self.algorithm / f"seed-{self.seed}"
+
+
+def cells(plan: Mapping[str, Any]) -> list[Cell]:
+    """The runs, a seed of everything before the next seed: a comparison that is stopped is one of fewer seeds.
+
+    Args:
+        plan: what ``config/comparison.yaml`` says.
+
+    Returns:
+        The runs.
+    """
+    algorithms = [*plan["algorithms"], "random"]
+    return [Cell(task, name, seed) for seed in plan["seeds"] for task in plan["tasks"] for name in algorithms]
+
+
+def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, Any]]:
+    """Trains and evaluates, or goes on with what was begun.
+
+    Args:
+        plan: what ``config/comparison.yaml`` says.
+        root: the comparison's folder.
+        cell: the run.
+
+    Returns:
+        The evaluations, with the entries :data:`COLUMNS`.
+    """
+    library = cell.task.partition("/")[0]
+    settings = plan["settings"][library]
+    iterations = settings["train.total_frames"] // settings["train.frames_per_batch"]
+    every = max(1, iterations // plan["evaluation"]["points"])
+    overrides = [
+        f"env={cell.task}",
+        f"hyperparameters={plan['hyperparameters']}",
+        f"seed={cell.seed}",
+        *(f"{name}={value}" for name, value in settings.items()),
+        f"checkpoint.every={every}",
+        f"checkpoint.keep={iterations}",
+    ]
+    folder, is_random = cell.folder(root), cell.algorithm == "random"
+    recipe = plan["algorithms"][0] if is_random else cell.algorithm
+    cfg = config(recipe, overrides, folder)
+    now: Any = OmegaConf.to_container(cfg, resolve=True)
+    played = {"seed": plan["evaluation"]["seed"] + cell.seed, "episodes": plan["evaluation"]["episodes"][library]}
+    now["evaluation"] = played
+    done = folder / "comparison.json"
+    if done.exists():
+        before = json.loads(done.read_text())
+        check_same(before["settings"], now, folder)
+        return before["rows"]
+    folder.mkdir(parents=True, exist_ok=True)
+    points: list[Path | None] = [None]
+    if not is_random:
+        train(recipe, cfg)
+        found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoints/checkpoint-*")}
+        points = [path for iteration, path in sorted(found.items()) if iteration and iteration % every == 0]
+        if iterations % every:
+            points.append(found[iterations])
+    where = {"task": cell.task, "algorithm": cell.algorithm, "seed": cell.seed}
+    rows = [where | measured for measured in _evaluate(cfg, points, **played)]
+    replace_file(done, json.dumps({"settings": now, "rows": rows}))
+    return rows
+
+
+def _evaluate(
+    cfg: DictConfig, checkpoints: Sequence[Path | None], *, episodes: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Plays the same episodes with the policy of each checkpoint, acting deterministically; None acts at random.
+
+    Yields:
+        The progress at the checkpoint, and what its policy's episodes gave.
+    """
+    record: Any = OmegaConf.to_container(cfg, resolve=True)
+    with untouched_generators(seed):
+        env = make_run_env(record, num_envs=episodes, seed=seed, device=torch.device("cpu"))
+        for path in checkpoints:
+            policy = RandomPolicy(env.full_action_spec) if path is None else policy_at(path, record, env.device)
+            progress = {"iteration": 0, "frames": 0, "cpu_s": 0.0} if path is None else read_record(path)["progress"]
+            env.set_seed(seed)
+            returns = play_episodes(env, policy, max_steps=cfg.env.max_steps)["episode_return"].mean(-1)
+            measured = {"evaluation_return": float(returns.mean()), "evaluation_std": float(returns.std())}
+            yield {name: progress[name] for name in ("iteration", "frames", "cpu_s")} | measured
+        env.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+        arguments: of the command line; None for those of the process.
+    """
+    plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "comparison.yaml"))
+    parser = argparse.ArgumentParser(
+        "python -m torchrl_trpo.recipes.studies.comparison",
+        description="Trains, evaluates and compares all algorithms.",
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/comparison"), help="where the runs go")
+    parser.add_argument("--report", type=Path, help="where tables and figures go (docs/results; of a part: the output)")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each (default: 2)")
+    for name in ("tasks", "algorithms"):
+        parser.add_argument(f"--{name}", nargs="+", choices=plan[name], default=plan[name], metavar=name.upper())
+    parser.add_argument("--seeds", nargs="+", type=int, default=plan["seeds"])
+    given = parser.parse_args(arguments)
+    part = {name: getattr(given, name) for name in ("tasks", "algorithms", "seeds")}
+    whole = all(set(chosen) >= set(plan[name]) for name, chosen in part.items())
+    job = functools.partial(run_cell, plan | part, given.output.absolute())
+    results, failed = run_all(job, cells(plan | part), workers=given.workers)
+    if failed:
+        sys.exit(f"error: {len(failed)} runs failed, see above and output.txt in their folders: {failed}")
+    report = given.report or (Path("docs/results") if whole else given.output)
+    report.mkdir(parents=True, exist_ok=True)
+    with (report / "comparison.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(row for evaluations in results.values() for row in evaluations)
+    for path in write_report(report / "comparison.csv", report):
+        print(f"  {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Many runs of the recipes: some at a time, each on one thread, and none done twice."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import json
+import multiprocessing
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from torchrl_trpo.config.settings import check_overrides
+from torchrl_trpo.errors import SettingError
+from torchrl_trpo.reporting.record import flat
+
+CONFIG = Path(__file__).parents[1] / "config"
+
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+
+
+def train(recipe: str, cfg: DictConfig) -> None:
+    """Trains in ``cfg.output_dir``, unless it is done; a run that was stopped is resumed.
+
+    Args:
+        recipe: the recipe's name, such as ``"hatrpo"``.
+        cfg: its config, from :func:`config`; what is printed goes to ``output.txt`` beside the metrics.
+    """
+    torch.set_num_threads(1)
+    folder = Path(cfg.output_dir)
+    if not (folder / "summary.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            (folder / "output.txt").open("a") as file,
+            contextlib.redirect_stdout(file),
+            contextlib.redirect_stderr(file),
+        ):
+            importlib.import_module(f"torchrl_trpo.recipes.{recipe}").train(cfg)
+
+
+def config(recipe: str, overrides: Sequence[str], folder: Path) -> DictConfig:
+    """The config of a run, which continues what its folder holds, if :func:`check_same` takes it for the same run.
+
+    Args:
+        recipe: the recipe's name.
+        overrides: its settings, as on the command line.
+        folder: the run's folder.
+
+    Returns:
+        The config.
+    """
+    checked = check_overrides([*overrides, "film=false", f"output_dir={json.dumps(str(folder))}"], CONFIG, recipe)
+    with initialize_config_dir(str(CONFIG), version_base=None):
+        cfg = compose(recipe, checked)
+    if not list(folder.glob("checkpoints/checkpoint-*")):
+        return cfg
+    before: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    now: Any = OmegaConf.to_container(cfg, resolve=True)
+    check_same(before, now, folder)
+    cfg.resume = str(folder)
+    return cfg
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Refuses to take what was done with other settings for what is asked for.
+
+    Args:
+        before: the settings of what the folder holds; those that did not exist then may have any value now.
+        now: the settings that are asked for.
+        folder: the folder, for the message.
+
+    Raises:
+        SettingError: if they differ.
+    """
+    was, is_now = flat(before), flat(now)
+    names = {name for name in was | is_now if name.startswith("env.kwargs") or (name in was and name in is_now)}
+    changed = [
+        f"{name} was {was.get(name)}, now {is_now.get(name)}"
+        for name in sorted(names - {"resume", "output_dir"})
+        if was.get(name) != is_now.get(name)
+    ]
+    if changed:
+        raise SettingError(
+            f"{str(folder)!r} holds a run with other settings: {'; '.join(changed)}. Legal: to delete it, or another "
+            "output folder."
+        )
+
+
+def run_all(
+    function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, workers: int
+) -> tuple[dict[_Job, _Result], list[_Job]]:
+    """Does jobs in other processes, and goes on when one fails. Interrupted, it begins no more.
+
+    Args:
+        function: what does a job, and can be found in a module.
+        jobs: the jobs.
+
+    Keyword Args:
+        workers: how many at a time.
+
+    Returns:
+        The results by job, in the jobs' order, and the jobs that failed, whose errors are printed.
+
+    Raises:
+        BrokenProcessPool: if a process was killed, for its memory perhaps.
+    """
+    results: dict[_Job, _Result] = {}
+    context, waiting = multiprocessing.get_context("spawn"), iter(jobs)
+    with ProcessPoolExecutor(workers, context) as pool, tqdm(total=len(jobs), unit="run") as bar:
+        running = {pool.submit(function, job): job for job in itertools.islice(waiting, workers)}
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                try:
+                    results[job] = future.result()
+                    bar.set_postfix_str(str(job))
+                except BrokenProcessPool:
+                    raise
+                except Exception:
+                    bar.write(f"{job} failed:\n{traceback.format_exc()}")
+                bar.update()
+                running |= {pool.submit(function, job): job for job in itertools.islice(waiting, 1)}
+    return {job: results[job] for job in jobs if job in results}, [job for job in jobs if job not in results]

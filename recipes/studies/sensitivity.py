@@ -1,0 +1,201 @@
+"""Measures what each setting of the trust region does, one at a time.
+
+    python -m torchrl_trpo.recipes.studies.sensitivity
+
+What is run is config/sensitivity.yaml, or some of its sweeps. Stopped, it goes on where it was. The report is
+sensitivity.csv, a row for each run, and a figure for each sweep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from torchrl_trpo.recipes.studies.jobs import CONFIG, config, run_all, train
+from torchrl_trpo.reporting.record import read_run
+
+MEASURED = ("evaluation_return", "cpu_s", "accepted", "kl_ratio", "explained_variance")
+"""What a run gives: the deterministic policy's return at the end, the processor seconds, and of the second half of its
+iterations the mean share of accepted steps, the KL divergence as a share of ``max_kl``, and the explained variance."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: what is changed from the defaults, as ``(name, value)``."""
+
+    task: str
+    changed: tuple[tuple[str, float], ...]
+    seed: int
+
+
+def trials(plan: Mapping[str, Any]) -> list[Trial]:
+    """All runs, each once though several sweeps may have it; a seed of everything before the next one.
+
+    Args:
+        plan: what ``config/sensitivity.yaml`` says.
+
+    Returns:
+        The runs.
+    """
+    defaults = _defaults(plan)
+    found: dict[Trial, None] = {}
+    for seed, task in itertools.product(plan["seeds"], plan["tasks"]):
+        for space in plan["sweeps"].values():
+            for values in itertools.product(*space.values()):
+                settings = dict(zip(space, values, strict=True))
+                found[Trial(task, _changed(settings, defaults), seed)] = None
+    return list(found)
+
+
+def _defaults(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of what is swept in a run that changes nothing."""
+    settings = [f"{name}={value}" for name, value in plan["settings"].items()]
+    cfg = config(plan["recipe"], [f"env={plan['tasks'][0]}", *settings], Path("defaults"))
+    names = {name for space in plan["sweeps"].values() for name in space}
+    return {name: OmegaConf.select(cfg, name) for name in names}
+
+
+def _changed(settings: Mapping[str, float], defaults: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    return tuple((name, value) for name, value in settings.items() if value != defaults[name])
+
+
+def run_trial(plan: Mapping[str, Any], root: Path, trial: Trial) -> dict[str, float]:
+    """Does a run, unless it is done.
+
+    Args:
+        plan: what ``config/sensitivity.yaml`` says.
+        root: where the runs go.
+        trial: the run.
+
+    Returns:
+        What it gives, by the names in :data:`MEASURED`.
+    """
+    settings = {**plan["settings"], **dict(trial.changed), "seed": trial.seed}
+    name = ",".join(f"{name}={value}" for name, value in trial.changed) or "defaults"
+    folder = root / trial.task / name / f"seed-{trial.seed}"
+    overrides = [f"env={trial.task}", *(f"{name}={value}" for name, value in settings.items())]
+    cfg = config(plan["recipe"], overrides, folder)
+    train(plan["recipe"], cfg)
+    summary = json.loads((folder / "summary.json").read_text())
+    run = read_run(folder)
+    half = -(-len(run.column("iteration")) // 2)
+    return {
+        "evaluation_return": summary["evaluation_return"],
+        "cpu_s": summary["cpu_s"],
+        "accepted": run.recent("accepted", half),
+        "kl_ratio": run.recent("kl", half) / cfg.updater.max_kl,
+        "explained_variance": run.recent("explained_variance", half),
+    }
+
+
+def write_report(plan: Mapping[str, Any], measured: Mapping[Trial, Mapping[str, float]], folder: Path) -> list[Path]:
+    """Writes the data, and a figure for each sweep.
+
+    Args:
+        plan: what ``config/sensitivity.yaml`` says.
+        measured: what the runs gave.
+        folder: where they go.
+
+    Returns:
+        What was written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "sensitivity.csv"]
+    with paths[0].open("w", newline="") as file:
+        writer = csv.DictWriter(file, ("task", "changed", "seed", *MEASURED))
+        writer.writeheader()
+        for trial, values in measured.items():
+            writer.writerow({
+                "task": trial.task,
+                "changed": json.dumps(dict(trial.changed)),
+                "seed": trial.seed,
+                **values,
+            })
+    defaults = _defaults(plan)
+    for name, space in plan["sweeps"].items():
+        paths.append(folder / f"sensitivity_{name}.png")
+        _plot(plan, space, defaults, measured, paths[-1])
+    return paths
+
+
+def _plot(
+    plan: Mapping[str, Any],
+    space: Mapping[str, Sequence[float]],
+    defaults: Mapping[str, float],
+    measured: Mapping[Trial, Mapping[str, float]],
+    path: Path,
+) -> None:
+    """The return on each task over a setting, then its processor seconds: lines are means, dots are seeds.
+
+    A panel's axis is that of all sweeps, so that what is noise looks like it.
+    """
+    (name, values), *others = space.items()
+    curves = [{second: each} for second, choices in others for each in choices] or [{}]
+    panels = [*((task, "evaluation_return") for task in plan["tasks"]), (plan["tasks"][0], "cpu_s")]
+    figure = Figure(figsize=(3.3 * len(panels), 2.9), layout="constrained")
+    for axis, (task, column) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for curve in curves:
+            points = []
+            for value in values:
+                changed = _changed({name: value, **curve}, defaults)
+                runs = [measured.get(Trial(task, changed, seed)) for seed in plan["seeds"]]
+                points.append([run[column] for run in runs if run is not None])
+            label = ", ".join(f"{key.rpartition('.')[2]}: {each}" for key, each in curve.items())
+            means = [sum(each) / len(each) if each else float("nan") for each in points]
+            (line,) = axis.plot(range(len(values)), means, marker="o", ms=4, label=label or None)
+            for position, each in enumerate(points):
+                axis.plot([position] * len(each), each, ls="", marker=".", ms=4, alpha=0.5, color=line.get_color())
+        axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        if defaults[name] in values:
+            axis.axvline(values.index(defaults[name]), color="gray", ls=":", lw=1)
+        axis.grid(alpha=0.3)
+        axis.set_xlabel(name)
+        shown = "return" if column == "evaluation_return" else "processor seconds"
+        axis.set_title(f"{task.partition('/')[2]}: {shown}", fontsize=10)
+        everywhere = [run[column] for trial, run in measured.items() if trial.task == task]
+        low, high = 0.0 if column == "cpu_s" else min(everywhere), max(everywhere)
+        margin = 0.05 * (high - low) or 0.05
+        axis.set_ylim(0.0 if column == "cpu_s" else low - margin, high + margin)
+        if others and axis is figure.axes[0]:
+            axis.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+        arguments: of the command line; None for those of the process.
+    """
+    plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "sensitivity.yaml"))
+    parser = argparse.ArgumentParser(
+        "python -m torchrl_trpo.recipes.studies.sensitivity", description="Measures what each setting does."
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/sensitivity"), help="where the runs go")
+    parser.add_argument("--report", type=Path, help="where table and figures go (docs/results; of a part: the output)")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each (default: 2)")
+    parser.add_argument("--sweeps", nargs="+", choices=plan["sweeps"], default=list(plan["sweeps"]))
+    given = parser.parse_args(arguments)
+    whole = set(given.sweeps) == set(plan["sweeps"])
+    plan["sweeps"] = {name: plan["sweeps"][name] for name in given.sweeps}
+    job = functools.partial(run_trial, plan, given.output.absolute())
+    measured, failed = run_all(job, trials(plan), workers=given.workers)
+    if failed:
+        sys.exit(f"error: {len(failed)} runs failed, see above and output.txt in their folders: {failed}")
+    for path in write_report(plan, measured, given.report or (Path("docs/results") if whole else given.output)):
+        print(f"  {path}")
+
+
+if __name__ == "__main__":
+    main()

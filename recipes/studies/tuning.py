@@ -1,0 +1,210 @@
+"""Searches each algorithm's settings on each task, by Hydra's multirun over a stated space.
+
+    python -m torchrl_trpo.recipes.studies.tuning
+
+What is tried is config/tuning.yaml. Stopped, it goes on with the searches that were not complete. What was found is
+written to docs/results/tuning.csv and tuning.md, and the best for each task to config/hyperparameters/finetuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from torchrl_trpo.recipes.studies.jobs import CONFIG, check_same, run_all
+from torchrl_trpo.reporting.record import flat
+
+
+def trials(plan: Mapping[str, Any], algorithm: str) -> list[dict[str, Any]]:
+    """The settings that are tried, in the order of Hydra's multirun.
+
+    Args:
+        plan: what ``config/tuning.yaml`` says.
+        algorithm: the algorithm.
+
+    Returns:
+        Each trial's settings by name.
+    """
+    space = plan["space"][algorithm]
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+
+
+def run_search(plan: Mapping[str, Any], root: Path, search: tuple[str, str]) -> list[dict[str, Any]]:
+    """Runs the trials of an algorithm on a task, unless :func:`check_same` finds that they are done.
+
+    Args:
+        plan: what ``config/tuning.yaml`` says.
+        root: where the runs go, as ``<task>/<algorithm>/<number>``.
+        search: the task and the algorithm.
+
+    Returns:
+        What each trial found: the ``task``, the ``algorithm``, its ``settings``, ``evaluation_return`` and ``cpu_s``.
+    """
+    task, algorithm = search
+    tried, folder = trials(plan, algorithm), root / task / algorithm
+    library = task.partition("/")[0]
+    fixed = {**plan["settings"][library], "train.total_frames": plan["frames"][library], "seed": plan["seed"]}
+    summaries = [folder / str(number) / "summary.json" for number in range(len(tried))]
+    for path, settings in zip(summaries, tried, strict=True):
+        if path.exists():
+            now, before = flat(fixed | settings), OmegaConf.load(path.with_name("config.yaml"))
+            check_same({name: OmegaConf.select(before, name) for name in now}, now, path.parent)
+    if not all(path.exists() for path in summaries):
+        sweep = [f"{name}={','.join(map(_hydra, values))}" for name, values in plan["space"][algorithm].items()]
+        overrides = [f"env={task}", *(f"{name}={value}" for name, value in fixed.items()), *sweep, "film=false"]
+        command = [sys.executable, "-m", f"torchrl_trpo.recipes.{algorithm}", "-m", *overrides]
+        shutil.rmtree(folder, ignore_errors=True)  # Hydra begins a sweep anew
+        folder.mkdir(parents=True)
+        with (folder / "output.txt").open("w") as output:
+            subprocess.run(
+                [*command, f"hydra.sweep.dir={folder}"],
+                check=True,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+    found = [json.loads(path.read_text()) for path in summaries]
+    return [
+        {
+            "task": task,
+            "algorithm": algorithm,
+            "settings": settings,
+            **{name: summary[name] for name in ("evaluation_return", "cpu_s")},
+        }
+        for settings, summary in zip(tried, found, strict=True)
+    ]
+
+
+def write_outcome(
+    found: Sequence[Mapping[str, Any]], choose: Mapping[str, Any], report: Path, config: Path
+) -> list[Path]:
+    """Writes what was found: the data, a table, and the settings of the best trial on each task.
+
+    Args:
+        found: what :func:`run_search` gave, of all algorithms and tasks.
+        choose: settings that a trial must have to be taken.
+        report: where ``tuning.csv`` and ``tuning.md`` go.
+        config: where the settings go, as ``<algorithm>/<task>.yaml``.
+
+    Returns:
+        What was written.
+    """
+    report.mkdir(parents=True, exist_ok=True)
+    paths = [report / "tuning.csv", report / "tuning.md"]
+    with paths[0].open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["task", "algorithm", "settings", "evaluation_return", "cpu_s"])
+        writer.writeheader()
+        writer.writerows({**trial, "settings": json.dumps(trial["settings"])} for trial in found)
+    best_trials = _best([trial for trial in found if choose.items() <= trial["settings"].items()])
+    paths[1].write_text(_table(found, best_trials, choose))
+    for (algorithm, task), best in best_trials.items():
+        paths.append(config / algorithm / f"{task}.yaml")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        settings = OmegaConf.create()
+        for name, value in best["settings"].items():
+            OmegaConf.update(settings, name, value)
+        comment = (
+            f"# Of the trials with {_said(choose)} in docs/results/tuning.md the best: {best['evaluation_return']:.4g}."
+        )
+        paths[-1].write_text(f"# @package _global_\n{comment}\n{OmegaConf.to_yaml(settings)}")
+    return paths
+
+
+def _best(found: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    best: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for trial in found:
+        cell = trial["algorithm"], trial["task"]
+        if cell not in best or trial["evaluation_return"] > best[cell]["evaluation_return"]:
+            best[cell] = trial
+    return best
+
+
+def _table(
+    found: Sequence[Mapping[str, Any]],
+    best: Mapping[tuple[str, str], Mapping[str, Any]],
+    choose: Mapping[str, Any],
+) -> str:
+    """A table for each algorithm: a row for each task, a column for each trial, and the mean over the tasks."""
+    tasks = list(dict.fromkeys(trial["task"] for trial in found))
+    returns = {task: [trial["evaluation_return"] for trial in found if trial["task"] == task] for task in tasks}
+    hours = sum(trial["cpu_s"] for trial in found) / 3600
+    lines = [
+        "# The search for settings",
+        "",
+        "<!-- Written by python -m torchrl_trpo.recipes.studies.tuning -->",
+        "",
+        f"{len(found)} trials, {hours:.1f} processor hours. Return of the deterministic policy. **Bold**: taken, the",
+        f"best with {_said(choose)}: [why](README.md#the-comparison).",
+        "The mean is of the place between a task's worst trial of all algorithms, 0, and its best, 1.",
+    ]
+    for algorithm in dict.fromkeys(trial["algorithm"] for trial in found):
+        by_settings: dict[str, list[Mapping[str, Any]]] = {}
+        for trial in found:
+            if trial["algorithm"] == algorithm:
+                by_settings.setdefault(_said(trial["settings"]), []).append(trial)
+        lines += ["", f"| {algorithm} | {' | '.join(by_settings)} |", f"|---|{'---|' * len(by_settings)}"]
+        means = dict.fromkeys(by_settings, 0.0)
+        for row, task in enumerate(tasks):
+            texts = []
+            for settings, trials in by_settings.items():
+                value, low, high = trials[row]["evaluation_return"], min(returns[task]), max(returns[task])
+                means[settings] += (value - low) / ((high - low) or 1.0) / len(tasks)
+                texts.append(f"**{value:.4g}**" if trials[row] is best[algorithm, task] else f"{value:.4g}")
+            lines.append(f"| `{task}` | {' | '.join(texts)} |")
+        lines.append(f"| mean | {' | '.join(f'{mean:.2f}' for mean in means.values())} |")
+    return "\n".join(lines) + "\n"
+
+
+def _said(settings: Mapping[str, Any]) -> str:
+    """Settings without their sections."""
+    return " ".join(
+        _said(value) if isinstance(value, dict) else f"{name.rpartition('.')[2]}={value}"
+        for name, value in settings.items()
+    )
+
+
+def _hydra(value: Any) -> str:
+    """A value in Hydra's syntax of overrides."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{_hydra(inner)}" for name, inner in value.items()) + "}"
+    return json.dumps(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+        arguments: of the command line; None for those of the process.
+    """
+    plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "tuning.yaml"))
+    parser = argparse.ArgumentParser("python -m torchrl_trpo.recipes.studies.tuning", description="Searches settings.")
+    parser.add_argument("--output", type=Path, default=Path("outputs/tuning"), help="where the runs go")
+    parser.add_argument("--report", type=Path, default=Path("docs/results"), help="where tuning.csv and tuning.md go")
+    parser.add_argument("--config", type=Path, default=CONFIG / "hyperparameters" / "finetuned")
+    parser.add_argument("--workers", type=int, default=2, help="searches at a time (default: 2)")
+    given = parser.parse_args(arguments)
+    searches = list(itertools.product(plan["tasks"], plan["space"]))
+    results, failed = run_all(
+        functools.partial(run_search, plan, given.output.absolute()), searches, workers=given.workers
+    )
+    if failed:
+        sys.exit(f"error: {len(failed)} searches failed, see above and output.txt in their folders: {failed}")
+    found = [trial for each in results.values() for trial in each]
+    for path in write_outcome(found, plan["choose"], given.report, given.config):
+        print(f"  {path}")
+
+
+if __name__ == "__main__":
+    main()

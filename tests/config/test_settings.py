@@ -1,0 +1,319 @@
+"""Bad settings are refused before anything is built, all at once, each with what would be legal."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf, open_dict
+
+from tests.rank_processes import run_command
+from torchrl_trpo.config.settings import _RANGES, check_overrides, check_settings
+from torchrl_trpo.errors import SettingError
+from torchrl_trpo.numerics.updater import TrustRegionUpdater
+from torchrl_trpo.objectives import HAPPOUpdater
+from torchrl_trpo.recipes import happo, hatrpo, ippo, itrpo, mappo, matrpo, trpo
+
+RECIPES = {
+    "itrpo": itrpo,
+    "matrpo": matrpo,
+    "hatrpo": hatrpo,
+    "happo": happo,
+    "mappo": mappo,
+    "ippo": ippo,
+    "trpo": trpo,
+}
+CONFIG_DIR = Path(hatrpo.__file__).parent / "config"
+
+
+def config(name, *overrides):
+    overrides = check_overrides(["output_dir=unused", "device=cpu", *overrides], CONFIG_DIR, name)
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        return compose(name, overrides)
+
+
+def message(name, *overrides):
+    with pytest.raises(SettingError) as caught:
+        RECIPES[name].train(config(name, *overrides))
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_built(monkeypatch):
+    for recipe in RECIPES.values():
+        monkeypatch.setattr(recipe, "make_env", lambda *_, **__: pytest.fail("an environment was built"))
+
+
+VALUES = [
+    ("hatrpo", "seed=-1", r"^seed must be .*, got -1\.$"),
+    ("hatrpo", "seed=4294967296", r"^seed must be .*, got 4294967296\.$"),
+    ("hatrpo", "seed=true", r"^seed must be .*, got true\.$"),
+    ("hatrpo", "film=3", r"^film must be true or false, got 3\.$"),
+    ("hatrpo", "film=null", r"^film must be true or false, got null\.$"),
+    ("hatrpo", "gamma=null", r"^gamma must be a number from 0 to 1, got null\.$"),
+    ("hatrpo", "gamma=nan", r"^gamma must be a number from 0 to 1, got nan\.$"),
+    ("hatrpo", "lmbda=true", r"^lmbda must be a number from 0 to 1, got true\.$"),
+    ("hatrpo", "entropy_coeff=null", r"^entropy_coeff must be a number, got null\.$"),  # was PPOLoss's 0.01, silently
+    ("hatrpo", "entropy_coeff=inf", r"^entropy_coeff must be a number, got inf\.$"),
+    ("hatrpo", "chunk_size=0", r"^chunk_size must be null or a whole number of at least 1, got 0\.$"),
+    ("hatrpo", "compile_update=2", r"^compile_update must be true, false or a mapping of options, got 2\.$"),
+    ("hatrpo", "collector.compile_policy=maybe", r"^collector\.compile_policy must be true, false .*, got 'maybe'\.$"),
+    ("trpo", "normalize_observations=2", r"^normalize_observations must be true or false, got 2\.$"),
+    ("hatrpo", "updater.max_kl=-1", r"^updater\.max_kl must be a positive number, got -1\.$"),
+    ("hatrpo", "updater.max_kl=null", r"^updater\.max_kl must be a positive number, got null\.$"),
+    ("hatrpo", "updater.cg_iters=2.5", r"^updater\.cg_iters must be a whole number of at least 1, got 2\.5\.$"),
+    ("hatrpo", "updater.cg_iters=true", r"^updater\.cg_iters must be .*, got true\.$"),
+    ("hatrpo", "updater.fisher_subsample=0", r"^updater\.fisher_subsample must be .*above 0 and at most 1, got 0\.$"),
+    ("hatrpo", "updater.damping=nan", r"^updater\.damping must be a number of at least 0, got nan\.$"),
+    ("hatrpo", "critic.lr=nan", r"^critic\.lr must be a number of at least 0, got nan\.$"),
+    ("hatrpo", "critic.lr=inf", r"^critic\.lr must be a number of at least 0, got inf\.$"),
+    ("hatrpo", "critic.value_norm=no thanks", r"^critic\.value_norm must be true or false, got 'no thanks'\.$"),
+    ("hatrpo", "critic.hidden=[128,0]", r"^critic\.hidden must be a list .*, got \[128, 0\]\.$"),
+    ("hatrpo", "train.total_frames=1e6", r"^train\.total_frames must be a whole number .*, got 1000000\.0\.$"),
+    ("hatrpo", "env.kwargs=3", r"^env\.kwargs must be a mapping of arguments such as {n_agents: 3}, got 3\.$"),
+    ("hatrpo", "env.kwargs=[1]", r"^env\.kwargs must be a mapping .*, got \[1\]\.$"),
+    ("hatrpo", "env.continuous_actions=null", r"^env\.continuous_actions must be true or false, got null\.$"),
+    ("happo", "clip_epsilon=1", r"^clip_epsilon must be a number between 0 and 1, both excluded, got 1\.$"),
+    ("happo", "updater.lr=-1", r"^updater\.lr must be a number of at least 0, got -1\.$"),
+    ("happo", "updater.epochs=0", r"^updater\.epochs must be a whole number of at least 1, got 0\.$"),
+    ("happo", "updater.minibatch_size=2.5", r"^updater\.minibatch_size must be a whole number .*, got 2\.5\.$"),
+    ("happo", "updater.max_grad_norm=null", r"^updater\.max_grad_norm must be a positive number, got null\.$"),
+    ("hatrpo", "critic.inputs=staet", r"^critic\.inputs: 'staet'\. Did you mean 'state'\?"),
+    ("itrpo", "actor.sharing=null", r"^actor\.sharing: null\. .*Legal: 'all', 'group', 'none'\.$"),
+    ("itrpo", "actor.network=[gru]", r"^actor\.network: \['gru'\]\. .*Legal: 'mlp', 'gru', 'lstm'\.$"),
+    ("itrpo", "critic.share_params=none", r"^critic\.share_params must be true or false, got 'none'\.$"),
+    ("matrpo", "critic.others_actions=1", r"^critic\.others_actions must be true or false, got 1\.$"),
+    ("hatrpo", "agent_order=[false,true]", r"^agent_order must be .*, got \[False, True\]\.$"),
+    ("hatrpo", "agent_order=backwards", r"^agent_order must be .*, got 'backwards'\.$"),
+]
+
+ONE = [
+    # Values.
+    ("hatrpo", "seed=x", r"^seed must be a whole number from 0 to 4294967295, got 'x'\.$"),
+    ("hatrpo", "output_dir=null", r"^output_dir must be a folder, got null\.$"),
+    ("hatrpo", "resume=[1]", r"^resume.*'\[1\]' has no config\.yaml"),
+    ("hatrpo", "team_reward=max", r"^team_reward: 'max'\. Did you mean 'mean'\? Legal: 'mean', 'sum', 'null'\.$"),
+    ("hatrpo", "agent_order=[0,0]", r"^agent_order must be random, fixed, or a list .*, got \[0, 0\]\.$"),
+    ("hatrpo", "device=tpu", r"^device: 'tpu' is not there.* Did you mean 'cpu'\? Legal: 'auto', 'cpu'"),
+    ("hatrpo", "device=null", r"^device: None is not there.* Legal: 'auto', 'cpu'"),
+    ("hatrpo", "env.name=vmas/balanc", r"^env: 'vmas/balanc'\. Did you mean 'vmas/balance'"),
+    ("hatrpo", "env.name=smac/3m", r"^env: 'smac/3m'\. .*Legal: 'vmas', 'pettingzoo', 'mamujoco', 'gym', 'custom'\.$"),
+    # Sections, and names that are missing or new.
+    ("hatrpo", "updater=3", r"^updater: 3\. Legal: a section with updater\.max_kl, .*fisher_subsample\.$"),
+    ("hatrpo", "actor=[1]", r"^actor: \[1\]\. Legal: a section with actor\.hidden, actor\.network"),
+    ("happo", "updater=3", r"^updater: 3\. Legal: a section with updater\.lr, updater\.epochs, .*max_grad_norm\.$"),
+    ("happo", "updater.max_kl=0.01", r"^setting 'updater\.max_kl' does not exist\. .*Legal: .*'updater\.lr'"),
+    ("happo", "updater.epoch=2", r"^setting 'updater\.epoch' does not exist\. Did you mean 'updater\.epochs'"),
+    ("happo", "critic.value_norm=true", r"^setting 'critic\.value_norm' does not exist"),
+    ("mappo", "updater.max_kl=0.01", r"^setting 'updater\.max_kl' does not exist\. .*Legal: .*'updater\.lr'"),
+    ("ippo", "critic.inputs=state", r"^setting 'critic\.inputs' does not exist"),
+    ("happo", "~updater.lr", r"^updater\.lr is missing\. Legal: a number of at least 0\.$"),
+    ("hatrpo", "updater.lr=1", r"^setting 'updater\.lr' does not exist"),
+    ("hatrpo", "updater={maxkl: 1}", r"^setting 'updater\.maxkl' does not exist\. Did you mean 'updater\.max_kl'"),
+    ("hatrpo", "updater={max_kl: -1}", r"^updater\.max_kl must be a positive number, got -1\.$"),
+    ("hatrpo", "+sed=1", r"^setting 'sed' does not exist\. Did you mean 'seed'"),
+    ("hatrpo", "+env.parallel=true", r"^setting 'env\.parallel' does not exist\."),
+    ("itrpo", "+team_reward=sum", r"^setting 'team_reward' does not exist\."),
+    ("hatrpo", "~critic.lr", r"^critic\.lr is missing\. Legal: a number of at least 0\.$"),
+    ("hatrpo", "~critic.network", r"^critic\.network is missing\. Legal: 'mlp', 'gru', 'lstm'\.$"),
+    ("hatrpo", "~critic", r"^critic is missing\. Legal: a section with critic\.hidden"),
+    ("hatrpo", "seed=???", r"^seed: Missing mandatory value"),
+    # Settings that cannot be together.
+    ("hatrpo", "env.num_envs=7", r"^train\.frames_per_batch=6000 .*env\.num_envs=7: .*Nearest: 5999 or 6006\.$"),
+    ("hatrpo", "train.total_frames=6001", r"^train\.total_frames=6001 .*Nearest: 6000 or 12000\.$"),
+    ("hatrpo", "collector.cudagraph_policy=true", r"^collector\.cudagraph_policy=true needs device=cuda, got cpu"),
+    ("hatrpo", "critic.inputs=both", r"^env: 'vmas/balance' has no global state\. Use critic\.inputs=observations\.$"),
+    ("itrpo", "env=gym/CartPole-v1", r"^env: 'gym/CartPole-v1' has a single agent.*Use the recipe trpo\.$"),
+    ("mappo", "env=gym/CartPole-v1", r"^env: 'gym/CartPole-v1' has a single agent.*Use the recipe trpo\.$"),
+    ("hatrpo", "env=gym/CartPole-v1", r"^env: 'gym/CartPole-v1' has a single agent.*Use the recipe trpo\.$"),
+    ("hatrpo", "env=custom", r"^env\.factory must be 'package\.module\.function', .*, got null\.$"),
+]
+
+
+def together(cases):
+    """Puts cases of the same recipe and of different settings together: recipes, and for each its cases by setting."""
+    groups = []
+    for name, override, expected in cases:
+        setting = override.partition("=")[0]
+        fitting = (group for recipe, group in groups if recipe == name and setting not in group)
+        group = next(fitting, None)
+        if group is None:
+            groups.append((name, group := {}))
+        group[setting] = (override, expected)
+    return groups
+
+
+@pytest.mark.parametrize(("name", "cases"), together(VALUES), ids=str)
+def test_each_value_that_cannot_be_has_its_line(name, cases):
+    said = message(name, *[override for override, _ in cases.values()])
+    lines = [line.removeprefix("  - ") for line in said.splitlines()]
+    if len(cases) > 1:
+        assert lines.pop(0) == f"{len(cases)} settings cannot be:"
+    assert len(lines) == len(cases)
+    for _, expected in cases.values():
+        assert sum(bool(re.search(expected, line)) for line in lines) == 1, expected
+
+
+@pytest.mark.parametrize(("name", "override", "expected"), ONE, ids=lambda value: str(value)[:40])
+def test_one_line_says_what_cannot_be(name, override, expected):
+    said = message(name, override)
+    assert re.search(expected, said)
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["actor.network=gru", "actor.hidden=[]"], r"^actor\.network=gru needs actor\.hidden, .* Legal: \[128\]\.$"),
+        (["critic.network=lstm", "critic.hidden=[]"], r"^critic\.network=lstm needs critic\.hidden"),
+        (["critic.value_norm=true", "critic.hidden=[16,1]"], r"^critic\.hidden=\[16, 1\] with critic\.value_norm=true"),
+        (
+            ["env.num_envs=1", "train.frames_per_batch=1"],
+            r"^train\.frames_per_batch must be a whole number of at least 2, got 1\.$",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_two_settings_that_cannot_be_together(overrides, expected):
+    assert re.search(expected, message("hatrpo", *overrides))
+
+
+def test_all_at_once():
+    """Wrong values, and those settings against each other that are right for themselves."""
+    first, *lines = message("hatrpo", "seed=x", "film=3", "updater.max_kl=-1", "env.num_envs=7").splitlines()
+    assert first == "4 settings cannot be:"
+    assert [re.match(r"  - ([\w.]+)", line)[1] for line in lines] == [
+        "seed",
+        "film",
+        "updater.max_kl",
+        "train.frames_per_batch",
+    ]
+
+
+def test_unknown_names_and_wrong_values_at_once():
+    said = message("hatrpo", "sed=1", "gama=2", "+foo=1", "gamma=null", "env.num_envs=7")
+    expected = ["4 settings cannot be:", "'sed' does not exist.", "'gama' does not exist.", "'foo' does not exist."]
+    for line, part in zip(said.splitlines(), [*expected, "gamma must be"], strict=True):
+        assert part in line or part == expected[0]
+    assert "num_envs" not in said.splitlines()[-1]
+
+
+def test_an_unknown_environment_leaves_its_settings_open():
+    """Which names ``env.*`` has, and what fits ``num_envs``, only the right environment tells."""
+    said = message("hatrpo", "env=vmas/balanc", "env.parallel=true", "sed=1", "resume=nowhere")
+    first, *lines = said.splitlines()
+    assert first == "3 settings cannot be:"
+    assert [line.split()[1] for line in lines] == ["env:", "resume:", "setting"]
+
+
+def test_a_value_that_is_wrong_is_not_compared():
+    assert message("hatrpo", "env.num_envs=0") == "env.num_envs must be a whole number of at least 1, got 0."
+    said = message("hatrpo", "train.frames_per_batch=61")
+    assert re.search(r"^train\.frames_per_batch=61 .*Nearest: 60 or 120\.$", said), (
+        "what total_frames is then, who knows"
+    )
+
+
+@pytest.mark.parametrize("name", ["itrpo", "matrpo", "hatrpo", "trpo"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["actor.network=gru", "critic.network=lstm", "critic.hidden=[1]", "critic.value_norm=true", "chunk_size=3"],
+        ["compile_update={backend: aot_eager}", "collector.compile_policy=true", "actor.hidden=[]"],
+        ["updater.fisher_subsample=1e-9", "critic.minibatch_size=1000000", "critic.lr=0", "entropy_coeff=-1"],
+        ["env=custom", "env.factory=a.b", "env.kwargs={any: 1}", "+env.kwargs.other=2", "env.parallel=true"],
+    ],
+    ids=["defaults", "recurrent", "compiled", "small", "custom"],
+)
+def test_what_can_be_passes(name, overrides):
+    check_settings(config(name, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        ("hatrpo", "team_reward=sum"),
+        ("hatrpo", "agent_order=[1,0,2]"),
+        ("hatrpo", "agent_order=fixed"),
+        ("itrpo", "actor.sharing=all"),
+        ("matrpo", "critic.others_actions=true"),
+        ("matrpo", "env=pettingzoo/simple_spread_v3"),
+        ("happo", "updater={lr: 0, epochs: 1, minibatch_size: 1, max_grad_norm: 0.5}"),
+        ("happo", "clip_epsilon=0.3"),
+        ("mappo", "actor.sharing=all"),
+        ("ippo", "critic.share_params=false"),
+    ],
+)
+def test_what_only_some_recipes_have(name, override):
+    check_settings(config(name, override))
+
+
+def test_a_sweep_is_left_to_hydra():
+    assert check_overrides(["-m", "seed=1,2"], CONFIG_DIR, "hatrpo") == ["-m", "seed=1,2"]
+    with pytest.raises(SettingError, match=r"^setting 'sed' does not exist"):
+        check_overrides(["-m", "seed=1,2", "sed=1"], CONFIG_DIR, "hatrpo")
+
+
+def test_a_config_made_by_hand():
+    cfg = OmegaConf.create(OmegaConf.to_container(config("hatrpo")))
+    check_settings(cfg)
+    cfg.updater.maxkl = 1
+    cfg.typo = {"a": 1}
+    cfg.env.parallel = True
+    del cfg.seed
+    with pytest.raises(SettingError) as caught:
+        check_settings(cfg)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "4 settings cannot be:"
+    for part in (
+        "'updater.maxkl' does not exist. Did you mean 'updater.max_kl'",
+        "'typo'",
+        "'env.parallel'",
+        "seed is",
+    ):
+        assert sum(part in line for line in lines) == 1, part
+
+
+def test_the_record_of_a_run_is_a_config():
+    cfg = config("hatrpo")
+    with open_dict(cfg):
+        cfg.algorithm = "HATRPO"
+        cfg.versions = {"torch": "2"}
+    check_settings(cfg)
+
+
+def test_hydras_folder_is_only_there_when_hydra_runs():
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        cfg = compose("hatrpo")
+    with pytest.raises(SettingError, match=r"^output_dir: .*HydraConfig was not set"):
+        check_settings(cfg)
+
+
+@pytest.mark.parametrize("value", ["stop", "drop"])
+def test_what_to_do_with_what_is_not_finite(value):
+    cfg = config("hatrpo")
+    with open_dict(cfg):
+        cfg.non_finite = value
+        check_settings(cfg)
+        cfg.non_finite = f"{value}s"
+    with pytest.raises(SettingError, match=rf"^non_finite: '{value}s'\. Did you mean '{value}'.*Legal: 'stop', 'drop'"):
+        check_settings(cfg)
+
+
+def test_every_setting_of_the_updater_has_its_range():
+    assert {f"updater.{name}" for name in TrustRegionUpdater._RANGES} <= set(_RANGES)
+    assert set(config("hatrpo").updater) == set(TrustRegionUpdater._RANGES)
+    assert set(config("happo").updater) == set(HAPPOUpdater._RANGES)
+
+
+def test_the_command_line_says_it_all(tmp_path):
+    """No folder is left behind."""
+    done = run_command("torchrl_trpo.recipes.hatrpo", ["seed=x", "film=3", "device=tpu"], tmp_path)
+    assert done.returncode == 1
+    first, *lines = done.stderr.strip().splitlines()
+    assert first == "error: 3 settings cannot be:"
+    assert {line.split()[1] for line in lines} == {"seed", "film", "device:"}
+    assert not list(tmp_path.rglob("config.yaml"))

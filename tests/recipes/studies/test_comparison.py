@@ -1,0 +1,298 @@
+"""The comparison and the search of settings, with tiny budgets, and their reports."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from torchrl_trpo.config.settings import check_overrides, check_settings
+from torchrl_trpo.errors import SettingError
+from torchrl_trpo.recipes.studies import comparison, jobs, sensitivity, tuning
+from torchrl_trpo.recipes.studies.report import Comparison, Curves, write_report
+
+CONFIG_DIR = Path(comparison.__file__).parents[1] / "config"
+TINY = {"env.num_envs": 4, "env.max_steps": 5, "train.frames_per_batch": 40, "train.total_frames": 160}
+PLAN = {
+    "algorithms": ["hatrpo", "mappo"],
+    "seeds": [0],
+    "tasks": ["vmas/balance"],
+    "hyperparameters": "common",
+    "settings": {"vmas": TINY},
+    "evaluation": {"points": 2, "episodes": {"vmas": 3}, "seed": 10000},
+}
+
+
+def test_a_comparison_trains_evaluates_and_goes_on(tmp_path, monkeypatch):
+    by_cell = {cell.algorithm: comparison.run_cell(PLAN, tmp_path, cell) for cell in comparison.cells(PLAN)}
+    assert list(by_cell) == ["hatrpo", "mappo", "random"]
+    assert [row["frames"] for row in by_cell["hatrpo"]] == [80, 160]
+    assert [row["frames"] for row in by_cell["random"]] == [0]
+    for rows in by_cell.values():
+        assert all(set(row) == set(comparison.COLUMNS) for row in rows)
+    cell = comparison.cells(PLAN)[0]
+    monkeypatch.setattr(comparison, "train", lambda *_: pytest.fail("it was done already"))
+    assert comparison.run_cell(PLAN, tmp_path, cell) == by_cell["hatrpo"]
+    others = {**PLAN, "evaluation": {**PLAN["evaluation"], "episodes": {"vmas": 4}}}
+    shorter = {**PLAN, "settings": {"vmas": {**TINY, "env.max_steps": 4}}}
+    with pytest.raises(SettingError, match=r"other settings: evaluation\.episodes was 3, now 4"):
+        comparison.run_cell(others, tmp_path, cell)
+    with pytest.raises(SettingError, match=r"random/seed-0' holds .*env\.max_steps was 5, now 4"):
+        comparison.run_cell(shorter, tmp_path, comparison.cells(PLAN)[-1])
+
+
+def test_a_part_of_the_comparison_is_not_reported_as_the_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results = {index: [row] for index, row in enumerate(rows(**FINALS))}
+    monkeypatch.setattr(comparison, "run_all", lambda *_, **__: (results, []))
+    comparison.main(["--seeds", "0", "--output", "runs"])
+    assert not Path("docs").exists()
+    assert Path("runs/comparison.md").exists()
+    comparison.main([])
+    assert Path("docs/results/comparison.md").exists()
+    with pytest.raises(SystemExit):
+        comparison.main(["--tasks", "vmas/balnce"])
+    assert "'vmas/balnce' (choose from" in capsys.readouterr().err
+    monkeypatch.setattr(comparison, "run_all", lambda *_, **__: (results, ["a cell"]))
+    with pytest.raises(SystemExit, match=r"1 runs failed.*a cell"):
+        comparison.main([])
+
+
+def test_a_run_that_was_stopped_is_resumed_to_the_same_evaluations(tmp_path):
+    cell = comparison.cells(PLAN)[0]
+    whole = comparison.run_cell(PLAN, tmp_path / "whole", cell)
+    half = {**PLAN, "settings": {"vmas": {**TINY, "train.total_frames": 80}}, "evaluation": {**PLAN["evaluation"]}}
+    half["evaluation"]["points"] = 1
+    comparison.run_cell(half, tmp_path / "parts", cell)
+    folder = cell.folder(tmp_path / "parts")
+    for name in ("comparison.json", "summary.json"):
+        (folder / name).unlink()
+    config = folder / "config.yaml"
+    with pytest.raises(SettingError, match=r"holds a run with other settings: .*train\.total_frames was 80, now 160"):
+        comparison.run_cell(PLAN, tmp_path / "parts", cell)
+    config.write_text(config.read_text().replace("total_frames: 80", "total_frames: 160").replace("keep: 2", "keep: 4"))
+    resumed = comparison.run_cell(PLAN, tmp_path / "parts", cell)
+    timeless = [{name: value for name, value in row.items() if name != "cpu_s"} for row in whole]
+    assert [{name: value for name, value in row.items() if name != "cpu_s"} for row in resumed] == timeless
+
+
+def rows(**finals):
+    # Two evaluations of a run; from each algorithm and task its last returns by seed.
+    for algorithm, tasks in finals.items():
+        for task, returns in tasks.items():
+            for seed, value in enumerate(returns):
+                for point in (1, 2) if algorithm != "random" else (2,):
+                    cost = 30 if algorithm == "mappo" else 10
+                    yield {
+                        "task": task,
+                        "algorithm": algorithm,
+                        "seed": seed,
+                        "iteration": point,
+                        "frames": 100 * point,
+                        "cpu_s": cost * point,
+                        "evaluation_return": value * point / 2,
+                        "evaluation_std": 1.0,
+                    }
+
+
+FINALS = {
+    "hatrpo": {"vmas/a": [4.0, 6.0], "vmas/b": [-3.0, -1.0]},
+    "mappo": {"vmas/a": [10.0, 10.0], "vmas/b": [-5.0, -5.0]},
+    "random": {"vmas/a": [0.0, 0.0], "vmas/b": [-10.0, -10.0]},
+}
+
+
+def test_scores_are_between_a_random_policy_and_the_best():
+    compared = Comparison(list(rows(**FINALS)))
+    assert compared.scores("hatrpo").tolist() == [[0.4, 0.6], [7 / 8, 9 / 8]]
+    assert compared.scores("mappo").tolist() == [[1, 1], [5 / 8, 5 / 8]]
+    assert compared.cpu_budget("vmas/a") == 20
+    assert compared.scores("hatrpo", equal_cpu=True).tolist() == compared.scores("hatrpo").tolist()
+    assert compared.scores("mappo", equal_cpu=True).tolist() == [[0, 0], [0, 0]]  # 30 seconds to its first evaluation
+
+
+def test_at_equal_processor_seconds_a_run_is_between_its_evaluations():
+    curves = Curves(
+        frames=torch.tensor([100.0, 200.0]),
+        cpu_s=torch.tensor([[10.0, 20.0], [12.0, 24.0], [30.0, 60.0]], dtype=torch.float64),
+        returns=torch.tensor([[1.0, 2.0], [1.0, 3.0], [5.0, 6.0]], dtype=torch.float64),
+        stds=torch.ones(3, 2),
+    )
+    assert curves.at_cpu(22).tolist() == pytest.approx([2, 1 + 2 * 10 / 12, math.nan], nan_ok=True)
+
+
+def test_only_seeds_that_all_have_are_compared():
+    data = [row for row in rows(**FINALS) if (row["task"], row["algorithm"], row["seed"]) != ("vmas/b", "mappo", 1)]
+    assert Comparison(data).seeds == [0]
+    with pytest.raises(ValueError, match=r"no seed has all algorithms on all tasks.*'vmas/b', 'mappo', 0"):
+        Comparison([row for row in data if row["algorithm"] != "mappo" or row["task"] != "vmas/b"])
+    with pytest.raises(ValueError, match=r"evaluation_return of .*'vmas/b'.* is not finite"):
+        Comparison([row | {"evaluation_return": math.nan} if row["task"] == "vmas/b" else row for row in data])
+
+
+def test_a_task_that_nobody_learns_has_no_score():
+    """Runs above the random policy, but by little of what their episodes differ, have learned nothing either."""
+    finals = {name: {**tasks, "vmas/c": [0.0, 9.0], "vmas/d": [0.3, 0.4]} for name, tasks in FINALS.items()}
+    finals["random"] |= {"vmas/c": [0.1, 0.1], "vmas/d": [0.0, 0.0]}
+    compared = Comparison(list(rows(**finals)))
+    assert compared.learned == ["vmas/a", "vmas/b"]
+    assert compared.scores("hatrpo").tolist() == [[0.4, 0.6], [7 / 8, 9 / 8]]
+
+
+def test_the_report_has_a_table_and_figures(tmp_path):
+    data = tmp_path / "comparison.csv"
+    close = {"hatrpo": [1.0, 5.0], "mappo": [2.0, 3.0], "random": [0.0, 0.0]}
+    with data.open("w", newline="") as file:
+        writer = csv.DictWriter(file, comparison.COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows(**{name: {**FINALS[name], "vmas/c": returns} for name, returns in close.items()}))
+    paths = write_report(data, tmp_path)
+    assert all(path.stat().st_size > 0 for path in paths)
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| `vmas/a` | 200 | 0.0 | 5.0 [4.0, 6.0] | **10.0 [10.0, 10.0]** |" in text
+    assert "| `vmas/b` | 200 | -10.00 | **-2.00 [-3.00, -1.00]** | -5.00 [-5.00, -5.00] |" in text
+    assert "| `vmas/c` | 200 | 0.00 | **3.00 [1.00, 5.00]** | **2.50 [2.00, 3.00]** |" in text
+    assert "| P(better than MAPPO), equal frames | 0.50 [0.33, 0.67] |  |" in text
+
+
+def test_the_outcome_of_a_search_is_the_best_trial_of_each_task(tmp_path):
+    plan = {"space": {"mappo": {"updater": [{"lr": 0.1}, {"lr": 0.2}], "gamma": [0.9, 0.8]}}}
+    tried = tuning.trials(plan, "mappo")
+    assert tried[:2] == [{"updater": {"lr": 0.1}, "gamma": 0.9}, {"updater": {"lr": 0.1}, "gamma": 0.8}]
+    found = [
+        {"task": "vmas/balance", "algorithm": "mappo", "settings": each, "evaluation_return": value, "cpu_s": 36.0}
+        for each, value in zip(tried, [1.0, 5.0, 3.0, 2.0], strict=True)
+    ]
+    tuning.write_outcome(found, {"gamma": 0.9}, tmp_path, tmp_path / "finetuned")
+    best = OmegaConf.load(tmp_path / "finetuned" / "mappo" / "vmas" / "balance.yaml")
+    assert best == {"updater": {"lr": 0.2}, "gamma": 0.9}
+    with (tmp_path / "tuning.csv").open() as file:
+        assert [json.loads(row["settings"]) for row in csv.DictReader(file)] == tried
+    text = (tmp_path / "tuning.md").read_text()
+    assert "| mappo | lr=0.1 gamma=0.9 | lr=0.1 gamma=0.8 | lr=0.2 gamma=0.9 | lr=0.2 gamma=0.8 |" in text
+    assert "| `vmas/balance` | 1 | 5 | **3** | 2 |\n| mean | 0.00 | 1.00 | 0.50 | 0.25 |" in text
+
+
+def test_trials_of_another_search_are_not_taken_for_those_of_this_one(tmp_path):
+    plan = {
+        "space": {"itrpo": {"updater.max_kl": [0.01, 0.03], "gamma": [0.95]}},
+        "settings": {"vmas": {"env.num_envs": 300}},
+        "frames": {"vmas": 120000},
+        "seed": 1000,
+    }
+    for number, max_kl in enumerate([0.01, 0.03]):
+        folder = tmp_path / "vmas" / "balance" / "itrpo" / str(number)
+        folder.mkdir(parents=True)
+        done = {"env": {"num_envs": 300}, "train": {"total_frames": 120000}, "updater": {"max_kl": max_kl}}
+        OmegaConf.save(OmegaConf.create(done | {"gamma": 0.95, "seed": 1000}), folder / "config.yaml")
+        (folder / "summary.json").write_text(json.dumps({"evaluation_return": float(number), "cpu_s": 1.0}))
+    found = tuning.run_search(plan, tmp_path, ("vmas/balance", "itrpo"))
+    assert [(trial["settings"]["updater.max_kl"], trial["evaluation_return"]) for trial in found] == [
+        (0.01, 0),
+        (0.03, 1),
+    ]
+    plan["space"]["itrpo"]["updater.max_kl"] = [0.01, 0.1]
+    with pytest.raises(SettingError, match=r"itrpo/1' holds .*updater\.max_kl was 0\.03, now 0\.1"):
+        tuning.run_search(plan, tmp_path, ("vmas/balance", "itrpo"))
+
+
+FINETUNED = CONFIG_DIR / "hyperparameters" / "finetuned"
+
+
+@pytest.mark.parametrize("task", ["vmas/balance", "pettingzoo/simple_spread_v3"])
+@pytest.mark.parametrize("recipe", sorted(path.name for path in FINETUNED.iterdir()))
+def test_tuned_settings_are_those_of_a_run(recipe, task):
+    overrides = check_overrides([f"env={task}", "hyperparameters=finetuned", "output_dir=."], CONFIG_DIR, recipe)
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        cfg = compose(recipe, overrides)
+    check_settings(cfg)
+    for name, value in OmegaConf.to_container(OmegaConf.load(FINETUNED / recipe / f"{task}.yaml")).items():
+        assert cfg[name] == value if not isinstance(value, dict) else value.items() <= dict(cfg[name]).items()
+
+
+def test_tuned_settings_are_the_best_that_were_found(tmp_path):
+    with (CONFIG_DIR.parents[1] / "docs" / "results" / "tuning.csv").open(newline="") as file:
+        found = [row | {"settings": json.loads(row["settings"])} for row in csv.DictReader(file)]
+    for row in found:
+        row |= {name: float(row[name]) for name in ("evaluation_return", "cpu_s")}
+    choose = OmegaConf.load(CONFIG_DIR / "tuning.yaml").choose
+    tuning.write_outcome(found, choose, tmp_path, tmp_path)
+    written = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.glob("*/*/*.yaml")}
+    assert written == {path.relative_to(FINETUNED): path.read_text() for path in FINETUNED.glob("*/*/*.yaml")}
+    assert (tmp_path / "tuning.md").read_text() == (CONFIG_DIR.parents[1] / "docs/results/tuning.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("hatrpo", ["hyperparameters=fine"], r"^hyperparameters: 'fine'\. Did you mean 'finetuned'"),
+        (
+            "hatrpo",
+            ["env=vmas/wheel", "hyperparameters=finetuned"],
+            r"hatrpo has not been tuned on 'vmas/wheel'\. Tuned:",
+        ),
+        ("happo", ["hyperparameters=finetuned"], r"^setting 'hyperparameters' does not exist"),
+    ],
+)
+def test_settings_that_were_not_found_are_refused(recipe, overrides, message):
+    with pytest.raises(SettingError, match=message):
+        check_overrides(overrides, CONFIG_DIR, recipe)
+
+
+def test_a_sensitivity_sweep_runs_each_setting_once(tmp_path):
+    plan = {
+        "recipe": "hatrpo",
+        "tasks": ["vmas/balance"],
+        "seeds": [0],
+        "settings": TINY,
+        "sweeps": {"damping": {"updater.damping": [0.1, 1.0]}, "cg": {"updater.cg_iters": [10], "lmbda": [0.9, 0.5]}},
+    }
+    tried = sensitivity.trials(plan)
+    assert [dict(trial.changed) for trial in tried] == [{}, {"updater.damping": 1.0}, {"lmbda": 0.5}]
+    measured = {trial: sensitivity.run_trial(plan, tmp_path / "runs", trial) for trial in tried[:2]}
+    for values in measured.values():
+        assert tuple(values) == sensitivity.MEASURED
+        assert 0 <= values["kl_ratio"] <= 1
+    paths = sensitivity.write_report(plan, measured, tmp_path)
+    assert all(path.stat().st_size > 0 for path in paths)
+    with paths[0].open() as file:
+        assert [json.loads(row["changed"]) for row in csv.DictReader(file)] == [{}, {"updater.damping": 1.0}]
+
+
+def test_one_job_that_fails_does_not_stop_the_others(capfd):
+    results, failed = jobs.run_all(math.sqrt, [4.0, -1.0, 9.0], workers=1)
+    assert results == {4.0: 2.0, 9.0: 3.0}
+    assert failed == [-1.0]
+    said = "".join(capfd.readouterr())
+    assert "-1.0 failed:" in said
+    assert "math domain error" in said
+
+
+def test_an_interrupt_lets_no_other_job_begin(tmp_path):
+    begun = tmp_path / "begun"
+    commands = [("sh", "-c", f"echo {number} >> {begun}; sleep 0.5") for number in range(6)]
+
+    def interrupt():
+        while not begun.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            jobs.run_all(subprocess.check_call, commands, workers=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert begun.read_text() == "0\n"

@@ -1,0 +1,51 @@
+"""The recipes' collector."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchrl_trpo.envs import make_env
+from torchrl_trpo.errors import SettingError
+from torchrl_trpo.keys import group_keys
+from torchrl_trpo.networks import make_actor
+from torchrl_trpo.training.collector import make_collector
+
+
+def collect(frames_per_batch=40, total_frames=80, **settings):
+    torch.manual_seed(0)
+    env = make_env("vmas/balance", num_envs=4, max_steps=8, kwargs={"n_agents": 2}, seed=0, device=torch.device("cpu"))
+    (keys,) = group_keys(env)
+    policy = make_actor(env, keys, share_params=False)
+    collector = make_collector(env, policy, frames_per_batch=frames_per_batch, total_frames=total_frames, **settings)
+    return [batch.clone() for batch in collector], keys
+
+
+def test_batches_follow_each_other():
+    """Two batches of 10 steps: time limits at 8 and 16 are truncations, and the second begins where the first ended."""
+    (first, second), keys = collect()
+    assert first.batch_size == second.batch_size == (4, 10)
+    assert "collector" not in first.keys()
+    truncated = torch.cat([first["next", "truncated"], second["next", "truncated"]], 1)
+    assert truncated.sum(1).min() >= 2
+    going_on = ~first["next", "done"][:, -1].squeeze(-1)
+    assert (first[("next", *keys.observation)][:, -1] == second[keys.observation][:, 0])[going_on].all()
+
+
+def test_the_data_can_enter_a_graph():
+    (first, _), keys = collect()
+    assert not first[keys.observation].is_inference()
+    assert not first[keys.log_prob].requires_grad
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_a_compiled_policy_samples_the_same():
+    (plain,), keys = collect(8, 8)
+    (compiled,), _ = collect(8, 8, compile_policy={"backend": "aot_eager"})
+    torch.testing.assert_close(compiled[keys.observation], plain[keys.observation])
+    torch.testing.assert_close(compiled[keys.log_prob], plain[keys.log_prob])
+
+
+def test_cuda_graphs_need_a_gpu():
+    with pytest.raises(SettingError, match=r"cudagraph_policy.*device=cuda.*cpu"):
+        collect(cudagraph_policy=True)

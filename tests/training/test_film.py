@@ -1,0 +1,58 @@
+"""Films with VMAS's renderer, and without any OpenGL."""
+
+from __future__ import annotations
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+
+from torchrl_trpo.envs import make_env
+from torchrl_trpo.keys import group_keys
+from torchrl_trpo.networks import make_actor
+from torchrl_trpo.training.film import draw_world, film_episodes
+
+# imageio's reader leaves the pipes of ffmpeg to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def env():
+    return make_env("vmas/balance", num_envs=3, max_steps=8, kwargs={"n_agents": 4}, seed=0, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("opengl", [True, False])
+def test_a_film_needs_no_display(opengl, env, tmp_path, monkeypatch):
+    simulator = env.base_env._env
+    if not opengl:
+
+        def render(**_):
+            raise ImportError('Library "GL" not found.')
+
+        monkeypatch.setattr(simulator, "render", render)
+    path = film_episodes(env, make_actor(env, *group_keys(env), share_params=True), tmp_path / "film.mp4", max_steps=8)
+    frames = imageio.imread(path)
+    assert len(frames) == 9
+    assert frames[0].std() > 1, "something is drawn"
+    assert np.abs(frames[0].astype(float) - frames[-1]).max() > 20, "and it moves"
+
+
+def test_drawings_show_the_world(env):
+    """Every entity's colour is in the picture, at the place where the world has it."""
+    env.reset()
+    simulator = env.base_env._env
+    picture = draw_world(simulator)
+    assert picture.shape == (560, 560, 3)
+    package = next(entity for entity in simulator.world.entities if entity.name == "package")
+    zoom = simulator.scenario.viewer_zoom
+    column, row = (280 * (1 + sign * float(x) / zoom) for sign, x in zip((1, -1), package.state.pos[0], strict=True))
+    pixel = picture[round(row), round(column)] / 255
+    assert pixel == pytest.approx(package.color, abs=0.02)
+
+
+@pytest.mark.parametrize("scenario", ["navigation", "transport", "football", "give_way", "simple_spread"])
+def test_other_scenarios_can_be_drawn(scenario):
+    """Colours are tuples in some scenarios and tensors in others, such as navigation with four agents."""
+    env = make_env(f"vmas/{scenario}", num_envs=1, max_steps=3, kwargs={}, seed=0, device=torch.device("cpu"))
+    env.rollout(3)
+    assert draw_world(env.base_env._env).std() > 1

@@ -1,0 +1,94 @@
+"""Objects whose settings are plain attributes that are checked when they are assigned."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from torchrl_trpo.errors import PlainKeyError, nearest
+
+
+def plain_number(value: Any) -> Any:
+    """A number as Python has it.
+
+    Args:
+        value: a number of Python or NumPy, an array or tensor with one entry, or anything else.
+
+    Returns:
+        The ``int`` or ``float``; what is no real number, and a truth value, as it is.
+    """
+    if isinstance(value, np.generic | np.ndarray | Tensor) and math.prod(value.shape) == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def positive_whole(name: str, value: Any) -> int:
+    """A number of rows, of passes or of whatever else is counted.
+
+    Args:
+        name: what it is called, for the message.
+        value: the number, as :func:`plain_number` takes it.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: if it is not a whole number of at least 1.
+    """
+    number = plain_number(value)
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{name}: {value!r}. Legal: a whole number of at least 1.")
+    return number
+
+
+class RangedSettings:
+    """Checks the numbers that are assigned to its settings, in the constructor and afterwards.
+
+    Those of NumPy and of tensors are kept as Python's.
+    """
+
+    _RANGES: ClassVar[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._RANGES:
+            value = self._checked(name, value)
+        super().__setattr__(name, value)
+
+    def _checked(self, name: str, value: Any) -> float:
+        legal, is_legal = self._RANGES[name]
+        number = plain_number(value)
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise TypeError(f"{name} must be {legal}, got {value!r} of type {type(value).__name__}.")
+        if not is_legal(number):
+            raise ValueError(f"{name} must be {legal}, got {value!r}.")
+        return number
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings by name."""
+        return {name: getattr(self, name) for name in self._RANGES}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over settings saved by :meth:`state_dict`, all or none.
+
+        Args:
+            state_dict: the settings by name.
+
+        Raises:
+            PlainKeyError: if a setting is missing or unknown.
+        """
+        for name in state_dict:
+            if name not in self._RANGES:
+                raise PlainKeyError(f"{name!r} is not a setting of the updater. {nearest(name, self._RANGES)}")
+        for name in self._RANGES:
+            if name not in state_dict:
+                raise PlainKeyError(f"the setting {name!r} is missing from the state_dict, which has {[*state_dict]}.")
+            self._checked(name, state_dict[name])
+        for name, value in state_dict.items():
+            setattr(self, name, value)

@@ -1,0 +1,1 @@
+"""The settings of a recipe, from the command line and from YAML."""

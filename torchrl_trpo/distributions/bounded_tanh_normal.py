@@ -1,0 +1,84 @@
+"""A TanhNormal that looks at its bounds once."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torchrl.modules import TanhNormal
+
+_Bound: TypeAlias = Tensor | float | tuple[Any, ...]
+
+
+class BoundedTanhNormal(TanhNormal):
+    """A ``TanhNormal`` that looks at its bounds once for each device, not whenever it is made.
+
+    TorchRL's copies and compares them each time: a GPU is waited for four times at every step that is collected, and no
+    CUDA graph can be captured. Everything else is the same.
+
+    Args:
+        loc: the location before the tanh, ``[*B, action_dim]``.
+        scale: the scale before the tanh, ``[*B, action_dim]``.
+
+    Keyword Args:
+        low: the lower bound: a number, or a tuple or a tensor ``[A]`` or ``[n_agents, A]``. A tensor is looked at anew
+            if it is another object, or was written to.
+        high: the upper bound, likewise.
+        event_dims: how many of the last dimensions are one action. Default: 1, of a scalar 0.
+        **kwargs: as for ``TanhNormal``.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_trpo.distributions import BoundedTanhNormal
+        >>> dist = BoundedTanhNormal(torch.zeros(5, 2), torch.ones(5, 2), low=(0.0, -3.0), high=3.0)
+        >>> dist.deterministic_sample[0]
+        tensor([1.5000, 0.0000])
+    """
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        *,
+        low: _Bound = -1.0,
+        high: _Bound = 1.0,
+        event_dims: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if torch.compiler.is_compiling():  # they become part of the graph
+            bounds = {name: _tensor(bound, loc.dtype, loc.device) for name, bound in {"low": low, "high": high}.items()}
+            super().__init__(loc, scale, **bounds, event_dims=event_dims, **kwargs)
+            return
+        event_dims = min(1, loc.ndim) if event_dims is None else event_dims
+        versions = (_version(low), _version(high))
+        self.__dict__.update(_within_bounds(low, high, versions, event_dims, loc.dtype, loc.device, **kwargs))
+        self.update(loc, scale)
+
+
+@functools.lru_cache(maxsize=1024)
+def _within_bounds(
+    low: _Bound,
+    high: _Bound,
+    versions: tuple[int, int],
+    event_dims: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """What a ``TanhNormal`` knows of its bounds; tensors that were written to since are other bounds."""
+    with torch.inference_mode(False):  # for whoever differentiates later
+        bounds = {name: _tensor(bound, dtype, device) for name, bound in {"low": low, "high": high}.items()}
+        point = torch.zeros([1] * event_dims, dtype=dtype, device=device)
+        known = vars(TanhNormal(point, torch.ones_like(point), **bounds, event_dims=event_dims, **kwargs))
+    del known["base_dist"]  # update() would write into what all share
+    return {name: bool(value) if name.startswith("non_trivial") else value for name, value in known.items()}
+
+
+def _version(bound: _Bound) -> int:
+    return bound._version if isinstance(bound, Tensor) and not bound.is_inference() else 0
+
+
+def _tensor(bound: _Bound, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return bound if isinstance(bound, Tensor) else torch.tensor(bound, dtype=dtype, device=device)

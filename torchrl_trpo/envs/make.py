@@ -1,0 +1,217 @@
+"""Environments for the recipes: one vectorised TorchRL environment from a name, agents sorted into groups."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torchrl.envs import (
+    Compose,
+    DTypeCastTransform,
+    EnvBase,
+    InitTracker,
+    RewardSum,
+    SerialEnv,
+    StepCounter,
+    Transform,
+    TransformedEnv,
+)
+
+from torchrl_trpo.envs.absent_agents import WithoutAbsent
+from torchrl_trpo.envs.checks import NamedFaultsParallelEnv, guard, make_guarded
+from torchrl_trpo.envs.normalization import ObservationNorm
+from torchrl_trpo.envs.simulators import SIMULATORS, named_construction
+from torchrl_trpo.errors import SettingError, nearest, nearest_multiples
+from torchrl_trpo.keys import agent_groups, group_keys, return_key
+from torchrl_trpo.parallel.ranks import ALONE, Ranks
+from torchrl_trpo.parallel.torchrun import is_job, local_rank
+from torchrl_trpo.seeding import rank_seed
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a name stands for.
+
+    Args:
+        name: ``"auto"`` (the accelerator that PyTorch has here, such as a GPU, else the CPU), ``"cpu"``, or an
+            accelerator, such as ``"cuda"`` or ``"cuda:1"``. In a job of torchrun, ``"auto"`` and ``"cuda"`` are the one
+            with the process's number on its machine.
+
+    Returns:
+        The device.
+
+    Raises:
+        SettingError: if the name is unknown or the device is not there.
+    """
+    accelerator, count = torch.accelerator.current_accelerator(check_available=True), torch.accelerator.device_count()
+    kinds = [] if accelerator is None else [accelerator.type]
+    indexed = [f"{kind}:{index}" for kind in kinds for index in range(count)]
+    legal = ["auto", "cpu", *kinds, *indexed]
+    there = f"{count} of {accelerator.type}" if accelerator is not None else "none"
+    if name == "auto":
+        name = (*kinds, "cpu")[0]
+    if name in kinds and is_job():
+        name = f"{name}:{local_rank()}"
+    if name not in legal:
+        raise SettingError(f"device: {name!r} is not there, PyTorch sees {there} here. {nearest(name, legal)}")
+    return torch.device(name)
+
+
+def make_env(
+    name: str,
+    *,
+    num_envs: int,
+    max_steps: int,
+    kwargs: Mapping[str, Any],
+    seed: int,
+    device: torch.device,
+    continuous_actions: bool | None = None,
+    factory: str | None = None,
+    parallel: bool = False,
+    one_group: bool = False,
+    state: bool = False,
+    render: bool = False,
+    normalize_observations: bool = False,
+    ranks: Ranks = ALONE,
+) -> EnvBase:
+    """Builds a vectorised environment.
+
+    Agents that may share a policy form a group: those of one team (the same name up to its number) with the same
+    observation and action space; if all agents are one group, it is called ``"agents"``. Observations are
+    ``(group, "observation")`` ``[num_envs, n_agents, F]``; a single-agent environment has no groups, and
+    ``"observation"`` ``[num_envs, F]``.
+
+    Time limits are counted here: a step at which ``max_steps`` ran out is ``truncated`` and not ``terminated``, and so
+    is bootstrapped. The running return is in ``("next", group, "episode_reward")``.
+
+    An environment that fails later, or gives what its specs do not say, raises an
+    :class:`~torchrl_trpo.envs.checks.EnvironmentFault` that names it. The state of Gym's, PettingZoo's and MuJoCo's
+    environments is in ``env.base_env.state_dict()``, see :class:`~torchrl_trpo.envs.replay.Replayed`.
+
+    Args:
+        name: ``"vmas/<scenario>"``, ``"pettingzoo/<task>"``, ``"mamujoco/<robot>"``, ``"gym/<id>"``, or ``"custom"``.
+
+    Keyword Args:
+        num_envs: the number of environments in the batch.
+        max_steps: the time limit, in steps.
+        kwargs: the simulator's own arguments.
+        seed: the seed of the environments' randomness.
+        device: where the environments' data are. Simulators other than VMAS compute on the CPU, one environment at a
+            time, and their data are moved; a factory's batch is where the factory makes it, ``env.device``.
+        continuous_actions: whether actions are continuous, where the simulator offers both; discrete ones are
+            categorical.
+        factory: for ``"custom"``: where the function is that makes the environment, ``"package.module.function"``. It
+            is called with ``kwargs``, and with ``num_envs``, ``device`` and ``seed`` if it takes them, and gives one
+            environment or a batch of ``num_envs``.
+        parallel: whether environments that are not vectorised themselves get a process each (TorchRL's
+            ``ParallelEnv``), or run one after the other.
+        one_group: whether all agents are put in one group, whatever their team.
+        state: whether the environment must give a global ``"state"`` ``[num_envs, S]``.
+        render: whether the environments must be able to draw themselves.
+        normalize_observations: whether observations are normalised with running statistics (TorchRL's ``VecNormV2``).
+        ranks: the processes that the environments are spread over: each has as many, with random numbers of its own.
+            Default: this one alone.
+
+    Returns:
+        The environment, batch size ``[num_envs]``, of several ranks this one's share of it.
+
+    Raises:
+        SettingError: if the name or an argument is unknown, the simulator refuses its arguments, a size is not
+            positive, or there is no such state.
+    """
+    library = name.partition("/")[0]
+    if library not in SIMULATORS:
+        raise SettingError(f"env: {name!r}. {nearest(library, SIMULATORS)}")
+    for setting, value in {"env.num_envs": num_envs, "env.max_steps": max_steps}.items():
+        if value < 1:
+            raise SettingError(f"{setting} must be at least 1, got {value}.")
+    if ranks.size > 1:
+        if num_envs % ranks.size:
+            raise SettingError(
+                f"env.num_envs={num_envs} cannot be spread over {ranks.size} processes. Nearest: "
+                f"{nearest_multiples(num_envs, ranks.size)}."
+            )
+        num_envs, seed = num_envs // ranks.size, rank_seed(seed, ranks.rank)
+    if device.type != "cpu" and device.index is None:  # its tensors have one, and TorchRL compares
+        device = torch.device(device.type, torch.accelerator.current_device_index())
+    settings = {"one_group": one_group, "state": state, "render": render, "factory": factory}
+    with named_construction(name, kwargs):
+        make = SIMULATORS[library](
+            name,
+            num_envs=num_envs,
+            kwargs=dict(kwargs),
+            seed=seed,
+            device=device,
+            continuous=continuous_actions,
+            **settings,
+        )
+        make = functools.partial(_placed, make)
+        env = make()
+        _check_entries(env, name, factory)
+    if env.batch_size:
+        env = guard(env, num_envs)
+    else:
+        env.close(raise_if_closed=False)
+        if parallel:
+            env = NamedFaultsParallelEnv(num_envs, make, device=device)
+        else:
+            indices = [{"index": index} for index in range(num_envs)]
+            env = SerialEnv(
+                num_envs,
+                functools.partial(make_guarded, make, num_envs),
+                create_env_kwargs=indices,
+                device=device,
+            )
+    if env.batch_size != (num_envs,):
+        raise SettingError(
+            f"env: {name!r} has batch size {tuple(env.batch_size)}. Legal: (), or (env.num_envs,) = ({num_envs},)."
+        )
+    if one_group and len(groups := agent_groups(env)) > 1:
+        raise SettingError(f"actor.sharing=all: env {name!r} has the groups {list(groups)}. Legal: group, none.")
+    if state and "state" not in env.observation_spec.keys():
+        raise SettingError(f"env: {name!r} has no global state. Use critic.inputs=observations.")
+    env = TransformedEnv(env, Compose(*_transforms(env, max_steps, normalize_observations)))
+    env.set_seed(seed)
+    return env
+
+
+def _placed(make: Callable[[], EnvBase]) -> EnvBase:
+    """Makes an environment that knows its device: TorchRL moves data to and from one that does, and only then."""
+    env = make()
+    if not isinstance(env, EnvBase):
+        return env  # which is refused
+    devices = [spec.device for spec in env.full_observation_spec.values(True, True) if spec.device is not None]
+    return env.to(devices[0]) if env.device is None and devices else env
+
+
+def _check_entries(env: Any, name: str, factory: str | None) -> None:
+    """Says what is not where the recipes look for it, before the environment is made many times."""
+    if not isinstance(env, EnvBase):
+        raise SettingError(f"env.factory={factory!r} gave a {type(env).__name__}. Legal: a torchrl EnvBase.")
+    keys = group_keys(env)[0]
+    observed = list(env.full_observation_spec_unbatched.keys(True, True))
+    if name.startswith("gym/") and not {keys.observation, keys.action_mask}.issuperset(observed):
+        raise SettingError(
+            f"env: {name!r} observes {observed}. Legal: one entry; join them with TorchRL's CatTensors in a factory of "
+            "your own, env=custom env.factory=..."
+        )
+
+
+def _transforms(env: EnvBase, max_steps: int, normalize_observations: bool) -> list[Transform]:
+    groups = group_keys(env)
+    observations = [keys.observation for keys in groups]
+    spec = env.full_observation_spec_unbatched
+    rewards = list(env.reward_keys)
+    returns = [return_key(key) for key in rewards]
+    masks = {keys.observation: keys.mask for keys in groups if keys.mask is not None}
+    absent = [WithoutAbsent(groups)] if masks else []
+    transforms = [InitTracker(), StepCounter(max_steps), *absent, RewardSum(in_keys=rewards, out_keys=returns)]
+    read = [*observations, *(["state"] if "state" in spec.keys() else [])]
+    for dtype in dict.fromkeys(spec[key].dtype for key in read):
+        if dtype != torch.float32:
+            of_dtype = [key for key in read if spec[key].dtype == dtype]
+            transforms.append(DTypeCastTransform(dtype, torch.float32, in_keys=of_dtype))
+    if normalize_observations:
+        transforms.append(ObservationNorm(observations, masks))
+    return transforms

@@ -1,0 +1,133 @@
+"""Observations that are normalised with running statistics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+from torchrl.envs import EnvBase
+from torchrl.envs.transforms import VecNormV2
+
+from torchrl_trpo.parallel.ranks import Ranks
+
+
+class ObservationNorm(VecNormV2):
+    """``VecNormV2`` of what counts: what is not finite, or of an agent that is absent, is in no statistics.
+
+    Args:
+        in_keys: the observations, each ``[num_envs, *F]``.
+        masks: where it is said which agents count, ``[num_envs, n_agents]``, by the observation.
+    """
+
+    _count: Any
+    _merged: tuple[TensorDictBase, ...] | None = None  # count, mean and mean square when ranks last had the same
+
+    def __init__(self, in_keys: Sequence[NestedKey], masks: Mapping[NestedKey, NestedKey]) -> None:
+        super().__init__(in_keys=in_keys, decay=1.0, reduce_batch_dims=True)
+        self.masks = masks
+        self._counts: dict[NestedKey, Tensor] = {}
+
+    @torch.no_grad()
+    def merge(self, ranks: Ranks) -> None:
+        """Makes the statistics those of what all ranks have seen; called by all of them after each batch.
+
+        Between two calls each rank normalises with what was merged and what it has seen itself since.
+
+        Args:
+            ranks: the ranks.
+        """
+        if ranks.size == 1 or self._loc is None:
+            return
+        own = self._count, self._loc, self._var
+        before = self._merged or tuple(part.apply(torch.zeros_like) for part in own)
+        for key in list(self._loc.keys(True, True)):
+            count, mean, square = (part.get(key) for part in own)
+            old_count, old_mean, old_square = (part.get(key).double() for part in before)
+            added = ranks.sum_(count - old_count)
+            for value, old in ((mean, old_mean), (square, old_square)):
+                sums = ranks.sum_(value.double() * count - old * old_count)
+                value.copy_(torch.where(added > 0, (sums + old * old_count) / (old_count + added), value))
+            count.copy_(old_count + added)
+        self._merged = tuple(part.clone() for part in own)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Takes saved statistics, which are merged ones, to the device of the environment."""
+        if self._loc is not None:
+            device = next(iter(self._loc.values(True, True))).device
+            state = {key: value.to(device) for key, value in state.items()}
+        super().set_extra_state(state)
+        self._merged = None if self._loc is None else (self._count.clone(), self._loc.clone(), self._var.clone())
+
+    def set_container(self, container: Any) -> None:
+        """Puts the transform into an environment."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Support of .* for containers with non-empty batch-size")
+            super().set_container(container)
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        self._counts = {key: next_tensordict.get(mask) for key, mask in self.masks.items()}
+        return super()._step(tensordict, next_tensordict)
+
+    def _maybe_stateful_init(self, data: TensorDictBase) -> None:
+        begins = self._loc is None
+        super()._maybe_stateful_init(data)
+        if begins:  # a count for each number, some of which an absent agent or a NaN leaves out
+            self._count = self._loc.apply(lambda mean, count: count.expand_as(mean).clone(), self._count)
+
+    def _stateful_update(self, data: TensorDictBase) -> None:
+        if self.frozen:
+            return
+        for key, value in self._maybe_cast_to_float(data).items(True, True):
+            counts = value.isfinite()  # one NaN would make the statistics NaN for good
+            if (mask := self._counts.get(key)) is not None:
+                mask = mask.reshape(*data.batch_size, -1)
+                counts = counts & mask.reshape(*mask.shape, *[1] * (value.ndim - mask.ndim))
+            mean, square, count = (part.get(key) for part in (self._loc, self._var, self._count))
+            number = counts.sum(0)
+            count += number
+            value = torch.where(counts, value, 0.0)
+            for statistic, batch in ((mean, value), (square, value.square())):
+                statistic.lerp_(batch.sum(0) / number.clamp_min(1), number.to(batch.dtype) / count.clamp_min(1))
+
+    def _norm(self, data: TensorDictBase, loc: TensorDictBase, var: TensorDictBase, count: TensorDictBase) -> Any:
+        # TorchRL keeps E[x] and E[x²]: of what does not vary, rounding can make E[x²] − E[x]² negative, the root NaN.
+        return super()._norm(data, loc, var.maximum(loc.pow(2)), count)
+
+    def _get_loc_scale(self, loc_only: bool = False) -> Any:
+        loc, scale = super()._get_loc_scale(loc_only)  # of the same variance
+        return loc, None if loc_only else scale.apply(lambda root: torch.where(root.isnan(), self.eps, root))
+
+
+def observation_norm(env: EnvBase) -> ObservationNorm | None:
+    """The transform that normalises an environment's observations, which has a state to be saved.
+
+    Args:
+        env: the environment.
+
+    Returns:
+        The transform, or None.
+    """
+    return next((transform for transform in env.transform if isinstance(transform, ObservationNorm)), None)
+
+
+class TransformState:
+    """The state of an environment's transforms alone: the statistics of the observations.
+
+    Args:
+        env: the environment, of any number of environments.
+    """
+
+    def __init__(self, env: EnvBase) -> None:
+        self._env = env
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, where that of a whole collection has it."""
+        return {"transforms": self._env.transform.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Puts it back; what else there is of a collection is not read."""
+        self._env.transform.load_state_dict(state_dict["transforms"])

@@ -1,0 +1,277 @@
+"""The libraries that environments come from: each entry of :data:`SIMULATORS` makes one TorchRL environment."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torchrl.envs import EnvBase, VmasEnv
+
+from torchrl_trpo.envs.replay import ReplayedGymEnv, ReplayedPettingZooWrapper
+from torchrl_trpo.envs.vmas import BatchedResetVmasEnv
+from torchrl_trpo.errors import SettingError, nearest
+
+_ROBOTS = ["Ant", "CoupledHalfCheetah", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup"]
+_ROBOTS += ["Pusher", "Reacher", "Swimmer", "Walker2d"]
+
+
+def known_environments() -> dict[str, list[str]]:
+    """What can be named, of the simulators that are installed.
+
+    Returns:
+        The tasks by library.
+    """
+    return {library: tasks() for library, tasks in _TASKS.items()}
+
+
+def _particle_tasks() -> list[str]:
+    if not importlib.util.find_spec("mpe2"):
+        return []
+    modules = [module.name for module in pkgutil.iter_modules(importlib.import_module("mpe2").__path__)]
+    return sorted(name for name in modules if re.fullmatch(r"simple\w*_v\d+", name))
+
+
+def _gym_tasks() -> list[str]:
+    if not importlib.util.find_spec("gymnasium"):
+        return []
+    return [name for name in importlib.import_module("gymnasium").registry if re.fullmatch(r"[\w-]+", name)]
+
+
+_TASKS: dict[str, Callable[[], list[str]]] = {
+    "vmas": lambda: list(VmasEnv.available_envs),
+    "pettingzoo": _particle_tasks,
+    "mamujoco": lambda: _ROBOTS if importlib.util.find_spec("gymnasium_robotics") else [],
+    "gym": _gym_tasks,
+}
+
+
+def group_agents(spaces: Mapping[str, Any], one_group: bool = False) -> dict[str, list[str]]:
+    """Sorts agents into groups: one team, one kind of observation and action.
+
+    Args:
+        spaces: each agent's spaces, anything that compares equal for agents of the same kind.
+        one_group: whether all agents are put in one group, whatever their team.
+
+    Returns:
+        The agents by group. A group has the name of its team, which is the agents' name up to the number; a team
+        whose agents differ has a group for each kind, with the name of its first agent. If there is only one group, it
+        is called ``"agents"``.
+
+    Raises:
+        SettingError: if ``one_group`` is asked for and the agents differ.
+    """
+    teams: dict[str, list[list[str]]] = {}
+    for agent in spaces:
+        kinds = teams.setdefault("" if one_group else re.sub(r"(?<=.)_?\d+$", "", agent), [])
+        same = next((kind for kind in kinds if spaces[kind[0]] == spaces[agent]), None)
+        if same is None:
+            kinds.append([agent])
+        else:
+            same.append(agent)
+    groups = {team if len(kinds) == 1 else kind[0]: kind for team, kinds in teams.items() for kind in kinds}
+    if len(groups) == 1:
+        return {"agents": list(spaces)}
+    if one_group:
+        raise SettingError(
+            f"actor.sharing=all: the agents {list(spaces)} cannot share one policy, their observation or action spaces "
+            "differ. Legal: group, none."
+        )
+    return groups
+
+
+def _vmas(
+    name: str,
+    *,
+    num_envs: int,
+    kwargs: dict,
+    seed: int,
+    device: torch.device,
+    continuous: bool | None,
+    one_group: bool,
+    **unused: Any,
+) -> Callable[[], EnvBase]:
+    """VMAS, vectorised. VMAS reports time limits as terminations, so that they are left to TorchRL (max_steps=None)."""
+    scenario = _known_task(name, "vmas", "VMAS is", "vmas")
+    settings: dict[str, Any] = {
+        "num_envs": num_envs,
+        "device": device,
+        "seed": seed,
+        "max_steps": None,
+        "continuous_actions": continuous is not False,
+        "scenario_kwargs": kwargs,
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        env = BatchedResetVmasEnv(scenario, **settings)
+    for warning in caught:
+        if "not used by the scenario" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            continue
+        known = re.findall(r'kwargs\.pop\(\s*"(\w+)"', inspect.getsource(env._env.scenario.make_world))
+        (unknown, *_) = [argument for argument in kwargs if argument not in known]
+        raise SettingError(f"env.kwargs.{unknown} is no argument of {name!r}. {nearest(unknown, known)}")
+    simulator = env._env
+    spaces = zip(simulator.observation_space, simulator.action_space, strict=True)
+    groups = group_agents({a.name: kind for a, kind in zip(simulator.agents, spaces, strict=True)}, one_group)
+    if groups == env.group_map:
+        return lambda: env
+    return functools.partial(BatchedResetVmasEnv, scenario, **settings, group_map=groups)
+
+
+def _pettingzoo(
+    name: str, *, kwargs: dict, continuous: bool | None, one_group: bool, state: bool, render: bool, **unused: Any
+) -> Callable[[], EnvBase]:
+    """The multi-agent particle environments, from the package ``mpe2``."""
+    task = _known_task(name, "pettingzoo", "mpe2, PettingZoo's particle environments, is", "pettingzoo")
+    constructor = importlib.import_module(f"mpe2.{task}").parallel_env
+    kwargs = {"continuous_actions": bool(continuous), "max_cycles": 2**31 - 1, **kwargs}
+    kwargs |= {"render_mode": "rgb_array"} if render else {}
+    _check_arguments(name, constructor, getattr(importlib.import_module(f"mpe2.{task}"), "raw_env", None), kwargs)
+    make = functools.partial(constructor, **kwargs)
+    return functools.partial(_wrap_pettingzoo, make, _pettingzoo_groups(make(), one_group), state)
+
+
+def _mamujoco(
+    name: str, *, kwargs: dict, one_group: bool, state: bool, render: bool, **unused: Any
+) -> Callable[[], EnvBase]:
+    """Multi-agent MuJoCo, from Gymnasium-Robotics: ``env.kwargs.agent_conf`` says how the robot is divided."""
+    robot = _known_task(name, "mamujoco", "Gymnasium-Robotics is", "mamujoco")
+    kwargs |= {"render_mode": "rgb_array"} if render else {}
+    _check_call(name, importlib.import_module("gymnasium_robotics").mamujoco_v1.parallel_env, kwargs, "scenario")
+    make = functools.partial(_silent_mamujoco, robot, **kwargs)
+    return functools.partial(_wrap_pettingzoo, make, _pettingzoo_groups(make(), one_group), state)
+
+
+def _gym(name: str, *, kwargs: dict, render: bool, **unused: Any) -> Callable[[], EnvBase]:
+    """A single-agent task of Gymnasium."""
+    task = _known_task(name, "gym", "Gymnasium is", "gym")
+    kwargs |= {"render_mode": "rgb_array"} if render else {}
+    # TorchRL counts the steps: a time limit inside would come first and hide whether it is env.max_steps.
+    return functools.partial(
+        ReplayedGymEnv, task, categorical_action_encoding=True, device="cpu", max_episode_steps=2**31 - 1, **kwargs
+    )
+
+
+def _custom(
+    name: str, *, num_envs: int, kwargs: dict, seed: int, device: torch.device, factory: str | None, **unused: Any
+) -> Callable[[], EnvBase]:
+    """The user's own TorchRL environment."""
+    module, _, function = (factory or "").rpartition(".")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingError(
+            f"env.factory={factory!r} cannot be imported ({error}). Legal: 'package.module.function', a function that "
+            "takes env.kwargs and returns a torchrl EnvBase, of an installed package or beside the working directory."
+        ) from error
+    known = {"num_envs": num_envs, "device": device, "seed": seed}
+    taken = inspect.signature(make).parameters
+    known = {argument: value for argument, value in known.items() if argument in taken and argument not in kwargs}
+    _check_call(name, make, kwargs, *known)
+    return functools.partial(make, **known, **kwargs)
+
+
+SIMULATORS: dict[str, Callable[..., Callable[[], EnvBase]]] = {
+    "vmas": _vmas,
+    "pettingzoo": _pettingzoo,
+    "mamujoco": _mamujoco,
+    "gym": _gym,
+    "custom": _custom,
+}
+"""What makes the function that makes an environment, by the first part of the environment's name."""
+
+
+@contextlib.contextmanager
+def named_construction(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Turns what a simulator raises while it is made into an error that names the settings it was made of.
+
+    What this package raises itself, also inside torch, passes as it is.
+
+    Args:
+        name: the environment's name.
+        kwargs: its arguments.
+
+    Raises:
+        SettingError: if the simulator cannot be made of them.
+    """
+    try:
+        yield
+    except (SettingError, ImportError):
+        raise
+    except Exception as error:
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        culprits = [module for module in modules if module.partition(".")[0] not in {"torch", "tensordict", "numpy"}]
+        if culprits[-1].partition(".")[0] == str(__package__).partition(".")[0]:
+            raise
+        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise SettingError(
+            f"env: {name!r} cannot be made with env.kwargs={dict(kwargs)}: {type(error).__name__}: {said}"
+        ) from error
+
+
+def _known_task(name: str, library: str, package: str, extra: str) -> str:
+    known = _TASKS[library]()
+    task = name.partition("/")[2]
+    if not known:
+        raise ImportError(f"{package} not installed. Use: pip install torchrl-trpo[{extra},recipes].")
+    if task not in known:
+        raise SettingError(f"env: {name!r}. {nearest(name, [f'{library}/{other}' for other in known])}")
+    return task
+
+
+def _check_arguments(name: str, constructor: Any, raw: Any, kwargs: Mapping[str, Any]) -> None:
+    """PettingZoo's constructors take anything; the class behind them does not."""
+    known = [*inspect.signature(raw.__init__ if raw is not None else constructor).parameters][1:]
+    for argument in kwargs:
+        if argument not in known:
+            raise SettingError(f"env.kwargs.{argument} is no argument of {name!r}. {nearest(argument, known)}")
+
+
+def _check_call(name: str, constructor: Any, kwargs: Mapping[str, Any], *given: str) -> None:
+    """Whether a constructor can be called with the user's arguments and with what is given to it besides."""
+    signature = inspect.signature(constructor)
+    try:
+        signature.bind(**dict.fromkeys(given), **kwargs)
+    except TypeError as error:
+        legal = [argument for argument in signature.parameters if argument not in given]
+        raise SettingError(f"env.kwargs={dict(kwargs)} of {name!r}: {error}. Legal: {', '.join(legal)}.") from error
+
+
+def _pettingzoo_groups(env: Any, one_group: bool) -> dict[str, list[str]]:
+    agents = env.possible_agents
+    spaces = {agent: (env.observation_space(agent), env.action_space(agent)) for agent in agents}
+    env.close()
+    return group_agents(spaces, one_group)
+
+
+def _wrap_pettingzoo(make: Callable[[], Any], groups: dict[str, list[str]], state: bool) -> EnvBase:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "PettingZoo in TorchRL is tested using version")
+        return ReplayedPettingZooWrapper(make(), group_map=groups, return_state=state, device="cpu")
+
+
+def _silent_mamujoco(robot: str, **kwargs: Any) -> Any:
+    """A robot without infos, whose entries appear only after the first step, which TorchRL's wrapper cannot take."""
+    from gymnasium_robotics import mamujoco_v1
+    from pettingzoo.utils.wrappers import BaseParallelWrapper
+
+    class WithoutInfos(BaseParallelWrapper):
+        def reset(self, seed: int | None = None, options: dict | None = None) -> Any:
+            observations, infos = super().reset(seed=seed, options=options)
+            return observations, {agent: {} for agent in infos}
+
+        def step(self, actions: dict[str, Any]) -> Any:
+            *results, infos = super().step(actions)
+            return *results, {agent: {} for agent in infos}
+
+    return WithoutInfos(mamujoco_v1.parallel_env(robot, **kwargs))

@@ -1,0 +1,305 @@
+"""VMAS with vectorised partial resets."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Categorical, Composite
+from torchrl.envs import VmasEnv
+
+from torchrl_trpo.envs.saved_state import ObjectState
+from torchrl_trpo.envs.snapshot import InexactError, ObjectSnapshot, tensors_in
+from torchrl_trpo.errors import SettingError
+from torchrl_trpo.seeding import device_state, set_device_state, untouched_generators
+
+
+class BatchedResetVmasEnv(VmasEnv):
+    """TorchRL's ``VmasEnv``, whose ended environments are reset together, in one vectorised reset of the world.
+
+    ``VmasEnv`` resets them one by one, which takes nearly all of the time when there are thousands. Here the whole
+    batch is reset at once, and everything that the scenario and its world hold (tensors of entities, sensors and
+    controllers, in attributes, lists and dicts) is then put back for the environments that go on, to the bit. Where
+    that cannot be exact, because a reset changes something that all environments share, they are reset one by one as in
+    ``VmasEnv``, and a warning says so, once; with ``grad_enabled`` they always are, since what is put back has no
+    graph. What a scenario draws once for its whole batch (a permutation of the agents) is common to the environments
+    that are reset together, as after a reset of all.
+
+    It also differs from ``VmasEnv`` in that
+
+    - a step at which ``max_steps`` ran out is ``truncated`` and not ``terminated``;
+    - each environment object has random numbers of its own, on every device: VMAS's generators are shared by all in a
+      process, so that a second one, say for evaluation, changes what the first one draws, and on a GPU they are
+      PyTorch's own, so that its seed is that of the policy's exploration, too.
+
+    Args:
+        *args: as of :class:`~torchrl.envs.VmasEnv`.
+
+    Keyword Args:
+        **kwargs: as of :class:`~torchrl.envs.VmasEnv`.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_trpo.envs import BatchedResetVmasEnv
+        >>> env = BatchedResetVmasEnv("balance", num_envs=32, max_steps=100, seed=0)
+        >>> env.rollout(5).batch_size
+        torch.Size([32, 5])
+    """
+
+    def _build_env(
+        self,
+        scenario: Any,
+        num_envs: int,
+        continuous_actions: bool,
+        max_steps: int | None,
+        seed: int | None,
+        **scenario_kwargs: Any,
+    ) -> Any:
+        untouched = copy.deepcopy(scenario)  # one that is an object can be built only once
+        self._time_limit = max_steps
+        shared = self.lib.simulator.environment.Environment.vmas_random_state
+        if seed is None:
+            seed = _draw_seed(shared)
+        with untouched_generators(), _unchanged(shared):
+            env = super()._build_env(scenario, num_envs, continuous_actions, None, seed, **scenario_kwargs)
+            self._random_state = _generators(env)
+            with self._own_random_state(env), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # given for the first already
+                size = 2 if num_envs > 2 else 3
+                own = {name: scenario_kwargs[name] for name in scenario_kwargs.keys() - {"from_pixels", "pixels_only"}}
+                twin = self.lib.make_env(untouched, size, env.device, continuous_actions, seed=seed, **own)
+                self._shared = _shared_tensors(env, twin)
+            self._random_state = _generators(env)
+        self._why_slowly = "gradients are to pass through them" if env.grad_enabled else ""
+        roots = {f"{type(each).__name__} {each.name}": each for each in (*env.world.agents, *env.world.landmarks)}
+        roots |= {"scenario": env.scenario, "world": env.world, "agents": env.agents}
+        self._object_state = ObjectState(roots, env.device)
+        return env
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The simulator's state, down to its next random numbers, for ``state_dict()``.
+
+        It ends with an :class:`~torchrl_trpo.envs.snapshot.InexactError` if the scenario holds what cannot be saved.
+
+        Returns:
+            The state, of dicts, lists, tensors, numbers and strings.
+        """
+        drawn = [*self._random_state[:3], *({self._env.device.type: state} for state in self._random_state[3:])]
+        state = self._object_state.save(self._env.steps, drawn, self._why_slowly)
+        return {"scenario": self._scenario_title(), **state}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Puts the simulator in a saved state, as ``load_state_dict()`` does.
+
+        What it draws on another kind of device than that of the state begins with its own seed.
+
+        Args:
+            state: from :meth:`get_extra_state`, of an environment with the same arguments.
+
+        Raises:
+            SettingError: if the state is of another scenario, or of one with other arguments.
+        """
+        if state["scenario"] != self._scenario_title():
+            names = f"{state['scenario']!r}, and this is {self._scenario_title()!r}"
+            raise SettingError(f"The saved state is of the scenario {names}.")
+        self._env.steps, drawn, self._why_slowly = self._object_state.load(state)
+        of_torch, *of_others = drawn[:3]
+        on_device = [state[kind] for state in drawn[3:] if (kind := self._env.device.type) in state]
+        self._random_state = [of_torch.cpu(), *of_others, *(on_device or self._random_state[3:])]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
+        """Loads what ``state_dict()`` gave, here or in another process: the environment goes on from there, to the bit.
+
+        Args:
+            state_dict: the state.
+            strict: whether the state has to fit. Otherwise the simulator keeps its own: TorchRL's ``EnvCreator`` gives
+                all environments what one of them had, and they would have the same random numbers.
+            **kwargs: as of :class:`torch.nn.Module`.
+
+        Returns:
+            Which keys were missing or not expected.
+        """
+        if not strict:
+            state_dict = {key: value for key, value in state_dict.items() if key != "_extra_state"}
+        return super().load_state_dict(state_dict, strict=strict, **kwargs)
+
+    def _scenario_title(self) -> str:
+        name = self.scenario_name
+        return name if isinstance(name, str) else type(name).__qualname__
+
+    def _make_specs(self, env: Any) -> None:
+        super()._make_specs(env)
+        if self._time_limit is not None:
+            flag = Categorical(2, shape=(1,), dtype=torch.bool, device=self.device)
+            names = ("done", "terminated", "truncated")
+            self.full_done_spec_unbatched = Composite({name: flag.clone() for name in names}, device=self.device)
+
+    def _set_seed(self, seed: int | None) -> None:
+        with untouched_generators(), self._own_random_state(self._env):  # VMAS seeds those of all devices
+            super()._set_seed(seed)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        with self._own_random_state(self._env):
+            action: dict[int, Tensor] = {}
+            for group, names in self.group_map.items():
+                of_agents = self.read_action(tensordict.get((group, "action")), group=group)
+                for name, of_agent in zip(names, of_agents, strict=True):
+                    action[self.agent_names_to_indices_map[name]] = of_agent
+            return self._data(*self._env.step([action[index] for index in sorted(action)]))
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        with self._own_random_state(self._env):
+            ended = None if tensordict is None else tensordict.get("_reset", None)
+            if ended is None:
+                self._env.reset(return_observations=False)
+            else:
+                ended = ended.squeeze(-1)
+                data = self._reset_together(ended)
+                if data is not None:
+                    return data
+                for index in ended.nonzero().squeeze(-1).tolist():
+                    self._env.reset_at(index, return_observations=False)
+            return self._read()
+
+    def _reset_together(self, ended: Tensor) -> TensorDictBase | None:
+        """Resets the ended environments at once; None, and nothing has happened, if that cannot be exact."""
+        if self._why_slowly:
+            return None
+        env = self._env
+        snapshot = ObjectSnapshot((env.scenario, env.world), env.num_envs, self._shared)
+        steps, drawn = env.steps, _generators(env)
+        env.reset(return_observations=False)
+        env.steps = torch.where(ended, env.steps, steps)
+        try:
+            snapshot.keep(~ended)
+            data = self._read()
+            snapshot.keep(~ended)  # a scenario may write while it is read
+        except InexactError as error:
+            snapshot.restore()
+            env.steps = steps
+            _set_generators(env, drawn)
+            self._why_slowly = str(error)
+            warnings.warn(
+                f"{self.scenario_name}: ended environments are reset one by one, which is slow when there are many. A "
+                f"vectorised reset would change those that go on: {self._why_slowly}.",
+                stacklevel=2,
+            )
+            return None
+        return data
+
+    def _read(self) -> TensorDictBase:
+        observations, dones, infos = self._env.get_from_scenario(
+            get_observations=True, get_rewards=False, get_infos=True, get_dones=True
+        )
+        return self._data(observations, None, dones, infos)
+
+    def _data(self, observations: list, rewards: list | None, dones: Tensor, infos: list) -> TensorDictBase:
+        """What the simulator says, each group's agents stacked at once; VmasEnv makes a TensorDict for each."""
+        terminated = self.read_done(dones)
+        data: dict[str, Any] = {"done": terminated, "terminated": terminated.clone()}
+        if self._time_limit is not None:
+            truncated = (self._env.steps >= self._time_limit).unsqueeze(-1)
+            data |= {"done": terminated | truncated, "truncated": truncated}
+        for group, names in self.group_map.items():
+            agents = [self.agent_names_to_indices_map[name] for name in names]
+            entries: dict[str, list] = {"observation": [observations[agent] for agent in agents]}
+            if rewards is not None:
+                entries["reward"] = [rewards[agent] for agent in agents]
+            info = [{name: value.float() for name, value in infos[agent].items()} for agent in agents]
+            if all(info):
+                entries["info"] = info
+            data[group] = (self._stack_lazily if self.het_specs_map[group] else self._stack)(entries)
+        return TensorDict(data, batch_size=self.batch_size, device=self.device)
+
+    def _stack(self, entries: Mapping[str, list]) -> TensorDictBase:
+        """Entries of agents that are alike, each a list of tensors or of dicts, ``[num_envs, n_agents, ...]``."""
+        stacked: dict[str, Any] = {}
+        for name, values in entries.items():
+            if isinstance(values[0], Tensor):
+                value = torch.stack(values, 1)
+                stacked[name] = value.unsqueeze(-1) if value.ndim == 2 else value
+            else:
+                common = [key for key in values[0] if all(key in other for other in values)]
+                stacked[name] = self._stack({key: [value[key] for value in values] for key in common})
+        n_agents = len(next(iter(entries.values())))
+        return TensorDict(stacked, batch_size=(*self.batch_size, n_agents), device=self.device)
+
+    def _stack_lazily(self, entries: Mapping[str, list]) -> TensorDictBase:
+        """Entries of agents whose observations or actions differ, as TorchRL stacks them."""
+        agents = [
+            TensorDict(
+                {name: self.read_obs(value) for name, value in zip(entries, values, strict=True)}, self.batch_size
+            )
+            for values in zip(*entries.values(), strict=True)
+        ]
+        return LazyStackedTensorDict.maybe_dense_stack(agents, dim=1).to(self.device)
+
+    @contextlib.contextmanager
+    def _own_random_state(self, env: Any) -> Iterator[None]:
+        """Inside, what VMAS draws from are this object's generators."""
+        shared = _generators(env)
+        of_host = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+        _set_generators(env, self._random_state)
+        try:
+            yield
+        except BaseException:  # VMAS draws from PyTorch's, NumPy's and Python's, and then leaves them there
+            torch.set_rng_state(of_host[0])
+            np.random.set_state(of_host[1])  # noqa: NPY002
+            random.setstate(of_host[2])
+            raise
+        finally:
+            self._random_state = _generators(env)
+            _set_generators(env, shared)
+
+
+def _generators(env: Any) -> list[Any]:
+    """The states of what VMAS draws from: a list of its own, once per process; on a device, PyTorch's generator too."""
+    return [*env.vmas_random_state, *([] if env.device.type == "cpu" else [device_state(env.device)])]
+
+
+def _set_generators(env: Any, states: list[Any]) -> None:
+    env.vmas_random_state[:] = states[:3]
+    for state in states[3:]:
+        set_device_state(env.device, state)
+
+
+def _draw_seed(states: list[Any]) -> int:
+    """A seed from VMAS's own generator, which moves on."""
+    generator = torch.Generator()
+    generator.set_state(states[0])
+    seed = int(torch.randint(2**31, (), generator=generator))
+    states[0] = generator.get_state()
+    return seed
+
+
+@contextlib.contextmanager
+def _unchanged(values: list[Any]) -> Iterator[None]:
+    before = list(values)
+    try:
+        yield
+    finally:
+        values[:] = before
+
+
+def _shared_tensors(env: Any, twin: Any) -> set[str]:
+    """The paths of tensors whose first dimension has the number of environments only by coincidence.
+
+    Args:
+        env: the simulator.
+        twin: the same with another number of environments.
+
+    Returns:
+        The paths.
+    """
+    sizes = {path: tensor.shape[:1] for path, tensor in tensors_in((twin.scenario, twin.world)).items()}
+    tensors = tensors_in((env.scenario, env.world))
+    batched = [path for path, tensor in tensors.items() if tensor.shape[:1] == (env.num_envs,)]
+    return {path for path in batched if sizes.get(path, ()) not in {(), (twin.num_envs,)}}

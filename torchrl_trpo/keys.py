@@ -1,0 +1,298 @@
+"""Where entries are in a batch: keys, groups of agents, agent dimensions, masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tensordict import NestedKey, unravel_key
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.data import Composite, Stacked
+from torchrl.envs import EnvBase
+
+from torchrl_trpo.errors import SettingError
+
+
+def path(key: NestedKey) -> tuple[str, ...]:
+    """A key as a tuple.
+
+    Args:
+        key: the key.
+
+    Returns:
+        Its parts.
+    """
+    return key if isinstance(key, tuple) else (key,)
+
+
+def key_list(keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
+    """One key or several as a list. A tuple of strings is one nested key, as everywhere in TorchRL.
+
+    Args:
+        keys: the keys.
+
+    Returns:
+        The keys, each a string or a tuple of strings.
+    """
+    one = isinstance(keys, str) or (isinstance(keys, tuple) and all(isinstance(part, str) for part in keys) and keys)
+    return [unravel_key(key) for key in ([keys] if one else keys)]
+
+
+def next_key(key: NestedKey) -> NestedKey:
+    """The key of an entry at ``t+1``.
+
+    Args:
+        key: the entry's key at ``t``.
+
+    Returns:
+        The key.
+    """
+    return ("next", *path(key))
+
+
+def in_group(group: str | None, name: str) -> NestedKey:
+    """The key of an entry of a group, or of an environment without groups.
+
+    Args:
+        group: the group, or None.
+        name: the entry's name.
+
+    Returns:
+        The key.
+    """
+    return name if group is None else (group, name)
+
+
+def group_of(key: NestedKey | None) -> str | None:
+    """The group of an entry: "agents" for ("agents", "observation"), None for an entry at the root.
+
+    Args:
+        key: the entry's key.
+
+    Returns:
+        The group.
+    """
+    return key[0] if isinstance(key, tuple) and len(key) > 1 else None
+
+
+def reads_init(network: TensorDictModuleBase) -> bool:
+    """Whether a network is recurrent: it reads where episodes begin, ``"is_init"``, as TorchRL's recurrent modules do.
+
+    Args:
+        network: a policy or a critic.
+
+    Returns:
+        True if it is.
+    """
+    return any(path(key)[-1] == "is_init" for key in network.in_keys)
+
+
+def has_agent_dim(value: Tensor, n_agents: int, row_dims: int) -> bool:
+    """Whether an entry is one per agent, ``[*R, n_agents, ...]``, and not one for all, ``[*R, S]``.
+
+    Args:
+        value: the entry.
+        n_agents: the number of agents.
+        row_dims: the number of dimensions in ``*R``.
+
+    Returns:
+        True if it is.
+    """
+    return value.ndim > row_dims + 1 and value.shape[row_dims] == n_agents
+
+
+def finite_where_masked(value: Tensor, mask: Tensor, *, per_agent: bool = True) -> Tensor:
+    """Zeros for what is not finite in entries that do not count.
+
+    Args:
+        value: the entry, ``[*R, n_agents, ...]``, or one of all agents, ``[*R, ...]``.
+        mask: which agents count, bool ``[*R, n_agents]``, or ``[*R, 1]`` for all of them.
+
+    Keyword Args:
+        per_agent: whether an entry of as many agents as the mask is of the same agents. An entry of all agents counts
+            where any of them does.
+
+    Returns:
+        The entry.
+    """
+    keep = mask if per_agent and has_agent_dim(value, mask.shape[-1], mask.ndim - 1) else mask.any(-1)
+    return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)) | value.isfinite(), value, 0.0)
+
+
+def non_finite(value: Tensor, row_dims: int) -> Tensor:
+    """NaN where a row has anything that is not finite, or a sum beyond the range of its type, else 0.
+
+    The rows are not copied.
+
+    Args:
+        value: the rows, ``[*R, ...]``.
+        row_dims: the number of dimensions in ``*R``.
+
+    Returns:
+        A number for each row, ``[*R]``.
+    """
+    return 0 * value.reshape(*value.shape[:row_dims], -1).sum(-1)
+
+
+def return_key(reward: NestedKey) -> NestedKey:
+    """Where the running return of an episode is, beside the reward.
+
+    Args:
+        reward: the reward's key.
+
+    Returns:
+        The key.
+    """
+    return (*path(reward)[:-1], "episode_reward")
+
+
+def agent_groups(env: EnvBase) -> dict[str | None, int]:
+    """The groups of an environment's agents.
+
+    Args:
+        env: the environment.
+
+    Returns:
+        The number of agents by group; ``{None: 1}`` for a single agent without a group.
+
+    Raises:
+        SettingError: if an action is not where the recipes look for it.
+    """
+    spec = env.full_action_spec_unbatched
+    groups = [group for group in spec.keys() if isinstance(spec[group], Composite)]
+    found = list(spec.keys(True, True))
+    if set(found) != {in_group(group, "action") for group in groups or [None]}:
+        raise SettingError(
+            f"env: its actions are {found}. Legal: 'action' of a single agent, or (group, 'action') of each group of "
+            "agents, one action each: use TorchRL's RenameTransform."
+        )
+    for group in groups:
+        if -1 in spec[group].shape or not spec[group, "action"].shape or -1 in spec[group, "action"].shape:
+            raise SettingError(
+                f"env: the action of group {group!r} has shape {tuple(spec[group, 'action'].shape)}. Legal: "
+                "[n_agents, ...], of agents with the same action space; others are groups of their own."
+            )
+    return {group: spec[group, "action"].shape[0] for group in groups} if groups else {None: 1}
+
+
+@dataclass(frozen=True)
+class GroupKeys:
+    """Where the entries of a group are.
+
+    Attributes:
+        group: the group's name; None for a single agent.
+        n_agents: how many agents are in it.
+        observation: of the agents.
+        reward: of the agents, or of the team at the root where the environment has no other.
+        done: as ``reward``; likewise ``terminated``.
+        action_mask: which discrete actions are allowed, if the environment says so.
+        mask: which agents take part, if the environment says so.
+    """
+
+    group: str | None
+    n_agents: int
+    observation: NestedKey
+    reward: NestedKey
+    done: NestedKey
+    terminated: NestedKey
+    action_mask: NestedKey | None
+    mask: NestedKey | None
+
+    def __getattr__(self, name: str) -> NestedKey:
+        if name in _ENTRIES:
+            return in_group(self.group, _ENTRIES[name])
+        raise AttributeError(name)
+
+    @property
+    def agent_shape(self) -> tuple[int, ...]:
+        """The agent dimension of the group's entries, if they have one."""
+        return () if self.group is None else (self.n_agents,)
+
+    @property
+    def loss_keys(self) -> dict[str, NestedKey]:
+        """The keys of a loss, for ``set_keys``."""
+        names = ("action", "reward", "done", "terminated", "value", "advantage", "value_target")
+        return {**{name: getattr(self, name) for name in names}, "sample_log_prob": self.log_prob}
+
+
+_ENTRIES = {
+    "action": "action",
+    "log_prob": "action_log_prob",
+    "value": "state_value",
+    "advantage": "advantage",
+    "value_target": "value_target",
+    "central": "central_observation",
+}
+
+
+def group_keys(env: EnvBase) -> list[GroupKeys]:
+    """Where the entries of an environment's groups are.
+
+    Where ``"observation"`` is a mapping, as PettingZoo's ``{"observation": ..., "action_mask": ...}``, the observation
+    is its one entry beside an ``"action_mask"``.
+
+    Args:
+        env: the environment.
+
+    Returns:
+        The keys of each group. A :class:`~torchrl_trpo.errors.SettingError` says which entries there are, if one is
+        not where the recipes look for it.
+    """
+    return [_keys_of(env, group, n_agents) for group, n_agents in agent_groups(env).items()]
+
+
+def _keys_of(env: EnvBase, group: str | None, n_agents: int) -> GroupKeys:
+    spec = env.full_observation_spec_unbatched
+    observed = [key for key in spec.keys(True, True) if group is None or path(key)[0] == group]
+    whole, allowed = in_group(group, "observation"), in_group(group, "action_mask")
+    within = (*path(whole), "action_mask")
+    parts = [key for key in observed if path(key)[: len(path(whole))] == path(whole) and key != within]
+    if len(parts) != 1:
+        who = "it" if group is None else f"group {group!r}"
+        raise SettingError(
+            f"env: {who} observes {observed}. Legal: {whole!r}, or one entry in it beside an 'action_mask': use "
+            "TorchRL's RenameTransform, or CatTensors for several entries."
+        )
+    observation, shape = parts[0], spec[parts[0]].shape
+    of_agents = group is None or (len(shape) > 1 and shape[0] == n_agents)
+    if not of_agents or -1 in shape or isinstance(spec[observation], Stacked):
+        legal = "(F,) or (C, H, W)" if group is None else f"({n_agents}, F) or ({n_agents}, C, H, W)"
+        raise SettingError(
+            f"env: {observation!r} is {type(spec[observation]).__name__} of shape {tuple(shape)}. Legal: {legal}, the "
+            "same for all agents of a group; those that differ are groups of their own."
+        )
+    reward = _own(env, group, "reward", env.reward_keys)
+    own_shape = (1,) if group is None or path(reward)[0] != group else (n_agents, 1)
+    if (shape := env.full_reward_spec_unbatched[reward].shape) != own_shape:
+        raise SettingError(f"env: its {reward!r} has shape {tuple(shape)}. Legal: {own_shape}.")
+    if "done" not in env.done_keys:
+        raise SettingError(f"env: its ends are {list(env.done_keys)}. Legal: with a 'done' of the whole environment.")
+    mask = in_group(group, "mask")
+    if mask in observed and (spec[mask].dtype != torch.bool or spec[mask].shape.numel() not in (1, n_agents)):
+        raise SettingError(
+            f"env: its {mask!r} is {spec[mask].dtype} of shape {tuple(spec[mask].shape)}. Legal: torch.bool, one for "
+            f"each of the {n_agents} agents."
+        )
+    return GroupKeys(
+        group,
+        n_agents,
+        observation=observation,
+        reward=reward,
+        done=_own(env, group, "done", env.done_keys),
+        terminated=_own(env, group, "terminated", env.done_keys),
+        action_mask=next((key for key in (allowed, within) if key in observed), None),
+        mask=mask if mask in observed else None,
+    )
+
+
+def _own(env: EnvBase, group: str | None, name: str, keys: list[NestedKey]) -> NestedKey:
+    """The entry of a group, or else the one of all at the root."""
+    for key in (in_group(group, name), name):
+        if key in keys:
+            return key
+    raise SettingError(
+        f"env: it has no {in_group(group, name)!r}, and no {name!r} of the team, but {list(keys)}. Use TorchRL's "
+        "RenameTransform."
+    )

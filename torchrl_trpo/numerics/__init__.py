@@ -1,0 +1,1 @@
+"""The trust-region step on vectors and callables: no keys, no networks."""

@@ -1,0 +1,247 @@
+"""The trust-region policy update: gradient, conjugate gradient, step length, line search, one write."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from torchrl_trpo.arguments import RangedSettings
+from torchrl_trpo.numerics.conjugate_gradient import conjugate_gradient
+from torchrl_trpo.numerics.line_search import backtrack
+
+
+class TrustRegionProblem(Protocol):
+    """One or several independent trust-region subproblems at the current parameters ``θ_k``.
+
+    ``n`` regions of ``P`` parameters each; improvements and divergences are measured from ``θ_k``.
+    """
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Which rows of the statistics these regions are, ``n`` numbers."""
+
+    @property
+    def parameters(self) -> Tensor:
+        """The current parameters ``θ_k``, ``[n, P]``."""
+
+    def gradient(self) -> Tensor:
+        """The gradient of the surrogate at ``θ_k``, ``[n, P]``."""
+
+    def fisher_product(self, subsample: float) -> Callable[[Tensor], Tensor]:
+        """The product with ``F``, from ``[n, P]`` to ``[n, P]``, on a share ``subsample`` of the rows."""
+
+    def evaluate(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """``L(θ) − L(θ_k)`` and the mean ``KL(π_k ‖ π_θ)`` in nats, each ``[n]``, at ``parameters`` ``[n, P]``."""
+
+    def write(self, parameters: Tensor, accepted: Tensor) -> None:
+        """Writes ``parameters`` ``[n, P]`` where ``accepted`` ``[n]``; leaves the others untouched to the bit."""
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that writes ``θ_k`` again, to the bit, whatever was written since."""
+
+    def diagnostics(self) -> Mapping[str, Tensor]:
+        """More statistics, each ``[n]``, once the gradient is known; :meth:`TrustRegionUpdater.step` names them.
+
+        ``mismatch`` is none of them: the share of the rows whose log-probability in the data is not the policy's.
+        """
+
+
+class TrustRegionObjective(Protocol):
+    """What :class:`TrustRegionUpdater` drives: ``TRPOLoss``, ``HATRPOSequentialObjective``, or your own."""
+
+    def trust_regions(self, tensordict: TensorDictBase) -> Iterable[TrustRegionProblem]:
+        """The subproblems of one update, each solved and written before the next is asked for."""
+
+
+class TrustRegionUpdater(RangedSettings):
+    r"""Takes trust-region steps on the policy of an objective.
+
+    For each region, with the surrogate :math:`L`, its gradient :math:`g` and the Fisher matrix :math:`F` at the current
+    parameters :math:`\theta_k` (Schulman et al. 2015, arXiv:1502.05477, section 6 and appendix C):
+
+    .. math::
+        x \approx (F + \lambda I)^{-1} g, \qquad
+        \beta = \sqrt{2\delta / x^\top (F + \lambda I) x}, \qquad
+        \theta_{k+1} = \theta_k + \alpha^j \beta x
+
+    with the smallest :math:`j \le L_{max}` for which the surrogate improves by at least
+    :math:`\kappa\, \alpha^j \beta\, g^\top x` and the mean KL divergence from :math:`\pi_k` stays within
+    :math:`\delta`. If there is none, or anything is not finite, :math:`\theta_k` is kept to the last bit.
+    :math:`x^\top (F + \lambda I) x` comes from the residual of the conjugate gradient, without another product.
+
+    Settings are plain attributes: change them between steps for a schedule (``updater.max_kl = 0.005``).
+
+    Args:
+        objective: a ``TRPOLoss`` or ``HATRPOSequentialObjective``, or anything with their ``trust_regions`` method.
+
+    Keyword Args:
+        max_kl: the radius :math:`\delta`, the mean KL of an agent's joint action, in nats. Default: 0.01.
+        damping: :math:`\lambda`, added to the diagonal of :math:`F`. Default: 0.1.
+        cg_iters: the number of conjugate-gradient steps. Default: 10.
+        cg_tol: the relative residual at which they stop to matter. Default: 1e-6.
+        backtrack_coeff: :math:`\alpha`, the factor between tries of the line search. Default: 0.8.
+        max_backtracks: :math:`L_{max}`, the number of tries after the first. Default: 10.
+        accept_ratio: :math:`\kappa`, the share of the predicted improvement that must be reached. Default: 0.5.
+        fisher_subsample: the share of the rows, drawn anew for each region, that :math:`F` is estimated on. Gradient,
+            surrogate and KL checks always use all rows. Default: 1.0.
+
+    Raises:
+        TypeError: if the objective has no ``trust_regions``, or a setting is not a number.
+        ValueError: if a setting is outside its range.
+    """
+
+    _RANGES: ClassVar[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
+        "max_kl": ("a positive number", lambda v: 0 < v < math.inf),
+        "damping": ("a number of at least 0", lambda v: 0 <= v < math.inf),
+        "cg_iters": ("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1),
+        "cg_tol": ("a number of at least 0", lambda v: 0 <= v < math.inf),
+        "backtrack_coeff": ("a number between 0 and 1, both excluded", lambda v: 0 < v < 1),
+        "max_backtracks": ("a whole number of at least 0", lambda v: isinstance(v, int) and v >= 0),
+        "accept_ratio": ("a number of at least 0 and below 1", lambda v: 0 <= v < 1),
+        "fisher_subsample": ("a number above 0 and at most 1", lambda v: 0 < v <= 1),
+    }
+
+    def __init__(
+        self,
+        objective: TrustRegionObjective,
+        *,
+        max_kl: float = 0.01,
+        damping: float = 0.1,
+        cg_iters: int = 10,
+        cg_tol: float = 1e-6,
+        backtrack_coeff: float = 0.8,
+        max_backtracks: int = 10,
+        accept_ratio: float = 0.5,
+        fisher_subsample: float = 1.0,
+    ) -> None:
+        if not callable(getattr(objective, "trust_regions", None)):
+            raise TypeError(
+                f"objective must have a method trust_regions(tensordict), as TRPOLoss and HATRPOSequentialObjective "
+                f"have; got {type(objective).__name__}."
+            )
+        self.objective = objective
+        self._warned_of_data = False
+        self.max_kl = max_kl
+        self.damping = damping
+        self.cg_iters = cg_iters
+        self.cg_tol = cg_tol
+        self.backtrack_coeff = backtrack_coeff
+        self.max_backtracks = max_backtracks
+        self.accept_ratio = accept_ratio
+        self.fisher_subsample = fisher_subsample
+
+    def step(self, tensordict: TensorDictBase) -> TensorDict:
+        """Updates the policy once on a batch; the batch is not modified.
+
+        If anything raises, all parameters are as before the step, to the bit.
+
+        Args:
+            tensordict: the collected data, ``[*B, T]``, with advantages or what the objective needs to compute them.
+
+        Returns:
+            Statistics with batch size ``[n_regions]``, all detached. In a sequential update one row per agent in agent
+            index order; in others one row per region.
+
+            - ``accepted`` (bool): whether the step was taken.
+            - ``kl`` (nats) and ``improvement`` of the surrogate, of the parameters kept: 0 when rejected.
+            - ``expected_improvement``: what the linear model predicts for the full step.
+            - ``step_fraction``: the ``α^j`` taken, 0 when rejected.
+            - ``grad_norm``: the Euclidean norm of the surrogate's gradient.
+            - ``cg_residual``: ``‖g − (F + λI)x‖ / ‖g‖``.
+            - ``factor_std``: in a sequential update, the standard deviation over the rows of the factor ``M`` that the
+              regions before this one have left: 0 of the first, nothing outside of a sequential update.
+            - ``order``: ``order[m]`` is the region that was solved m-th.
+            - ``log_ratio_max``: the largest ``|log π_k(u|o) − log π_data(u|o)|`` over the rows that count, at ``θ_k``
+              against what the data says: rounding, if ``π_k`` has collected the data. If most rows are further apart, a
+              warning says so once.
+            - ``ESS``: the effective sample size of the ratios ``π_k(u|o) / π_data(u|o)``, as a share of those rows.
+
+        Raises:
+            RuntimeError: within ``torch.inference_mode``, where nothing can be differentiated.
+        """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "step was called in torch.inference_mode, which forbids gradients. Legal: torch.no_grad."
+            )
+        indices: list[int] = []
+        solved: list[TensorDict] = []
+        snapshots: list[Callable[[], None]] = []
+        try:
+            for problem in self.objective.trust_regions(tensordict):
+                snapshots.append(problem.snapshot())
+                solved.append(self._solve(problem))
+                indices.extend(problem.indices)
+            stats: TensorDict = TensorDict.cat(solved)
+            self._check_policy_of_data(stats)
+            order = torch.tensor(indices).to(stats["kl"].device, non_blocking=True)
+            return stats[order.argsort()].set("order", order)
+        except BaseException:
+            for restore in reversed(snapshots):
+                restore()
+            raise
+
+    def _check_policy_of_data(self, stats: TensorDict) -> None:
+        """Warns once when most of the data is not from the policy that the step starts at.
+
+        A few log-probabilities may differ by any amount: of squashed actions at their bounds only rounding is left.
+        """
+        mismatches = stats.pop("mismatch", None)
+        if self._warned_of_data or mismatches is None or mismatches.is_meta:
+            return
+        if not float(mismatches.max()) > 0.5:  # waits for the device
+            return
+        self._warned_of_data = True
+        warnings.warn(
+            "The data was not collected by the policy that is updated: its log-probabilities differ by up to "
+            f"{float(stats['log_ratio_max'].max()):.3g} from the policy's (effective sample size "
+            f"{float(stats['ESS'].min()):.2f}). The trust region is around the policy, not around what the data is "
+            "from. Likely causes: a collector with a copy of the policy that is not updated "
+            "(update_policy_weights_), a batch that was used before, rows of a recurrent policy out of order, a part "
+            "of a composite log-probability left out, dropout or batch norm in the policy, most actions at their "
+            "bounds. Each step says more in log_ratio_max and ESS.",
+            stacklevel=3,
+        )
+
+    def _solve(self, problem: TrustRegionProblem) -> TensorDict:
+        fisher = problem.fisher_product(self.fisher_subsample)  # first: the gradient then uses its forward pass
+        gradient = problem.gradient()  # [n, P]
+        full_step, relative_residual = self._full_step(fisher, gradient)
+        del fisher  # and the graph that it holds
+        expected = (gradient * full_step).sum(-1)
+        theta = problem.parameters
+        search = backtrack(
+            lambda fraction: problem.evaluate(theta + fraction.unsqueeze(-1) * full_step),
+            expected,
+            max_kl=self.max_kl,
+            backtrack_coeff=self.backtrack_coeff,
+            max_backtracks=self.max_backtracks,
+            accept_ratio=self.accept_ratio,
+        )
+        problem.write(theta + search.fraction.unsqueeze(-1) * full_step, search.accepted)
+        stats = {
+            "accepted": search.accepted,
+            "kl": search.kl,
+            "improvement": search.improvement,
+            "expected_improvement": expected,
+            "step_fraction": search.fraction,
+            "grad_norm": gradient.norm(dim=-1),
+            "cg_residual": relative_residual,
+        }
+        return TensorDict({**stats, **problem.diagnostics()}, batch_size=search.accepted.shape)
+
+    def _full_step(self, fisher: Callable[[Tensor], Tensor], gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The step ``β x`` to the trust region's border in the quadratic model, and the residual of ``x``."""
+        scale = gradient.abs().amax(-1, keepdim=True)
+        g = gradient / torch.where(scale > 0, scale, 1.0)  # the step does not depend on the gradient's length
+        x, residual, relative_residual, _ = conjugate_gradient(
+            lambda v: fisher(v) + self.damping * v, g, iterations=self.cg_iters, tol=self.cg_tol
+        )
+        xFx = (x * (g - residual)).sum(-1, keepdim=True)  # xᵀ(F + λI)x, [n, 1]
+        step_length = torch.where(xFx > 0, (2 * self.max_kl / xFx).sqrt(), 0.0)
+        return step_length * x, relative_residual

@@ -1,0 +1,82 @@
+"""Epochs of minibatches, drawn from the rows of one process or several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchrl_trpo.parallel.ranks import Ranks
+
+ADAM_RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "lr": ("a number of at least 0", lambda v: 0 <= v < math.inf),
+    "epochs": ("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1),
+    "minibatch_size": ("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1),
+    "max_grad_norm": ("a positive number", lambda v: v > 0),
+}
+"""What the settings of a policy's minibatch steps may be: what is legal, in words, and whether a number is."""
+
+
+def count_by_rank(kept: Tensor, ranks: Ranks) -> list[int]:
+    """How many rows each rank has.
+
+    Args:
+        kept: the indices of this rank's rows.
+        ranks: the ranks.
+
+    Returns:
+        The numbers, by rank.
+    """
+    return ranks.concat(kept.new_tensor([len(kept)])).tolist() if ranks.size > 1 else [len(kept)]
+
+
+def draw_minibatches(kept: Tensor, kept_by_rank: Sequence[int], size: int, ranks: Ranks) -> Iterator[Tensor]:
+    """This rank's rows of each minibatch of one pass over the rows of all ranks, drawn by the first.
+
+    Args:
+        kept: the indices of this rank's rows.
+        kept_by_rank: how many each rank has, from :func:`count_by_rank`.
+        size: rows of a minibatch, of all ranks together.
+        ranks: the ranks.
+
+    Yields:
+        Indices of rows, none where all rows of the minibatch are other ranks'.
+    """
+    order = ranks.first_(torch.randperm(sum(kept_by_rank), device=kept.device))
+    if ranks.size == 1:
+        yield from kept[order].split(size)
+        return
+    position = order - sum(kept_by_rank[: ranks.rank])
+    own = (position >= 0) & (position < len(kept))
+    counts = [int(count) for count in torch.stack([part.sum() for part in own.split(size)]).tolist()]
+    yield from kept[position[own]].split(counts)
+
+
+def average_gradients(parameters: Sequence[Tensor], loss: Tensor, count: Tensor, ranks: Ranks) -> Tensor:
+    """Makes the gradients of a mean over this rank's values those of the mean over all ranks', and gives that mean.
+
+    Args:
+        parameters: those with gradients, each once; none yet counts as 0.
+        loss: the mean over this rank's values, without a graph.
+        count: how many those are.
+        ranks: the ranks.
+
+    Returns:
+        The mean over the values of all ranks.
+    """
+    if ranks.size == 1:
+        return loss
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    own = torch.cat([*(gradient.flatten() for gradient in gradients), loss.reshape(1)]) * count
+    sizes = [*(gradient.numel() for gradient in gradients), 1]
+    *means, whole = ranks.sum_(torch.cat([own, count.to(own.dtype).reshape(1)])).split([*sizes, 1])
+    for gradient, mean in zip(gradients, means, strict=False):
+        gradient.copy_((mean / whole).reshape(gradient.shape))
+    return (means[-1] / whole).squeeze(0)

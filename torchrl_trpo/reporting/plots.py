@@ -1,0 +1,101 @@
+"""The pictures of a run: its learning curve, and a grid of what tells how its updates go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from torchrl_trpo.reporting.diagnosis import LARGEST_CG_RESIDUAL
+from torchrl_trpo.reporting.record import RunRecord
+
+_Panel = tuple[str, str, Mapping[str, str], Mapping[str, Any]]
+_PANELS: tuple[_Panel, ...] = (
+    # Title, unit, the columns with their labels, and what is set of the axes.
+    ("Episode return", "mean over agents", {"episode_return": ""}, {}),
+    ("KL divergence", "nats", {"kl": "of the steps kept"}, {}),
+    ("Accepted steps", "share of regions", {"accepted": ""}, {"ylim": (-0.05, 1.05)}),
+    (
+        "Surrogate's improvement",
+        "advantage's units",
+        {"improvement": "reached", "expected_improvement": "linear model, full step"},
+        {},
+    ),
+    ("Step fraction", "share of the full step", {"step_fraction": ""}, {"ylim": (-0.05, 1.05)}),
+    ("CG residual", "relative to the gradient", {"cg_residual": ""}, {}),
+    ("Entropy", "nats", {"entropy": ""}, {}),
+    ("Explained variance of the critic", "share", {"explained_variance": ""}, {}),
+    ("Factor M before the last agent", "standard deviation", {"factor_std": ""}, {}),
+    ("Clipped rows", "share of rows", {"clip_fraction": ""}, {"ylim": (-0.05, 1.05)}),
+)
+_COLUMNS = 3
+
+
+def plot_learning_curve(record: RunRecord, path: Path) -> Path:
+    """Plots return (of each group, if there are several), KL divergence and accepted steps over frames.
+
+    Args:
+        record: the run, with at least one iteration.
+        path: where the picture goes.
+
+    Returns:
+        The path.
+    """
+    return _plot(record, _PANELS[:_COLUMNS], path)
+
+
+def plot_diagnostics(record: RunRecord, path: Path) -> Path:
+    """Plots over frames how the updates go: what ``docs/diagnostics.md`` explains.
+
+    Args:
+        record: the run, with at least one iteration; what it has no numbers of is left out.
+        path: where the picture goes.
+
+    Returns:
+        The path.
+    """
+    panels = [panel for panel in _PANELS if any(math.isfinite(v) for name in panel[2] for v in record.column(name))]
+    return _plot(record, panels, path)
+
+
+def _plot(record: RunRecord, panels: Sequence[_Panel], path: Path) -> Path:
+    """Draws panels in rows of three, laid out by hand, which is fast."""
+    rows = max(1, math.ceil(len(panels) / _COLUMNS))
+    height = 3.1 * rows + 0.4
+    figure = Figure(figsize=(13, height))
+    figure.subplots_adjust(0.06, 0.55 / height, 0.985, 1 - 0.75 / height, wspace=0.24, hspace=0.42)
+    figure.suptitle(record.title)
+    axes = figure.subplots(rows, _COLUMNS, squeeze=False).flatten()
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw(axis, record, *panel)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def _draw(
+    axis: Axes, record: RunRecord, title: str, unit: str, columns: Mapping[str, str], settings: Mapping[str, Any]
+) -> None:
+    """One panel."""
+    if title == "Episode return":
+        groups = [name for name in record.columns if name.startswith("episode_return_") and not name.endswith("_sum")]
+        columns = {name: name.removeprefix("episode_return_") for name in groups} or columns
+    frames = [frames / 1000 for frames in record.column("frames")]
+    marker = "." if len(frames) < 30 else ""
+    for index, (name, label) in enumerate(columns.items()):
+        axis.plot(frames, record.column(name), color=f"C{index}", marker=marker, label=label or None)
+    if title == "KL divergence" and record.max_kl is not None:
+        axis.axhline(record.max_kl, color="gray", ls="--", lw=1, label="max_kl")
+    if title == "KL divergence":
+        axis.set_ylim(0, None if record.max_kl is None else 1.15 * record.max_kl)
+    if title == "CG residual":
+        axis.axhline(LARGEST_CG_RESIDUAL, color="gray", ls="--", lw=1, label="converged below")
+    axis.set(title=title, ylabel=unit, xlabel="thousand frames", **settings)
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize="small", loc="best")

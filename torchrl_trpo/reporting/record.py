@@ -1,0 +1,191 @@
+"""What a run's folder says, to those who look at it: while it is being written, and afterwards."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from torchrl_trpo.errors import SettingError
+
+STATE, REPORTS = "state.json", "warnings.txt"
+"""The files with how a run goes on or has ended, and with what it has warned of."""
+_SILENT_S = 60.0
+_SILENT_ITERATIONS = 10
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run's folder says.
+
+    Attributes:
+        folder: the folder.
+        config: the run's settings, as in its ``config.yaml``.
+        columns: the columns of ``metrics.csv``, of the rows that are whole; NaN where a cell is empty.
+        state: ``"running"``, ``"silent"`` (it has said nothing for long, and was perhaps killed), ``"finished"``,
+            ``"stopped"`` (by a signal), ``"failed"``, or ``"unfinished"`` where nothing tells which.
+        reason: of a run that was stopped or failed, by what.
+        reports: what it has warned of, a line each.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    columns: Mapping[str, list[float]]
+    state: str
+    reason: str
+    reports: list[str]
+
+    @property
+    def title(self) -> str:
+        """The algorithm, the environment and the seed."""
+        return f"{self.config['algorithm']} on {self.config['env']['name']}, seed {self.config['seed']}"
+
+    @property
+    def max_kl(self) -> float | None:
+        """The trust region's radius in nats; None where there is none."""
+        return self.config["updater"].get("max_kl")
+
+    @property
+    def total_frames(self) -> int:
+        """The frames that the run is to do."""
+        return int(self.config["train"]["total_frames"])
+
+    @property
+    def frames(self) -> int:
+        """The frames that it has done."""
+        return int(self.column("frames")[-1]) if self.column("frames") else 0
+
+    def column(self, name: str) -> list[float]:
+        """A column of the metrics.
+
+        Args:
+            name: its name.
+
+        Returns:
+            A number for each row, all NaN if the file has no such column.
+        """
+        rows = len(self.columns.get("iteration", []))
+        return list(self.columns.get(name, [math.nan] * rows))
+
+    def recent(self, name: str, rows: int = 5) -> float:
+        """The mean of a column's last numbers.
+
+        Args:
+            name: the column.
+            rows: how many rows are looked at.
+
+        Returns:
+            The mean of those of them that are finite; NaN if there is none.
+        """
+        return finite_mean(self.column(name)[-rows:])
+
+    @property
+    def episode_return(self) -> float:
+        """The mean return of the last five iterations with finished episodes, as in ``summary.json``."""
+        return finite_mean([value for value in self.column("episode_return") if math.isfinite(value)][-5:])
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by their dotted names.
+
+    Args:
+        settings: the settings.
+
+    Returns:
+        Their values; an empty section is one.
+    """
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = flat(value) if isinstance(value, Mapping) and value else None
+        found |= {name: value} if inner is None else {f"{name}.{key}": each for key, each in inner.items()}
+    return found
+
+
+def finite_mean(values: list[float]) -> float:
+    """The mean of the values that are finite.
+
+    Args:
+        values: the values.
+
+    Returns:
+        The mean; NaN if there is none.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def read_rows(metrics: Path) -> list[dict[str, str]]:
+    """The rows of a ``metrics.csv``, without one that is cut.
+
+    Args:
+        metrics: the file; one that is not there has no rows.
+
+    Returns:
+        The cells by column.
+    """
+    if not metrics.exists():
+        return []
+    with metrics.open(newline="") as file:
+        return [
+            row for row in csv.DictReader(file) if (row.get("iteration") or "").isdigit() and None not in row.values()
+        ]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Reads a run's folder.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        What it says.
+
+    Raises:
+        SettingError: if it is not the folder of a run.
+    """
+    if not (folder / "config.yaml").exists():
+        raise SettingError(f"folder: {str(folder)!r} has no config.yaml. Legal: the folder of a run, which holds one.")
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    rows = read_rows(folder / "metrics.csv")
+    names = rows[0] if rows else {}
+    columns = {name: [float(row[name] or "nan") for row in rows] for name in names}
+    reports = (folder / REPORTS).read_text().splitlines() if (folder / REPORTS).exists() else []
+    state, reason = _state(folder, columns)
+    return RunRecord(folder, config, columns, state, reason, reports)
+
+
+def find_runs(folder: Path) -> Iterator[Path]:
+    """The folders of runs in a folder, at any depth, such as those of a sweep.
+
+    Args:
+        folder: where to look; may be a run's itself.
+
+    Returns:
+        The folders, in natural order: 2 before 10.
+    """
+    found = (path.parent for path in folder.rglob("config.yaml") if (path.parent / "metrics.csv").exists())
+    return iter(sorted(found, key=_natural))
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.parts]
+
+
+def _state(folder: Path, columns: Mapping[str, list[float]]) -> tuple[str, str]:
+    if not (folder / STATE).exists():  # of a version that did not write it
+        return "finished" if (folder / "summary.json").exists() else "unfinished", ""
+    said = json.loads((folder / STATE).read_text())
+    if said["state"] == "running":
+        walls = columns.get("wall_s", [])
+        per_iteration = walls[-1] / len(walls) if walls else 0.0
+        age = time.time() - max((folder / name).stat().st_mtime for name in ("metrics.csv", STATE))
+        if age > max(_SILENT_S, _SILENT_ITERATIONS * per_iteration):
+            return "silent", f"nothing new for {age:.0f} s"
+    return said["state"], said["reason"]

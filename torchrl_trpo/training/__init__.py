@@ -1,0 +1,1 @@
+"""A training run: collecting, fitting the critic, checkpoints, metrics, and the trained policy."""

@@ -1,0 +1,172 @@
+"""Fitting the critic: a few epochs of minibatches on the value targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.modules import set_recurrent_mode
+from torchrl.objectives import PPOLoss
+
+from torchrl_trpo.arguments import positive_whole
+from torchrl_trpo.keys import finite_where_masked, non_finite, reads_init
+from torchrl_trpo.numerics.statistics import read, variance
+from torchrl_trpo.parallel.minibatches import average_gradients, count_by_rank, draw_minibatches
+from torchrl_trpo.parallel.ranks import Ranks, check_same_length
+
+
+def fit_critics(
+    losses: Iterable[PPOLoss],
+    optimizer: torch.optim.Optimizer,
+    data: TensorDictBase,
+    *,
+    epochs: int,
+    minibatch_size: int,
+    process_group: dist.ProcessGroup | None = None,
+) -> dict[str, float]:
+    """Fits the critics of several groups one after the other, as :func:`fit_critic` does.
+
+    Args:
+        losses: the losses of the groups.
+        optimizer: over the parameters of all critics.
+        data: the batch with value targets, ``[*B, T]``; not modified.
+
+    Keyword Args:
+        epochs: the number of passes over the batch.
+        minibatch_size: rows (environment steps) per gradient step, of all processes together.
+        process_group: the processes that fit together. Default: this one alone.
+
+    Returns:
+        The means over the groups of what :func:`fit_critic` returns; of ``dropped``, the sum.
+    """
+    settings: Any = {"epochs": epochs, "minibatch_size": minibatch_size, "process_group": process_group}
+    fits = [fit_critic(loss, optimizer, data, **settings) for loss in losses]
+    total = {name: sum(fit[name] for fit in fits) for name in fits[0]}
+    return {name: value if name == "dropped" else value / len(fits) for name, value in total.items()}
+
+
+def fit_critic(
+    loss: PPOLoss,
+    optimizer: torch.optim.Optimizer,
+    data: TensorDictBase,
+    *,
+    epochs: int,
+    minibatch_size: int,
+    process_group: dist.ProcessGroup | None = None,
+) -> dict[str, float]:
+    """Regresses the critic on the value targets of a batch.
+
+    Rows that a loss mask excludes, and rows with anything that is not finite, are left out: one NaN would make every
+    parameter of the critic NaN, for good. A recurrent critic is fitted on whole sequences; of those, the ones with
+    anything that is not finite where the mask counts.
+
+    With a ``process_group``, minibatches are drawn from the rows of all processes, each of which computes the part of
+    the gradient that its own rows give: the same steps, to rounding, as one process with all rows takes.
+
+    Args:
+        loss: the loss whose critic is fitted; its ``loss_critic`` gives the distance.
+        optimizer: over the critic's parameters.
+        data: the batch with value targets, ``[*B, T]``; not modified.
+
+    Keyword Args:
+        epochs: the number of passes over the batch.
+        minibatch_size: rows (environment steps) per gradient step, of all processes together.
+        process_group: the processes that fit together. Default: this one alone.
+
+    Returns:
+        ``loss_critic``, the mean over the last epoch, ``explained_variance`` of the targets by the values that the
+        advantages were computed with, and ``dropped``, the number of rows left out for what is not finite.
+
+    Raises:
+        ValueError: if ``epochs`` or ``minibatch_size`` is below 1, or the loss has a ``value_norm`` that would differ
+            from process to process.
+    """
+    epochs, minibatch_size = positive_whole("epochs", epochs), positive_whole("minibatch_size", minibatch_size)
+    rows, counted, has_masks = _rows_of_fit(loss, data)
+    names = [name for name in rows.keys(True, True) if rows.get(name).is_floating_point()]
+    finite = torch.ones(len(rows), dtype=torch.bool, device=counted.device)
+    for name in names:
+        value = rows.get(name)
+        value = finite_where_masked(value, counted) if has_masks else value
+        finite &= non_finite(value, 1) == 0
+    counts = counted.flatten(1).any(1)
+    ranks = Ranks(process_group)
+    update_value_norm = getattr(loss, "update_value_norm", None)
+    if ranks.size > 1 and update_value_norm is None and getattr(loss, "value_norm", None) is not None:
+        raise ValueError(
+            f"value_norm: that of {type(loss).__name__} would differ from process to process. Use TRPOLoss."
+        )
+    dropped = ranks.sum_((counts & ~finite).sum()) * rows.shape[1:].numel()
+    kept = (counts & finite).nonzero().squeeze(-1)
+    kept_by_rank = count_by_rank(kept, ranks)
+    if sum(kept_by_rank) == 0:
+        return {"loss_critic": math.nan, "explained_variance": math.nan, "dropped": int(dropped)}
+    estimates = [rows.get(key)[kept] for key in (loss.tensor_keys.value_target, loss.tensor_keys.value)]
+    target, value = torch.stack(estimates)[:, counted[kept]]
+    unexplained = variance(target - value, ranks) / variance(target, ranks)
+    if rows.batch_dims > 1:
+        check_same_length(rows.shape[1], ranks, rows.device or target.device)
+        minibatch_size = max(1, minibatch_size // rows.shape[1])
+    parameters = trained_parameters(loss)
+    total = target.new_zeros(())
+    steps = 0
+    for epoch in range(epochs):
+        for drawn in draw_minibatches(kept, kept_by_rank, minibatch_size, ranks):
+            batch = rows[drawn]
+            if has_masks:
+                batch.update({name: finite_where_masked(batch.get(name), counted[drawn]) for name in names})
+            optimizer.zero_grad()
+            loss_critic = total.new_zeros(())
+            if len(drawn):
+                with set_recurrent_mode(True):
+                    loss_critic = loss._reduce_loss(loss.loss_critic(batch)[0], batch, reduction="mean")
+                loss_critic.backward()
+            elif update_value_norm is not None:
+                update_value_norm(batch)  # with the targets of the ranks that have some
+            loss_critic = average_gradients(parameters, loss_critic.detach(), counted[drawn].sum(), ranks)
+            optimizer.step()
+            if epoch == epochs - 1:
+                total += loss_critic
+                steps += 1
+    return {
+        **read({"loss_critic": total / steps, "explained_variance": 1 - unexplained}),
+        "dropped": int(dropped),
+    }
+
+
+def trained_parameters(loss: PPOLoss) -> list[Tensor]:
+    """The critic's parameters that are trained, those that it shares with the policy among them.
+
+    Args:
+        loss: a loss with a critic.
+
+    Returns:
+        Each once.
+    """
+    parameters = loss.critic_network_params if loss.functional else TensorDict.from_module(loss.critic_network)
+    return list({id(leaf): leaf for leaf in parameters.values(True, True) if leaf.requires_grad}.values())
+
+
+def _rows_of_fit(loss: PPOLoss, data: TensorDictBase) -> tuple[TensorDict, Tensor, bool]:
+    """What the fit reads, ``[N]`` or for a recurrent critic ``[N, T]``: views on the batch.
+
+    Returns:
+        The rows; which of their values count, bool ``[*R, n_agents]``; whether a mask says so.
+    """
+    keys = loss.tensor_keys
+    recurrent = reads_init(loss.critic_network)
+    masks = {name: mask for name in loss._loss_mask_keys() if (mask := data.get(name, None)) is not None}
+    names = [*loss.critic_network.in_keys, keys.value_target, keys.value, *masks]
+    present = {name: value for name in names if (value := data.get(name, None)) is not None}
+    rows = TensorDict(present, batch_size=data.batch_size)
+    rows = rows.reshape(-1, data.batch_size[-1]) if recurrent else rows.reshape(-1)
+    target = rows.get(keys.value_target)
+    counted = torch.ones_like(target, dtype=torch.bool)
+    for name in masks:
+        counted &= loss._expand_loss_mask(rows.get(name), target)
+    return rows, counted.reshape(*rows.batch_size, -1), bool(masks)

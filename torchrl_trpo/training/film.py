@@ -1,0 +1,192 @@
+"""Films of a policy, with or without a display."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Rectangle
+from matplotlib.transforms import Affine2D
+from tensordict.nn import TensorDictModuleBase
+from torchrl._utils import logger
+from torchrl.envs import EnvBase, SerialEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from torchrl_trpo.errors import SettingError
+from torchrl_trpo.networks.recurrent import carry_states
+from torchrl_trpo.training.policy import make_run_env
+
+FRAMES_PER_SECOND = 20
+_EPISODES = 4
+
+
+def film_run(
+    config: Mapping[str, Any],
+    policy: TensorDictModuleBase,
+    path: Path,
+    *,
+    seed: int,
+    device: torch.device,
+    deterministic: bool = True,
+) -> Path | None:
+    """Films four episodes of a run's policy in the run's environment.
+
+    Args:
+        config: the run's settings, as in its ``config.yaml``.
+        policy: the policy, for observations that are not normalised
+            (:func:`~torchrl_trpo.training.policy.on_raw_observations`).
+        path: where the film goes, an ``.mp4`` or ``.gif`` file.
+
+    Keyword Args:
+        seed: the seed of the environments' randomness.
+        device: where the policy is.
+        deterministic: whether the policy acts deterministically, or samples.
+
+    Returns:
+        The path, or None where the environment cannot be drawn, which is said.
+    """
+    try:
+        stage = make_run_env(config, num_envs=_EPISODES, seed=seed, device=device, render=True)
+    except SettingError as error:
+        logger.warning(f"No film: {error}")
+        return None
+    try:
+        if stage.batch_size != (_EPISODES,):
+            logger.warning(f"No film: the factory makes {stage.batch_size[0]} environments, and not {_EPISODES}.")
+            return None
+        carry_states(stage, policy)
+        return film_episodes(stage, policy, path, max_steps=config["env"]["max_steps"], deterministic=deterministic)
+    finally:
+        stage.close(raise_if_closed=False)
+
+
+def film_episodes(
+    env: EnvBase, policy: TensorDictModuleBase, path: Path, *, max_steps: int, deterministic: bool = True
+) -> Path | None:
+    """Films one episode in each environment of a batch, side by side.
+
+    VMAS's own renderer draws the frames where it finds OpenGL; elsewhere, on a bare server, they are drawn from the
+    world's state with matplotlib. Other simulators draw themselves. An episode that ends early stays at its last frame.
+
+    Args:
+        env: an environment in TorchRL transforms, made with ``render=True``; four environments make a film of two by
+            two.
+        policy: the policy.
+        path: where the film goes, an ``.mp4`` or ``.gif`` file.
+
+    Keyword Args:
+        max_steps: the episodes' length at most, in steps.
+        deterministic: whether the policy acts deterministically, or samples.
+
+    Returns:
+        The path, or None where the environment cannot be drawn, which is said.
+    """
+    data = env.reset()
+    try:
+        render = _choose_renderer(env.base_env)
+        render(0)
+    except Exception as error:  # what is raised depends on the simulator and on what it misses
+        logger.warning(f"No film: the environment cannot be drawn here ({type(error).__name__}: {error}).")
+        return None
+    num_envs = env.batch_size[0]
+    shrink = math.ceil(num_envs**0.5)
+    films: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
+    running = [True] * num_envs
+    acting = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
+    with torch.no_grad(), set_exploration_type(acting):
+        for step in range(max_steps + 1):
+            for index, film in enumerate(films):
+                film.append(_shrink(render(index), shrink) if running[index] else film[-1])
+            if step == max_steps or not any(running):
+                break
+            data = env.step(policy(data))["next"]
+            running = [was and not done for was, done in zip(running, data["done"].flatten().tolist(), strict=True)]
+    speed = {"duration": 1000 / FRAMES_PER_SECOND} if path.suffix == ".gif" else {"fps": FRAMES_PER_SECOND}
+    imageio.mimsave(path, [_mosaic(tiles) for tiles in zip(*films, strict=True)], **speed)
+    return path
+
+
+def _choose_renderer(env: EnvBase) -> Callable[[int], np.ndarray]:
+    """What draws one environment of a batch."""
+    if isinstance(env, SerialEnv):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame, without a display
+        return lambda index: np.asarray(env._envs[index]._env.render())
+    simulator = env._env
+    try:
+        simulator.render(mode="rgb_array")
+    except Exception as error:  # what is raised depends on which part of OpenGL is missing
+        logger.info(f"VMAS's renderer is not available here ({type(error).__name__}); drawing with matplotlib.")
+        return lambda index: draw_world(simulator, index)
+    return lambda index: np.asarray(simulator.render(mode="rgb_array", env_index=index))
+
+
+def draw_world(simulator: Any, env_index: int = 0, pixels: int = 560) -> np.ndarray:
+    """Draws one environment of a VMAS simulator from its world's state, without OpenGL.
+
+    Args:
+        simulator: the VMAS environment.
+        env_index: which environment of the batch.
+        pixels: width and height of the picture.
+
+    Returns:
+        The picture, uint8 ``[pixels, pixels, 3]``.
+    """
+    figure = Figure(figsize=(pixels / 100, pixels / 100), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    origin = [float(x) for x in simulator.scenario.render_origin]
+    positions = torch.stack([agent.state.pos[env_index] for agent in simulator.world.agents])
+    offset = positions - positions.new_tensor(origin)
+    reach = max(float(simulator.scenario.viewer_zoom), float(offset.abs().max()) + 0.1)
+    axes.set_xlim(origin[0] - reach, origin[0] + reach)
+    axes.set_ylim(origin[1] - reach, origin[1] + reach)
+    axes.set_aspect("equal")
+    for entity in simulator.world.entities:
+        if not bool(entity.is_rendering[env_index]):
+            continue
+        x, y = (float(value) for value in entity.state.pos[env_index])
+        shape = entity.shape
+        colors = torch.as_tensor(entity.color)
+        color = tuple(float(part) for part in (colors[env_index] if colors.ndim > 1 else colors))
+        turn = Affine2D().rotate(float(entity.state.rot[env_index])).translate(x, y) + axes.transData
+        if hasattr(shape, "radius"):
+            axes.add_patch(Circle((x, y), shape.radius, color=color))
+        elif hasattr(shape, "hollow"):
+            corner = (-shape.length / 2, -shape.width / 2)
+            filled = not shape.hollow
+            axes.add_patch(Rectangle(corner, shape.length, shape.width, color=color, fill=filled, transform=turn))
+        else:
+            axes.plot([-shape.length / 2, shape.length / 2], [0, 0], color=color, lw=shape.width, transform=turn)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _shrink(picture: np.ndarray, factor: int) -> np.ndarray:
+    """A smaller picture by averaging, so that thin lines stay visible."""
+    height, width = (size // factor for size in picture.shape[:2])
+    picture = picture[: height * factor, : width * factor].astype(np.uint16)
+    total = np.zeros((height, width, picture.shape[2]), np.uint16)
+    for row in range(factor):
+        for column in range(factor):
+            total += picture[row::factor, column::factor]
+    return (total // factor**2).astype(np.uint8)
+
+
+def _mosaic(tiles: Sequence[np.ndarray]) -> np.ndarray:
+    """Lays pictures out in a square, cropped to a multiple of 16 pixels, as video codecs want them."""
+    columns = math.ceil(len(tiles) ** 0.5)
+    blank = np.full_like(tiles[0], 255)
+    padded = [*tiles, *[blank] * (-len(tiles) % columns)]
+    rows = [np.concatenate(padded[start : start + columns], axis=1) for start in range(0, len(padded), columns)]
+    picture = np.concatenate(rows)
+    height, width = (size // 16 * 16 for size in picture.shape[:2])
+    return picture[:height, :width]
