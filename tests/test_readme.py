@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torchrl.collectors import Collector
 
+import torchrl_trpo
 from torchrl_trpo.envs import make_env
 from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks import make_actor, make_critic
@@ -41,3 +42,7 @@ def test_its_results_are_those_of_the_comparison():
 
 def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) < 120
+
+
+def test_the_citation_names_the_version():
+    assert f"\nversion: {torchrl_trpo.__version__}\n" in (README.parent / "CITATION.cff").read_text()
