@@ -76,6 +76,7 @@ def collector_without_shared_memory(envs, actor, **options):
     return collector
 
 
+@pytest.mark.slow  # processes that import everything anew
 @pytest.mark.usefixtures("quick_processes")
 def test_other_machines_may_sample(monkeypatch):
     monkeypatch.setattr(hatrpo, "Collector", collector_without_shared_memory)

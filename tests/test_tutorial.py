@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from myst_nb.core.read import read_myst_markdown_notebook
 from nbclient import NotebookClient
 
 TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorial.md"
 
 
+@pytest.mark.slow  # make docs executes it too, and stops at an error
 def test_the_tutorial_runs_and_shows_a_curve_and_a_film():
     notebook = read_myst_markdown_notebook(TUTORIAL.read_text())
     NotebookClient(notebook, kernel_name="python3").execute()

@@ -160,8 +160,7 @@ def test_the_step_is_the_definition(cell, share_params):
     assert stats["accepted"].all()
 
 
-@CELLS
-@pytest.mark.parametrize("sequential", [False, True], ids=["batched", "sequential"])
+@pytest.mark.parametrize(("cell", "sequential"), [("lstm", False), ("gru", True)], ids=["batched", "sequential"])
 def test_the_whole_step_on_the_meta_device(cell, sequential, monkeypatch):
     """Apart from the accept decision of the line search nothing waits for the device or sits on the CPU."""
     monkeypatch.setattr(line_search, "_all_decided", lambda decided: False)
