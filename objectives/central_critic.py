@@ -13,11 +13,10 @@ from torchrl.data import Composite, TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueNorm, set_recurrent_mode
 
-from torchrl_trpo.keys import group_of, key_list, next_key
+from torchrl_trpo.keys import entry, group_of, key_list, next_key
 from torchrl_trpo.objectives.action_features import action_features
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.functional import parameters_restored
-from torchrl_trpo.objectives.policy_rows import entry
 
 
 class CentralCriticValueEstimator(AgentGAE):
