@@ -15,9 +15,8 @@ from torchrl.objectives import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.value import MultiAgentGAE
 
 from torchrl_trpo.errors import nearest
-from torchrl_trpo.keys import finite_where_masked, group_of, key_list, next_key, path, reads_init
+from torchrl_trpo.keys import entry, finite_where_masked, group_of, key_list, next_key, path, reads_init
 from torchrl_trpo.objectives.functional import other_parameters, parameters_restored
-from torchrl_trpo.objectives.policy_rows import entry
 
 
 class AgentGAE(MultiAgentGAE):

@@ -9,15 +9,13 @@ import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor
-from torchrl.data import Composite, TensorSpec
+from torchrl.data import Categorical, Composite, TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueNorm, set_recurrent_mode
 
-from torchrl_trpo.keys import group_of, key_list, next_key
-from torchrl_trpo.objectives.action_features import action_features
+from torchrl_trpo.keys import entry, group_of, key_list, next_key
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.functional import parameters_restored
-from torchrl_trpo.objectives.policy_rows import entry
 
 
 class CentralCriticValueEstimator(AgentGAE):
@@ -190,9 +188,10 @@ class CentralCriticValueEstimator(AgentGAE):
         pooled = pooled.expand(*pooled.shape[:-2], n_agents, pooled.shape[-1])
         parts = [pooled]
         for key, action in zip(self.action_keys, actions or (), strict=True):
-            action = action_features(action, self._action_spec(key))
+            spec = self._action_spec(key)
+            action = spec.to_one_hot(action, safe=False) if isinstance(spec, Categorical) else action
             action = action.unsqueeze(-1) if action.ndim == batch_dims + 1 else action
-            parts.append(self._others(key, action.to(pooled.dtype), n_agents))
+            parts.append(self._others(key, action.to(pooled), n_agents))
         if self.agent_one_hot:
             identity = torch.eye(n_agents, dtype=pooled.dtype, device=pooled.device)
             parts.append(identity.expand(*pooled.shape[:-1], n_agents))

@@ -21,10 +21,11 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl_trpo.arguments import RangedSettings
 from torchrl_trpo.distributions.divergence import has_exact_entropy, kl_if_exact
 from torchrl_trpo.errors import PlainKeyError
-from torchrl_trpo.keys import reads_init
+from torchrl_trpo.keys import entry, reads_init
 from torchrl_trpo.numerics.statistics import read
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.attention import differentiable_attention
+from torchrl_trpo.objectives.collected import action_group, broadcast_advantage, collected_log_prob
 from torchrl_trpo.objectives.functional import other_parameters
 from torchrl_trpo.objectives.loss_parts import (
     actor_parameters,
@@ -43,13 +44,7 @@ from torchrl_trpo.objectives.policy_network import (
     slice_agents,
     stacked_prefixes,
 )
-from torchrl_trpo.objectives.policy_rows import (
-    PolicyRows,
-    broadcast_advantage,
-    collected_log_prob,
-    entry,
-    flatten_rows,
-)
+from torchrl_trpo.objectives.policy_rows import PolicyRows, flatten_rows
 from torchrl_trpo.parallel.minibatches import ADAM_RANGES, average_gradients, count_by_rank, draw_minibatches
 from torchrl_trpo.parallel.ranks import Ranks
 
@@ -301,6 +296,7 @@ class ClippedUpdater(RangedSettings):
             log_prob=log_prob,
             advantage=advantage,
             mask=row_mask(loss, tensordict, log_prob),
+            group=action_group(loss),
             per_agent=any(member.index is not None for member in self._members),
             sequences=reads_init(loss.actor_network),
             ranks=self._ranks,

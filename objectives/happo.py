@@ -15,9 +15,9 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl_trpo.objectives.agent_checks import check_agents_alone, check_stacked_agents
 from torchrl_trpo.objectives.agent_sequence import AgentSequence
 from torchrl_trpo.objectives.clipped import ClippedUpdater, Member, make_member
+from torchrl_trpo.objectives.collected import check_agent_dim
 from torchrl_trpo.objectives.loss_parts import actor_parameters, check_separate_losses
 from torchrl_trpo.objectives.policy_network import agent_policy, resolve_trust_region
-from torchrl_trpo.objectives.policy_rows import check_agent_dim
 
 
 class HAPPOUpdater(ClippedUpdater):

@@ -10,15 +10,10 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor
 from torch import distributions as D
-from torchrl.modules.models.multiagent import MultiAgentNetBase
-from torchrl.objectives import PPOLoss
 
-from torchrl_trpo.distributions.divergence import log_prob, sum_events
-from torchrl_trpo.errors import PlainKeyError, nearest
-from torchrl_trpo.keys import group_of, has_agent_dim, non_finite, path
+from torchrl_trpo.distributions.divergence import log_prob
+from torchrl_trpo.keys import non_finite, path
 from torchrl_trpo.parallel.ranks import Ranks, check_same_length
-
-LOG_PROB_ROLE = "sample_log_prob (a policy with return_log_prob=True writes it)"
 
 
 @dataclass(frozen=True)
@@ -32,9 +27,11 @@ class PolicyRows:
         action: the actions taken, ``[*R, *A, action_dim]``, or a TensorDict of composite actions.
         log_prob: ``log π_k(u|o)`` as collected, ``[*R, *A, 1]``.
         advantage: ``Â``, ``[*R, *A, 1]``.
-        weight: what a row counts in the means, ``[*R, *A, 1]`` or ``[1]``; sums to 1 over the rows of a region.
+        weight: the weight of a row in the means, ``[*R, *A, 1]`` or ``[1]``; sums to 1 over the rows of a region.
         factor: the ``M`` of a sequential update, ``[*R, *A, 1]`` or ``[1]``.
         row_dims: the number of dimensions in ``*R``.
+        agent_entries: the entries with an agent dimension, each by attribute and key, such as
+            ``("inputs", "agents", "observation")``. A TensorDict with that dimension in its batch size is one entry.
     """
 
     inputs: TensorDict
@@ -44,6 +41,7 @@ class PolicyRows:
     weight: Tensor
     factor: Tensor
     row_dims: int = 1
+    agent_entries: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         """The number of rows or sequences, ``N``."""
@@ -68,11 +66,20 @@ class PolicyRows:
         Returns:
             The agent's rows.
         """
-        return self._map(lambda value, per_agent: value.narrow(self.row_dims, agent, 1) if per_agent else value)
+        own = (*[slice(None)] * self.row_dims, slice(agent, agent + 1))
+        names = ("inputs", "action", "log_prob", "advantage")
+        rows = TensorDict({name: getattr(self, name) for name in names}, self.inputs.batch_size).clone(False)
+        for key in self.agent_entries:
+            rows.set(key, rows.get(key)[own])
+        changed = {name: rows.get(name) for name in names}
+        for name in ("weight", "factor"):
+            value = getattr(self, name)
+            changed[name] = value[own] if value.shape[self.row_dims : -1].numel() > 1 else value
+        return replace(self, **changed)
 
     def contiguous(self) -> PolicyRows:
         """The rows, copied where they are spread over memory."""
-        return self._map(lambda value, _: value.contiguous())
+        return self._map(lambda value: value.contiguous())
 
     def take(self, index: Tensor | slice) -> PolicyRows:
         """Some of the rows, with the weights they have.
@@ -83,7 +90,7 @@ class PolicyRows:
         Returns:
             The rows.
         """
-        return self._map(lambda value, _: value[index])
+        return self._map(lambda value: value[index])
 
     def log_ratio(self, dist: D.Distribution, cap: Tensor | None = None) -> Tensor:
         """``log π_θ(u|o) / π_k(u|o)`` of the actions taken.
@@ -110,38 +117,12 @@ class PolicyRows:
         shape = [*self.log_prob.shape[: self.row_dims], *[1] * (self.log_prob.ndim - self.row_dims)]
         return replace(self, factor=factor.reshape(shape))
 
-    def _map(self, function: Callable[[Tensor, bool], Tensor]) -> PolicyRows:
-        """Applies a function of an entry, and whether it is one per agent, to what there is per row."""
-        agents = self.agent_shape.numel()
-
-        def of_tensordict(value: TensorDictBase, in_group: bool = False) -> TensorDict:
-            has_agents = value.batch_dims > self.row_dims
-            in_group = in_group or has_agents  # its entries are one per agent, whatever their shape
-            like = self.log_prob.new_empty((*value.batch_size, 1))
-            inner = {}
-            for key, child in value.items():
-                if is_tensor_collection(child):
-                    inner[key] = of_tensordict(child, in_group)
-                else:
-                    inner[key] = function(child, in_group or has_agent_dim(child, agents, self.row_dims))
-            return TensorDict(inner, batch_size=function(like, has_agents).shape[:-1])
-
-        def of_scalar_rows(value: Tensor) -> Tensor:
-            per_agent = value.ndim > self.row_dims + 1 and value.shape[self.row_dims] > 1
-            return function(value, per_agent) if value.ndim > 1 else value
-
-        per_agent = len(self.agent_shape) > 0
-        return replace(
-            self,
-            inputs=of_tensordict(self.inputs),
-            action=function(self.action, per_agent)
-            if isinstance(self.action, Tensor)
-            else of_tensordict(self.action, per_agent),
-            log_prob=function(self.log_prob, per_agent),
-            advantage=function(self.advantage, per_agent),
-            weight=of_scalar_rows(self.weight),
-            factor=of_scalar_rows(self.factor),
-        )
+    def _map(self, function: Callable[[Any], Any]) -> PolicyRows:
+        """Applies a function to all that has rows; a weight or a factor ``[1]`` has none."""
+        names = ("inputs", "action", "log_prob", "advantage", "weight", "factor")
+        entries = {name: getattr(self, name) for name in names}
+        has_rows = {name: is_tensor_collection(value) or value.ndim > 1 for name, value in entries.items()}
+        return replace(self, **{name: function(value) for name, value in entries.items() if has_rows[name]})
 
 
 def flatten_rows(
@@ -151,6 +132,7 @@ def flatten_rows(
     log_prob: Tensor,
     advantage: Tensor,
     mask: Tensor | None,
+    group: str | None,
     per_agent: bool,
     sequences: bool = False,
     ranks: Ranks,
@@ -166,6 +148,7 @@ def flatten_rows(
         advantage: the advantages, broadcastable to ``log_prob``.
         mask: which entries count, bool ``[*B, *A, 1]``, or None for all. The others weigh 0, and their content is
             cleared, so that padding, NaNs included, cannot spread into sums or gradients.
+        group: the group of the agents, from :func:`action_group`.
         per_agent: whether each agent is a region of its own, with a mean of its own.
         sequences: whether the last batch dimension is time, and stays.
         ranks: the processes whose rows are one batch: the weights of all of them sum to 1.
@@ -181,193 +164,85 @@ def flatten_rows(
     row_dims = rows.batch_dims
     if sequences:
         check_same_length(rows.shape[1], ranks, log_prob.device)
+    agent_entries = _agent_entries(rows, group)
+    with_agents = {key for key in rows.keys(True, True) for own in agent_entries if path(key)[: len(own)] == own}
     if mask is None:
         weight = _equal_weight(rows.numel() if per_agent else log_prob.numel(), log_prob, ranks)
     else:
         mask = mask.reshape(rows["log_prob"].shape)
-        rows = rows.named_apply(lambda key, value: _clear_masked(key, value, mask, row_dims), nested_keys=True)
+        rows = rows.named_apply(
+            lambda key, value: _clear_masked(key, value, mask, row_dims, key in with_agents), nested_keys=True
+        )
         count = ranks.sum_(mask.sum(list(range(row_dims)), keepdim=True) if per_agent else mask.sum())
         weight = mask / count.clamp_min(1).to(log_prob.dtype)
-    rows.set("advantage", rows.get("advantage") + _non_finite(rows, row_dims))
+    rows.set("advantage", rows.get("advantage") + _non_finite(rows, with_agents))
     return PolicyRows(
         **{key: rows.get(key) for key in (*values, "inputs")},
         weight=weight,
         factor=log_prob.new_ones(1),
         row_dims=row_dims,
+        agent_entries=agent_entries,
     )
-
-
-def broadcast_advantage(advantage: Tensor, log_prob: Tensor, key: NestedKey) -> Tensor:
-    """Checks an advantage against log-probabilities, and gives one of a whole team to each of its agents.
-
-    Args:
-        advantage: the advantage, ``[*B, T, *A, 1]``, or ``[*B, T, 1]`` of a team.
-        log_prob: the log-probabilities, ``[*B, T, *A, 1]``.
-        key: the advantage's key, for the message.
-
-    Returns:
-        The advantage, broadcastable to ``log_prob``.
-
-    Raises:
-        ValueError: if the shapes do not fit.
-    """
-    if advantage.ndim == log_prob.ndim - 1 and advantage.shape[:-1] == log_prob.shape[:-2]:
-        advantage = advantage.unsqueeze(-2)
-    pairs = zip(advantage.shape, log_prob.shape, strict=False)
-    if advantage.ndim != log_prob.ndim or any(size not in {1, legal} for size, legal in pairs):
-        raise ValueError(
-            f"the advantage {key!r} has shape {tuple(advantage.shape)}, which does not fit log-probabilities of shape "
-            f"{tuple(log_prob.shape[:-1])}. Legal: {tuple(log_prob.shape)}, or {(*log_prob.shape[:-2], 1)} for a whole "
-            "team."
-        )
-    return advantage
-
-
-def collected_log_prob(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
-    """What the policy that collected the data says of the actions; of composite ones, the sum over their parts.
-
-    Where a log-probability has as many dimensions as its continuous action, it is one of each entry of the action (the
-    policy's ``Normal`` is not ``Independent``): the joint action's is their sum.
-
-    Args:
-        loss: the loss of the policy.
-        tensordict: the data, ``[*B]``.
-
-    Returns:
-        ``log π_k(u|o)``, ``[*B, *A, 1]``.
-
-    Raises:
-        ValueError: if discrete log-probabilities ``[*B, n]`` may be those of ``n`` agents, or of ``n`` actions of one.
-    """
-    keys, batch_dims = loss.tensor_keys, tensordict.batch_dims
-    log_prob = entry(tensordict, keys.sample_log_prob, LOG_PROB_ROLE)
-    action = entry(tensordict, keys.action, "action")
-    if is_tensor_collection(log_prob):
-        parts = dict(log_prob.items(True, True))
-        pairs = [
-            (part, tensordict.get((*path(key)[:-1], path(key)[-1].removesuffix("_log_prob")), None))
-            for key, part in parts.items()
-        ]
-    else:
-        pairs = [(log_prob, action if isinstance(action, Tensor) else None)]
-    agent_dims = []
-    for part, own in pairs:
-        extra = part.ndim - batch_dims
-        if own is None or own.ndim > part.ndim:
-            agent_dims.append(extra)
-        elif own.is_floating_point():
-            agent_dims.append(extra if extra == 1 and _has_agents(loss, tensordict, by_key=False) else extra - 1)
-    if not agent_dims:
-        extra = max(part.ndim for part, _ in pairs) - batch_dims
-        many = any(part.shape[batch_dims:].numel() > 1 for part, _ in pairs)
-        if many and not _has_agents(loss, tensordict):
-            raise ValueError(
-                f"the log-probability {keys.sample_log_prob!r} has shape {tuple(part.shape)} in data of batch size "
-                f"{tuple(tensordict.batch_size)}: is it one of each agent, or of each action of one agent? Legal: the "
-                "action of several agents in a group, such as ('agents', 'action'); several actions of one agent in a "
-                "torchrl_trpo.distributions.MultiCategorical, or a torch.distributions.Independent."
-            )
-        agent_dims.append(min(extra, 1))
-    ndim = batch_dims + max(0, *agent_dims)
-    return torch.stack([sum_events(part, ndim) for part, _ in pairs]).sum(0).unsqueeze(-1)
-
-
-def _has_agents(loss: PPOLoss, tensordict: TensorDictBase, *, by_key: bool = True) -> bool:
-    """Whether the data of a loss has an agent dimension: by its networks, its advantage, or its group and its key."""
-    action = loss.tensor_keys.action
-    group = group_of(action[0] if isinstance(action, list) else action)
-    advantage = tensordict.get(loss.tensor_keys.advantage, None)
-    return (
-        any(isinstance(net, MultiAgentNetBase) for net in loss.actor_network.modules())
-        or (advantage is not None and advantage.ndim > tensordict.batch_dims + 1)
-        or (group is not None and (by_key or tensordict.get(group).batch_dims > tensordict.batch_dims))
-    )
-
-
-def check_agent_dim(log_prob: Tensor, batch_size: torch.Size, agent_dim: int, n_agents: int) -> None:
-    """Checks that log-probabilities are those of all agents of a policy, with the agents after the batch dimensions.
-
-    Args:
-        log_prob: the log-probabilities, ``[*B, T, n_agents, 1]``.
-        batch_size: the batch dimensions ``[*B, T]``.
-        agent_dim: where the agents are said to be.
-        n_agents: how many the policy has.
-
-    Raises:
-        ValueError: if they are not.
-    """
-    position = log_prob.ndim + agent_dim if agent_dim < 0 else agent_dim
-    legal = (*batch_size, n_agents)
-    if position != len(batch_size) or log_prob.shape[:-1] != legal:
-        raise ValueError(
-            f"the policy has parameters for {n_agents} agents, but the log-probability has shape "
-            f"{tuple(log_prob.shape[:-1])} in data of batch size {tuple(batch_size)}, with agent_dim={agent_dim}. "
-            f"Legal: {legal}, agents right after the batch dimensions."
-        )
-
-
-def entry(tensordict: TensorDictBase, key: NestedKey | list[NestedKey], role: str) -> Any:
-    """An entry that must be there; for a list of keys, a TensorDict of them.
-
-    Args:
-        tensordict: the data.
-        key: the entry's key, or keys.
-        role: what the key is called where it is set, for the message.
-
-    Returns:
-        The entry.
-
-    Raises:
-        PlainKeyError: if it is not there.
-    """
-    for name in key if isinstance(key, list) else [key]:
-        if tensordict.get(name, None) is None:
-            raise PlainKeyError(
-                f"{role}: {name!r} is not in the data. {nearest(name, tensordict.keys(True, True))} "
-                "Name the entry that is meant where the key is set, or with set_keys."
-            )
-    return tensordict.select(*key) if isinstance(key, list) else tensordict.get(key)
 
 
 def at_least_single(value: Tensor) -> Tensor:
-    """A floating-point entry in single precision at least: what half precision rounds away adds up over the rows.
-
-    Args:
-        value: the entry.
-
-    Returns:
-        The entry; the same where it is wide enough, or not floating-point.
-    """
+    """Half precision as single precision: what it rounds away adds up over the rows. Others stay as they are."""
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
+def _agent_entries(rows: TensorDict, group: str | None) -> tuple[tuple[str, ...], ...]:
+    """The entries of the rows with an agent dimension.
+
+    All but the inputs have it if the log-probability does. An input in the agents' group has it if its shape fits. For
+    any other input the shape alone decides, ``[*R, n_agents, F]`` unlike a state ``[*R, F]``, unless it is in the group
+    of other agents.
+    """
+    row_dims = rows.batch_dims
+    agents = rows["log_prob"].shape[row_dims:-1]
+    found = []
+
+    def search(key: tuple[str, ...], value: Any) -> None:
+        is_own = key[0] != "inputs" or (group is not None and key[1:2] == (group,))
+        fits = value.shape[row_dims : row_dims + len(agents)] == agents
+        if not is_tensor_collection(value):
+            if fits and (is_own or value.ndim > row_dims + len(agents)):
+                found.append(key)
+        elif value.batch_dims == row_dims:
+            for name, child in value.items():
+                search((*key, name), child)
+        elif fits and (is_own or group is None):
+            found.append(key)
+
+    for name, value in rows.items() if agents else ():
+        search((name,), value)
+    return tuple(found)
+
+
 def _equal_weight(count: int, like: Tensor, ranks: Ranks) -> Tensor:
-    """What each of the rows counts when all count the same, ``[1]``."""
+    """The weight of each row, ``[1]``, when all count the same."""
     if ranks.size == 1:
         return like.new_full((1,), 1 / max(count, 1))
     total = ranks.sum_(torch.tensor([count], dtype=torch.long, device=like.device))
     return (1 / total.double()).to(like.dtype)
 
 
-def _non_finite(rows: TensorDict, row_dims: int) -> Tensor:
+def _non_finite(rows: TensorDict, with_agents: set[NestedKey]) -> Tensor:
     """NaN where anything that belongs to a row is not finite, else 0, ``[*R, *A, 1]``.
 
     An infinite observation or log-probability may leave the surrogate finite: saturated, or with a ratio of 0.
     """
-    log_prob = rows.get("log_prob")
-    spread = torch.zeros_like(log_prob)
+    spread = torch.zeros_like(rows.get("log_prob"))
     for key, value in rows.items(True, True):
         if value.is_floating_point():
-            leading = _leading_dims(key, value, log_prob, row_dims)
-            found = non_finite(value, leading)
-            spread = spread + found.reshape(*found.shape, *[1] * (spread.ndim - leading))
+            found = non_finite(value, spread.ndim - 1 if key in with_agents else rows.batch_dims)
+            spread = spread + found.reshape(*found.shape, *[1] * (spread.ndim - found.ndim))
     return spread
 
 
-def _clear_masked(key: NestedKey, value: Tensor, mask: Tensor, row_dims: int) -> Tensor:
+def _clear_masked(key: NestedKey, value: Tensor, mask: Tensor, row_dims: int, has_agents: bool) -> Tensor:
     """Zeros, and for flags (every action is allowed) True, where the mask ``[*R, *A, 1]`` is off."""
     keep = mask.squeeze(-1)  # [*R, *A]
-    if keep.ndim > _leading_dims(key, value, mask, row_dims):
+    if keep.ndim > row_dims and not has_agents:
         keep = keep.any(dim=row_dims)
     keep = keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim))
     if row_dims > 1 and key[0] == "inputs":  # a recurrent policy has read it
@@ -376,12 +251,3 @@ def _clear_masked(key: NestedKey, value: Tensor, mask: Tensor, row_dims: int) ->
         keep = keep | value.isfinite() if value.is_floating_point() else keep
     neutral = torch.ones_like(value) if value.dtype == torch.bool else torch.zeros_like(value)
     return torch.where(keep, value, neutral)
-
-
-def _leading_dims(key: NestedKey, value: Tensor, like: Tensor, row_dims: int) -> int:
-    """How many dimensions of an entry of the rows are rows and agents, where ``like`` is ``[*R, *A, 1]``."""
-    agent_dims = like.ndim - 1 - row_dims
-    is_input = isinstance(key, tuple) and key[0] == "inputs"
-    if agent_dims and is_input and not has_agent_dim(value, like.shape[row_dims], row_dims):
-        return row_dims
-    return row_dims + agent_dims

@@ -25,11 +25,18 @@ from torchrl.objectives.value import ValueEstimatorBase
 from torchrl_trpo.arguments import plain_number, positive_whole
 from torchrl_trpo.distributions.divergence import has_exact_entropy, kl_if_exact, sum_events
 from torchrl_trpo.errors import nearest
-from torchrl_trpo.keys import reads_init
+from torchrl_trpo.keys import entry, reads_init
 from torchrl_trpo.numerics.statistics import effective_sample_size
 from torchrl_trpo.objectives.agent_checks import check_shared_agents, check_stacked_agents
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.attention import differentiable_attention
+from torchrl_trpo.objectives.collected import (
+    LOG_PROB_ROLE,
+    action_group,
+    broadcast_advantage,
+    check_agent_dim,
+    collected_log_prob,
+)
 from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
 from torchrl_trpo.objectives.functional import parameters_restored
 from torchrl_trpo.objectives.loss_parts import (
@@ -50,15 +57,7 @@ from torchrl_trpo.objectives.policy_network import (
     single_agent_network,
 )
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
-from torchrl_trpo.objectives.policy_rows import (
-    LOG_PROB_ROLE,
-    PolicyRows,
-    broadcast_advantage,
-    check_agent_dim,
-    collected_log_prob,
-    entry,
-    flatten_rows,
-)
+from torchrl_trpo.objectives.policy_rows import PolicyRows, flatten_rows
 from torchrl_trpo.objectives.popart import update_value_norm
 from torchrl_trpo.parallel.ranks import ALONE, Ranks
 
@@ -364,6 +363,7 @@ class TRPOLoss(PPOLoss):
             log_prob=log_prob,
             advantage=advantage,
             mask=row_mask(self, tensordict, log_prob),
+            group=action_group(self),
             per_agent=self.trust_region == "per_agent",
             sequences=reads_init(self.actor_network),
             ranks=self.ranks if ranks is None else ranks,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from tensordict import NestedKey, unravel_key
+from tensordict import NestedKey, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import Composite, Stacked
 from torchrl.envs import EnvBase
 
-from torchrl_trpo.errors import SettingError
+from torchrl_trpo.errors import PlainKeyError, SettingError, nearest
 
 
 def path(key: NestedKey) -> tuple[str, ...]:
@@ -89,35 +90,45 @@ def reads_init(network: TensorDictModuleBase) -> bool:
     return any(path(key)[-1] == "is_init" for key in network.in_keys)
 
 
-def has_agent_dim(value: Tensor, n_agents: int, row_dims: int) -> bool:
-    """Whether an entry is one per agent, ``[*R, n_agents, ...]``, and not one for all, ``[*R, S]``.
+def entry(tensordict: TensorDictBase, key: NestedKey | list[NestedKey], role: str) -> Any:
+    """A required entry; for a list of keys, a TensorDict of them.
 
     Args:
-        value: the entry.
-        n_agents: the number of agents.
-        row_dims: the number of dimensions in ``*R``.
+        tensordict: the data.
+        key: the entry's key, or keys.
+        role: the name of the setting that holds the key, for the message.
 
     Returns:
-        True if it is.
+        The entry.
+
+    Raises:
+        PlainKeyError: if it is missing.
     """
-    return value.ndim > row_dims + 1 and value.shape[row_dims] == n_agents
+    for name in key if isinstance(key, list) else [key]:
+        if tensordict.get(name, None) is None:
+            raise PlainKeyError(
+                f"{role}: {name!r} is not in the data. {nearest(name, tensordict.keys(True, True))} "
+                "Name the entry that is meant where the key is set, or with set_keys."
+            )
+    return tensordict.select(*key) if isinstance(key, list) else tensordict.get(key)
 
 
 def finite_where_masked(value: Tensor, mask: Tensor, *, per_agent: bool = True) -> Tensor:
-    """Zeros for what is not finite in entries that do not count.
+    """Replaces what is not finite by 0 in entries that do not count.
 
     Args:
         value: the entry, ``[*R, n_agents, ...]``, or one of all agents, ``[*R, ...]``.
         mask: which agents count, bool ``[*R, n_agents]``, or ``[*R, 1]`` for all of them.
 
     Keyword Args:
-        per_agent: whether an entry of as many agents as the mask is of the same agents. An entry of all agents counts
-            where any of them does.
+        per_agent: whether the entry belongs to the same group of agents as the mask. An entry of all agents, which is
+            any other and one without an agent dimension, counts where any agent does.
 
     Returns:
         The entry.
     """
-    keep = mask if per_agent and has_agent_dim(value, mask.shape[-1], mask.ndim - 1) else mask.any(-1)
+    has_agents = value.ndim > mask.ndim and value.shape[mask.ndim - 1] == mask.shape[-1]
+    keep = mask if per_agent and has_agents else mask.any(-1)
     return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)) | value.isfinite(), value, 0.0)
 
 
@@ -200,10 +211,35 @@ class GroupKeys:
     action_mask: NestedKey | None
     mask: NestedKey | None
 
-    def __getattr__(self, name: str) -> NestedKey:
-        if name in _ENTRIES:
-            return in_group(self.group, _ENTRIES[name])
-        raise AttributeError(name)
+    @property
+    def action(self) -> NestedKey:
+        """The key of the agents' actions."""
+        return in_group(self.group, "action")
+
+    @property
+    def log_prob(self) -> NestedKey:
+        """The key of the log-probabilities of the actions."""
+        return in_group(self.group, "action_log_prob")
+
+    @property
+    def value(self) -> NestedKey:
+        """The key of the critic's values."""
+        return in_group(self.group, "state_value")
+
+    @property
+    def advantage(self) -> NestedKey:
+        """The key of the advantages."""
+        return in_group(self.group, "advantage")
+
+    @property
+    def value_target(self) -> NestedKey:
+        """The key of the critic's targets."""
+        return in_group(self.group, "value_target")
+
+    @property
+    def central(self) -> NestedKey:
+        """The key of the input of a centralised critic."""
+        return in_group(self.group, "central_observation")
 
     @property
     def agent_shape(self) -> tuple[int, ...]:
@@ -215,16 +251,6 @@ class GroupKeys:
         """The keys of a loss, for ``set_keys``."""
         names = ("action", "reward", "done", "terminated", "value", "advantage", "value_target")
         return {**{name: getattr(self, name) for name in names}, "sample_log_prob": self.log_prob}
-
-
-_ENTRIES = {
-    "action": "action",
-    "log_prob": "action_log_prob",
-    "value": "state_value",
-    "advantage": "advantage",
-    "value_target": "value_target",
-    "central": "central_observation",
-}
 
 
 def group_keys(env: EnvBase) -> list[GroupKeys]:

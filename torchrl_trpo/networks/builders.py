@@ -31,7 +31,6 @@ from torchrl_trpo import distributions
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.keys import GroupKeys, group_keys, in_group, next_key
 from torchrl_trpo.networks.recurrent import RecurrentModule
-from torchrl_trpo.objectives.action_features import n_action_features
 
 _SMALLEST_PICTURE = 7
 """What two convolutions of 3 by 3 with stride 2 leave something of."""
@@ -138,7 +137,9 @@ def make_central_critic(
     for other in group_keys(env):
         size += observations[other.observation].shape.numel() if inputs != "state" else 0
         if others_actions:
-            size += (other.n_agents - (other.group == keys.group)) * n_action_features(actions[other.action])
+            action = actions[other.action]
+            action = action.to_one_hot_spec() if isinstance(action, Categorical) else action  # MultiCategorical too
+            size += (other.n_agents - (other.group == keys.group)) * action.shape[-1]
     size += observations["state"].shape.numel() if inputs != "observations" else 0
     differ = agent_one_hot or others_actions
     if network != "mlp" or differ:
