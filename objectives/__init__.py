@@ -1,7 +1,6 @@
 """The objective modules: parts that drop into a TorchRL pipeline."""
 
 from torchrl_trpo.objectives.agent_gae import AgentGAE
-from torchrl_trpo.objectives.agent_sequence import AgentSequence, AgentTurn
 from torchrl_trpo.objectives.central_critic import CentralCriticValueEstimator
 from torchrl_trpo.objectives.clipped import ClippedUpdater
 from torchrl_trpo.objectives.happo import HAPPOUpdater
@@ -12,8 +11,6 @@ from torchrl_trpo.objectives.trpo import TRPOLoss
 
 __all__ = [
     "AgentGAE",
-    "AgentSequence",
-    "AgentTurn",
     "CentralCriticValueEstimator",
     "ClippedUpdater",
     "HAPPOUpdater",

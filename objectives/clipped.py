@@ -4,85 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torch import distributions as D
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_trpo.arguments import RangedSettings
-from torchrl_trpo.distributions.divergence import has_exact_entropy, kl_if_exact
+from torchrl_trpo.distributions.divergence import kl_if_exact
 from torchrl_trpo.errors import PlainKeyError
-from torchrl_trpo.keys import entry, reads_init
-from torchrl_trpo.numerics.statistics import read
-from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.attention import differentiable_attention
-from torchrl_trpo.objectives.collected import action_group, broadcast_advantage, collected_log_prob
 from torchrl_trpo.objectives.functional import other_parameters
-from torchrl_trpo.objectives.loss_parts import (
+from torchrl_trpo.objectives.policy_member import Member, check_loss, log_prob_keys
+from torchrl_trpo.objectives.policy_rows import PolicyRows
+from torchrl_trpo.objectives.policy_update import (
     actor_parameters,
-    check_padding,
     check_separate_losses,
-    estimated_advantage,
-    exact_entropy,
-    mask_keys,
-    row_mask,
+    read_rows,
     standardized_advantage,
 )
-from torchrl_trpo.objectives.policy_network import (
-    build_distribution,
-    distribution_parameters,
-    input_keys,
-    slice_agents,
-    stacked_prefixes,
-)
-from torchrl_trpo.objectives.policy_rows import PolicyRows, flatten_rows
 from torchrl_trpo.parallel.minibatches import ADAM_RANGES, average_gradients, count_by_rank, draw_minibatches
 from torchrl_trpo.parallel.ranks import Ranks
-
-_COUNTS = "_counts"
-"""Which steps of a sequence count, in a minibatch."""
-_OF_THE_POLICY = ("forward", "_log_weight", "_get_cur_log_prob", "_get_entropy", "_weighted_loss_entropy")
-"""What of a loss an agent's update takes from ``ClipPPOLoss`` itself."""
-
-
-@dataclass
-class Member:
-    """What is updated at a time: one agent's policy, or that of a group.
-
-    Attributes:
-        group: the group.
-        index: the agent's place in the group; None for the policy of the whole group.
-        network: its policy.
-        parameters: the policy's parameters and buffers; those that are trained share the memory of the group's.
-        optimizer: over its own parameters.
-    """
-
-    group: str
-    index: int | None
-    network: ProbabilisticTensorDictSequential
-    parameters: TensorDictBase
-    optimizer: torch.optim.Adam
-
-    @property
-    def trained(self) -> list[Tensor]:
-        """The parameters that are trained, each once."""
-        return self.optimizer.param_groups[0]["params"]
-
-
-class _AgentLoss(ClipPPOLoss):
-    """``ClipPPOLoss``, with the entropy by a formula wherever there is one."""
-
-    def _get_entropy(self, dist: D.Distribution, adv_shape: torch.Size) -> Tensor | TensorDict:
-        return exact_entropy(dist, adv_shape) if has_exact_entropy(dist) else super()._get_entropy(dist, adv_shape)
 
 
 class ClippedUpdater(RangedSettings):
@@ -166,7 +112,7 @@ class ClippedUpdater(RangedSettings):
             raise ValueError("losses is an empty mapping; legal: {group: ClipPPOLoss, ...} with at least one group.")
         self._ranks = Ranks(process_group)
         for group, loss in self.losses.items():
-            _check_loss(group, loss, self._ranks)
+            check_loss(group, loss, self._ranks)
             for tensor in (*loss.parameters(), *loss.buffers()):
                 self._ranks.first_(tensor.data)
         self._members = self._make_members()
@@ -203,7 +149,7 @@ class ClippedUpdater(RangedSettings):
               that of a step was not.
         """
         check_separate_losses(self.losses)
-        rows = [self._rows(member.group, self.losses[member.group], tensordict) for member in self._members]
+        rows = [self._rows(member.group, tensordict) for member in self._members]
         with self._restored():
             stats = [self._update(member, of_group)[0] for member, of_group in zip(self._members, rows, strict=True)]
             return torch.stack(stats)
@@ -245,9 +191,9 @@ class ClippedUpdater(RangedSettings):
             raise ValueError(f"optimizers: the state_dict has {len(states)} policies, legal: {len(self._members)}.")
         optimizers = []
         for index, (member, state) in enumerate(zip(self._members, states, strict=True)):
-            _follow(member, self.losses[member.group])  # whose type the state takes
+            member.follow(self.losses[member.group])  # whose type the state takes
             try:
-                optimizers.append(_loaded(member.trained, state))
+                optimizers.append(member.optimizer_with(state))
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"optimizers[{index}] is not a state of this policy's Adam: {error!r}.") from error
         super().load_state_dict(settings)
@@ -256,61 +202,43 @@ class ClippedUpdater(RangedSettings):
 
     def _make_members(self) -> list[Member]:
         """What is updated one after the other."""
-        return [
-            make_member(group, None, loss.actor_network, actor_parameters(loss), self.lr)
-            for group, loss in self.losses.items()
-        ]
+        return [Member.make(group, loss, self.lr) for group, loss in self.losses.items()]
 
-    def _check_agents(self, group: str, log_prob: Tensor, batch_size: torch.Size) -> None:
-        """Refuses log-probabilities ``[*B, *A, 1]`` that are not of the group's agents."""
+    def _rows(self, group: str, tensordict: TensorDictBase) -> PolicyRows:
+        """What the group's update needs of a batch; the log-probabilities that its loss reads are in ``inputs``."""
+        loss = self.losses[group]
+        agents = [member.index for member in self._members if member.group == group]
 
-    def _rows(self, group: str, loss: ClipPPOLoss, tensordict: TensorDictBase) -> PolicyRows:
-        """What the group's update needs of a batch; what the loss reads is in the rows' ``inputs`` and ``action``."""
-        if 0 in tensordict.batch_size:
-            raise ValueError(f"the data is empty: its batch size is {tuple(tensordict.batch_size)}.")
-        _check_masks(group, loss)
-        tensordict = tensordict.clone(False)
-        keys = loss.tensor_keys
-        advantage, missing = estimated_advantage(loss, tensordict)
-        check_padding(loss, tensordict)
-        log_prob = collected_log_prob(loss, tensordict)
-        recorded = None if isinstance(keys.sample_log_prob, list) else tensordict.get(keys.sample_log_prob)
-        if isinstance(recorded, Tensor) and recorded.shape[log_prob.ndim - 1 :].numel() > 1:
+        def normalize(advantage: Tensor, data: TensorDictBase, computed: bool) -> Tensor:
+            if loss.normalize_advantage:
+                return standardized_advantage(loss, advantage, data, self._ranks)
+            # private: how PPOLoss scales by an advantage_norm
+            return loss._maybe_normalize_advantage(advantage, data, update_norm=computed)
+
+        n_agents = None if None in agents else len(agents)
+        rows = read_rows(
+            loss, tensordict, normalize, n_agents=n_agents, log_prob_keys=log_prob_keys(loss), ranks=self._ranks
+        )
+        key = loss.tensor_keys.sample_log_prob
+        recorded = None if isinstance(key, list) else tensordict.get(key)
+        joint_dims = tensordict.batch_dims + len(rows.agent_shape)
+        if isinstance(recorded, Tensor) and recorded.shape[joint_dims:].numel() > 1:
             raise ValueError(
-                f"{keys.sample_log_prob!r} has shape {tuple(recorded.shape)}, one of each entry of the action, which "
+                f"{key!r} has shape {tuple(recorded.shape)}, one of each entry of the action, which "
                 f"{type(loss).__name__} would clip one by one. Legal: a distribution of the joint action, such as "
                 "IndependentNormal, or one within torch.distributions.Independent."
             )
-        advantage = broadcast_advantage(advantage, log_prob, keys.advantage)
-        if loss.normalize_advantage:
-            advantage = standardized_advantage(loss, advantage, tensordict, self._ranks)
-        else:
-            advantage = loss._maybe_normalize_advantage(advantage, tensordict, update_norm=missing)
-        self._check_agents(group, log_prob, tensordict.batch_size)
-        inputs = entry(tensordict, input_keys(loss.actor_network), "the actor's in_keys")
-        for name in _log_prob_keys(loss):
-            inputs.update(tensordict.select(name).apply(lambda value: value.unsqueeze(-1)))  # to be known as per agent
-        return flatten_rows(
-            inputs,
-            action=entry(tensordict, keys.action, "action"),
-            log_prob=log_prob,
-            advantage=advantage,
-            mask=row_mask(loss, tensordict, log_prob),
-            group=action_group(loss),
-            per_agent=any(member.index is not None for member in self._members),
-            sequences=reads_init(loss.actor_network),
-            ranks=self._ranks,
-        )
+        return rows
 
     def _update(self, member: Member, rows: PolicyRows) -> tuple[TensorDict, Tensor]:
         """Updates one member on its rows; gives its statistics and the ratios of its actions, 1 where none counts."""
         group_loss = self.losses[member.group]
-        _follow(member, group_loss)
+        member.follow(group_loss)
         counts = (rows.weight > 0).expand_as(rows.log_prob)
-        before = self._distribution(member, rows)
+        before = member.distribution(rows, self.minibatch_size)
         grad_norm, taken = self._fit(member, rows, counts)
-        after = self._distribution(member, rows)
-        low, high = group_loss._clip_bounds
+        after = member.distribution(rows, self.minibatch_size)
+        low, high = member.loss._clip_bounds  # private: those of one clip_epsilon or of two have no public name
         with torch.no_grad():
             log_ratio = rows.log_ratio(after)
             ratio_before, ratio = (
@@ -336,10 +264,12 @@ class ClippedUpdater(RangedSettings):
     @torch.enable_grad()
     def _fit(self, member: Member, rows: PolicyRows, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The epochs of one member; gives the mean norm of the gradients, and whether all steps were taken."""
-        loss = _make_loss(self.losses[member.group], member.network)
         optimizer: Any = member.optimizer
         optimizer.param_groups[0]["lr"] = self.lr
-        kept = _kept(rows, counts)
+        if rows.weight.ndim == 1:  # without a mask all rows count, and the device need not be asked which
+            kept = torch.arange(len(rows), device=counts.device)
+        else:
+            kept = counts.flatten(1).any(1).nonzero().squeeze(-1)
         kept_by_rank = count_by_rank(kept, self._ranks)
         size = max(1, self.minibatch_size // rows.steps_per_row)
         norms = [rows.log_prob.new_zeros(())] if not sum(kept_by_rank) else []
@@ -349,10 +279,10 @@ class ClippedUpdater(RangedSettings):
                 optimizer.zero_grad()
                 objective = rows.log_prob.new_zeros(())
                 if len(drawn):
-                    batch = _minibatch(self.losses[member.group], rows.take(drawn), counts[drawn])
+                    batch = member.loss.minibatch(rows.take(drawn), counts[drawn])
                     policy = other_parameters(member.network, member.parameters)
                     with set_recurrent_mode(True), policy, differentiable_attention():
-                        out = loss(batch)
+                        out = member.loss(batch)
                     objective = out["loss_objective"] + out.get("loss_entropy", 0.0)
                     objective.backward()
                 objective = average_gradients(member.trained, objective.detach(), counts[drawn].sum(), self._ranks)
@@ -363,141 +293,3 @@ class ClippedUpdater(RangedSettings):
                 optimizer.step()
                 taken &= finite
         return torch.stack(norms).mean(), taken
-
-    @torch.no_grad()
-    def _distribution(self, member: Member, rows: PolicyRows) -> D.Distribution:
-        """The member's policy at all rows, evaluated a minibatch at a time."""
-        size = max(1, self.minibatch_size // rows.steps_per_row)
-        parts = [
-            distribution_parameters(member.network, member.parameters, rows.inputs[start : start + size])
-            for start in range(0, len(rows), size)
-        ]
-        return build_distribution(member.network, torch.cat(parts))
-
-
-def _check_loss(group: str, loss: ClipPPOLoss, ranks: Ranks) -> None:
-    """Refuses a loss whose policy's part is not that of ``ClipPPOLoss``, or is clipped around another policy."""
-    if not isinstance(loss, ClipPPOLoss):
-        raise TypeError(
-            f"the loss of group {group!r} is a {type(loss).__name__}. Legal: a torchrl.objectives.ClipPPOLoss."
-        )
-    own = [name for name in _OF_THE_POLICY if _function(type(loss), name) is not _function(ClipPPOLoss, name)]
-    if own:
-        raise TypeError(
-            f"the loss of group {group!r}, {type(loss).__name__}, has {', '.join(own)} of its own, which the update "
-            "would not use. Legal: ClipPPOLoss, or a class that changes only the critic's part."
-        )
-    if loss.delay_actor:
-        raise ValueError(
-            "delay_actor=True keeps a lagging policy for clipping; policies are clipped around the one that collected "
-            "the data. Use delay_actor=False."
-        )
-    if ranks.size > 1 and loss.advantage_norm is not None:
-        raise ValueError("advantage_norm: its statistics would be of each process alone. Legal: normalize_advantage.")
-
-
-def _check_masks(group: str, loss: ClipPPOLoss) -> None:
-    """Refuses a loss whose value estimator lets masked steps reach the others; TorchRL's losses do not tell theirs."""
-    estimator = loss._value_estimator
-    if isinstance(estimator, AgentGAE) and not {*mask_keys(loss)} <= {*estimator.mask_keys}:
-        raise ValueError(
-            f"the loss of group {group!r} has loss_mask_key={loss.loss_mask_key!r}, and its value estimator reads "
-            f"{list(estimator.mask_keys)}: masked steps would be in the advantages of the others. Legal: "
-            f"make_value_estimator({type(estimator).__name__}, mask_key=loss.loss_mask_key, ...)."
-        )
-
-
-def _function(loss_class: type, name: str) -> object:
-    return inspect.unwrap(getattr(loss_class, name))  # a LossModule wraps its forward anew in each class
-
-
-def make_member(
-    group: str,
-    index: int | None,
-    network: ProbabilisticTensorDictSequential,
-    parameters: TensorDictBase,
-    lr: float,
-) -> Member:
-    """A member with an optimiser of its own.
-
-    Args:
-        group: the group.
-        index: the agent's place in the group, or None for the policy of the whole group.
-        network: the policy.
-        parameters: its parameters and buffers.
-        lr: Adam's learning rate.
-
-    Returns:
-        The member.
-    """
-    leaves = {id(leaf): leaf for leaf in parameters.values(True, True) if leaf.requires_grad}
-    return Member(group, index, network, parameters, torch.optim.Adam(leaves.values(), lr=lr, fused=True))
-
-
-def _loaded(parameters: list[Tensor], state_dict: dict[str, Any]) -> torch.optim.Adam:
-    """An optimizer with a saved state."""
-    optimizer = torch.optim.Adam(parameters, fused=True)
-    optimizer.load_state_dict(state_dict)
-    for parameter, state in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            if state[name].shape != parameter.shape:
-                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, its parameter {tuple(parameter.shape)}")
-    return optimizer
-
-
-def _follow(member: Member, loss: ClipPPOLoss) -> None:
-    """Lets a member's parameters be views on the group's again, which may have been moved or cast; Adam's state too."""
-    if member.index is not None:
-        agents = slice(member.index, member.index + 1)
-        views = slice_agents(actor_parameters(loss), agents, stacked_prefixes(loss.actor_network))
-        for key, value in member.parameters.items(True, True):
-            value.data = views.get(key)
-    for parameter, state in member.optimizer.state.items():
-        for name, value in state.items():
-            state[name] = value.to(parameter.device) if name == "step" else value.to(parameter)
-
-
-def _make_loss(loss: ClipPPOLoss, network: ProbabilisticTensorDictSequential) -> ClipPPOLoss:
-    """The loss of a member's policy, with the settings that the group's has now."""
-    names = ["clip_epsilon_low", "clip_epsilon_high"] if loss._asymmetric_clip else ["clip_epsilon"]
-    names += ["entropy_coeff"] + ["max_importance_ratio"] * (loss.max_importance_ratio is not None)
-    numbers = read({name: getattr(loss, name) for name in names})
-    clip_epsilon = [value for name, value in numbers.items() if name.startswith("clip")]
-    own = _AgentLoss(
-        network,
-        functional=False,
-        clip_epsilon=tuple(clip_epsilon) if loss._asymmetric_clip else clip_epsilon[0],
-        entropy_bonus=loss.entropy_bonus and bool(loss._entropy_coeff_map or numbers["entropy_coeff"]),
-        samples_mc_entropy=loss.samples_mc_entropy,
-        entropy_coeff=loss._entropy_coeff_map or loss.entropy_coeff,
-        max_importance_ratio=numbers.get("max_importance_ratio"),
-    )
-    keys = loss.tensor_keys
-    own.set_keys(action=keys.action, sample_log_prob=keys.sample_log_prob, advantage=keys.advantage)
-    own.loss_mask_key = _COUNTS
-    return own
-
-
-def _kept(rows: PolicyRows, counts: Tensor) -> Tensor:
-    """The indices of the rows, or sequences, in which anything counts."""
-    if rows.weight.ndim == 1:  # without a mask all do, and the device need not be asked which
-        return torch.arange(len(rows), device=counts.device)
-    return counts.flatten(1).any(1).nonzero().squeeze(-1)
-
-
-def _minibatch(loss: ClipPPOLoss, rows: PolicyRows, counts: Tensor) -> TensorDict:
-    """What the loss of a member reads, with its keys; the advantages times ``M``."""
-    keys, batch = loss.tensor_keys, rows.inputs
-    for name in _log_prob_keys(loss):
-        batch.update(batch.select(name).apply(lambda value: value.squeeze(-1)))
-    if isinstance(rows.action, Tensor):
-        batch.set(keys.action, rows.action)
-    else:
-        batch.update(rows.action)
-    batch.set(keys.advantage, rows.factor * rows.advantage)
-    return batch.set(_COUNTS, counts)
-
-
-def _log_prob_keys(loss: ClipPPOLoss) -> list[NestedKey]:
-    key = loss.tensor_keys.sample_log_prob
-    return key if isinstance(key, list) else [key]

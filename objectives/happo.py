@@ -8,16 +8,16 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_trpo.objectives.agent_checks import check_agents_alone, check_stacked_agents
-from torchrl_trpo.objectives.agent_sequence import AgentSequence
-from torchrl_trpo.objectives.clipped import ClippedUpdater, Member, make_member
-from torchrl_trpo.objectives.collected import check_agent_dim
-from torchrl_trpo.objectives.loss_parts import actor_parameters, check_separate_losses
+from torchrl_trpo.objectives.agent_order import checked_order, drawn_order
+from torchrl_trpo.objectives.clipped import ClippedUpdater
+from torchrl_trpo.objectives.policy_member import Member
 from torchrl_trpo.objectives.policy_network import agent_policy, resolve_trust_region
+from torchrl_trpo.objectives.policy_rows import PolicyRows
+from torchrl_trpo.objectives.policy_update import actor_parameters, check_separate_losses
 
 
 class HAPPOUpdater(ClippedUpdater):
@@ -28,9 +28,10 @@ class HAPPOUpdater(ClippedUpdater):
     .. math::
         \mathbb{E}\big[ \min\big( r\, M^m \hat A^{i_m},\ \mathrm{clip}(r, 1 - \epsilon, 1 + \epsilon)\,
         M^m \hat A^{i_m} \big) \big] + c_H\, \mathbb{E}[H(\pi_\theta^{i_m})],
-        \quad r = \frac{\pi_\theta^{i_m}(u|o)}{\pi_k^{i_m}(u|o)}
+        \quad r = \frac{\pi_\theta^{i_m}(u|o)}{\pi_k^{i_m}(u|o)},
+        \quad M^1 = 1, \quad M^{m+1} = M^m\, \frac{\pi_{new}^{i_m}(u|o)}{\pi_k^{i_m}(u|o)}
 
-    with the :math:`M^m` of :class:`AgentSequence`. Only the agent whose turn it is is evaluated, so that an update
+    Only the agent whose turn it is is evaluated, so that an update
     costs :math:`O(n)`. Each agent has an optimiser of its own: no momentum moves another agent.
 
     Clipping, entropy, keys and masks are the loss's, as they are at the time of a step. Advantages are normalised over
@@ -104,7 +105,7 @@ class HAPPOUpdater(ClippedUpdater):
             process_group=process_group,
         )
         self._agents_are_checked = False
-        self._sequence = AgentSequence(len(self._members), agent_order=agent_order, ranks=self._ranks)
+        self.agent_order = agent_order
 
     @property
     def n_agents(self) -> int:
@@ -114,11 +115,11 @@ class HAPPOUpdater(ClippedUpdater):
     @property
     def agent_order(self) -> Literal["random"] | tuple[int, ...]:
         """The order of the agents, or ``"random"``; can be assigned."""
-        return self._sequence.agent_order
+        return self._agent_order
 
     @agent_order.setter
     def agent_order(self, order: Literal["random", "fixed"] | Sequence[int]) -> None:
-        self._sequence.agent_order = order
+        self._agent_order = checked_order(order, self.n_agents)
 
     def step(self, tensordict: TensorDictBase) -> TensorDict:
         """Updates the policy of each agent once on a batch; the batch is not modified.
@@ -144,25 +145,19 @@ class HAPPOUpdater(ClippedUpdater):
             - ``order``: ``order[m]`` is the agent that was updated m-th.
         """
         check_separate_losses(self.losses)
-        rows = {group: self._rows(group, loss, tensordict) for group, loss in self.losses.items()}
-        if not self._agents_are_checked:
-            for group in {member.group for member in self._members if member.index is not None}:
-                policy = self.losses[group].actor_network, actor_parameters(self.losses[group])
-                check_stacked_agents(*policy, rows[group])
-                check_agents_alone(*policy, rows[group])
-            self._agents_are_checked = True
+        rows = {group: self._rows(group, tensordict) for group in self.losses}
+        self._check_agents(rows)
         first = next(iter(rows.values()))
-        order: list[int] = []
-        updated: list[TensorDict] = []
+        factor = first.log_prob.new_ones(first.log_prob.shape[: first.row_dims].numel())  # M^1, [N]
+        order = drawn_order(self.agent_order, self.n_agents, factor.device, self._ranks)
+        stats: dict[int, TensorDict] = {}
         with self._restored():
-            for turn in self._sequence.turns(first.log_prob.new_ones(first.log_prob.shape[: first.row_dims].numel())):
-                member = self._members[turn.agent]
+            for agent in order:
+                member = self._members[agent]
                 own = rows[member.group] if member.index is None else rows[member.group].of_agent(member.index)
-                stats, ratio = self._update(member, own.with_factor(turn.factor).contiguous())
-                turn.finish(ratio)
-                updated.append(stats)
-                order.append(turn.agent)
-            by_agent = TensorDict.stack([updated[order.index(agent)] for agent in range(len(order))])
+                stats[agent], ratio = self._update(member, own.with_factor(factor).contiguous())
+                factor = factor * ratio.reshape(factor.shape)  # M^{m+1}
+            by_agent = TensorDict.stack([stats[agent] for agent in range(self.n_agents)])
             return by_agent.set("order", torch.tensor(order).to(by_agent["kl"].device, non_blocking=True))
 
     def _make_members(self) -> list[Member]:
@@ -173,20 +168,25 @@ class HAPPOUpdater(ClippedUpdater):
             kind, n_agents = resolve_trust_region(None, network, parameters)
             if kind == "per_agent":
                 for index in range(n_agents):
-                    own = agent_policy(network, parameters, index, n_agents)
-                    members.append(make_member(group, index, *own, self.lr))
+                    policy = agent_policy(network, parameters, index, n_agents)
+                    members.append(Member.make(group, loss, self.lr, index=index, policy=policy))
             elif any(isinstance(net, MultiAgentNetBase) and net.n_agents > 1 for net in network.modules()):
                 raise ValueError(_shared_message(group))
             else:
-                members.append(make_member(group, None, network, parameters, self.lr))
+                members.append(Member.make(group, loss, self.lr))
         return members
 
-    def _check_agents(self, group: str, log_prob: Tensor, batch_size: torch.Size) -> None:
-        members = [member for member in self._members if member.group == group]
-        if members[0].index is not None:
-            check_agent_dim(log_prob, batch_size, -2, len(members))
-        elif log_prob.shape[len(batch_size) : -1].numel() > 1:
-            raise ValueError(_shared_message(group))
+    def _check_agents(self, rows: Mapping[str, PolicyRows]) -> None:
+        """Refuses groups whose agents share their policy, or do not act alone as they do together."""
+        stacked = {member.group for member in self._members if member.index is not None}
+        for group, of_group in rows.items():
+            if group not in stacked and of_group.agent_shape.numel() > 1:
+                raise ValueError(_shared_message(group))
+            if group in stacked and not self._agents_are_checked:
+                policy = self.losses[group].actor_network, actor_parameters(self.losses[group])
+                check_stacked_agents(*policy, of_group)
+                check_agents_alone(*policy, of_group)
+        self._agents_are_checked = True
 
 
 def _shared_message(group: str) -> str:

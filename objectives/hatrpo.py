@@ -16,10 +16,10 @@ from torchrl.objectives import LossModule
 
 from torchrl_trpo.keys import next_key
 from torchrl_trpo.objectives.agent_checks import check_agents_alone
-from torchrl_trpo.objectives.agent_sequence import AgentSequence
-from torchrl_trpo.objectives.loss_parts import check_separate_losses
+from torchrl_trpo.objectives.agent_order import checked_order, drawn_order
 from torchrl_trpo.objectives.policy_network import resolve_trust_region
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
+from torchrl_trpo.objectives.policy_update import check_separate_losses, current_estimator
 from torchrl_trpo.objectives.trpo import TRPOLoss
 
 
@@ -104,10 +104,10 @@ class HATRPOSequentialObjective(LossModule):
         self._agents: list[tuple[str, int]] = []
         for group, loss in groups.items():
             self._agents += [(group, agent) for agent in range(_count_agents(group, loss))]
-        ranks = next(iter(groups.values())).ranks
-        if any(loss.ranks.group is not ranks.group for loss in groups.values()):
+        self._ranks = next(iter(groups.values())).ranks
+        if any(loss.ranks.group is not self._ranks.group for loss in groups.values()):
             raise ValueError("process_group: the losses have different ones. Legal: the same for all of them, or None.")
-        self._sequence = AgentSequence(len(self._agents), agent_order=agent_order, ranks=ranks)
+        self.agent_order = agent_order
         # In __dict__, as TorchRL's losses keep their networks: the parameters are the losses'.
         self.__dict__["actor_network"] = _in_sequence([loss.actor_network for loss in groups.values()])
         self.__dict__["critic_network"] = _in_sequence([loss.critic_network for loss in groups.values()])
@@ -120,11 +120,11 @@ class HATRPOSequentialObjective(LossModule):
     @property
     def agent_order(self) -> Literal["random"] | tuple[int, ...]:
         """The order of the agents, or ``"random"``; can be assigned."""
-        return self._sequence.agent_order
+        return self._agent_order
 
     @agent_order.setter
     def agent_order(self, order: Literal["random", "fixed"] | Sequence[int]) -> None:
-        self._sequence.agent_order = order
+        self._agent_order = checked_order(order, self.n_agents)
 
     def _check_rewards(self, tensordict: TensorDictBase) -> None:
         """Warns once when the agents' rewards differ, after updates 1, 2, 4, 8, ...: it waits for the device."""
@@ -133,7 +133,7 @@ class HATRPOSequentialObjective(LossModule):
             return
         rewards = []
         for loss in self._groups.values():
-            if getattr(loss._value_estimator, "team_reward", None) is not None:
+            if getattr(current_estimator(loss), "team_reward", None) is not None:
                 return
             reward = tensordict.get(next_key(loss.tensor_keys.reward), None)
             if reward is not None:
@@ -228,7 +228,7 @@ class HATRPOSequentialObjective(LossModule):
             tensordict: the data, ``[*B, T]``.
 
         Yields:
-            One subproblem per agent; it must be solved and written before the next is drawn.
+            One subproblem per agent; it must be solved and written before the next is asked for.
         """
         check_separate_losses(self._groups)
         rows = {group: loss.policy_rows(tensordict) for group, loss in self._groups.items()}
@@ -240,11 +240,12 @@ class HATRPOSequentialObjective(LossModule):
         self._agents_are_checked = True
         self._check_rewards(tensordict)
         first = next(iter(rows.values()))
-        for turn in self._sequence.turns(first.log_prob.new_ones(first.log_prob.shape[: first.row_dims].numel())):
-            group, agent = self._agents[turn.agent]
-            region = self._groups[group].policy_region(rows[group], agent=agent, index=turn.agent, factor=turn.factor)
-            yield region
-            turn.finish(region.ratio())
+        factor = first.log_prob.new_ones(first.log_prob.shape[: first.row_dims].numel())  # M^1, [N]
+        for index in drawn_order(self.agent_order, self.n_agents, factor.device, self._ranks):
+            group, agent = self._agents[index]
+            region = self._groups[group].policy_region(rows[group], agent=agent, index=index, factor=factor)
+            yield region  # is solved, and written if the step is accepted
+            factor = factor * region.ratio().reshape(factor.shape)  # M^{m+1}
 
 
 def _in_sequence(networks: Sequence[TensorDictModuleBase | None]) -> TensorDictModuleBase | None:

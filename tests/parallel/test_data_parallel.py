@@ -33,7 +33,8 @@ from tests.rank_processes import on_ranks
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.envs.normalization import ObservationNorm
 from torchrl_trpo.numerics.statistics import standardize, variance
-from torchrl_trpo.objectives import AgentSequence, HATRPOSequentialObjective, TRPOLoss
+from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
+from torchrl_trpo.objectives.agent_order import drawn_order
 from torchrl_trpo.parallel.ranks import RankLostError, Ranks, check_same_length
 from torchrl_trpo.training.critic_fit import fit_critic
 
@@ -223,13 +224,8 @@ def begin():
     actor, critic = make_single()
     loss = TRPOLoss(actor, critic, process_group=dist.group.WORLD)
     copied = copy.deepcopy(loss)
-    order = [[turn_agent(turn) for turn in AgentSequence(5, ranks=loss.ranks).turns(torch.ones(2))] for _ in range(3)]
+    order = [drawn_order("random", 5, torch.device("cpu"), loss.ranks) for _ in range(3)]
     return bits(actor), bits(critic), bits(copied), order, copied.ranks.size
-
-
-def turn_agent(turn):
-    turn.finish(torch.ones(2))
-    return turn.agent
 
 
 def test_ranks_begin_with_the_first_ones_parameters_and_agree_on_the_order():

@@ -61,6 +61,27 @@ def read(numbers: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
 
 
+class HostScalar:
+    """The value of a scalar tensor on the host; the device is asked again only after the tensor was written to."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Tensor, int, float] | None = None
+
+    def read(self, scalar: Tensor) -> float:
+        """The value.
+
+        Args:
+            scalar: the tensor, always that of one quantity.
+
+        Returns:
+            Its value now.
+        """
+        version = scalar._version  # private: PyTorch counts the writes to a tensor nowhere else
+        if self._known is None or self._known[0] is not scalar or self._known[1] != version:
+            self._known = (scalar, version, float(scalar))
+        return self._known[2]
+
+
 def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Tensor:
     """``(Σ w)² / Σ w²`` of importance weights, as a share of the rows that count.
 

@@ -1,0 +1,57 @@
+"""The order in which a sequential update takes the agents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+
+from torchrl_trpo.arguments import plain_number
+from torchrl_trpo.parallel.ranks import ALONE, Ranks
+
+
+def checked_order(
+    order: Literal["random", "fixed"] | Sequence[int], n_agents: int
+) -> Literal["random"] | tuple[int, ...]:
+    """Checks the argument ``agent_order``.
+
+    Args:
+        order: ``"random"``, ``"fixed"`` (by index), or a sequence that names every agent index once.
+        n_agents: the number of agents.
+
+    Returns:
+        ``"random"``, or the indices in their order.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    if isinstance(order, str) and order in {"random", "fixed"}:
+        return "random" if order == "random" else tuple(range(n_agents))
+    indices = [plain_number(index) for index in order] if isinstance(order, Iterable) else []
+    if any(type(index) is not int for index in indices) or sorted(indices) != list(range(n_agents)):
+        raise ValueError(
+            f"agent_order: {order!r}. Legal: 'random', 'fixed', or a sequence that names each of the "
+            f"{n_agents} agents 0 to {n_agents - 1} once."
+        )
+    return tuple(indices)
+
+
+def drawn_order(
+    order: Literal["random"] | tuple[int, ...], n_agents: int, device: torch.device, ranks: Ranks = ALONE
+) -> Sequence[int]:
+    """The order of one update.
+
+    Args:
+        order: the order, or ``"random"`` to draw one from torch's generator.
+        n_agents: the number of agents.
+        device: where the ranks exchange the order.
+        ranks: the processes that update together: all take the order of the first. Default: this process alone.
+
+    Returns:
+        The agents' indices.
+    """
+    if order != "random":
+        return order
+    drawn = torch.randperm(n_agents)
+    return (drawn if ranks.size == 1 else ranks.first_(drawn.to(device))).tolist()

@@ -1,0 +1,236 @@
+"""The policies that clipped updates train one after the other: each with its own loss and its own optimiser."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential
+from torch import Tensor
+from torch import distributions as D
+from torchrl.objectives import ClipPPOLoss
+
+from torchrl_trpo.distributions.divergence import has_exact_entropy
+from torchrl_trpo.numerics.statistics import HostScalar
+from torchrl_trpo.objectives.policy_network import (
+    build_distribution,
+    distribution_parameters,
+    slice_agents,
+    stacked_prefixes,
+)
+from torchrl_trpo.objectives.policy_rows import PolicyRows
+from torchrl_trpo.objectives.policy_update import actor_parameters, exact_entropy
+from torchrl_trpo.parallel.ranks import Ranks
+
+_COUNTS = "_counts"
+"""The key of what counts in a minibatch."""
+_POLICY_METHODS = ("forward", "_log_weight", "_get_cur_log_prob", "_get_entropy", "_weighted_loss_entropy")
+"""The methods that a member's loss takes from ``ClipPPOLoss``, not from the class of its group's loss."""
+_SCALARS = ("clip_epsilon", "clip_epsilon_low", "clip_epsilon_high", "entropy_coeff", "max_importance_ratio")
+"""The settings of ``ClipPPOLoss`` that are tensors."""
+
+
+class MemberLoss(ClipPPOLoss):
+    """The loss of one member's policy, with the settings of its group's loss; the entropy is exact where possible.
+
+    Args:
+        network: the member's policy.
+        group_loss: the loss of its group.
+    """
+
+    def __init__(self, network: ProbabilisticTensorDictSequential, group_loss: ClipPPOLoss) -> None:
+        is_asymmetric = "clip_epsilon_low" in dict(group_loss.named_buffers())
+        super().__init__(network, functional=False, clip_epsilon=(0.2, 0.2) if is_asymmetric else 0.2)
+        self.loss_mask_key = _COUNTS
+        self._entropy_coeff_on_host = HostScalar()
+
+    def follow(self, group_loss: ClipPPOLoss) -> None:
+        """Takes over the settings that the group's loss has now.
+
+        Args:
+            group_loss: the loss of the group.
+        """
+        for name in _SCALARS:
+            if hasattr(group_loss, name):
+                setattr(self, name, getattr(group_loss, name))
+        self.samples_mc_entropy = group_loss.samples_mc_entropy
+        self._entropy_coeff_map = group_loss._entropy_coeff_map  # private: the coefficients by head have no public name
+        counts = self._entropy_coeff_map or self._entropy_coeff_on_host.read(group_loss.entropy_coeff)
+        self.entropy_bonus = group_loss.entropy_bonus and bool(counts)
+        keys = group_loss.tensor_keys
+        self.set_keys(action=keys.action, sample_log_prob=keys.sample_log_prob, advantage=keys.advantage)
+
+    def minibatch(self, rows: PolicyRows, counts: Tensor) -> TensorDict:
+        """What the loss reads, with its keys.
+
+        Args:
+            rows: the member's rows; their ``inputs`` hold the log-probabilities of :func:`log_prob_keys`.
+            counts: which entries count, bool ``[*R, *A, 1]``.
+
+        Returns:
+            The minibatch; its advantages are multiplied with the rows' ``M``.
+        """
+        batch = rows.inputs
+        for key in log_prob_keys(self):
+            batch.update(batch.select(key).apply(lambda value: value.squeeze(-1)))
+        if isinstance(rows.action, Tensor):
+            batch.set(self.tensor_keys.action, rows.action)
+        else:
+            batch.update(rows.action)
+        batch.set(self.tensor_keys.advantage, rows.factor * rows.advantage)
+        return batch.set(_COUNTS, counts)
+
+    def _get_entropy(self, dist: D.Distribution, adv_shape: torch.Size) -> Tensor | TensorDict:
+        # A hook of PPOLoss without a public name: its estimate by sampling differs from call to call.
+        return exact_entropy(dist, adv_shape) if has_exact_entropy(dist) else super()._get_entropy(dist, adv_shape)
+
+
+@dataclass
+class Member:
+    """What is updated at a time: one agent's policy, or that of a group.
+
+    Attributes:
+        group: the group.
+        index: the agent's place in the group; None for the policy of the whole group.
+        network: its policy.
+        parameters: the policy's parameters and buffers; those that are trained share the memory of the group's.
+        loss: the loss of its policy.
+        optimizer: over its own parameters.
+    """
+
+    group: str
+    index: int | None
+    network: ProbabilisticTensorDictSequential
+    parameters: TensorDictBase
+    loss: MemberLoss
+    optimizer: torch.optim.Adam
+
+    @classmethod
+    def make(
+        cls,
+        group: str,
+        group_loss: ClipPPOLoss,
+        lr: float,
+        *,
+        index: int | None = None,
+        policy: tuple[ProbabilisticTensorDictSequential, TensorDictBase] | None = None,
+    ) -> Member:
+        """A member with an optimiser of its own.
+
+        Args:
+            group: the group.
+            group_loss: the loss of the group.
+            lr: Adam's learning rate.
+
+        Keyword Args:
+            index: the agent's place in the group. Default: the member is the whole group.
+            policy: the agent's policy and its parameters. Default: the group's.
+
+        Returns:
+            The member.
+        """
+        network, parameters = policy or (group_loss.actor_network, actor_parameters(group_loss))
+        trained = {id(leaf): leaf for leaf in parameters.values(True, True) if leaf.requires_grad}
+        optimizer = torch.optim.Adam(trained.values(), lr=lr, fused=True)
+        return cls(group, index, network, parameters, MemberLoss(network, group_loss), optimizer)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters that are trained, each once."""
+        return self.optimizer.param_groups[0]["params"]
+
+    def follow(self, group_loss: ClipPPOLoss) -> None:
+        """Makes the parameters views on the group's again, which may have been moved or cast; Adam's state too.
+
+        Args:
+            group_loss: the loss of the group, whose settings are taken over as well.
+        """
+        self.loss.follow(group_loss)
+        if self.index is not None:
+            agents = slice(self.index, self.index + 1)
+            views = slice_agents(actor_parameters(group_loss), agents, stacked_prefixes(group_loss.actor_network))
+            for key, value in self.parameters.items(True, True):
+                value.data = views.get(key)
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                state[name] = value.to(parameter.device) if name == "step" else value.to(parameter)
+
+    @torch.no_grad()
+    def distribution(self, rows: PolicyRows, chunk_size: int) -> D.Distribution:
+        """The policy at all rows.
+
+        Args:
+            rows: the rows.
+            chunk_size: how many environment steps are evaluated at a time.
+
+        Returns:
+            The distribution.
+        """
+        size = max(1, chunk_size // rows.steps_per_row)
+        chunks = [rows.inputs[start : start + size] for start in range(0, len(rows), size)]
+        parts = [distribution_parameters(self.network, self.parameters, chunk) for chunk in chunks]
+        return build_distribution(self.network, torch.cat(parts))
+
+    def optimizer_with(self, state_dict: dict[str, Any]) -> torch.optim.Adam:
+        """An optimiser of this member's parameters with a saved state.
+
+        Args:
+            state_dict: the state.
+
+        Returns:
+            The optimiser.
+
+        Raises:
+            ValueError: if the state is of parameters with other shapes.
+        """
+        optimizer = torch.optim.Adam(self.trained, fused=True)
+        optimizer.load_state_dict(state_dict)
+        for parameter, state in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if (shape := state[name].shape) != parameter.shape:
+                    raise ValueError(f"{name} has shape {tuple(shape)}, its parameter {tuple(parameter.shape)}")
+        return optimizer
+
+
+def check_loss(group: str, loss: ClipPPOLoss, ranks: Ranks) -> None:
+    """Refuses a loss whose policy's part is not that of ``ClipPPOLoss``, or is clipped around another policy.
+
+    Args:
+        group: the group.
+        loss: its loss.
+        ranks: the processes that update together.
+
+    Raises:
+        TypeError: if it is no ``ClipPPOLoss``, or has methods of its own for the policy's part.
+        ValueError: if it has a lagging policy, or statistics of one process alone.
+    """
+    if not isinstance(loss, ClipPPOLoss):
+        raise TypeError(
+            f"the loss of group {group!r} is a {type(loss).__name__}. Legal: a torchrl.objectives.ClipPPOLoss."
+        )
+    own = [name for name in _POLICY_METHODS if _method(type(loss), name) is not _method(ClipPPOLoss, name)]
+    if own:
+        raise TypeError(
+            f"the loss of group {group!r}, {type(loss).__name__}, has {', '.join(own)} of its own, which the update "
+            "would not use. Legal: ClipPPOLoss, or a class that changes only the critic's part."
+        )
+    if loss.delay_actor:
+        raise ValueError(
+            "delay_actor=True keeps a lagging policy for clipping; policies are clipped around the one that collected "
+            "the data. Use delay_actor=False."
+        )
+    if ranks.size > 1 and loss.advantage_norm is not None:
+        raise ValueError("advantage_norm: its statistics would be of each process alone. Legal: normalize_advantage.")
+
+
+def _method(loss_class: type, name: str) -> object:
+    return inspect.unwrap(getattr(loss_class, name))  # TorchRL wraps the forward of each loss class anew
+
+
+def log_prob_keys(loss: ClipPPOLoss) -> list[NestedKey]:
+    """The keys of the recorded log-probabilities: one, or those of the parts of an action."""
+    key = loss.tensor_keys.sample_log_prob
+    return key if isinstance(key, list) else [key]

@@ -1,0 +1,280 @@
+"""What the policy updates share: reading a batch, what they refuse, masks, advantages and entropies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictSequential, composite_lp_aggregate
+from torch import Tensor
+from torch import distributions as D
+from torchrl.objectives import PPOLoss
+from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
+from torchrl.objectives.value import ValueEstimatorBase
+
+from torchrl_trpo.distributions.divergence import entropy
+from torchrl_trpo.errors import PlainKeyError, nearest
+from torchrl_trpo.keys import entry, next_key, path, reads_init
+from torchrl_trpo.numerics.statistics import standardize
+from torchrl_trpo.objectives.agent_gae import AgentGAE
+from torchrl_trpo.objectives.collected import (
+    action_group,
+    broadcast_advantage,
+    check_agent_dim,
+    collected_log_prob,
+)
+from torchrl_trpo.objectives.functional import parameters_restored
+from torchrl_trpo.objectives.policy_network import distribution_keys, distribution_parameters, input_keys
+from torchrl_trpo.objectives.policy_rows import PolicyRows, flatten_rows
+from torchrl_trpo.parallel.ranks import Ranks
+
+
+def read_rows(
+    loss: PPOLoss,
+    tensordict: TensorDictBase,
+    normalize: Callable[[Tensor, TensorDictBase, bool], Tensor],
+    *,
+    n_agents: int | None,
+    agent_dim: int = -2,
+    log_prob_keys: Sequence[NestedKey] = (),
+    ranks: Ranks,
+) -> PolicyRows:
+    """Reads from a batch what a policy update needs, flattened to ``N`` rows; the batch is not modified.
+
+    Args:
+        loss: the loss of the policy.
+        tensordict: the data, ``[*B, T]``.
+        normalize: gives the normalised advantage ``[*B, T, *A, 1]``, from the advantage, the data with its value
+            targets, and whether the advantage was computed just now.
+
+    Keyword Args:
+        n_agents: how many agents have a region each, or None if the policy is one region.
+        agent_dim: the agent dimension of the log-probability ``[*B, T, n_agents, 1]``.
+        log_prob_keys: recorded log-probabilities, ``[*B, T, *A]``, that the rows' ``inputs`` hold too, with a last
+            dimension of 1 so that each agent's can be told.
+        ranks: the processes whose rows' weights sum to 1.
+
+    Returns:
+        The rows. Those that a loss mask excludes weigh 0, and their content cannot spread.
+
+    Raises:
+        ValueError: if the data is empty, a shape does not fit, or the value estimator does not know the loss's mask.
+    """
+    if 0 in tensordict.batch_size:
+        raise ValueError(f"the data is empty: its batch size is {tuple(tensordict.batch_size)}.")
+    tensordict = tensordict.clone(False)
+    keys = loss.tensor_keys
+    advantage, computed = estimated_advantage(loss, tensordict)
+    check_masks(loss, tensordict)
+    log_prob = collected_log_prob(loss, tensordict)
+    if n_agents is not None:
+        check_agent_dim(log_prob, tensordict.batch_size, agent_dim, n_agents)
+    advantage = normalize(broadcast_advantage(advantage, log_prob, keys.advantage), tensordict, computed)
+    inputs = entry(tensordict, input_keys(loss.actor_network), "the actor's in_keys")
+    for key in log_prob_keys:
+        inputs.update(tensordict.select(key).apply(lambda value: value.unsqueeze(-1)))
+    return flatten_rows(
+        inputs,
+        action=entry(tensordict, keys.action, "action"),
+        log_prob=log_prob,
+        advantage=advantage,
+        mask=row_mask(loss, tensordict, log_prob),
+        group=action_group(loss),
+        per_agent=n_agents is not None,
+        sequences=reads_init(loss.actor_network),
+        ranks=ranks,
+    )
+
+
+def actor_parameters(loss: PPOLoss) -> TensorDictBase:
+    """The parameters and buffers of a loss's policy, whether the loss is functional or not."""
+    return loss.actor_network_params if loss.functional else TensorDict.from_module(loss.actor_network)
+
+
+def collected_distribution(
+    network: ProbabilisticTensorDictSequential, tensordict: TensorDictBase
+) -> D.Distribution | None:
+    """The policy's distribution as it was at collection, from the parameters that it wrote; None without them."""
+    keys = distribution_keys(network)
+    if any(tensordict.get(key, None) is None for key in keys):
+        return None
+    return network.build_dist_from_params(tensordict.select(*keys))
+
+
+def current_distribution(loss: PPOLoss, inputs: TensorDictBase) -> D.Distribution:
+    """The policy's distribution at the current parameters, for inputs of batch size ``[*B]``."""
+    dist_params = distribution_parameters(loss.actor_network, actor_parameters(loss), inputs)
+    return loss.actor_network.build_dist_from_params(dist_params)
+
+
+def current_estimator(loss: PPOLoss) -> ValueEstimatorBase | None:
+    """The value estimator that a loss has already, or None."""
+    return loss._value_estimator  # private: the public value_estimator makes a default one
+
+
+# ------------------------------------------------------------------ masks
+
+
+def mask_keys(loss: PPOLoss) -> tuple[NestedKey, ...]:
+    """The entries of the data that a loss takes as masks."""
+    key = loss.loss_mask_key
+    if key is None:
+        return ()
+    return AUTO_LOSS_MASK_KEYS if key == "auto" else (key,)
+
+
+def estimator_mask_keys(loss: PPOLoss) -> tuple[NestedKey, ...]:
+    """The loss's masks that a value estimator must know: all but the one that estimators write themselves."""
+    return tuple(key for key in mask_keys(loss) if key != "shifted_valid")
+
+
+def row_mask(loss: PPOLoss, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
+    """Which entries count, by the loss's masks: bool of the shape of ``like``, or None if the data has no mask."""
+    masks = [tensordict.get(key, None) for key in mask_keys(loss)]
+    # private: the rule by which TorchRL's losses give a mask the shape of a loss has no public name
+    masks = [loss._expand_loss_mask(mask, like) for mask in masks if mask is not None]
+    return torch.stack(masks).all(0) if masks else None
+
+
+def check_masks(loss: PPOLoss, tensordict: TensorDictBase) -> None:
+    """Refuses a value estimator that does not know the loss's mask, if masked steps are in the advantages of others.
+
+    Args:
+        loss: the loss.
+        tensordict: the data, ``[*B, T]``.
+
+    Raises:
+        ValueError: if an :class:`AgentGAE` has other masks; or if another estimator has none, and a step that counts is
+            followed by one that does not, without an end of the episode.
+    """
+    estimator, keys = current_estimator(loss), estimator_mask_keys(loss)
+    if isinstance(estimator, AgentGAE):
+        if not {*keys} <= {*estimator.mask_keys}:
+            raise ValueError(
+                f"the loss has loss_mask_key={loss.loss_mask_key!r}, and its value estimator reads "
+                f"{list(estimator.mask_keys)}: masked steps would be in the advantages of the others. Legal: "
+                f"make_value_estimator({type(estimator).__name__}, mask_key=loss.loss_mask_key, ...)."
+            )
+        return
+    masks = [mask for key in keys if (mask := tensordict.get(key, None)) is not None]
+    done = tensordict.get(next_key(loss.tensor_keys.done), None)
+    if estimator is None or not masks or done is None or tensordict.batch_dims < 2:
+        return
+    counts = torch.stack([mask.reshape(*tensordict.shape, -1).any(-1) for mask in masks]).all(0)
+    ends = done.reshape(*tensordict.shape, -1).any(-1)
+    if tensordict.shape[-1] > 1 and (counts[..., :-1] & ~counts[..., 1:] & ~ends[..., :-1]).any():
+        raise ValueError(
+            f"{type(estimator).__name__} does not know the loss's mask: what padded steps were paid is in the "
+            "advantages of the steps before them, which do not end. Legal: "
+            "make_value_estimator(AgentGAE, mask_key=loss.loss_mask_key, ...), or done flags before the padding."
+        )
+
+
+# ------------------------------------------------------------------ groups
+
+
+def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
+    """Refuses losses of several groups that write the same entries, or whose policies share parameters.
+
+    One group would train on the other's advantages, or be moved by the other's steps.
+
+    Args:
+        losses: the losses by group.
+
+    Raises:
+        ValueError: if two groups have the same key for the advantage, or with critics for the value or its target; or
+            if a parameter is of both policies.
+    """
+    owners: dict[int, str] = {}
+    for group, loss in losses.items():
+        for key, value in actor_parameters(loss).items(True, True):
+            other = owners.setdefault(id(value), group)
+            if value.requires_grad and other != group:
+                raise ValueError(
+                    f"groups {other!r} and {group!r} share the parameter {key} of their policies: a step of one would "
+                    "move the other's policy. Legal: a policy for each group, or one group of all agents."
+                )
+    taken: dict[tuple[str, NestedKey], str] = {}
+    for group, loss in losses.items():
+        for name in ["advantage"] if loss.critic_network is None else ["advantage", "value", "value_target"]:
+            key = unravel_key(getattr(loss.tensor_keys, name))
+            other = taken.setdefault((name, key), group)
+            if other != group:
+                legal = {member: (member, path(key)[-1]) for member in (other, group)}
+                raise ValueError(
+                    f"{name}: {key!r} is the key of groups {other!r} and {group!r}: what one's value estimator writes "
+                    "there, the other would use. Legal: a key for each group, such as "
+                    f"{' and '.join(f'losses[{m!r}].set_keys({name}={own})' for m, own in legal.items())}."
+                )
+
+
+# ------------------------------------------------------------------ advantages and entropies
+
+
+def estimated_advantage(loss: PPOLoss, tensordict: TensorDictBase) -> tuple[Tensor, bool]:
+    """The advantage of a batch, computed by the loss's value estimator if it is missing.
+
+    Args:
+        loss: the loss.
+        tensordict: the data, ``[*B, T]``; a missing advantage and value target are written into it.
+
+    Returns:
+        The advantage, ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``), and whether it was missing.
+
+    Raises:
+        PlainKeyError: if there is neither an advantage nor a critic to compute it with.
+        ValueError: if the advantage misses its last dimension of size 1.
+    """
+    key = loss.tensor_keys.advantage
+    advantage = tensordict.get(key, None)
+    missing = advantage is None
+    if missing:
+        if loss.critic_network is None and current_estimator(loss) is None:
+            raise PlainKeyError(
+                f"the advantage {key!r} is not in the data, and the loss has no critic to compute it with. Give "
+                f"{type(loss).__name__} a critic_network, compute the advantage first, or name its key with "
+                f"set_keys(advantage=...). {nearest(key, tensordict.keys(True, True))}"
+            )
+        params = loss.critic_network_params
+        with parameters_restored(loss.critic_network):
+            loss.value_estimator(
+                tensordict,
+                params=None if params is None else params.detach(),
+                target_params=None if params is None else loss.target_critic_network_params,
+            )
+        advantage = tensordict.get(key)
+    if advantage.ndim <= tensordict.batch_dims or advantage.shape[-1] != 1:
+        raise ValueError(
+            f"the advantage {key!r} has shape {tuple(advantage.shape)} in data of batch size "
+            f"{tuple(tensordict.batch_size)}, which would make the objective an outer product over samples. Legal: "
+            "[*B, T, 1] or [*B, T, n_agents, 1]. Use advantage.unsqueeze(-1)."
+        )
+    return advantage, missing
+
+
+def standardized_advantage(loss: PPOLoss, advantage: Tensor, tensordict: TensorDictBase, ranks: Ranks) -> Tensor:
+    """The advantage ``[*B, T, n_agents, 1]`` with mean 0 and deviation 1 over the rows that count, of all ranks.
+
+    Raises:
+        ValueError: if ``normalize_advantage_exclude_dims`` names a batch or time dimension.
+    """
+    excluded = {dim % advantage.ndim for dim in loss.normalize_advantage_exclude_dims}
+    rows = sorted(dim for dim in excluded if dim < tensordict.batch_dims)
+    if rows:
+        raise ValueError(
+            f"normalize_advantage_exclude_dims: {tuple(loss.normalize_advantage_exclude_dims)} names dimension "
+            f"{rows[0]} of an advantage of shape {tuple(advantage.shape)}, which is a batch or time dimension of "
+            f"{tuple(tensordict.batch_size)}: each of its {advantage.shape[rows[0]]} entries would be normalised "
+            "alone. Legal: dimensions behind those, as the agents' in [*B, T, n_agents, 1]; () for one agent."
+        )
+    dims = [dim for dim in range(advantage.ndim) if dim not in excluded]
+    return standardize(advantage, row_mask(loss, tensordict, advantage), dims, ranks)
+
+
+def exact_entropy(dist: D.Distribution, batch_size: torch.Size) -> Tensor | TensorDict:
+    """The entropy without sampling, ``[*B, 1]``, as ``PPOLoss`` has it: of some composite distributions by part."""
+    if not isinstance(dist, CompositeDistribution) or composite_lp_aggregate():
+        return entropy(dist, len(batch_size)).unsqueeze(-1)
+    parts = {(*path(name)[:-1], f"{path(name)[-1]}_entropy"): entropy(dist[name]) for name in dist}
+    return TensorDict(parts, batch_size=batch_size).unsqueeze(-1)

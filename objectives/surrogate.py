@@ -1,0 +1,296 @@
+"""PPO's unclipped surrogate as a loss, with exact KL and entropies, and the loss of a critic of normalised values."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import torch
+import torch.distributed as dist
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    composite_lp_aggregate,
+    dispatch,
+)
+from torch import Tensor
+from torch import distributions as D
+from torchrl.modules import ValueNorm
+from torchrl.objectives import PPOLoss, ValueEstimators
+from torchrl.objectives.utils import default_value_kwargs
+from torchrl.objectives.value import ValueEstimatorBase
+
+from torchrl_trpo.arguments import plain_number
+from torchrl_trpo.distributions.divergence import has_exact_entropy, kl_if_exact, log_prob, sum_events
+from torchrl_trpo.errors import nearest
+from torchrl_trpo.keys import entry
+from torchrl_trpo.numerics.statistics import effective_sample_size
+from torchrl_trpo.objectives.agent_gae import AgentGAE
+from torchrl_trpo.objectives.collected import broadcast_advantage, collected_log_prob
+from torchrl_trpo.objectives.functional import parameters_restored
+from torchrl_trpo.objectives.policy_network import input_keys, is_composite
+from torchrl_trpo.objectives.policy_update import (
+    actor_parameters,
+    collected_distribution,
+    current_distribution,
+    current_estimator,
+    estimated_advantage,
+    estimator_mask_keys,
+    exact_entropy,
+    row_mask,
+    standardized_advantage,
+)
+from torchrl_trpo.objectives.popart import update_value_norm
+from torchrl_trpo.parallel.ranks import Ranks
+
+
+class SurrogateLoss(PPOLoss):
+    """The part of :class:`TRPOLoss` that evaluates: :meth:`forward`, the value estimator and the critic's loss.
+
+    The private methods of ``PPOLoss`` that it overrides are the hooks that TorchRL's own losses override
+    (``MAPPOLoss``, ``ClipPPOLoss``); none of them has a public name.
+
+    Args:
+        actor_network: the policy.
+        critic_network: the value network, or None.
+
+    Keyword Args:
+        entropy_coeff: the weight of the entropy.
+        value_norm: the statistics that the critic's targets are normalised with, or None.
+        process_group: the processes of ``torch.distributed`` that update together, or None for this process alone.
+        **kwargs: keywords of :class:`~torchrl.objectives.PPOLoss`.
+
+    Raises:
+        TypeError: if a keyword is not known.
+    """
+
+    default_value_estimator = ValueEstimators.MAGAE
+    value_norm: ValueNorm | None
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential | None,
+        critic_network: TensorDictModule | None,
+        *,
+        entropy_coeff: float | Mapping[NestedKey, float],
+        value_norm: ValueNorm | None,
+        process_group: dist.ProcessGroup | None,
+        **kwargs: Any,
+    ) -> None:
+        accepted = [name for name in inspect.signature(PPOLoss).parameters if name != "kwargs"]
+        for name in kwargs:
+            if name not in accepted:  # PPOLoss would ignore it
+                raise TypeError(f"{name}: TRPOLoss has no such argument. {nearest(name, accepted)}")
+        super().__init__(actor_network, critic_network, entropy_coeff=plain_number(entropy_coeff), **kwargs)
+        self.value_norm = value_norm
+        self._norm_has_started = False
+        self.ranks = Ranks(process_group)
+        if self.ranks.size > 1 and self.advantage_norm is not None:
+            raise ValueError(
+                "advantage_norm: its statistics would be of each process alone. Legal: normalize_advantage."
+            )
+        for tensor in (*self.parameters(), *self.buffers()):
+            self.ranks.first_(tensor.data)
+
+    @property
+    def actor_parameters(self) -> TensorDictBase:
+        """The policy's parameters and buffers, whether the loss is functional or not."""
+        return actor_parameters(self)
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """What :meth:`forward` returns."""
+        if self._out_keys is not None:  # set by select_out_keys
+            return self._out_keys
+        by_part = self.entropy_bonus and is_composite(self.actor_network) and not composite_lp_aggregate(nowarn=True)
+        keys = ["loss_objective", "kl_approx", "kl", "ESS"]
+        keys += ["entropy", "loss_entropy"] if self.entropy_bonus else []
+        keys += ["composite_entropy"] if by_part else []
+        if self._has_critic:  # private: critic_coeff would have to be read from the device
+            keys += ["loss_critic"]
+            keys += ["value_clip_fraction"] if self.clip_value else []
+            keys += ["explained_variance"] if self.log_explained_variance else []
+        return keys
+
+    @out_keys.setter
+    def out_keys(self, values: list[NestedKey]) -> None:
+        self._out_keys = values
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Evaluates the objective at the current parameters.
+
+        With a critic and a ``value_norm``, the statistics of the values move as in :meth:`loss_critic`, unless
+        gradients are off (``torch.no_grad``): a second call then gives another ``loss_critic``, as with ``MAPPOLoss``.
+        Nothing else changes.
+
+        Args:
+            tensordict: the data, ``[*B, T]``.
+
+        Returns:
+            The losses and log entries that the class docstring lists, without batch dimensions.
+        """
+        tensordict = tensordict.clone(False)
+        keys = self.tensor_keys
+        log_prob_k = collected_log_prob(self, tensordict)
+        advantage, _ = estimated_advantage(self, tensordict)
+        tensordict.set(keys.advantage, broadcast_advantage(advantage, log_prob_k, keys.advantage))
+        if not isinstance(keys.sample_log_prob, list) and isinstance(tensordict.get(keys.sample_log_prob), Tensor):
+            tensordict.set(keys.sample_log_prob, log_prob_k.squeeze(-1))  # of the joint action
+        collected = collected_distribution(self.actor_network, tensordict)
+        with parameters_restored(self.actor_network, self.critic_network):
+            out = super().forward(tensordict)
+        with torch.no_grad():
+            inputs = entry(tensordict, input_keys(self.actor_network), "the actor's in_keys")
+            dist = current_distribution(self, inputs)
+            log_ratio = log_prob(dist, entry(tensordict, keys.action, "action"), log_prob_k.ndim - 1).unsqueeze(-1)
+            log_ratio = log_ratio - log_prob_k
+            if self.max_importance_ratio is not None:
+                log_ratio = torch.minimum(log_ratio, self.max_importance_ratio.log())
+            out.set("ESS", effective_sample_size(log_ratio, row_mask(self, tensordict, log_ratio)))
+            kl = None if collected is None else kl_if_exact(collected, dist, log_ratio.ndim - 1)
+            kl = torch.full_like(log_ratio, torch.nan) if kl is None else kl.unsqueeze(-1)
+            # private: the mean over what the loss's masks let count has no public name
+            out.set("kl", self._reduce_loss(kl, tensordict, reduction="mean"))
+        return out
+
+    def make_value_estimator(self, value_type: ValueEstimators | type | Any = None, **hyperparams: Any) -> Self:
+        """Makes the value estimator, as for any TorchRL loss; one given as a class gets the loss's keys too.
+
+        Args:
+            value_type: a ``ValueEstimators`` entry or its name, or a ``ValueEstimatorBase`` class or instance. Default,
+                and for ``ValueEstimators.MAGAE``: :class:`AgentGAE`, a ``MultiAgentGAE``.
+            **hyperparams: the estimator's arguments, such as ``gamma`` and ``lmbda``.
+
+        Returns:
+            The loss itself.
+
+        Raises:
+            ValueError: if the estimator's ``value_network`` is not the loss's critic, or its statistics would be of one
+                process alone.
+        """
+        given = hyperparams.get("value_network", getattr(value_type, "value_network", None))
+        if given is not None and self.critic_network is not None and given is not self.critic_network:
+            raise ValueError(
+                "value_network is another network than the loss's critic_network: values would come from one that "
+                "loss_critic does not train. Legal: the critic_network that the loss was made with."
+            )
+        if value_type is None or getattr(value_type, "name", str(value_type)).upper() == ValueEstimators.MAGAE.name:
+            defaults = default_value_kwargs(self.default_value_estimator)
+            super().make_value_estimator(AgentGAE, **{**defaults, "value_network": self.critic_network, **hyperparams})
+            self.value_type = ValueEstimators.MAGAE
+        else:
+            super().make_value_estimator(value_type, **hyperparams)
+        if not isinstance(value_type, ValueEstimatorBase):
+            self.set_keys()  # hands on the keys that it has
+        self._forward_masks()
+        self._set_in_keys()
+        if self.ranks.size > 1 and getattr(self.value_estimator, "average_gae", False):
+            raise ValueError(
+                "average_gae=True would normalise the advantages of each process alone. Legal: average_gae=False, with "
+                "normalize_advantage=True in TRPOLoss, which is over all of them."
+            )
+        return self
+
+    @property
+    def loss_mask_key(self) -> NestedKey | Literal["auto"] | None:
+        """Which entry says what counts, as for any TorchRL loss; the value estimator reads it too."""
+        return self._loss_mask_key
+
+    @loss_mask_key.setter
+    def loss_mask_key(self, value: NestedKey | Literal["auto"] | None) -> None:
+        PPOLoss.loss_mask_key.fset(self, value)
+        self._forward_masks()
+
+    def _forward_masks(self) -> None:
+        estimator = current_estimator(self)
+        if isinstance(estimator, AgentGAE):
+            estimator.mask_keys = estimator_mask_keys(self)
+
+    def loss_critic(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The critic's distance from the value targets, to be minimised.
+
+        Each call moves the statistics of ``value_norm`` towards these targets first, unless gradients are off
+        (``torch.no_grad``). The last layer of a critic that outputs normalised values is then corrected in place, so
+        that no value changes (PopArt); a graph from an earlier call can no longer be differentiated.
+
+        Args:
+            tensordict: the data with value targets, ``[*B]``.
+
+        Returns:
+            The distance ``[*B, n_agents, 1]`` times ``critic_coeff``, the share of clipped values (None without
+            ``clip_value``) and the explained variance (None unless it is logged).
+        """
+        if torch.is_grad_enabled():
+            self.update_value_norm(tensordict)
+        with parameters_restored(self.critic_network):
+            return super().loss_critic(tensordict.clone(False))  # values are written, that clip_value must not read
+
+    def update_value_norm(self, tensordict: TensorDictBase) -> None:
+        """Moves the statistics of ``value_norm``, as :meth:`loss_critic` does; nothing without one.
+
+        Args:
+            tensordict: the data with value targets, ``[*B]``; ``B`` may be 0, where other processes have rows.
+        """
+        if self.value_norm is not None:
+            targets = entry(tensordict, self.tensor_keys.value_target, "value_target")
+            mask = row_mask(self, tensordict, targets)
+            targets = targets if mask is None else targets[mask].unsqueeze(-1)
+            critic = self._critic_to_correct(self.value_norm)
+            update_value_norm(self.value_norm, targets, critic, self.ranks)
+
+    def _critic_to_correct(self, norm: ValueNorm) -> TensorDictBase | None:
+        """The critic's parameters if moving the statistics would change its values.
+
+        None if the critic outputs raw values, or if the statistics are empty: the first ones change no value.
+        """
+        if not self._critic_is_normalized():
+            return None
+        if not self._norm_has_started:
+            self._norm_has_started = any(bool(buffer.any()) for buffer in norm.buffers())  # waits for the device
+            if not self._norm_has_started:
+                return None
+        return self.critic_network_params if self.functional else TensorDict.from_module(self.critic_network)
+
+    def _critic_is_normalized(self) -> bool:
+        """Whether the critic outputs normalised values: the estimator denormalises with the same statistics."""
+        return getattr(current_estimator(self), "value_norm", None) is self.value_norm
+
+    # ---------------------------------------------------------------- hooks of PPOLoss
+
+    def _set_in_keys(self) -> None:
+        # What a critic reads at t+1 need not be what the policy reads, which is all that PPOLoss names.
+        super()._set_in_keys()
+        for key in getattr(current_estimator(self), "in_keys", ()):
+            keys = [unravel_key(part) for part in (key if isinstance(key, list) else [key])]
+            self._in_keys += [part for part in keys if part not in self._in_keys]
+
+    def _standardize_advantage(self, advantage: Tensor, tensordict: TensorDictBase) -> Tensor:
+        # Over the rows that count, of all ranks; PPOLoss knows one mask and one process.
+        return standardized_advantage(self, advantage, tensordict, self.ranks)
+
+    def _get_cur_log_prob(self, tensordict: TensorDictBase, params: TensorDictBase | None = None) -> Any:
+        # A distribution that is not Independent has a log-probability for each entry of an action; PPOLoss would take
+        # those for actions of their own.
+        log_prob, dist, composite = super()._get_cur_log_prob(tensordict, params)
+        if not composite:
+            log_prob = sum_events(log_prob, tensordict.get(self.tensor_keys.sample_log_prob).ndim)
+        return log_prob, dist, composite
+
+    def _get_entropy(self, dist: D.Distribution, adv_shape: torch.Size) -> Tensor | TensorDict:
+        # Without sampling where possible: PPOLoss's estimate differs from call to call.
+        return exact_entropy(dist, adv_shape) if has_exact_entropy(dist) else super()._get_entropy(dist, adv_shape)
+
+    def _critic_loss_inputs(
+        self, target_return: Tensor, state_value: Tensor, old_state_value: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        # In normalised space, as in MAPPOLoss; there the critic always outputs raw values.
+        norm = self.value_norm
+        if norm is None:
+            return target_return, state_value, old_state_value
+        if not self._critic_is_normalized():
+            state_value = norm.normalize(state_value)
+        old_state_value = None if old_state_value is None else norm.normalize(old_state_value)
+        return norm.normalize(target_return.detach()), state_value, old_state_value
