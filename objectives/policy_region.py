@@ -188,7 +188,7 @@ class PolicyTrustRegion:
             live.copy_(new)
 
     def snapshot(self) -> Callable[[], None]:
-        """A function that writes ``θ_k`` again, to the bit, whatever was written since."""
+        """A function that restores ``θ_k``, to the bit, whatever was written since."""
         live, before = self._live, self._leaves  # and no rows: it may outlive the region
 
         @torch.no_grad()

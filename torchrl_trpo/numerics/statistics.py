@@ -11,16 +11,16 @@ from torchrl_trpo.parallel.ranks import ALONE, Ranks
 
 
 def standardize(values: Tensor, mask: Tensor | None, dims: Sequence[int], ranks: Ranks = ALONE) -> Tensor:
-    """Subtracts the mean and divides by the standard deviation; a spread of rounding errors alone is no spread.
+    """Subtracts the mean and divides by the standard deviation; a spread of only rounding errors counts as 0.
 
     Args:
         values: the values.
-        mask: which of them count, bool of the same shape, or None for all; the others become 0.
-        dims: the dimensions that mean and standard deviation (unbiased) are taken over.
-        ranks: the processes whose rows belong together.
+        mask: which values count, bool of the same shape, or None for all; the others become 0.
+        dims: the dimensions of the mean and the (unbiased) standard deviation.
+        ranks: the processes that each have a part of the values.
 
     Returns:
-        The standardised values; 0 where all that count are equal up to rounding.
+        The standardised values; 0 where all values that count are equal up to rounding.
     """
     if mask is None:
         mask = torch.ones_like(values, dtype=torch.bool)
@@ -38,7 +38,7 @@ def variance(values: Tensor, ranks: Ranks = ALONE) -> Tensor:
 
     Args:
         values: the values, ``[N]``.
-        ranks: the processes whose values belong together.
+        ranks: the processes that each have a part of the values.
 
     Returns:
         A scalar, NaN of a single value.
@@ -66,7 +66,7 @@ def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Ten
 
     Args:
         log_weight: the logarithms of the weights.
-        mask: which of them count, bool of the same shape, or None for all.
+        mask: which weights count, bool of the same shape, or None for all.
 
     Returns:
         A scalar between 0 and 1.
