@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from torchrl_trpo.parallel.ranks import ALONE, Ranks
+
+_BLOCK = 2**22  # the values that a bootstrap has in memory at a time
 
 
 def standardize(values: Tensor, mask: Tensor | None, dims: Sequence[int], ranks: Ranks = ALONE) -> Tensor:
@@ -59,6 +61,37 @@ def read(numbers: Mapping[str, Tensor]) -> dict[str, float]:
         The numbers.
     """
     return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
+
+
+def percentile_bootstrap(
+    statistic: Callable[..., Tensor], *samples: Tensor, resamples: int, level: float = 0.95
+) -> tuple[float, float]:
+    """A confidence interval of a statistic by the percentile bootstrap (Efron 1979), the same for the same samples.
+
+    Args:
+        statistic: from resamples ``[R, *B, N]`` of each of the samples to ``[R]``.
+        *samples: independent values along the last dimension, each ``[*B, N]``. Values are drawn anew within their row.
+
+    Keyword Args:
+        resamples: the number of resamples.
+        level: the share of intervals that hold the true value.
+
+    Returns:
+        The two ends.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(samples))]
+    block = max(1, _BLOCK // max(sample.numel() for sample in samples))
+    values = []
+    for start in range(0, resamples, block):
+        drawn = []
+        for sample, generator in zip(samples, generators, strict=True):
+            shape = (min(block, resamples - start), *sample.shape)
+            index = torch.randint(sample.shape[-1], shape, generator=generator)
+            drawn.append(sample.expand(shape).gather(-1, index))
+        values.append(statistic(*drawn))
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values[0].dtype)
+    low, high = torch.cat(values).quantile(ends).tolist()
+    return low, high
 
 
 def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Tensor:
