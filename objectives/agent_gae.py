@@ -59,6 +59,7 @@ class AgentGAE(MultiAgentGAE):
         KeyError: when called on data without one of the entries.
     """
 
+    # _call_value_nets, _normalize_advantage and _get_time_dim are hooks of TorchRL's own estimators; none is public.
     average_gae: bool
     value_norm: ValueNorm | None
     value_network: TensorDictModuleBase | None
