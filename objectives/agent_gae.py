@@ -20,17 +20,17 @@ from torchrl_trpo.objectives.functional import other_parameters, parameters_rest
 
 
 class AgentGAE(MultiAgentGAE):
-    r"""TorchRL's :class:`~torchrl.objectives.value.MultiAgentGAE` for data as it comes from real environments.
+    r"""TorchRL's :class:`~torchrl.objectives.value.MultiAgentGAE` with masks, recurrent critics and normalised values.
 
-    GAE (Schulman et al. 2016, arXiv:1506.02438, equation 16); team rewards and done flags ``[*B, T, 1]`` are broadcast
-    to the agents, steps that were truncated but not terminated are bootstrapped. Beyond its parent it
+    GAE (Schulman et al. 2016, arXiv:1506.02438, equation 16). Team rewards and done flags ``[*B, T, 1]`` are broadcast
+    to the agents, and steps that were truncated but not terminated are bootstrapped. Beyond its parent it
 
-    - keeps padded steps out: where no agent of a step counts (``mask_key``, ``other_mask_keys``), nothing of that step
-      reaches the steps before it, and what is not finite in masked entries is not read. The step before is the last of
-      its sequence: it is bootstrapped, unless the data also says at ``t+1`` that no agent counts, and the done flags
-      are silent; then there is nothing to come. An agent that does not count while others do keeps its sequence, as in
-      games by turns, where it is paid for its move after the move of others: an agent that dies must be told by its own
-      done and terminated flags;
+    - masks padded steps: a step at which no agent counts (``mask_key``, ``other_mask_keys``) does not affect the steps
+      before it, and non-finite values of masked entries are replaced. The step before the padding ends its sequence. It
+      is bootstrapped, unless the mask at ``t+1`` is off for all agents and no done flag is set: then it counts as
+      terminated. An agent that is masked while others are not keeps its sequence, as in games by turns, where it is
+      rewarded for its move after the moves of others. The death of an agent must be in its own done and terminated
+      flags;
     - evaluates recurrent critics over whole sequences, and :math:`V(o_{t+1})` with the state that follows :math:`o_t`,
       also where an episode ends. A sequence starts with the state recorded in the data, or with none;
     - denormalises the values of a critic that outputs normalised ones (``value_norm``);
@@ -40,14 +40,14 @@ class AgentGAE(MultiAgentGAE):
         gamma: the discount.
         lmbda: GAE's :math:`\lambda`.
         value_network: the critic, to values ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``).
-        mask_key: which entries count, bool ``[*B, T]`` or ``[*B, T, n_agents]``; None for all. ``TRPOLoss`` sets it to
-            its own, ``loss_mask_key``; give that of any other loss: ``mask_key=loss.loss_mask_key``. Default:
-            ``"auto"``, as of losses: the ``("collector", "mask")`` of ``split_trajectories`` where the data has it.
+        mask_key: the mask of the entries that count, bool ``[*B, T]`` or ``[*B, T, n_agents]``; None for all.
+            ``TRPOLoss`` sets it to its own ``loss_mask_key``; for any other loss give ``mask_key=loss.loss_mask_key``.
+            Default: ``"auto"``, as for losses: the ``("collector", "mask")`` of ``split_trajectories``, if it exists.
         team_reward: ``"mean"`` or ``"sum"``: replaces the agents' rewards by one for the team. Default: rewards as
             they are.
-        reward_keys: the key, or keys, whose rewards ``team_reward`` takes together, for teams of several groups.
+        reward_keys: the key, or keys, of the rewards that ``team_reward`` combines, for teams of several groups.
             Default: the estimator's own reward.
-        other_mask_keys: the masks of all groups, where there are several. Default: none.
+        other_mask_keys: the masks of all groups, if there are several. Default: none.
         value_norm: a :class:`~torchrl.modules.ValueNorm`: the critic outputs normalised values, which are denormalised
             here. Give the same one to the loss, which normalises the targets. Default: raw values.
         **kwargs: keywords of :class:`~torchrl.objectives.value.MultiAgentGAE`.
@@ -59,6 +59,7 @@ class AgentGAE(MultiAgentGAE):
         KeyError: when called on data without one of the entries.
     """
 
+    # _call_value_nets, _normalize_advantage and _get_time_dim are hooks of TorchRL's own estimators; none is public.
     average_gae: bool
     value_norm: ValueNorm | None
     value_network: TensorDictModuleBase | None
@@ -80,7 +81,7 @@ class AgentGAE(MultiAgentGAE):
             raise ValueError(f"team_reward: {team_reward!r}. {nearest(team_reward, ['mean', 'sum', None])}")
         self.mask_keys: tuple[NestedKey, ...] = () if mask_key is None else (unravel_key(mask_key),)
         if mask_key == "auto":
-            self.mask_keys = tuple(key for key in AUTO_LOSS_MASK_KEYS if key != "shifted_valid")  # which it writes
+            self.mask_keys = tuple(key for key in AUTO_LOSS_MASK_KEYS if key != "shifted_valid")  # its own output
         self.other_mask_keys = key_list(other_mask_keys)
         self.team_reward = team_reward
         self.reward_keys = None if reward_keys is None else key_list(reward_keys)
@@ -88,7 +89,7 @@ class AgentGAE(MultiAgentGAE):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """What :meth:`forward` reads."""
+        """The keys that :meth:`forward` reads."""
         return [unravel_key(key) for key in super().in_keys]
 
     @dispatch
@@ -141,7 +142,7 @@ class AgentGAE(MultiAgentGAE):
             return super().value_estimate(self._prepared(tensordict, kwargs.get("time_dim")), *args, **kwargs)
 
     def _prepared(self, tensordict: TensorDictBase, time_dim: int | None) -> TensorDictBase:
-        """A shallow copy of the data with the team's reward, and without what masked entries must not spread."""
+        """A shallow copy of the data with the team's reward, and with masked entries that cannot spread."""
         keys = self.tensor_keys
         for key in (keys.reward, keys.done):
             entry(tensordict, next_key(key), "the reward and done keys")
@@ -159,21 +160,22 @@ class AgentGAE(MultiAgentGAE):
         return data
 
     def _averaged(self, data: TensorDictBase) -> Tensor:
-        """The advantages, standardised over the entries that count; the others are zero, whatever they were."""
+        """The advantages, standardised over the entries that count; the others are set to zero."""
         advantage, mask, valid = data.get(self.tensor_keys.advantage), self._mask(data), data.get("shifted_valid", None)
         if valid is not None:
             valid = valid.reshape(*data.batch_size, -1)
             mask = valid if mask is None else mask & valid
+        groups = None if self.group_key is None else entry(data, self.group_key, "group_key")
         has_agents = self.agent_dim % advantage.ndim >= data.batch_dims
         normalize = self._normalize_advantage if has_agents else super(MultiAgentGAE, self)._normalize_advantage
         if mask is None:
-            return normalize(advantage, None, self._group_ids(data))
-        counts = self._expand_to_match(mask, advantage)
-        advantage = normalize(torch.where(counts, advantage, 0.0), mask, self._group_ids(data))
+            return normalize(advantage, None, groups)
+        counts = mask.reshape(*mask.shape, *[1] * (advantage.ndim - mask.ndim)).expand_as(advantage)
+        advantage = normalize(torch.where(counts, advantage, 0.0), mask, groups)
         return torch.where(counts, advantage, 0.0)
 
     def _check_time(self, data: TensorDictBase, time_dim: int | None) -> None:
-        """Refuses what would be computed along another dimension than time, or over pieces of sequences."""
+        """Refuses a time dimension that the computation would not use, and chunks that cut sequences."""
         time, last = self._get_time_dim(time_dim, data), data.ndim - 1
         given = self.time_dim if time_dim is None else time_dim
         recurrent = self.value_network is not None and reads_init(self.value_network)
@@ -191,7 +193,7 @@ class AgentGAE(MultiAgentGAE):
             )
 
     def _leave_out_masked(self, data: TensorDictBase, time_dim: int | None) -> None:
-        """Takes what does not count out of what is read, and padded steps out of their sequences."""
+        """Clears the masked entries of all groups, and ends sequences before padded steps."""
         own_group = group_of(self.tensor_keys.value)
         others = [
             (key, _as_mask(data, entry(data, key, "other_mask_keys")), _as_mask(data, data.get(next_key(key), None)))
@@ -205,19 +207,19 @@ class AgentGAE(MultiAgentGAE):
             return
         self._clear_masked(data, mask, next_mask, own_group)
         if any(group_of(key) != own_group for key in self.mask_keys):
-            others = []  # the mask is not of agents, but of the step itself
+            others = []  # the mask is of whole steps, not of agents
         now, following = [mask, *(each for _, each, _ in others)], [next_mask, *(each for *_, each in others)]
         gone = None if any(each is None for each in following) else ~torch.cat(following, -1).any(-1)
         self._end_before_padding(data, ~torch.cat(now, -1).any(-1), gone, time_dim)
 
     def _mask(self, data: TensorDictBase, *prefix: str) -> Any:
-        """Which entries count, bool ``[*B, T, n]`` or ``[*B, T, 1]`` of all agents; None for all."""
+        """The mask of the entries that count, bool ``[*B, T, n]``, or ``[*B, T, 1]`` for all agents; None for all."""
         entries = [data.get((*prefix, *path(key)), None) for key in self.mask_keys]
         masks = [mask for value in entries if (mask := _as_mask(data, value)) is not None]
         return torch.stack(torch.broadcast_tensors(*masks)).all(0) if masks else None
 
     def _clear_masked(self, data: TensorDictBase, mask: Tensor, next_mask: Tensor | None, group: str | None) -> None:
-        """Removes what is not finite where the mask ``[*B, T, n]`` (or 1) of a group is off, or at ``t+1`` the next."""
+        """Replaces non-finite values where a group's mask ``[*B, T, n]`` (or 1) is off; at ``t+1``, either mask."""
         own_group = group == group_of(self.tensor_keys.value)
         rewards = [self.tensor_keys.reward, *(self.reward_keys or ())]  # of the action at t
         both = mask if next_mask is None else mask & next_mask
@@ -232,7 +234,7 @@ class AgentGAE(MultiAgentGAE):
     def _end_before_padding(
         self, data: TensorDictBase, padded: Tensor, gone: Tensor | None, time_dim: int | None
     ) -> None:
-        """The step before ``padded`` ones, or with nobody at ``t+1`` (``gone``), ends a sequence; both ``[*B, T]``."""
+        """Ends sequences before ``padded`` steps, and where no agent counts at ``t+1`` (``gone``); both ``[*B, T]``."""
         time_dim = self._get_time_dim(time_dim, data)
         done_key, terminated_key = (next_key(key) for key in (self.tensor_keys.done, self.tensor_keys.terminated))
         done = data.get(done_key)
@@ -246,7 +248,7 @@ class AgentGAE(MultiAgentGAE):
         data.set(done_key, done | ends.reshape(*ends.shape, *[1] * (done.ndim - ends.ndim)))
 
     def _read_keys(self) -> list[NestedKey]:
-        """What is read at ``t`` and ``t+1``, beside rewards, that masked entries may spoil."""
+        """The entries that are read at ``t`` and ``t+1``, beside rewards, and may hold non-finite values."""
         return [] if self.value_network is None else list(self.value_network.in_keys)
 
     def _call_value_nets(
@@ -257,7 +259,7 @@ class AgentGAE(MultiAgentGAE):
         following = next_key(value_key)
         known = [skip_existing() and data.get(key, None) is not None for key in (value_key, following)]
         value, next_value, valid = super()._call_value_nets(data, params, *args, value_key=value_key, **kwargs)
-        if self.value_norm is not None:  # values that the data had are in the rewards' units already
+        if self.value_norm is not None:  # values from the data are in the rewards' units already
             value = value if known[0] else self.value_norm.denormalize(value)
             next_value = next_value if known[1] else self.value_norm.denormalize(next_value)
         data.set(value_key, value)  # the parent writes into a copy where next observations are NaN
@@ -265,7 +267,7 @@ class AgentGAE(MultiAgentGAE):
         return value, next_value, valid
 
     def _add_states(self, data: TensorDictBase, params: TensorDictBase | None) -> None:
-        """Adds the recurrent states that follow each step, from which the values at ``t+1`` start."""
+        """Adds the recurrent states after each step, from which the values at ``t+1`` are computed."""
         network: Any = self.value_network
         time_dim = self._get_time_dim(None, data)
         carried = [key for key in network.in_keys if next_key(key) in network.out_keys]

@@ -1,4 +1,4 @@
-"""Advantages from a centralised critic: pooling what agents share while training, then GAE."""
+"""The centralised critic: its input pooled over all agents, then GAE."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from torchrl_trpo.objectives.functional import parameters_restored
 class CentralCriticValueEstimator(AgentGAE):
     r"""Generalised advantage estimation with a centralised critic :math:`V(s)` or :math:`V(s, u^{-i})`.
 
-    Writes into ``central_key``, at ``t`` and at ``t+1``, what a critic may read while training (Hu et al. 2023,
-    arXiv:2210.13708, on centralised critics): for each agent the concatenation of
+    Writes the critic's input into ``central_key``, at ``t`` and at ``t+1`` (Hu et al. 2023, arXiv:2210.13708, on
+    centralised critics): for each agent the concatenation of
 
     - the global state (``state_key``), if the environment has one;
     - all agents' observations (``observation_keys``);
-    - optionally the actions of all *other* agents (``action_keys``): at ``t+1`` those of ``t+1``, recorded where the
-      episode goes on, drawn from ``actor_network`` where the rollout or episode ends;
+    - optionally the actions of all *other* agents (``action_keys``). Those at ``t+1`` are the recorded ones; where the
+      rollout or an episode ends, they are drawn from ``actor_network``;
     - optionally the agent's index, one-hot (``agent_one_hot``).
 
     Agent ``i``'s value never depends on agent ``i``'s own action. The value network reads ``central_key``, here and in
@@ -45,10 +45,10 @@ class CentralCriticValueEstimator(AgentGAE):
             observation in the same group (of the first one, for a root key).
         state_key: the global state, ``[*B, T, S]``. Default: none.
         n_agents: how many agents there are to give the pooled input to, needed without ``observation_keys``.
-        action_keys: the agents' actions, each ``[*B, T, n_g, A_g]``, to pool those of the others, a key or a list;
-            categorical ones, ``[*B, T, n_g]``, enter one-hot where the policy has their spec, else as their index.
+        action_keys: the agents' actions, each ``[*B, T, n_g, A_g]``, a key or a list, to pool those of the others.
+            Categorical ones, ``[*B, T, n_g]``, enter one-hot if the policy has their spec, else as their index.
             Default: not pooled.
-        actor_network: the policy of all groups, needed with ``action_keys`` alone: for the actions after the last step.
+        actor_network: the policy of all groups, needed only with ``action_keys``, for the actions after the last step.
         agent_one_hot: whether to add the agent's index. Default: False.
         team_reward: ``"mean"`` or ``"sum"``: replaces the agents' rewards by one for the team, of all groups in
             ``reward_keys``. Default: rewards as they are.
@@ -140,7 +140,7 @@ class CentralCriticValueEstimator(AgentGAE):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """What :meth:`AgentGAE.forward` reads."""
+        """The keys that :meth:`AgentGAE.forward` reads."""
         pooled = [*self.observation_keys, *self.action_keys, *([self.state_key] if self.state_key else [])]
         read = [key for key in super().in_keys if key not in (self.central_key, next_key(self.central_key))]
         return list(dict.fromkeys([*read, *pooled, *[next_key(k) for k in pooled if k not in self.action_keys]]))
@@ -156,7 +156,7 @@ class CentralCriticValueEstimator(AgentGAE):
         return [*super()._read_keys(), *self.observation_keys, *states]
 
     def pool(self, tensordict: TensorDictBase, time_dim: int | None = None) -> TensorDictBase:
-        """Writes ``central_key`` at ``t`` and ``t+1``; gradients reach what is pooled if ``differentiable``.
+        """Writes ``central_key`` at ``t`` and ``t+1``, with gradients if ``differentiable``.
 
         Args:
             tensordict: the data, ``[*B, T]``; written to.
@@ -198,13 +198,13 @@ class CentralCriticValueEstimator(AgentGAE):
         return pooled if len(parts) == 1 else torch.cat(parts, -1)
 
     def _own_index(self) -> int:
-        """Which observation is that of the agents who get the pooled input."""
+        """The index of the observation of those agents that get the pooled input."""
         groups = [group_of(key) for key in self.observation_keys]
         own = group_of(self.central_key)
         return groups.index(own) if own in groups else 0
 
     def _others(self, key: NestedKey, action: Tensor, n_agents: int) -> Tensor:
-        """All actions of a group, of the agent's own group all but its own: ``[*B, T, n_agents, F]``."""
+        """The actions of a group, without an agent's own if it is in that group: ``[*B, T, n_agents, F]``."""
         own = group_of(self.observation_keys[self._own_index()] if self.observation_keys else self.central_key)
         if group_of(key) != own:
             return action.flatten(-2).unsqueeze(-2).expand(*action.shape[:-2], n_agents, -1)
@@ -222,7 +222,7 @@ class CentralCriticValueEstimator(AgentGAE):
 
     @torch.no_grad()
     def _next_actions(self, tensordict: TensorDictBase, actions: list[Tensor], time_dim: int) -> list[Tensor]:
-        # Recurrent policies take single steps, from the states that were recorded.
+        # A recurrent policy takes single steps from the recorded states.
         own = parameters_restored(self.actor_network)
         with own, set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
             drawn = self.actor_network(tensordict.get("next").select(*self.actor_network.in_keys, strict=False).copy())

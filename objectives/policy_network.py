@@ -1,4 +1,4 @@
-"""What the objectives need to know about a policy network: its regions, its distribution, one agent's share."""
+"""Questions to a policy network: its trust regions, its distribution, one agent's part of it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def resolve_trust_region(
     if trust_region == "shared" or (trust_region is None and not prefixes):
         return "shared", 1
     loose = {key: value for key, value in trained.items() if not any(key[: len(p)] == p for p in prefixes)}
-    # Outside of multi-agent networks, parameters are stacked if the user says so, but never those of a plain layer.
+    # Outside of multi-agent networks, parameters count as stacked by their shape, but never those of a plain layer.
     plain = [m for m in network.modules() if type(m).__module__.startswith("torch.nn.") and _is_trained_layer(m)]
     plain += [m for m in network.modules() if isinstance(m, MultiAgentNetBase) and m.share_params]
     sizes = {net.n_agents for net in _unshared_nets(network)} or {
@@ -72,10 +72,10 @@ def _is_trained_layer(module: nn.Module) -> bool:
 
 
 def stacked_prefixes(network: ProbabilisticTensorDictSequential) -> list[tuple[str, ...]]:
-    """Where a policy keeps what is of all agents, stacked, besides parameters of its own that are trained.
+    """The keys of a policy's stacked parameters and buffers, without trained parameters outside of its networks.
 
-    These are its unshared multi-agent networks, and beside them buffers and frozen parameters ``[n_agents, ...]`` that
-    are not a plain layer's, such as a standard deviation that is set by hand.
+    They are those of its unshared multi-agent networks, and buffers and frozen parameters ``[n_agents, ...]`` that are
+    not a plain layer's, such as a standard deviation that is set by hand.
 
     Args:
         network: the policy.
@@ -100,26 +100,19 @@ def _unshared_nets(network: nn.Module) -> list[MultiAgentNetBase]:
 
 
 def distribution_keys(network: ProbabilisticTensorDictSequential) -> list[NestedKey]:
-    """The keys of the distribution's parameters that a policy writes, such as ``("agents", "loc")``.
-
-    Args:
-        network: the policy.
-
-    Returns:
-        The keys.
-    """
+    """The keys of the distribution's parameters that a policy writes, such as ``("agents", "loc")``."""
     return list(_distribution_module(network).in_keys)
 
 
 def distribution_parameters(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, inputs: TensorDictBase
 ) -> TensorDictBase:
-    """The parameters of a policy's distribution, as a function of the policy's own; nothing else changes.
+    """Computes the parameters of a policy's distribution from the policy's own; nothing else changes.
 
     Args:
         network: the policy.
-        parameters: its parameters and buffers; what the policy writes into buffers (running statistics) is lost.
-        inputs: what it reads, batch size ``[*R]``; for a recurrent policy the last dimension is time.
+        parameters: its parameters and buffers; running statistics that it writes into buffers are lost.
+        inputs: its inputs, batch size ``[*R]``; for a recurrent policy the last dimension is time.
 
     Returns:
         The distribution's parameters, batch size ``[*R]``.
@@ -130,7 +123,7 @@ def distribution_parameters(
 
 
 def build_distribution(network: ProbabilisticTensorDictSequential, dist_params: TensorDictBase) -> D.Distribution:
-    """A policy's distribution; TorchRL's ``TanhNormal`` as one that looks at its bounds once, the same to the bit.
+    """Builds a policy's distribution; TorchRL's ``TanhNormal`` as the equal, faster ``BoundedTanhNormal``.
 
     Args:
         network: the policy.
@@ -148,29 +141,13 @@ def build_distribution(network: ProbabilisticTensorDictSequential, dist_params: 
 
 
 def input_keys(network: ProbabilisticTensorDictSequential) -> list[NestedKey]:
-    """What a policy reads.
-
-    The ``in_keys`` also name the parameters of a composite distribution, which the policy writes itself.
-
-    Args:
-        network: the policy.
-
-    Returns:
-        The keys.
-    """
+    """The keys that a policy reads: its ``in_keys`` without the composite distribution's parameters that it writes."""
     written = [path(key) for key in network.out_keys]
     return [key for key in network.in_keys if not any(_is_inside(out, path(key)) for out in written)]
 
 
 def is_composite(network: ProbabilisticTensorDictSequential) -> bool:
-    """Whether a policy's actions have several parts.
-
-    Args:
-        network: the policy.
-
-    Returns:
-        True if its distribution is a ``CompositeDistribution``.
-    """
+    """Whether a policy's actions have several parts: its distribution is a ``CompositeDistribution``."""
     return _distribution_module(network).distribution_class is CompositeDistribution
 
 
@@ -184,10 +161,10 @@ def _distribution_module(network: ProbabilisticTensorDictSequential) -> Probabil
 def single_agent_network(
     network: ProbabilisticTensorDictSequential, agent: int, n_agents: int
 ) -> ProbabilisticTensorDictSequential:
-    """A copy of a multi-agent policy for the parameters and observations of one agent.
+    """A copy of a multi-agent policy for the parameters and observations of one agent, at one agent's cost.
 
-    The copy expects parameters stacked ``[1, ...]`` and observations ``[*B, 1, F]``, so that evaluating one agent costs
-    one agent's share, not all agents'. It shares the parameters of the original.
+    The copy expects parameters stacked ``[1, ...]`` and observations ``[*B, 1, F]``. It shares the parameters of the
+    original.
 
     Args:
         network: the policy, with parameters stacked on a leading agent dimension.
@@ -220,27 +197,27 @@ def single_agent_network(
 
 
 def slice_agents(
-    parameters: TensorDictBase, agents: slice, prefixes: list[tuple[str, ...]], path: tuple[str, ...] = ()
+    parameters: TensorDictBase, agents: slice, prefixes: list[tuple[str, ...]], at: tuple[str, ...] = ()
 ) -> TensorDictBase:
-    """Slices what a policy keeps for each agent; buffers and constants that are not per agent stay whole.
+    """Slices the parameters and buffers that a policy has for each agent; the others stay whole.
 
     Args:
-        parameters: the parameters of all agents.
+        parameters: the parameters and buffers of all agents.
         agents: which agents.
-        prefixes: where the stacked ones are, from :func:`stacked_prefixes`.
-        path: where ``parameters`` are in the policy.
+        prefixes: the keys of the stacked ones, from :func:`stacked_prefixes`.
+        at: the key of ``parameters`` in the policy's.
 
     Returns:
         Views on the agents' parameters.
     """
-    if path in prefixes:
+    if at in prefixes:
         return parameters.data[agents]
     sliced = {}
     for key, value in parameters.items():
         if is_tensor_collection(value):
-            sliced[key] = slice_agents(value, agents, prefixes, (*path, key))
+            sliced[key] = slice_agents(value, agents, prefixes, (*at, key))
         else:
-            sliced[key] = value.data[agents] if value.requires_grad or (*path, key) in prefixes else value.data
+            sliced[key] = value.data[agents] if value.requires_grad or (*at, key) in prefixes else value.data
     return TensorDict(sliced)
 
 
@@ -249,8 +226,8 @@ def agent_policy(
 ) -> tuple[ProbabilisticTensorDictSequential, TensorDictBase]:
     """One agent's policy, to be trained alone: its parameters are leaves that share the memory of the stacked ones.
 
-    What an optimiser writes into the leaves is written into the policy of all agents; the other agents' parameters are
-    in no leaf, and nothing moves them.
+    An optimiser that writes into the leaves writes into the policy of all agents. The leaves do not hold the other
+    agents' parameters, so that nothing moves those.
 
     Args:
         network: the policy, with parameters stacked on a leading agent dimension.
@@ -259,8 +236,8 @@ def agent_policy(
         n_agents: the number of agents of the policy.
 
     Returns:
-        The policy for observations ``[*B, 1, F]``, from :func:`single_agent_network`, and its parameters ``[1, ...]``,
-        to be put into it with ``to_module``. A parameter that is tied is one leaf.
+        The policy for observations ``[*B, 1, F]``, from :func:`single_agent_network`, and its parameters ``[1, ...]``
+        for ``to_module``. A tied parameter is one leaf.
     """
     leaves = slice_agents(parameters, slice(agent, agent + 1), stacked_prefixes(network)).clone(False)
     by_parameter: dict[int, nn.Parameter] = {}
@@ -276,7 +253,7 @@ def _is_inside(key: tuple[str, ...], outer: tuple[str, ...]) -> bool:
 
 
 def _of_agent(value: Any, agent: int, n_agents: int) -> Any:
-    """An agent's share of bounds that differ between agents, ``[n_agents, A]``, as an action spec gives them."""
+    """An agent's part of bounds that differ between agents, ``[n_agents, A]``, as an action spec gives them."""
     if isinstance(value, Tensor) and value.ndim > 1 and value.shape[-2] == n_agents:
         return value[..., agent : agent + 1, :]
     if isinstance(value, tuple) and len(value) == n_agents and all(isinstance(row, tuple) for row in value):

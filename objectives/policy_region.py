@@ -44,24 +44,24 @@ class _Piece:
 class PolicyTrustRegion:
     """The trust-region subproblem(s) of a policy on one batch; implements ``TrustRegionProblem``.
 
-    The surrogate is ``L(θ) = mean[M · π_θ(u|o)/π_k(u|o) · Â] + entropy_coeff · mean[H(π_θ)]``, the divergence the exact
-    mean ``KL(π_k ‖ π_θ)`` from the policy with the parameters that were current when this object was made. It serves
-    one solve: :meth:`fisher_product`, then :meth:`gradient`, once each, then any number of evaluations and one write.
-    With all rows in the Fisher matrix, the two share one forward pass.
+    The surrogate is ``L(θ) = mean[M · π_θ(u|o)/π_k(u|o) · Â] + entropy_coeff · mean[H(π_θ)]``. The divergence is the
+    exact mean ``KL(π_k ‖ π_θ)`` from the policy with the parameters ``θ_k`` that it had when this object was made. The
+    object serves one solve: :meth:`fisher_product`, then :meth:`gradient`, once each, then any number of evaluations
+    and one write. With all rows in the Fisher matrix, product and gradient share one forward pass.
 
     Args:
         network: the policy.
-        parameters: its parameters (and buffers), all of them.
+        parameters: all of its parameters and buffers.
         rows: the batch.
 
     Keyword Args:
-        indices: the rows of the statistics that the regions are, ``n`` of them.
+        indices: the regions' rows in the statistics, ``n`` of them.
         agent_slice: the agents that are solved, of parameters stacked by agent; None for one region of all parameters.
         entropy_coeff: the weight of the entropy, a scalar tensor, or None to leave it out.
         max_importance_ratio: the cap on ``π_θ/π_k``, a scalar tensor, or None.
-        compiled: the policy's forward pass where it is differentiated once or not at all. Default: as the network is.
-        chunk_size: how many rows may have a graph, or anything computed from them, at a time; more are evaluated in
-            pieces, anew for each product and each try. None for all.
+        compiled: the policy's forward pass for where it is differentiated at most once. Default: the network's.
+        chunk_size: how many environment steps may have a graph, or results that are kept, at a time. A larger batch is
+            evaluated in pieces, anew for each product and each try. None for no limit.
         ranks: the processes that each have a part of the batch; sums are over all of it. Default: this one alone.
     """
 
@@ -125,11 +125,13 @@ class PolicyTrustRegion:
             drawn = torch.randperm(len(rows), device=rows.log_prob.device)
             rows = self._renormalise(rows.take(drawn[: max(1, round(subsample * len(rows)))]))
             pieces = self._split(rows)
-        if len(rows) <= self._chunk_rows:
-            products = [self._piece_product(piece.rows, keep_in=piece) for piece in pieces]
-        else:  # the graph of one piece at a time
-            products = [lambda v, rows=piece.rows: self._piece_product(rows)(v) for piece in pieces]
-        return lambda v: self._ranks.sum_(functools.reduce(torch.add, (product(v) for product in products)))
+        kept = [self._piece_product(piece.rows, keep_in=piece) for piece in pieces if len(rows) <= self._chunk_rows]
+
+        def product(vectors: Tensor) -> Tensor:
+            parts = kept or (self._piece_product(piece.rows) for piece in pieces)  # one graph at a time
+            return self._ranks.sum_(functools.reduce(torch.add, (part(vectors) for part in parts)))
+
+        return product
 
     def gradient(self) -> Tensor:
         """The gradient of the surrogate at ``θ_k``, ``[n, P]``."""
@@ -186,7 +188,7 @@ class PolicyTrustRegion:
             live.copy_(new)
 
     def snapshot(self) -> Callable[[], None]:
-        """A function that writes ``θ_k`` again, to the bit, whatever was written since."""
+        """A function that restores ``θ_k``, to the bit, whatever was written since."""
         live, before = self._live, self._leaves  # and no rows: it may outlive the region
 
         @torch.no_grad()
@@ -200,9 +202,8 @@ class PolicyTrustRegion:
         """How far the data is from ``π_k``, and in a sequential update how uneven the factor is.
 
         Returns:
-            ``log_ratio_max`` and ``ESS`` as in ``TrustRegionUpdater.step``; ``mismatch``, the share of the rows with
-            another log-probability than the data says; in a sequential update ``factor_std``, the standard deviation of
-            ``M`` over the rows that count. Each ``[n]``.
+            ``log_ratio_max``, ``ESS`` and, in a sequential update, ``factor_std`` as in ``TrustRegionUpdater.step``;
+            ``mismatch``, the share of the rows whose log-probability in the data is not the policy's. Each ``[n]``.
         """
         mean, square, mismatch = self._ranks.sum_(self._ratio_moments)
         largest = self._ranks.max_(self._log_ratio_max)

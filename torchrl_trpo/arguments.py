@@ -1,4 +1,4 @@
-"""Objects whose settings are plain attributes that are checked when they are assigned."""
+"""Checks of numbers: plain Python numbers, and settings that are checked when they are assigned."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torchrl_trpo.errors import PlainKeyError, nearest
 
 
 def plain_number(value: Any) -> Any:
-    """A number as Python has it.
+    """Converts a number to Python's ``int`` or ``float``.
 
     Args:
         value: a number of Python or NumPy, an array or tensor with one entry, or anything else.
 
     Returns:
-        The ``int`` or ``float``; what is no real number, and a truth value, as it is.
+        The ``int`` or ``float``. A bool and anything that is not a real number are returned unchanged.
     """
     if isinstance(value, np.generic | np.ndarray | Tensor) and math.prod(value.shape) == 1:
         value = value.item()
@@ -30,11 +30,11 @@ def plain_number(value: Any) -> Any:
 
 
 def positive_whole(name: str, value: Any) -> int:
-    """A number of rows, of passes or of whatever else is counted.
+    """Checks a count, such as a number of rows or of passes.
 
     Args:
-        name: what it is called, for the message.
-        value: the number, as :func:`plain_number` takes it.
+        name: the argument's name, for the message.
+        value: the number, of any type that :func:`plain_number` takes.
 
     Returns:
         The number.
@@ -49,9 +49,9 @@ def positive_whole(name: str, value: Any) -> int:
 
 
 class RangedSettings:
-    """Checks the numbers that are assigned to its settings, in the constructor and afterwards.
+    """An object that checks each number that is assigned to its settings.
 
-    Those of NumPy and of tensors are kept as Python's.
+    Numbers of NumPy and of tensors are converted to Python's.
     """
 
     _RANGES: ClassVar[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {}
@@ -75,7 +75,7 @@ class RangedSettings:
         return {name: getattr(self, name) for name in self._RANGES}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over settings saved by :meth:`state_dict`, all or none.
+        """Loads settings saved by :meth:`state_dict`, all or none.
 
         Args:
             state_dict: the settings by name.

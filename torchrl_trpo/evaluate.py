@@ -23,6 +23,7 @@ from torchrl_trpo.envs import resolve_device
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks.recurrent import carry_states
+from torchrl_trpo.numerics.statistics import percentile_bootstrap
 from torchrl_trpo.seeding import untouched_generators
 from torchrl_trpo.training.checkpoints import WHICH
 from torchrl_trpo.training.episodes import play_episodes
@@ -122,11 +123,7 @@ def bootstrap_interval(values: Tensor, level: float = 0.95) -> tuple[float, floa
     Returns:
         Its two ends.
     """
-    generator = torch.Generator().manual_seed(0)
-    means = [values[torch.randint(len(values), values.shape, generator=generator)].mean() for _ in range(RESAMPLES)]
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
-    low, high = torch.stack(means).quantile(ends).tolist()
-    return low, high
+    return percentile_bootstrap(lambda drawn: drawn.mean(-1), values, resamples=RESAMPLES, level=level)
 
 
 def _statistics(played: TensorDict, groups: dict[str, int]) -> dict[str, Any]:

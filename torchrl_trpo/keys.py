@@ -1,4 +1,4 @@
-"""Where entries are in a batch: keys, groups of agents, agent dimensions, masks."""
+"""The keys of a batch: entries, groups of agents, masks."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def group_of(key: NestedKey | None) -> str | None:
 
 
 def reads_init(network: TensorDictModuleBase) -> bool:
-    """Whether a network is recurrent: it reads where episodes begin, ``"is_init"``, as TorchRL's recurrent modules do.
+    """Whether a network is recurrent: like TorchRL's recurrent modules it reads ``"is_init"``, the starts of episodes.
 
     Args:
         network: a policy or a critic.
 
     Returns:
-        True if it is.
+        True if it is recurrent.
     """
     return any(path(key)[-1] == "is_init" for key in network.in_keys)
 
@@ -133,9 +133,7 @@ def finite_where_masked(value: Tensor, mask: Tensor, *, per_agent: bool = True) 
 
 
 def non_finite(value: Tensor, row_dims: int) -> Tensor:
-    """NaN where a row has anything that is not finite, or a sum beyond the range of its type, else 0.
-
-    The rows are not copied.
+    """NaN where a row has a non-finite value, or a sum beyond the range of its type, else 0; the rows are not copied.
 
     Args:
         value: the rows, ``[*R, ...]``.
@@ -148,7 +146,7 @@ def non_finite(value: Tensor, row_dims: int) -> Tensor:
 
 
 def return_key(reward: NestedKey) -> NestedKey:
-    """Where the running return of an episode is, beside the reward.
+    """The key of the running return of an episode, beside the reward.
 
     Args:
         reward: the reward's key.
@@ -169,7 +167,8 @@ def agent_groups(env: EnvBase) -> dict[str | None, int]:
         The number of agents by group; ``{None: 1}`` for a single agent without a group.
 
     Raises:
-        SettingError: if an action is not where the recipes look for it.
+        SettingError: if an action is at another key than ``"action"`` or ``(group, "action")``, or has agents of
+            different action spaces.
     """
     spec = env.full_action_spec_unbatched
     groups = [group for group in spec.keys() if isinstance(spec[group], Composite)]
@@ -190,16 +189,17 @@ def agent_groups(env: EnvBase) -> dict[str | None, int]:
 
 @dataclass(frozen=True)
 class GroupKeys:
-    """Where the entries of a group are.
+    """The keys of the entries of a group.
 
     Attributes:
         group: the group's name; None for a single agent.
-        n_agents: how many agents are in it.
-        observation: of the agents.
-        reward: of the agents, or of the team at the root where the environment has no other.
-        done: as ``reward``; likewise ``terminated``.
-        action_mask: which discrete actions are allowed, if the environment says so.
-        mask: which agents take part, if the environment says so.
+        n_agents: the number of agents.
+        observation: the agents' observations.
+        reward: the agents' rewards, or the team's at the root if the agents have none.
+        done: likewise.
+        terminated: likewise.
+        action_mask: which discrete actions are allowed; None if the environment has no such entry.
+        mask: which agents take part; None if the environment has no such entry.
     """
 
     group: str | None
@@ -254,17 +254,17 @@ class GroupKeys:
 
 
 def group_keys(env: EnvBase) -> list[GroupKeys]:
-    """Where the entries of an environment's groups are.
+    """The keys of the entries of an environment's groups.
 
-    Where ``"observation"`` is a mapping, as PettingZoo's ``{"observation": ..., "action_mask": ...}``, the observation
+    If ``"observation"`` is a mapping, as PettingZoo's ``{"observation": ..., "action_mask": ...}``, the observation
     is its one entry beside an ``"action_mask"``.
 
     Args:
         env: the environment.
 
     Returns:
-        The keys of each group. A :class:`~torchrl_trpo.errors.SettingError` says which entries there are, if one is
-        not where the recipes look for it.
+        The keys of each group. A missing or unsuitable entry is a :class:`~torchrl_trpo.errors.SettingError` that
+        lists the environment's entries.
     """
     return [_keys_of(env, group, n_agents) for group, n_agents in agent_groups(env).items()]
 
@@ -314,7 +314,7 @@ def _keys_of(env: EnvBase, group: str | None, n_agents: int) -> GroupKeys:
 
 
 def _own(env: EnvBase, group: str | None, name: str, keys: list[NestedKey]) -> NestedKey:
-    """The entry of a group, or else the one of all at the root."""
+    """The key of an entry of a group, or of the whole environment at the root if the group has none."""
     for key in (in_group(group, name), name):
         if key in keys:
             return key

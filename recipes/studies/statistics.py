@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
+
+from torchrl_trpo.numerics.statistics import percentile_bootstrap
 
 RESAMPLES = 5000
 """Of the stratified bootstrap."""
@@ -21,26 +22,12 @@ def interquartile_mean(scores: Tensor) -> Tensor:
         The means, ``[*B]``.
 
     Examples:
+        >>> import torch
         >>> interquartile_mean(torch.tensor([-100.0, 1.0, 3.0, 8.0]))
         tensor(2.)
     """
     cut = scores.shape[-1] // 4
     return scores.sort(-1).values[..., cut : scores.shape[-1] - cut].mean(-1)
-
-
-def stratified_resamples(scores: Tensor, seed: int = 0) -> Tensor:
-    """Draws the runs of each task anew, with replacement, as many as there are.
-
-    Args:
-        scores: of the runs of each task, ``[n_tasks, n_runs]``.
-        seed: where the random numbers begin.
-
-    Returns:
-        The resamples, ``[RESAMPLES, n_tasks, n_runs]``.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(scores.shape[1], (RESAMPLES, *scores.shape), generator=generator)
-    return scores.expand(RESAMPLES, -1, -1).gather(-1, drawn)
 
 
 def aggregate(
@@ -56,7 +43,8 @@ def aggregate(
     Returns:
         The statistic and the interval's two ends.
     """
-    return _with_interval(statistic(scores.flatten()), statistic(stratified_resamples(scores).flatten(1)), level)
+    ends = percentile_bootstrap(lambda drawn: statistic(drawn.flatten(1)), scores, resamples=RESAMPLES, level=level)
+    return float(statistic(scores.flatten())), *ends
 
 
 def probability_of_improvement(scores: Tensor, others: Tensor, level: float = 0.95) -> tuple[float, float, float]:
@@ -72,17 +60,11 @@ def probability_of_improvement(scores: Tensor, others: Tensor, level: float = 0.
     Returns:
         The probability, and the ends of its interval by the stratified percentile bootstrap.
     """
-    resamples = _share_above(stratified_resamples(scores, 0), stratified_resamples(others, 1))
-    return _with_interval(_share_above(scores, others), resamples, level)
+    ends = percentile_bootstrap(_share_above, scores, others, resamples=RESAMPLES, level=level)
+    return float(_share_above(scores, others)), *ends
 
 
 def _share_above(scores: Tensor, others: Tensor) -> Tensor:
     """``[*B, n_tasks, n_runs]`` against ``[*B, n_tasks, n_other_runs]``, ``[*B]``."""
     difference = scores.unsqueeze(-1) - others.unsqueeze(-2)
     return ((difference > 0).double() + (difference == 0).double() / 2).mean((-3, -2, -1))
-
-
-def _with_interval(value: Tensor, resamples: Tensor, level: float) -> tuple[float, float, float]:
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=resamples.dtype)
-    low, high = resamples.quantile(ends).tolist()
-    return float(value), low, high

@@ -291,7 +291,7 @@ def test_masked_steps_do_not_count_in_the_average(kind, groups):
 def test_a_group_key_that_is_not_in_the_data_is_named(kind):
     estimator = make(kind, average_gae=True, group_key="task")
     assert "task" in estimator.in_keys
-    with pytest.raises(KeyError, match="group_key 'task' is missing"):
+    with pytest.raises(KeyError, match="group_key: 'task' is not in the data"):
         estimator(make_data())
 
 

@@ -1,4 +1,4 @@
-"""Action distributions that TorchRL does not have, and exact KL divergences and entropies of those that there are."""
+"""Action distributions that TorchRL does not have, and exact KL divergences and entropies."""
 
 from torchrl_trpo.distributions.bounded_tanh_normal import BoundedTanhNormal
 from torchrl_trpo.distributions.divergence import entropy, kl_divergence

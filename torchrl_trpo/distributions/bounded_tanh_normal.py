@@ -1,4 +1,4 @@
-"""A TanhNormal that looks at its bounds once."""
+"""A TanhNormal that checks its bounds once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _Bound: TypeAlias = Tensor | float | tuple[Any, ...]
 
 
 class BoundedTanhNormal(TanhNormal):
-    """A ``TanhNormal`` that looks at its bounds once for each device, not whenever it is made.
+    """A ``TanhNormal`` that checks its bounds once for each device, not each time it is made.
 
-    TorchRL's copies and compares them each time: a GPU is waited for four times at every step that is collected, and no
+    TorchRL's copies and compares the bounds each time. On a GPU that waits four times at every collected step, and no
     CUDA graph can be captured. Everything else is the same.
 
     Args:
@@ -23,10 +23,10 @@ class BoundedTanhNormal(TanhNormal):
         scale: the scale before the tanh, ``[*B, action_dim]``.
 
     Keyword Args:
-        low: the lower bound: a number, or a tuple or a tensor ``[A]`` or ``[n_agents, A]``. A tensor is looked at anew
+        low: the lower bound: a number, or a tuple or a tensor ``[A]`` or ``[n_agents, A]``. A tensor is checked again
             if it is another object, or was written to.
         high: the upper bound, likewise.
-        event_dims: how many of the last dimensions are one action. Default: 1, of a scalar 0.
+        event_dims: how many of the last dimensions are one action. Default: 1, or 0 for a scalar.
         **kwargs: as for ``TanhNormal``.
 
     Examples:
@@ -47,7 +47,7 @@ class BoundedTanhNormal(TanhNormal):
         event_dims: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if torch.compiler.is_compiling():  # they become part of the graph
+        if torch.compiler.is_compiling():  # the bounds become part of the graph
             bounds = {name: _tensor(bound, loc.dtype, loc.device) for name, bound in {"low": low, "high": high}.items()}
             super().__init__(loc, scale, **bounds, event_dims=event_dims, **kwargs)
             return
@@ -67,16 +67,17 @@ def _within_bounds(
     device: torch.device,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """What a ``TanhNormal`` knows of its bounds; tensors that were written to since are other bounds."""
-    with torch.inference_mode(False):  # for whoever differentiates later
+    """The attributes of a ``TanhNormal`` with these bounds; ``versions`` tells tensors apart that were written to."""
+    with torch.inference_mode(False):  # tensors that are cached may be differentiated later
         bounds = {name: _tensor(bound, dtype, device) for name, bound in {"low": low, "high": high}.items()}
         point = torch.zeros([1] * event_dims, dtype=dtype, device=device)
         known = vars(TanhNormal(point, torch.ones_like(point), **bounds, event_dims=event_dims, **kwargs))
-    del known["base_dist"]  # update() would write into what all share
+    del known["base_dist"]  # or update() would write into the cached one
     return {name: bool(value) if name.startswith("non_trivial") else value for name, value in known.items()}
 
 
 def _version(bound: _Bound) -> int:
+    # PyTorch's counter of writes to a tensor has no public name.
     return bound._version if isinstance(bound, Tensor) and not bound.is_inference() else 0
 
 

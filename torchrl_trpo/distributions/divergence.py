@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import CompositeDistribution
 from torch import Tensor
 from torch import distributions as D
-from torch.distributions.kl import _KL_REGISTRY
+from torch.distributions.kl import _KL_REGISTRY  # no public function tells which pairs are registered
 from torchrl.modules import TruncatedNormal
 from torchrl.modules.distributions.utils import has_analytic_entropy
 
@@ -74,7 +74,7 @@ def kl_divergence(p: D.Distribution, q: D.Distribution, batch_dims: int | None =
 
 
 def kl_if_exact(p: D.Distribution, q: D.Distribution, batch_dims: int | None = None) -> Tensor | None:
-    """:func:`kl_divergence` for what is only logged.
+    """:func:`kl_divergence`, or None where there is no closed form; for logging.
 
     Args:
         p: the distribution that the expectation is taken under, with batch shape ``[*B]``.
@@ -91,13 +91,13 @@ def kl_if_exact(p: D.Distribution, q: D.Distribution, batch_dims: int | None = N
 
 
 def _is_registered(p: D.Distribution, q: D.Distribution) -> bool:
-    """Whether torch has a closed form for the pair itself, not only one for what is wrapped in it."""
+    """Whether torch has a closed form for the pair itself, not only for the distributions that it wraps."""
     wrappers = (D.Independent, D.TransformedDistribution)
     return any(isinstance(p, a) and isinstance(q, b) and a not in wrappers for a, b in _KL_REGISTRY)
 
 
 def _moves_its_bijection(p: D.TransformedDistribution, q: D.TransformedDistribution) -> bool:
-    """Whether the bijection depends on the policy: it has parameters that the base has not."""
+    """Whether the bijection depends on the policy: it has parameters that are not the base distribution's."""
     base = q.base_dist
     while isinstance(base, D.Independent):
         base = base.base_dist
@@ -117,13 +117,13 @@ def _tensors(transforms: Iterable[D.Transform]) -> Iterator[Tensor]:
 
 def _categorical_kl(p: D.Categorical, q: D.Categorical) -> Tensor:
     """``Σ_u p(u) (log p(u) − log q(u))`` over the actions that ``p`` allows."""
-    allowed = p.probs > 0  # an action that is masked adds nothing, neither to the value nor, as NaN, to the gradient
+    allowed = p.probs > 0  # masked actions add nothing to the value, and no NaN to the gradient
     log_p, log_q = (torch.where(allowed, dist.logits, 0.0) for dist in (p, q))
     return (p.probs * (log_p - log_q)).sum(-1)
 
 
 def _sum_of_parts(dist: CompositeDistribution, parts: list[Tensor], batch_dims: int | None) -> Tensor:
-    """The sum over a composite's parts; its parameters may lie in a TensorDict of fewer dimensions than ``*B``."""
+    """The sum over a composite's parts; its own batch size may have fewer dimensions than ``*B``."""
     ndim = len(dist.batch_shape) if batch_dims is None else batch_dims
     return torch.stack([sum_events(part, ndim) for part in parts]).sum(0)
 
@@ -132,8 +132,8 @@ def sum_events(values: Tensor, batch_dims: int | None) -> Tensor:
     """Sums over the entries of an action.
 
     Args:
-        values: one of each entry, ``[*B, ...]``.
-        batch_dims: the number of dimensions in ``*B``, or None to leave the values as they are.
+        values: one value for each entry of the action, ``[*B, ...]``.
+        batch_dims: the number of dimensions in ``*B``, or None to return the values unchanged.
 
     Returns:
         The sums, ``[*B]``.
@@ -219,9 +219,9 @@ def entropy(dist: D.Distribution, batch_dims: int | None = None, *, nodes: int =
 
 @functools.cache
 def _gauss_hermite(nodes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Abscissae and weights for expectations under the standard normal; they are copied to a device once."""
+    """Abscissae and weights for expectations under the standard normal, copied to a device once."""
     abscissae, weights = np.polynomial.hermite.hermgauss(nodes)
-    with torch.inference_mode(False):  # for whoever differentiates later
+    with torch.inference_mode(False):  # tensors that are cached may be differentiated later
         return (
             torch.tensor(math.sqrt(2) * abscissae, dtype=dtype, device=device),
             torch.tensor(weights / math.sqrt(math.pi), dtype=dtype, device=device),

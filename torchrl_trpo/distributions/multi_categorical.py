@@ -15,8 +15,8 @@ class MultiCategorical(D.Distribution):
     """Several independent discrete actions at once, for ``MultiDiscrete`` and ``MultiCategorical`` spaces.
 
     Args:
-        logits: the logits of all of them, one after the other, ``[*B, Σ nvec]``.
-        nvec: how many values each action has.
+        logits: the logits of all actions, concatenated, ``[*B, Σ nvec]``.
+        nvec: the number of values of each action.
         mask: which values are allowed, bool ``[*B, Σ nvec]``. Default: all.
 
     Examples:
@@ -79,5 +79,5 @@ class MultiCategorical(D.Distribution):
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """The mode, which is what a deterministic policy does."""
+        """The mode, the action of a deterministic policy."""
         return self.mode

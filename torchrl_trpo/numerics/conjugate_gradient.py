@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class CGResult(NamedTuple):
-    """What a solve of ``A x = b`` reports; ``n`` systems of size ``P``.
+    """The result of a solve of ``A x = b``, for ``n`` systems of size ``P``.
 
     Attributes:
         solution: the approximate solutions ``x``, ``[n, P]``.

@@ -83,13 +83,13 @@ def fisher_product(
 
     An operation between parameters and outputs that can be differentiated only once is a ``RuntimeError``.
     """
-    # Where a torch.autograd.Function cannot be differentiated twice, its part of J v may be missing without an error.
+    # If a torch.autograd.Function cannot be differentiated twice, its part of J v may be missing without an error.
     custom = [node for node in _graph(outputs) if isinstance(node, BackwardCFunction)]
     _check_differentiable_twice(outputs, parameters, custom)
     cotangents = [torch.zeros_like(output, requires_grad=True) for output in outputs]
     with torch.enable_grad():
         pulled = torch.autograd.grad(outputs, parameters, cotangents, create_graph=True, materialize_grads=True)
-    linear = [pull for pull in pulled if pull.requires_grad]  # parameters without influence pull nothing
+    linear = [pull for pull in pulled if pull.requires_grad]  # not those of parameters without influence
 
     def product(vectors: Tensor) -> Tensor:
         tangents = unflatten(vectors, parameters)
@@ -120,10 +120,10 @@ def _graph(outputs: Sequence[Tensor]) -> list[Node]:
 
 
 def _check_differentiable_twice(outputs: Sequence[Tensor], parameters: Sequence[Tensor], nodes: Sequence[Node]) -> None:
-    """Raises an error that names the first of some operations whose derivative has none."""
+    """Raises an error that names the first operation whose derivative cannot be differentiated."""
     if not nodes:
         return
-    passed: list[tuple[str, Any, Any]] = []  # an operation, what it gives back, what it got
+    passed: list[tuple[str, Any, Any]] = []  # an operation, the derivatives that it returned, those that it received
 
     def record(name: str) -> Callable[[Any, Any], None]:
         return lambda slopes, received: passed.append((name, slopes, received))
@@ -147,7 +147,7 @@ def _check_differentiable_twice(outputs: Sequence[Tensor], parameters: Sequence[
 
 
 def _leads_to(slope: Tensor, causes: Sequence[Tensor]) -> bool:
-    """Whether a derivative can be differentiated by what it was computed from; one that is 0 needs not to be."""
+    """Whether a derivative can be differentiated with respect to its ``causes``; a derivative of 0 need not be."""
     found: Sequence[Tensor | None] = [None]
     if slope.requires_grad:
         try:

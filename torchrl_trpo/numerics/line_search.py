@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class LineSearchResult(NamedTuple):
-    """What a line search found, for each of ``n`` regions.
+    """The result of a line search, for each of ``n`` regions.
 
     Attributes:
         accepted: whether a step was accepted, bool ``[n]``.
@@ -37,8 +37,8 @@ def backtrack(
     """Finds the largest of the steps ``α^j`` that improves enough within the trust region.
 
     ``j`` is the smallest in ``0..max_backtracks`` with ``improvement ≥ κ α^j expected`` and ``kl ≤ max_kl``. Regions
-    decide independently; one that has accepted keeps its step while others go on. What is not finite is never
-    accepted. The one wait for the device per try is the question whether all regions have decided.
+    decide independently; one that has accepted keeps its step while others go on. A step with a non-finite improvement
+    or KL is never accepted. Each try waits for the device once, to ask whether all regions have decided.
 
     Args:
         evaluate: maps fractions ``[n]`` of the full step to the improvement ``[n]`` over the current parameters, and
@@ -58,7 +58,7 @@ def backtrack(
     accepted, fraction, improvement, kl = torch.zeros_like(possible), zeros, zeros, zeros
     for tries in range(max_backtracks + 1):
         share = backtrack_coeff**tries
-        # A region that has decided is evaluated at the step it keeps: its answer is not used again.
+        # A region that has decided is evaluated at the step that it keeps; the result is not used.
         candidate = torch.where(accepted, fraction, zeros.masked_fill(possible, share))
         new_improvement, new_kl = evaluate(candidate)
         enough = new_improvement >= accept_ratio * share * expected_improvement

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from torchrl_trpo.parallel.ranks import ALONE, Ranks
 
+_BLOCK = 2**22  # the values that a bootstrap has in memory at a time
+
 
 def standardize(values: Tensor, mask: Tensor | None, dims: Sequence[int], ranks: Ranks = ALONE) -> Tensor:
-    """Subtracts the mean and divides by the standard deviation; a spread of rounding errors alone is no spread.
+    """Subtracts the mean and divides by the standard deviation; a spread of only rounding errors counts as 0.
 
     Args:
         values: the values.
-        mask: which of them count, bool of the same shape, or None for all; the others become 0.
-        dims: the dimensions that mean and standard deviation (unbiased) are taken over.
-        ranks: the processes whose rows belong together.
+        mask: which values count, bool of the same shape, or None for all; the others become 0.
+        dims: the dimensions of the mean and the (unbiased) standard deviation.
+        ranks: the processes that each have a part of the values.
 
     Returns:
-        The standardised values; 0 where all that count are equal up to rounding.
+        The standardised values; 0 where all values that count are equal up to rounding.
     """
     if mask is None:
         mask = torch.ones_like(values, dtype=torch.bool)
@@ -38,7 +40,7 @@ def variance(values: Tensor, ranks: Ranks = ALONE) -> Tensor:
 
     Args:
         values: the values, ``[N]``.
-        ranks: the processes whose values belong together.
+        ranks: the processes that each have a part of the values.
 
     Returns:
         A scalar, NaN of a single value.
@@ -82,12 +84,43 @@ class HostScalar:
         return self._known[2]
 
 
+def percentile_bootstrap(
+    statistic: Callable[..., Tensor], *samples: Tensor, resamples: int, level: float = 0.95
+) -> tuple[float, float]:
+    """A confidence interval of a statistic by the percentile bootstrap (Efron 1979), the same for the same samples.
+
+    Args:
+        statistic: from resamples ``[R, *B, N]`` of each of the samples to ``[R]``.
+        *samples: independent values along the last dimension, each ``[*B, N]``. Values are drawn anew within their row.
+
+    Keyword Args:
+        resamples: the number of resamples.
+        level: the share of intervals that hold the true value.
+
+    Returns:
+        The two ends.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(samples))]
+    block = max(1, _BLOCK // max(sample.numel() for sample in samples))
+    values = []
+    for start in range(0, resamples, block):
+        drawn = []
+        for sample, generator in zip(samples, generators, strict=True):
+            shape = (min(block, resamples - start), *sample.shape)
+            index = torch.randint(sample.shape[-1], shape, generator=generator)
+            drawn.append(sample.expand(shape).gather(-1, index))
+        values.append(statistic(*drawn))
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values[0].dtype)
+    low, high = torch.cat(values).quantile(ends).tolist()
+    return low, high
+
+
 def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Tensor:
     """``(Σ w)² / Σ w²`` of importance weights, as a share of the rows that count.
 
     Args:
         log_weight: the logarithms of the weights.
-        mask: which of them count, bool of the same shape, or None for all.
+        mask: which weights count, bool of the same shape, or None for all.
 
     Returns:
         A scalar between 0 and 1.

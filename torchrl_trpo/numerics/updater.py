@@ -24,7 +24,7 @@ class TrustRegionProblem(Protocol):
 
     @property
     def indices(self) -> Sequence[int]:
-        """Which rows of the statistics these regions are, ``n`` numbers."""
+        """The regions' rows in the statistics, ``n`` numbers."""
 
     @property
     def parameters(self) -> Tensor:
@@ -43,12 +43,13 @@ class TrustRegionProblem(Protocol):
         """Writes ``parameters`` ``[n, P]`` where ``accepted`` ``[n]``; leaves the others untouched to the bit."""
 
     def snapshot(self) -> Callable[[], None]:
-        """A function that writes ``θ_k`` again, to the bit, whatever was written since."""
+        """A function that restores ``θ_k``, to the bit, whatever was written since."""
 
     def diagnostics(self) -> Mapping[str, Tensor]:
-        """More statistics, each ``[n]``, once the gradient is known; :meth:`TrustRegionUpdater.step` names them.
+        """Further statistics, each ``[n]``, once the gradient is known; see :meth:`TrustRegionUpdater.step`.
 
-        ``mismatch`` is none of them: the share of the rows whose log-probability in the data is not the policy's.
+        With them may be ``mismatch``, the share of the rows whose log-probability in the data is not the policy's; the
+        updater warns of it, and does not return it.
         """
 
 
@@ -84,7 +85,7 @@ class TrustRegionUpdater(RangedSettings):
         max_kl: the radius :math:`\delta`, the mean KL of an agent's joint action, in nats. Default: 0.01.
         damping: :math:`\lambda`, added to the diagonal of :math:`F`. Default: 0.1.
         cg_iters: the number of conjugate-gradient steps. Default: 10.
-        cg_tol: the relative residual at which they stop to matter. Default: 1e-6.
+        cg_tol: the relative residual at which a solution is good enough and no longer changes. Default: 1e-6.
         backtrack_coeff: :math:`\alpha`, the factor between tries of the line search. Default: 0.8.
         max_backtracks: :math:`L_{max}`, the number of tries after the first. Default: 10.
         accept_ratio: :math:`\kappa`, the share of the predicted improvement that must be reached. Default: 0.5.
@@ -154,12 +155,12 @@ class TrustRegionUpdater(RangedSettings):
             - ``step_fraction``: the ``α^j`` taken, 0 when rejected.
             - ``grad_norm``: the Euclidean norm of the surrogate's gradient.
             - ``cg_residual``: ``‖g − (F + λI)x‖ / ‖g‖``.
-            - ``factor_std``: in a sequential update, the standard deviation over the rows of the factor ``M`` that the
-              regions before this one have left: 0 of the first, nothing outside of a sequential update.
+            - ``factor_std``: only in a sequential update, the standard deviation over the rows that count of the factor
+              ``M``, the product of the ratios of the regions before this one; 0 for the first.
             - ``order``: ``order[m]`` is the region that was solved m-th.
-            - ``log_ratio_max``: the largest ``|log π_k(u|o) − log π_data(u|o)|`` over the rows that count, at ``θ_k``
-              against what the data says: rounding, if ``π_k`` has collected the data. If most rows are further apart, a
-              warning says so once.
+            - ``log_ratio_max``: the largest ``|log π_k(u|o) − log π_data(u|o)|`` over the rows that count, between the
+              policy at ``θ_k`` and the log-probability in the data. It is rounding if ``π_k`` has collected the data.
+              If most rows differ by more, a warning says so once.
             - ``ESS``: the effective sample size of the ratios ``π_k(u|o) / π_data(u|o)``, as a share of those rows.
 
         Raises:
@@ -189,7 +190,7 @@ class TrustRegionUpdater(RangedSettings):
     def _check_policy_of_data(self, stats: TensorDict) -> None:
         """Warns once when most of the data is not from the policy that the step starts at.
 
-        A few log-probabilities may differ by any amount: of squashed actions at their bounds only rounding is left.
+        A few log-probabilities may differ by any amount: those of squashed actions at their bounds are all rounding.
         """
         mismatches = stats.pop("mismatch", None)
         if self._warned_of_data or mismatches is None or mismatches.is_meta:

@@ -17,33 +17,25 @@ ADAM_RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "minibatch_size": ("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1),
     "max_grad_norm": ("a positive number", lambda v: v > 0),
 }
-"""What the settings of a policy's minibatch steps may be: what is legal, in words, and whether a number is."""
+"""The ranges of the settings of minibatch steps: in words, and as a check."""
 
 
 def count_by_rank(kept: Tensor, ranks: Ranks) -> list[int]:
-    """How many rows each rank has.
-
-    Args:
-        kept: the indices of this rank's rows.
-        ranks: the ranks.
-
-    Returns:
-        The numbers, by rank.
-    """
+    """The number of rows of each rank, from the indices ``kept`` of this rank's rows."""
     return ranks.concat(kept.new_tensor([len(kept)])).tolist() if ranks.size > 1 else [len(kept)]
 
 
 def draw_minibatches(kept: Tensor, kept_by_rank: Sequence[int], size: int, ranks: Ranks) -> Iterator[Tensor]:
-    """This rank's rows of each minibatch of one pass over the rows of all ranks, drawn by the first.
+    """Draws the minibatches of one pass over the rows of all ranks; the first rank draws the order.
 
     Args:
         kept: the indices of this rank's rows.
-        kept_by_rank: how many each rank has, from :func:`count_by_rank`.
-        size: rows of a minibatch, of all ranks together.
+        kept_by_rank: the number of rows of each rank, from :func:`count_by_rank`.
+        size: the number of rows of a minibatch, of all ranks together.
         ranks: the ranks.
 
     Yields:
-        Indices of rows, none where all rows of the minibatch are other ranks'.
+        The indices of this rank's rows of each minibatch; none if all of its rows are other ranks'.
     """
     order = ranks.first_(torch.randperm(sum(kept_by_rank), device=kept.device))
     if ranks.size == 1:
@@ -56,12 +48,12 @@ def draw_minibatches(kept: Tensor, kept_by_rank: Sequence[int], size: int, ranks
 
 
 def average_gradients(parameters: Sequence[Tensor], loss: Tensor, count: Tensor, ranks: Ranks) -> Tensor:
-    """Makes the gradients of a mean over this rank's values those of the mean over all ranks', and gives that mean.
+    """Averages a loss and its gradients over the values of all ranks; the gradients in place.
 
     Args:
-        parameters: those with gradients, each once; none yet counts as 0.
+        parameters: the trained parameters, each once. One without a gradient counts as 0.
         loss: the mean over this rank's values, without a graph.
-        count: how many those are.
+        count: the number of this rank's values.
         ranks: the ranks.
 
     Returns:

@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
+from torchrl_trpo.numerics.statistics import percentile_bootstrap
 from torchrl_trpo.recipes.studies.statistics import (
     aggregate,
     interquartile_mean,
     probability_of_improvement,
-    stratified_resamples,
 )
 
 
@@ -25,7 +25,9 @@ def test_a_quarter_is_left_out_at_each_end(n):
 
 def test_runs_are_drawn_within_their_task():
     scores = torch.tensor([[0.0, 1.0, 2.0], [10.0, 11.0, 12.0]])
-    resamples = stratified_resamples(scores)
+    blocks = []
+    percentile_bootstrap(lambda drawn: blocks.append(drawn) or drawn.mean((-2, -1)), scores, resamples=5000)
+    resamples = torch.cat(blocks)
     assert resamples[:, 0].max() <= 2
     assert resamples[:, 1].min() >= 10
     assert resamples[:, 0].mean() == pytest.approx(1.0, abs=0.05)
