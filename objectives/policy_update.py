@@ -46,14 +46,14 @@ def read_rows(
     Args:
         loss: the loss of the policy.
         tensordict: the data, ``[*B, T]``.
-        normalize: gives the normalised advantage ``[*B, T, *A, 1]``, from the advantage, the data with its value
-            targets, and whether the advantage was computed just now.
+        normalize: the function that normalises the advantage ``[*B, T, *A, 1]``. It gets the advantage, the data, and
+            whether the advantage was missing and has been computed.
 
     Keyword Args:
         n_agents: how many agents have a region each, or None if the policy is one region.
         agent_dim: the agent dimension of the log-probability ``[*B, T, n_agents, 1]``.
-        log_prob_keys: recorded log-probabilities, ``[*B, T, *A]``, that the rows' ``inputs`` hold too, with a last
-            dimension of 1 so that each agent's can be told.
+        log_prob_keys: recorded log-probabilities, ``[*B, T, *A]``, that are added to the rows' ``inputs`` with a last
+            dimension of 1. Default: none.
         ranks: the processes whose rows' weights sum to 1.
 
     Returns:
@@ -165,8 +165,8 @@ def check_masks(loss: PPOLoss, tensordict: TensorDictBase) -> None:
     ends = done.reshape(*tensordict.shape, -1).any(-1)
     if tensordict.shape[-1] > 1 and (counts[..., :-1] & ~counts[..., 1:] & ~ends[..., :-1]).any():
         raise ValueError(
-            f"{type(estimator).__name__} does not know the loss's mask: what padded steps were paid is in the "
-            "advantages of the steps before them, which do not end. Legal: "
+            f"{type(estimator).__name__} does not know the loss's mask: the rewards of padded steps are in the "
+            "advantages of the steps before them, at which no episode ends. Legal: "
             "make_value_estimator(AgentGAE, mask_key=loss.loss_mask_key, ...), or done flags before the padding."
         )
 
@@ -203,8 +203,8 @@ def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
             if other != group:
                 legal = {member: (member, path(key)[-1]) for member in (other, group)}
                 raise ValueError(
-                    f"{name}: {key!r} is the key of groups {other!r} and {group!r}: what one's value estimator writes "
-                    "there, the other would use. Legal: a key for each group, such as "
+                    f"{name}: {key!r} is the key of groups {other!r} and {group!r}: each would use what the other's "
+                    "value estimator writes. Legal: a key for each group, such as "
                     f"{' and '.join(f'losses[{m!r}].set_keys({name}={own})' for m, own in legal.items())}."
                 )
 

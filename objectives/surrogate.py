@@ -133,8 +133,8 @@ class SurrogateLoss(PPOLoss):
         """
         tensordict = tensordict.clone(False)
         keys = self.tensor_keys
-        log_prob_k = collected_log_prob(self, tensordict)
         advantage, _ = estimated_advantage(self, tensordict)
+        log_prob_k = collected_log_prob(self, tensordict)
         tensordict.set(keys.advantage, broadcast_advantage(advantage, log_prob_k, keys.advantage))
         if not isinstance(keys.sample_log_prob, list) and isinstance(tensordict.get(keys.sample_log_prob), Tensor):
             tensordict.set(keys.sample_log_prob, log_prob_k.squeeze(-1))  # of the joint action
@@ -156,7 +156,7 @@ class SurrogateLoss(PPOLoss):
         return out
 
     def make_value_estimator(self, value_type: ValueEstimators | type | Any = None, **hyperparams: Any) -> Self:
-        """Makes the value estimator, as for any TorchRL loss; one given as a class gets the loss's keys too.
+        """Makes the value estimator, as for any TorchRL loss; one that is given as a class gets the loss's keys too.
 
         Args:
             value_type: a ``ValueEstimators`` entry or its name, or a ``ValueEstimatorBase`` class or instance. Default,
