@@ -32,11 +32,6 @@ def check_stacked_agents(
 ) -> None:
     """Refuses a policy in which an agent's actions depend on more than its own slice of the stacked parameters.
 
-    Args:
-        network: the policy, with parameters stacked on a leading agent dimension.
-        parameters: its parameters and buffers.
-        rows: a batch.
-
     Raises:
         ValueError: if an agent's actions depend on another one's slice.
     """
@@ -59,11 +54,6 @@ def check_agents_alone(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, rows: PolicyRows
 ) -> None:
     """Refuses a policy in which an agent that is evaluated alone, with its slice of the parameters, acts differently.
-
-    Args:
-        network: the policy, with parameters stacked on a leading agent dimension.
-        parameters: its parameters and buffers.
-        rows: a batch.
 
     Raises:
         ValueError: if the distributions differ by more than rounding.
@@ -90,11 +80,6 @@ def check_shared_agents(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, rows: PolicyRows
 ) -> None:
     """Refuses one trust region for agents that share no parameter.
-
-    Args:
-        network: the policy.
-        parameters: its parameters and buffers.
-        rows: a batch.
 
     Raises:
         ValueError: if each parameter reaches the actions of one agent at most.

@@ -140,10 +140,6 @@ def row_mask(loss: PPOLoss, tensordict: TensorDictBase, like: Tensor) -> Tensor 
 def check_masks(loss: PPOLoss, tensordict: TensorDictBase) -> None:
     """Refuses a value estimator that does not know the loss's mask, if masked steps are in the advantages of others.
 
-    Args:
-        loss: the loss.
-        tensordict: the data, ``[*B, T]``.
-
     Raises:
         ValueError: if an :class:`AgentGAE` has other masks; or if another estimator has none, and a step that counts is
             followed by one that does not, without an end of the episode.
@@ -178,9 +174,6 @@ def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
     """Refuses losses of several groups that write the same entries, or whose policies share parameters.
 
     One group would train on the other's advantages, or be moved by the other's steps.
-
-    Args:
-        losses: the losses by group.
 
     Raises:
         ValueError: if two groups have the same key for the advantage, or with critics for the value or its target; or

@@ -51,18 +51,7 @@ class SurrogateLoss(PPOLoss):
     The private methods of ``PPOLoss`` that it overrides are the hooks that TorchRL's own losses override
     (``MAPPOLoss``, ``ClipPPOLoss``); none of them has a public name.
 
-    Args:
-        actor_network: the policy.
-        critic_network: the value network, or None.
-
-    Keyword Args:
-        entropy_coeff: the weight of the entropy.
-        value_norm: the statistics that the critic's targets are normalised with, or None.
-        process_group: the processes of ``torch.distributed`` that update together, or None for this process alone.
-        **kwargs: keywords of :class:`~torchrl.objectives.PPOLoss`.
-
-    Raises:
-        TypeError: if a keyword is not known.
+    Its arguments are those of :class:`TRPOLoss`.
     """
 
     default_value_estimator = ValueEstimators.MAGAE
@@ -81,7 +70,7 @@ class SurrogateLoss(PPOLoss):
         accepted = [name for name in inspect.signature(PPOLoss).parameters if name != "kwargs"]
         for name in kwargs:
             if name not in accepted:  # PPOLoss would ignore it
-                raise TypeError(f"{name}: TRPOLoss has no such argument. {nearest(name, accepted)}")
+                raise TypeError(f"{name}: {type(self).__name__} has no such argument. {nearest(name, accepted)}")
         super().__init__(actor_network, critic_network, entropy_coeff=plain_number(entropy_coeff), **kwargs)
         self.value_norm = value_norm
         self._norm_has_started = False
@@ -196,7 +185,7 @@ class SurrogateLoss(PPOLoss):
     @property
     def loss_mask_key(self) -> NestedKey | Literal["auto"] | None:
         """Which entry says what counts, as for any TorchRL loss; the value estimator reads it too."""
-        return self._loss_mask_key
+        return super().loss_mask_key
 
     @loss_mask_key.setter
     def loss_mask_key(self, value: NestedKey | Literal["auto"] | None) -> None:
