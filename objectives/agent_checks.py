@@ -1,7 +1,7 @@
-"""Whether the parameters of a policy belong to its agents as its trust regions have it.
+"""Checks of which agents' actions each parameter of a policy reaches.
 
-A policy's structure does not depend on its parameters or inputs. So it is looked at where no zero hides anything: at a
-few rows of a batch, with parameters and inputs changed a little, in evaluation mode.
+The structure of a policy does not depend on its parameters or inputs. So it is tested on a few rows of a batch, in
+evaluation mode, with parameters and inputs changed a little, so that no derivative is 0 by chance.
 """
 
 from __future__ import annotations
@@ -30,12 +30,7 @@ _ROWS = 4
 def check_stacked_agents(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, rows: PolicyRows
 ) -> None:
-    """Refuses a policy of which an agent's actions depend on more than its slice of the stacked parameters.
-
-    Args:
-        network: the policy, with parameters stacked on a leading agent dimension.
-        parameters: its parameters and buffers.
-        rows: a batch.
+    """Refuses a policy in which an agent's actions depend on more than its own slice of the stacked parameters.
 
     Raises:
         ValueError: if an agent's actions depend on another one's slice.
@@ -58,15 +53,10 @@ def check_stacked_agents(
 def check_agents_alone(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, rows: PolicyRows
 ) -> None:
-    """Refuses a policy of which an agent, evaluated alone with its slice of the parameters, acts otherwise.
-
-    Args:
-        network: the policy, with parameters stacked on a leading agent dimension.
-        parameters: its parameters and buffers.
-        rows: a batch.
+    """Refuses a policy in which an agent that is evaluated alone, with its slice of the parameters, acts differently.
 
     Raises:
-        ValueError: if it does, beyond rounding.
+        ValueError: if the distributions differ by more than rounding.
     """
     few, agents = _few(rows), range(rows.agent_shape.numel())
     moved, prefixes = _moved_parameters(parameters), stacked_prefixes(network)
@@ -81,20 +71,15 @@ def check_agents_alone(
                 raise ValueError(
                     f"agents are updated one at a time, but agent {agent} alone, with its slice of the parameters, "
                     "does not act as among all: something in the policy depends on other agents. Legal: layers that "
-                    "act on each agent's features; what differs between agents as a parameter or buffer "
-                    "[n_agents, ...], or in a MultiAgentNetBase."
+                    "act on each agent's features; parameters or buffers [n_agents, ...] for what differs between "
+                    "agents, or a MultiAgentNetBase."
                 )
 
 
 def check_shared_agents(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, rows: PolicyRows
 ) -> None:
-    """Refuses one trust region for agents that share nothing, unless it was asked for.
-
-    Args:
-        network: the policy.
-        parameters: its parameters and buffers.
-        rows: a batch.
+    """Refuses one trust region for agents that share no parameter.
 
     Raises:
         ValueError: if each parameter reaches the actions of one agent at most.
@@ -113,7 +98,7 @@ def check_shared_agents(
 def _slopes(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, rows: PolicyRows
 ) -> tuple[list[NestedKey], list[tuple[Tensor, ...]]]:
-    """The names of the parameters, and for each agent a derivative of its distribution by each of them."""
+    """The names of the parameters, and for each agent the derivative of its distribution by each of them."""
     few = _few(rows)
     leaves = _moved_parameters(parameters)
     names = [key for key, value in leaves.items(True, True) if value.requires_grad]
@@ -129,36 +114,36 @@ def _slopes(
 
 
 def _few(rows: PolicyRows) -> PolicyRows:
-    """Some rows, with inputs that are not those of the data."""
+    """A few rows, with inputs changed a little."""
     few = rows.take(slice(0, _ROWS))
     return replace(few, inputs=few.inputs.apply(_moved))
 
 
 def _moved_parameters(parameters: TensorDictBase) -> TensorDictBase:
-    """Other parameters, leaves of their own where the policy's are trained."""
+    """The parameters changed a little, as new leaves; those that are trained require gradients."""
     return parameters.apply(lambda value: _moved(value).requires_grad_(value.requires_grad))
 
 
 def _moved(value: Tensor) -> Tensor:
-    """Other numbers than those given, each by something else; without a draw of random ones."""
+    """The values, each changed by a different amount; no random number is drawn."""
     value = value.detach()
     return value + 0.1 * _waves(value) if value.is_floating_point() else value.clone()
 
 
 def _waves(value: Tensor) -> Tensor:
-    """Numbers between -1 and 1 that differ from entry to entry."""
+    """Numbers between -1 and 1, different for each entry."""
     return torch.arange(1, 1 + value.numel(), device=value.device).to(value.dtype).sin().reshape(value.shape)
 
 
 def _of_agent(value: Tensor, agent: int, rows: PolicyRows) -> Tensor:
-    """An agent's part of an output ``[*R, n_agents, F]``; all of one that the agents have in common."""
+    """An agent's part of an output ``[*R, n_agents, F]``; the whole output if the agents have it in common."""
     per_agent = value.ndim > rows.row_dims and value.shape[rows.row_dims] == rows.agent_shape.numel()
     return value.narrow(rows.row_dims, agent, 1) if per_agent else value
 
 
 @contextlib.contextmanager
 def _in_evaluation(network: nn.Module) -> Iterator[None]:
-    """Evaluates a network without dropout, and batch norm by what it has counted."""
+    """Puts a network in evaluation mode, and each of its modules back into its own mode afterwards."""
     training = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -169,12 +154,12 @@ def _in_evaluation(network: nn.Module) -> Iterator[None]:
 
 
 def _any(slope: Tensor) -> bool:
-    """Whether a derivative is not zero; one that is not finite says nothing, nor does the meta device."""
+    """Whether any entry of a derivative is not 0; NaN and tensors on the meta device count as 0."""
     return not slope.is_meta and bool((slope.abs() > 0).any())
 
 
 def _close(value: Tensor, expected: Tensor) -> bool:
-    """Whether two evaluations are the same up to rounding."""
+    """Whether two evaluations are equal up to rounding."""
     if value.shape != expected.shape or value.is_meta:
         return value.is_meta
     if not value.is_floating_point():

@@ -14,14 +14,7 @@ from torchrl_trpo.parallel.ranks import ALONE, Ranks
 def checked_order(
     order: Literal["random", "fixed"] | Sequence[int], n_agents: int
 ) -> Literal["random"] | tuple[int, ...]:
-    """Checks the argument ``agent_order``.
-
-    Args:
-        order: ``"random"``, ``"fixed"`` (by index), or a sequence that names every agent index once.
-        n_agents: the number of agents.
-
-    Returns:
-        ``"random"``, or the indices in their order.
+    """The argument ``agent_order``, checked: ``"random"``, or the agents' indices in their order.
 
     Raises:
         ValueError: if it is anything else.
@@ -40,16 +33,9 @@ def checked_order(
 def drawn_order(
     order: Literal["random"] | tuple[int, ...], n_agents: int, device: torch.device, ranks: Ranks = ALONE
 ) -> Sequence[int]:
-    """The order of one update.
+    """The agents in the order of one update; a random one is drawn from torch's generator, for all ranks by the first.
 
-    Args:
-        order: the order, or ``"random"`` to draw one from torch's generator.
-        n_agents: the number of agents.
-        device: where the ranks exchange the order.
-        ranks: the processes that update together: all take the order of the first. Default: this process alone.
-
-    Returns:
-        The agents' indices.
+    ``device`` is where the ranks exchange it.
     """
     if order != "random":
         return order

@@ -13,11 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def differentiable_attention(*, twice: bool = False) -> Iterator[None]:
     """A context in which PyTorch's attention can be differentiated, in evaluation mode and under ``vmap`` too.
 
-    ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` have a fast path for inference, which they also take
-    where ``vmap`` hides that parameters need a gradient.
+    ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` have a fast path for inference. They take it under
+    ``vmap`` too, which hides that parameters require a gradient.
 
     Args:
-        twice: whether derivatives are differentiated: the fused kernels of attention have none of second order.
+        twice: whether second derivatives are taken, which the fused attention kernels do not have.
 
     Yields:
         Nothing.

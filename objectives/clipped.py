@@ -122,7 +122,7 @@ class ClippedUpdater(RangedSettings):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         for name, value in vars(self).items():
-            if name != "_members":  # whose parameters share the memory of the losses', which a copy would not
+            if name != "_members":  # their parameters are views on those of the losses; views of copies are made below
                 setattr(copied, name, copy.deepcopy(value, memo))
         copied._members = copied._make_members()
         for member, original in zip(copied._members, self._members, strict=True):
@@ -156,7 +156,7 @@ class ClippedUpdater(RangedSettings):
 
     @contextlib.contextmanager
     def _restored(self) -> Iterator[None]:
-        """Puts policies and optimisers back, to the bit, if an error leaves."""
+        """Puts policies and optimisers back, to the bit, if an error leaves the block."""
         tensors = [value.data for loss in self.losses.values() for value in actor_parameters(loss).values(True, True)]
         before = [value.clone() for value in tensors]
         optimizers = [copy.deepcopy(member.optimizer.state_dict()) for member in self._members]
@@ -174,14 +174,14 @@ class ClippedUpdater(RangedSettings):
         return {**super().state_dict(), "optimizers": [member.optimizer.state_dict() for member in self._members]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave, all or none.
+        """Loads a state from :meth:`state_dict`, all of it or nothing.
 
         Args:
             state_dict: the settings by name, and the optimisers' states.
 
         Raises:
             PlainKeyError: if something is missing or unknown.
-            ValueError: if it is of another number of policies, or an optimiser's state is not that of the policy's.
+            ValueError: if the number of policies differs, or a state is not one of that policy's optimiser.
         """
         settings = dict(state_dict)
         if "optimizers" not in settings:
@@ -191,7 +191,7 @@ class ClippedUpdater(RangedSettings):
             raise ValueError(f"optimizers: the state_dict has {len(states)} policies, legal: {len(self._members)}.")
         optimizers = []
         for index, (member, state) in enumerate(zip(self._members, states, strict=True)):
-            member.follow(self.losses[member.group])  # whose type the state takes
+            member.follow(self.losses[member.group])  # the state takes the dtype of the parameters
             try:
                 optimizers.append(member.optimizer_with(state))
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -201,11 +201,11 @@ class ClippedUpdater(RangedSettings):
             member.optimizer = optimizer
 
     def _make_members(self) -> list[Member]:
-        """What is updated one after the other."""
+        """The policies that are updated one after the other."""
         return [Member.make(group, loss, self.lr) for group, loss in self.losses.items()]
 
     def _rows(self, group: str, tensordict: TensorDictBase) -> PolicyRows:
-        """What the group's update needs of a batch; the log-probabilities that its loss reads are in ``inputs``."""
+        """The rows of a batch for a group's update; the log-probabilities that its loss reads are in ``inputs``."""
         loss = self.losses[group]
         agents = [member.index for member in self._members if member.group == group]
 
@@ -231,7 +231,7 @@ class ClippedUpdater(RangedSettings):
         return rows
 
     def _update(self, member: Member, rows: PolicyRows) -> tuple[TensorDict, Tensor]:
-        """Updates one member on its rows; gives its statistics and the ratios of its actions, 1 where none counts."""
+        """Updates one member on its rows; returns its statistics and its ratios, which are 1 where a row is masked."""
         group_loss = self.losses[member.group]
         member.follow(group_loss)
         counts = (rows.weight > 0).expand_as(rows.log_prob)
@@ -244,7 +244,7 @@ class ClippedUpdater(RangedSettings):
             ratio_before, ratio = (
                 rows.log_ratio(each, group_loss.max_importance_ratio).exp() for each in (before, after)
             )
-            counts = counts & rows.advantage.isfinite()  # which is NaN where anything of a row is not finite
+            counts = counts & rows.advantage.isfinite()  # read_rows made it NaN where anything of a row is not finite
             kl = kl_if_exact(before, after, rows.log_prob.ndim - 1)
             rows_of = {
                 "kl": torch.full_like(ratio, torch.nan) if kl is None else kl.unsqueeze(-1),
@@ -263,7 +263,7 @@ class ClippedUpdater(RangedSettings):
 
     @torch.enable_grad()
     def _fit(self, member: Member, rows: PolicyRows, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """The epochs of one member; gives the mean norm of the gradients, and whether all steps were taken."""
+        """Runs the epochs of one member; returns the mean norm of the gradients, and whether all steps were taken."""
         optimizer: Any = member.optimizer
         optimizer.param_groups[0]["lr"] = self.lr
         if rows.weight.ndim == 1:  # without a mask all rows count, and the device need not be asked which
@@ -288,7 +288,7 @@ class ClippedUpdater(RangedSettings):
                 objective = average_gradients(member.trained, objective.detach(), counts[drawn].sum(), self._ranks)
                 norms.append(torch.nn.utils.clip_grad_norm_(member.trained, self.max_grad_norm))
                 finite = (objective + norms[-1]).isfinite()
-                # As GradScaler tells a fused optimiser to leave a step out: on the device, the momentum too.
+                # A fused optimiser leaves out the step and the momentum, on the device: GradScaler uses this too.
                 optimizer.found_inf = (~finite).float()
                 optimizer.step()
                 taken &= finite

@@ -16,11 +16,11 @@ from torchrl_trpo.objectives.policy_network import distribution_parameters
 
 
 class CompiledPolicy:
-    """A policy's distribution parameters, by ``torch.compile``: to be differentiated once, not twice.
+    """A policy's forward pass to its distribution parameters, compiled; it can be differentiated once, not twice.
 
-    ``torch.compile`` would look into TensorDicts and ``vmap`` anew at each update. So the pass is traced to a graph of
-    operations on plain tensors first (``make_fx``), and that is compiled, once for each shape of the inputs. A policy
-    whose operations depend on the values that it reads cannot be traced, which is an error of torch's.
+    ``torch.compile`` would trace through TensorDicts and ``vmap`` again at each update. So ``make_fx`` first traces the
+    pass to a graph of operations on plain tensors, and that graph is compiled, once for each shape of the inputs. A
+    policy whose operations depend on the values that it reads cannot be traced: torch raises an error.
 
     Args:
         network: the policy.
@@ -50,7 +50,7 @@ class CompiledPolicy:
         return TensorDict(dict(zip(keys, function(values), strict=True)), batch_size=inputs.batch_size)
 
     def __deepcopy__(self, memo: dict) -> CompiledPolicy:
-        """A copy compiles anew."""
+        """A copy, which compiles for itself."""
         return CompiledPolicy(deepcopy(self._network, memo), self._options)
 
     def _compile(self, parameters: TensorDictBase, inputs: TensorDictBase) -> tuple[list, Callable]:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def other_parameters(network: nn.Module, parameters: TensorDictBase) -> Iterator[None]:
-    """Evaluates a network with other parameters; its own are back afterwards, also after an error.
+    """Gives a network other parameters for the block; its own are back afterwards, also after an error.
 
     Args:
         network: the network.
         parameters: parameters and buffers, with the keys of ``TensorDict.from_module(network)``.
 
     Yields:
-        Nothing; within, the network has the parameters.
+        Nothing.
     """
     with parameters_restored(network):
         own = parameters.to_module(network, preserve_module_state=False)
@@ -33,9 +33,9 @@ def other_parameters(network: nn.Module, parameters: TensorDictBase) -> Iterator
 def parameters_restored(*networks: nn.Module | None) -> Iterator[None]:
     """Puts the networks' own parameters and buffers back if an error leaves.
 
-    ``TensorDict.to_module``, which TorchRL's losses, value estimators and multi-agent networks swap parameters with,
-    restores nothing when an ``Exception`` leaves its block: the network would keep clones, or what ``vmap`` made. When
-    anything else leaves it (Ctrl-C), it raises an error of its own instead; here the original one is raised.
+    TorchRL's losses, value estimators and multi-agent networks swap parameters with ``TensorDict.to_module``. When an
+    ``Exception`` leaves its block, it restores nothing: the network keeps clones, or the tensors of ``vmap``. When
+    anything else leaves it (Ctrl-C), it raises another error; here the original one is raised again.
 
     Args:
         *networks: the networks; None stands for none.
@@ -43,7 +43,7 @@ def parameters_restored(*networks: nn.Module | None) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    if torch.compiler.is_compiling():  # what is compiled has raised already if it does
+    if torch.compiler.is_compiling():  # a compiled graph raises nothing that could be caught here
         yield
         return
     modules = [module for network in networks if network is not None for module in network.modules()]
@@ -68,10 +68,10 @@ def parameters_restored(*networks: nn.Module | None) -> Iterator[None]:
 
 
 def _registries(module: nn.Module) -> tuple[dict, dict]:
-    """A module's parameters and buffers by name; no public view of them can be written to."""
+    """A module's parameters and buffers by name, private: no public view of them can be written to."""
     return vars(module)["_parameters"], vars(module)["_buffers"]
 
 
 def _tensor_attributes(module: nn.Module) -> dict[str, Any]:
-    """The tensors that a module has as plain attributes: where ``to_module`` leaves what is no ``Parameter``."""
+    """The tensors that are plain attributes of a module: ``to_module`` puts those there that are no ``Parameter``."""
     return {name: value for name, value in vars(module).items() if isinstance(value, (Tensor, TensorDictBase))}

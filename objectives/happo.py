@@ -1,4 +1,4 @@
-"""HAPPO: clipped minibatch steps agent by agent, each seeing what the agents before it have changed."""
+"""HAPPO: clipped minibatch steps agent by agent; each takes into account what the agents before it have changed."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ class HAPPOUpdater(ClippedUpdater):
         """Updates the policy of each agent once on a batch; the batch is not modified.
 
         If anything raises, policies and optimisers are as before the step, to the bit. A minibatch whose loss or
-        gradient is not finite is left out, so that no parameter can become NaN; to the agents that follow, a row that
-        is not finite is as if this agent had not changed there.
+        gradient is not finite is left out, so that no parameter can become NaN; for the agents that follow, this
+        agent has not changed at a row that is not finite.
 
         Args:
             tensordict: the collected data, ``[*B, T]``, with advantages or what the losses need to compute them.
@@ -161,7 +161,7 @@ class HAPPOUpdater(ClippedUpdater):
             return by_agent.set("order", torch.tensor(order).to(by_agent["kl"].device, non_blocking=True))
 
     def _make_members(self) -> list[Member]:
-        """The agents of all groups; one for a policy without an agent dimension, as the data will tell."""
+        """A member for each agent of all groups; a policy that is not stacked is one agent, as the data must show."""
         members = []
         for group, loss in self.losses.items():
             network, parameters = loss.actor_network, actor_parameters(loss)

@@ -1,4 +1,4 @@
-"""HATRPO: trust-region steps agent by agent, each seeing what the agents before it have changed."""
+"""HATRPO: trust-region steps agent by agent; each takes into account what the agents before it have changed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class HATRPOSequentialObjective(LossModule):
 
     @dataclass
     class _AcceptedKeys:
-        """Has no keys of its own: the losses' are read."""
+        """No keys: the losses have theirs."""
 
     losses: nn.ModuleDict
     actor_network: TensorDictModuleBase
@@ -108,7 +108,7 @@ class HATRPOSequentialObjective(LossModule):
         if any(loss.ranks.group is not self._ranks.group for loss in groups.values()):
             raise ValueError("process_group: the losses have different ones. Legal: the same for all of them, or None.")
         self.agent_order = agent_order
-        # In __dict__, as TorchRL's losses keep their networks: the parameters are the losses'.
+        # In __dict__, as in TorchRL's losses, so that the parameters are listed once, as those of the losses.
         self.__dict__["actor_network"] = _in_sequence([loss.actor_network for loss in groups.values()])
         self.__dict__["critic_network"] = _in_sequence([loss.critic_network for loss in groups.values()])
 
@@ -127,7 +127,7 @@ class HATRPOSequentialObjective(LossModule):
         self._agent_order = checked_order(order, self.n_agents)
 
     def _check_rewards(self, tensordict: TensorDictBase) -> None:
-        """Warns once when the agents' rewards differ, after updates 1, 2, 4, 8, ...: it waits for the device."""
+        """Warns once if the agents' rewards differ; asks at updates 1, 2, 4, 8, ..., since it waits for the device."""
         self._updates += 1
         if self._warned_of_rewards or self._updates & (self._updates - 1):
             return
@@ -266,7 +266,7 @@ def _count_agents(group: str, loss: TRPOLoss) -> int:
         )
     if any(isinstance(net, MultiAgentNetBase) and net.n_agents > 1 for net in loss.actor_network.modules()):
         raise ValueError(_shared_message(group))
-    return 1  # a group of one agent; the data will tell
+    return 1  # trust_regions checks that the data has one agent
 
 
 def _shared_message(group: str) -> str:

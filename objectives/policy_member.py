@@ -34,12 +34,7 @@ _SCALARS = ("clip_epsilon", "clip_epsilon_low", "clip_epsilon_high", "entropy_co
 
 
 class MemberLoss(ClipPPOLoss):
-    """The loss of one member's policy, with the settings of its group's loss; the entropy is exact where possible.
-
-    Args:
-        network: the member's policy.
-        group_loss: the loss of its group.
-    """
+    """The loss of one member's policy, with the settings of its group's loss; the entropy is exact where possible."""
 
     def __init__(self, network: ProbabilisticTensorDictSequential, group_loss: ClipPPOLoss) -> None:
         is_asymmetric = "clip_epsilon_low" in dict(group_loss.named_buffers())
@@ -48,11 +43,7 @@ class MemberLoss(ClipPPOLoss):
         self._entropy_coeff_on_host = HostScalar()
 
     def follow(self, group_loss: ClipPPOLoss) -> None:
-        """Takes over the settings that the group's loss has now.
-
-        Args:
-            group_loss: the loss of the group.
-        """
+        """Takes over the settings that the group's loss has now."""
         for name in _SCALARS:
             if hasattr(group_loss, name):
                 setattr(self, name, getattr(group_loss, name))
@@ -64,15 +55,7 @@ class MemberLoss(ClipPPOLoss):
         self.set_keys(action=keys.action, sample_log_prob=keys.sample_log_prob, advantage=keys.advantage)
 
     def minibatch(self, rows: PolicyRows, counts: Tensor) -> TensorDict:
-        """What the loss reads, with its keys.
-
-        Args:
-            rows: the member's rows; their ``inputs`` hold the log-probabilities of :func:`log_prob_keys`.
-            counts: which entries count, bool ``[*R, *A, 1]``.
-
-        Returns:
-            The minibatch; its advantages are multiplied with the rows' ``M``.
-        """
+        """What the loss reads of some rows, with its keys; ``counts`` is the mask, bool ``[*R, *A, 1]``."""
         batch = rows.inputs
         for key in log_prob_keys(self):
             batch.update(batch.select(key).apply(lambda value: value.squeeze(-1)))
@@ -118,20 +101,7 @@ class Member:
         index: int | None = None,
         policy: tuple[ProbabilisticTensorDictSequential, TensorDictBase] | None = None,
     ) -> Member:
-        """A member with an optimiser of its own.
-
-        Args:
-            group: the group.
-            group_loss: the loss of the group.
-            lr: Adam's learning rate.
-
-        Keyword Args:
-            index: the agent's place in the group. Default: the member is the whole group.
-            policy: the agent's policy and its parameters. Default: the group's.
-
-        Returns:
-            The member.
-        """
+        """A member with an optimiser of its own: an agent with its policy and parameters, or by default the group."""
         network, parameters = policy or (group_loss.actor_network, actor_parameters(group_loss))
         trained = {id(leaf): leaf for leaf in parameters.values(True, True) if leaf.requires_grad}
         optimizer = torch.optim.Adam(trained.values(), lr=lr, fused=True)
@@ -143,11 +113,7 @@ class Member:
         return self.optimizer.param_groups[0]["params"]
 
     def follow(self, group_loss: ClipPPOLoss) -> None:
-        """Makes the parameters views on the group's again, which may have been moved or cast; Adam's state too.
-
-        Args:
-            group_loss: the loss of the group, whose settings are taken over as well.
-        """
+        """Takes over the group's settings, and the device and dtype of its parameters, which may have been moved."""
         self.loss.follow(group_loss)
         if self.index is not None:
             agents = slice(self.index, self.index + 1)
@@ -160,15 +126,7 @@ class Member:
 
     @torch.no_grad()
     def distribution(self, rows: PolicyRows, chunk_size: int) -> D.Distribution:
-        """The policy at all rows.
-
-        Args:
-            rows: the rows.
-            chunk_size: how many environment steps are evaluated at a time.
-
-        Returns:
-            The distribution.
-        """
+        """The policy at all rows, evaluated ``chunk_size`` environment steps at a time."""
         size = max(1, chunk_size // rows.steps_per_row)
         chunks = [rows.inputs[start : start + size] for start in range(0, len(rows), size)]
         parts = [distribution_parameters(self.network, self.parameters, chunk) for chunk in chunks]
@@ -176,12 +134,6 @@ class Member:
 
     def optimizer_with(self, state_dict: dict[str, Any]) -> torch.optim.Adam:
         """An optimiser of this member's parameters with a saved state.
-
-        Args:
-            state_dict: the state.
-
-        Returns:
-            The optimiser.
 
         Raises:
             ValueError: if the state is of parameters with other shapes.
@@ -197,11 +149,6 @@ class Member:
 
 def check_loss(group: str, loss: ClipPPOLoss, ranks: Ranks) -> None:
     """Refuses a loss whose policy's part is not that of ``ClipPPOLoss``, or is clipped around another policy.
-
-    Args:
-        group: the group.
-        loss: its loss.
-        ranks: the processes that update together.
 
     Raises:
         TypeError: if it is no ``ClipPPOLoss``, or has methods of its own for the policy's part.

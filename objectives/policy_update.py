@@ -45,14 +45,14 @@ def read_rows(
     Args:
         loss: the loss of the policy.
         tensordict: the data, ``[*B, T]``.
-        normalize: gives the normalised advantage ``[*B, T, *A, 1]``, from the advantage, the data with its value
-            targets, and whether the advantage was computed just now.
+        normalize: the function that normalises the advantage ``[*B, T, *A, 1]``. It gets the advantage, the data, and
+            whether the advantage was missing and has been computed.
 
     Keyword Args:
         n_agents: how many agents have a region each, or None if the policy is one region.
         agent_dim: the agent dimension of the log-probability ``[*B, T, n_agents, 1]``.
-        log_prob_keys: recorded log-probabilities, ``[*B, T, *A]``, that the rows' ``inputs`` hold too, with a last
-            dimension of 1 so that each agent's can be told.
+        log_prob_keys: recorded log-probabilities, ``[*B, T, *A]``, that are added to the rows' ``inputs`` with a last
+            dimension of 1. Default: none.
         ranks: the processes whose rows' weights sum to 1.
 
     Returns:
@@ -140,10 +140,6 @@ def row_mask(loss: PPOLoss, tensordict: TensorDictBase, like: Tensor) -> Tensor 
 def check_masks(loss: PPOLoss, tensordict: TensorDictBase) -> None:
     """Refuses a value estimator that does not know the loss's mask, if masked steps are in the advantages of others.
 
-    Args:
-        loss: the loss.
-        tensordict: the data, ``[*B, T]``.
-
     Raises:
         ValueError: if an :class:`AgentGAE` has other masks; or if another estimator has none, and a step that counts is
             followed by one that does not, without an end of the episode.
@@ -165,8 +161,8 @@ def check_masks(loss: PPOLoss, tensordict: TensorDictBase) -> None:
     ends = done.reshape(*tensordict.shape, -1).any(-1)
     if tensordict.shape[-1] > 1 and (counts[..., :-1] & ~counts[..., 1:] & ~ends[..., :-1]).any():
         raise ValueError(
-            f"{type(estimator).__name__} does not know the loss's mask: what padded steps were paid is in the "
-            "advantages of the steps before them, which do not end. Legal: "
+            f"{type(estimator).__name__} does not know the loss's mask: the rewards of padded steps are in the "
+            "advantages of the steps before them, at which no episode ends. Legal: "
             "make_value_estimator(AgentGAE, mask_key=loss.loss_mask_key, ...), or done flags before the padding."
         )
 
@@ -178,9 +174,6 @@ def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
     """Refuses losses of several groups that write the same entries, or whose policies share parameters.
 
     One group would train on the other's advantages, or be moved by the other's steps.
-
-    Args:
-        losses: the losses by group.
 
     Raises:
         ValueError: if two groups have the same key for the advantage, or with critics for the value or its target; or
@@ -203,8 +196,8 @@ def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
             if other != group:
                 legal = {member: (member, path(key)[-1]) for member in (other, group)}
                 raise ValueError(
-                    f"{name}: {key!r} is the key of groups {other!r} and {group!r}: what one's value estimator writes "
-                    "there, the other would use. Legal: a key for each group, such as "
+                    f"{name}: {key!r} is the key of groups {other!r} and {group!r}: each would use what the other's "
+                    "value estimator writes. Legal: a key for each group, such as "
                     f"{' and '.join(f'losses[{m!r}].set_keys({name}={own})' for m, own in legal.items())}."
                 )
 

@@ -1,4 +1,4 @@
-"""PopArt: critics that output normalised values, and keep saying the same when the normalisation moves."""
+"""PopArt: critics that output normalised values, and whose values stay the same when the statistics move."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchrl_trpo.parallel.ranks import ALONE, Ranks
 def update_value_norm(
     value_norm: ValueNorm, targets: Tensor, critic: TensorDictBase | None = None, ranks: Ranks = ALONE
 ) -> None:
-    r"""Moves the statistics of normalised values, and corrects the critic's last layer so that no output changes.
+    r"""Moves the statistics of normalised values, and corrects the critic's last layer so that no value changes.
 
     With :math:`\sigma, \mu` before and :math:`\sigma', \mu'` after, the last layer's weight becomes
     :math:`W \sigma / \sigma'` and its bias :math:`(\sigma b + \mu - \mu') / \sigma'` (van Hasselt et al. 2016,
@@ -46,7 +46,7 @@ def _mean(value_norm: ValueNorm) -> Tensor:
 
 def _last_layer(critic: TensorDictBase) -> tuple[Tensor, Tensor]:
     """Weight ``[..., 1, H]`` and bias ``[..., 1]`` of the layer that outputs the value."""
-    # Not their .data: what was computed with the old ones must not be differentiated with the new ones unseen.
+    # Not their .data: autograd must notice that a graph from before the correction can no longer be differentiated.
     parameters = {key if isinstance(key, tuple) else (key,): value for key, value in critic.items(True, True)}
     found = []
     for key, weight in parameters.items():

@@ -52,18 +52,7 @@ class SurrogateLoss(PPOLoss):
     The private methods of ``PPOLoss`` that it overrides are the hooks that TorchRL's own losses override
     (``MAPPOLoss``, ``ClipPPOLoss``); none of them has a public name.
 
-    Args:
-        actor_network: the policy.
-        critic_network: the value network, or None.
-
-    Keyword Args:
-        entropy_coeff: the weight of the entropy.
-        value_norm: the statistics that the critic's targets are normalised with, or None.
-        process_group: the processes of ``torch.distributed`` that update together, or None for this process alone.
-        **kwargs: keywords of :class:`~torchrl.objectives.PPOLoss`.
-
-    Raises:
-        TypeError: if a keyword is not known.
+    Its arguments are those of :class:`TRPOLoss`.
     """
 
     default_value_estimator = ValueEstimators.MAGAE
@@ -82,7 +71,7 @@ class SurrogateLoss(PPOLoss):
         accepted = [name for name in inspect.signature(PPOLoss).parameters if name != "kwargs"]
         for name in kwargs:
             if name not in accepted:  # PPOLoss would ignore it
-                raise TypeError(f"{name}: TRPOLoss has no such argument. {nearest(name, accepted)}")
+                raise TypeError(f"{name}: {type(self).__name__} has no such argument. {nearest(name, accepted)}")
         super().__init__(actor_network, critic_network, entropy_coeff=plain_number(entropy_coeff), **kwargs)
         self.value_norm = value_norm
         self._norm_has_started = False
@@ -134,8 +123,8 @@ class SurrogateLoss(PPOLoss):
         """
         tensordict = tensordict.clone(False)
         keys = self.tensor_keys
-        log_prob_k = collected_log_prob(self, tensordict)
         advantage, _ = estimated_advantage(self, tensordict)
+        log_prob_k = collected_log_prob(self, tensordict)
         tensordict.set(keys.advantage, broadcast_advantage(advantage, log_prob_k, keys.advantage))
         if not isinstance(keys.sample_log_prob, list) and isinstance(tensordict.get(keys.sample_log_prob), Tensor):
             tensordict.set(keys.sample_log_prob, log_prob_k.squeeze(-1))  # of the joint action
@@ -157,7 +146,7 @@ class SurrogateLoss(PPOLoss):
         return out
 
     def make_value_estimator(self, value_type: ValueEstimators | type | Any = None, **hyperparams: Any) -> Self:
-        """Makes the value estimator, as for any TorchRL loss; one given as a class gets the loss's keys too.
+        """Makes the value estimator, as for any TorchRL loss; one that is given as a class gets the loss's keys too.
 
         Args:
             value_type: a ``ValueEstimators`` entry or its name, or a ``ValueEstimatorBase`` class or instance. Default,
@@ -197,7 +186,7 @@ class SurrogateLoss(PPOLoss):
     @property
     def loss_mask_key(self) -> NestedKey | Literal["auto"] | None:
         """Which entry says what counts, as for any TorchRL loss; the value estimator reads it too."""
-        return self._loss_mask_key
+        return super().loss_mask_key
 
     @loss_mask_key.setter
     def loss_mask_key(self, value: NestedKey | Literal["auto"] | None) -> None:
