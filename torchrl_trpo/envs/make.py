@@ -20,8 +20,9 @@ from torchrl.envs import (
 )
 
 from torchrl_trpo.envs.absent_agents import WithoutAbsent
-from torchrl_trpo.envs.checks import NamedFaultsParallelEnv, guard, make_guarded
+from torchrl_trpo.envs.checks import check_specs
 from torchrl_trpo.envs.normalization import ObservationNorm
+from torchrl_trpo.envs.parallel_env import RestorableParallelEnv
 from torchrl_trpo.envs.simulators import SIMULATORS, named_construction
 from torchrl_trpo.errors import SettingError, nearest, nearest_multiples
 from torchrl_trpo.keys import agent_groups, group_keys, return_key
@@ -149,29 +150,20 @@ def make_env(
         make = functools.partial(_placed, make)
         env = make()
         _check_entries(env, name, factory)
-    if env.batch_size:
-        env = guard(env, num_envs)
-    else:
-        env.close(raise_if_closed=False)
-        if parallel:
-            env = NamedFaultsParallelEnv(num_envs, make, device=device)
-        else:
-            indices = [{"index": index} for index in range(num_envs)]
-            env = SerialEnv(
-                num_envs,
-                functools.partial(make_guarded, make, num_envs),
-                create_env_kwargs=indices,
-                device=device,
-            )
-    if env.batch_size != (num_envs,):
+    if env.batch_size not in ((), (num_envs,)):
         raise SettingError(
             f"env: {name!r} has batch size {tuple(env.batch_size)}. Legal: (), or (env.num_envs,) = ({num_envs},)."
         )
+    check_specs(env, name, seed)
+    if not env.batch_size:
+        env.close(raise_if_closed=False)
+        env = (RestorableParallelEnv if parallel else SerialEnv)(num_envs, make, device=device)
     if one_group and len(groups := agent_groups(env)) > 1:
         raise SettingError(f"actor.sharing=all: env {name!r} has the groups {list(groups)}. Legal: group, none.")
     if state and "state" not in env.observation_spec.keys():
         raise SettingError(f"env: {name!r} has no global state. Use critic.inputs=observations.")
-    env = TransformedEnv(env, Compose(*_transforms(env, max_steps, normalize_observations)))
+    transforms = Compose(*_transforms(env, max_steps, normalize_observations))
+    env = TransformedEnv(env, transforms, auto_unwrap=False)  # base_env is the factory's environment, and has its state
     env.set_seed(seed)
     return env
 
