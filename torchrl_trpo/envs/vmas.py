@@ -16,8 +16,9 @@ from torch import Tensor
 from torchrl.data import Categorical, Composite
 from torchrl.envs import VmasEnv
 
+from torchrl_trpo.envs.object_graph import InexactError, tensors_in
 from torchrl_trpo.envs.saved_state import ObjectState
-from torchrl_trpo.envs.snapshot import InexactError, ObjectSnapshot, tensors_in
+from torchrl_trpo.envs.snapshot import ObjectSnapshot
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.seeding import device_state, set_device_state, untouched_generators
 
@@ -87,7 +88,7 @@ class BatchedResetVmasEnv(VmasEnv):
     def get_extra_state(self) -> dict[str, Any]:
         """The simulator's state, down to its next random numbers, for ``state_dict()``.
 
-        It ends with an :class:`~torchrl_trpo.envs.snapshot.InexactError` if the scenario holds what cannot be saved.
+        It ends with an :class:`~torchrl_trpo.envs.object_graph.InexactError` if it cannot be saved exactly.
 
         Returns:
             The state, of dicts, lists, tensors, numbers and strings.
