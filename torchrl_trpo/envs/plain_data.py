@@ -17,7 +17,9 @@ from torch import Tensor
 from torchrl_trpo.envs.object_graph import InexactError, Place, is_empty, kind_of, named, parts_of, path_of
 from torchrl_trpo.errors import SettingError
 
-PLAIN = {types.NoneType, bool, int, float, str}
+PLAIN = {types.NoneType, bool, int, float, str}  # written as they are
+CONSTANTS = (type, types.ModuleType, types.BuiltinFunctionType)  # known by name, and the same in each process
+# Small immutable values: the name of the type, how to take a value apart, and how to make it of its parts.
 _VALUES: dict[type, tuple[str, Callable[[Any], Iterable], Callable]] = {
     complex: ("complex", lambda value: (value.real, value.imag), complex),
     bytes: ("bytes", list, lambda *parts: bytes(parts)),
@@ -31,6 +33,7 @@ _FROM_PARTS: dict[str, Callable] = {
     "enum": lambda cls, name: cls[name],
     "scalar": lambda dtype, value: np.dtype(dtype).type(value),
 }
+# Objects whose content is read and written by functions of their own.
 _STATEFUL: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
     torch.Generator: (torch.Generator.get_state, lambda value, state: value.set_state(state.cpu())),
     random.Random: (random.Random.getstate, random.Random.setstate),
@@ -41,7 +44,7 @@ _STATEFUL: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = 
     ),
     deque: (list, lambda value, items: (value.clear(), value.extend(items))),
 }
-CONSTANTS = (type, types.ModuleType, types.BuiltinFunctionType)
+# Classes that are known by name in each process.
 _NEW: dict[str, type] = {cls.__name__: cls for cls in (list, dict, OrderedDict, set, tuple, frozenset)}
 
 
@@ -218,10 +221,8 @@ class Reader:
         """Fills all objects."""
         for position, storage in self._storages.items():
             storage.copy_(self._saved[position].untyped_storage())
-        turns = {
-            "object": 0,
-            "stateful": 2,
-        }  # objects first: sets and dicts need their hashes, which may read attributes
+        # Objects come first: sets and dicts need their hashes, which may read attributes.
+        turns = {"object": 0, "stateful": 2}
         for position in sorted(range(len(self._nodes)), key=lambda position: turns.get(self._nodes[position][0], 1)):
             kind, _, _, content, attributes = self._nodes[position]
             value = self._make(position)
@@ -358,9 +359,9 @@ def attributes_of(kind: str, value: Any) -> dict[str, Any]:
 
 
 def signature_of(value: Any) -> str:
-    """The name of a class, module or function; of another value that of its class, and its shape."""
-    named = value if isinstance(value, (*CONSTANTS, types.FunctionType)) else type(value)
-    name = f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', named.__name__)}"
+    """The name of a class, module or function; the name of any other value's class, with the shape of a tensor."""
+    source = value if isinstance(value, (*CONSTANTS, types.FunctionType)) else type(value)
+    name = f"{getattr(source, '__module__', '')}.{getattr(source, '__qualname__', source.__name__)}"
     return f"{name} {value.dtype} {list(value.shape)}" if isinstance(value, (Tensor, np.ndarray)) else name
 
 

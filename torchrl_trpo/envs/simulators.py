@@ -1,4 +1,4 @@
-"""The libraries that environments come from: each entry of :data:`SIMULATORS` makes one TorchRL environment."""
+"""The libraries that environments come from: the tasks that each has, and how each makes an environment."""
 
 from __future__ import annotations
 
@@ -76,9 +76,8 @@ def group_agents(spaces: Mapping[str, Any], one_group: bool = False) -> dict[str
         one_group: whether all agents are put in one group, whatever their team.
 
     Returns:
-        The agents by group. A group has the name of its team, which is the agents' name up to the number; a team
-        whose agents differ has a group for each kind, with the name of its first agent. If there is only one group, it
-        is called ``"agents"``.
+        The agents by group. A group has the name of its team, which is the agents' name without its number. A team
+        whose agents differ has a group for each kind, named after its first agent. A single group is ``"agents"``.
 
     Raises:
         SettingError: if ``one_group`` is asked for and the agents differ.
@@ -86,11 +85,11 @@ def group_agents(spaces: Mapping[str, Any], one_group: bool = False) -> dict[str
     teams: dict[str, list[list[str]]] = {}
     for agent in spaces:
         kinds = teams.setdefault("" if one_group else re.sub(r"(?<=.)_?\d+$", "", agent), [])
-        same = next((kind for kind in kinds if spaces[kind[0]] == spaces[agent]), None)
-        if same is None:
+        alike = next((kind for kind in kinds if spaces[kind[0]] == spaces[agent]), None)
+        if alike is None:
             kinds.append([agent])
         else:
-            same.append(agent)
+            alike.append(agent)
     groups = {team if len(kinds) == 1 else kind[0]: kind for team, kinds in teams.items() for kind in kinds}
     if len(groups) == 1:
         return {"agents": list(spaces)}
@@ -113,7 +112,7 @@ def _vmas(
     one_group: bool,
     **unused: Any,
 ) -> Callable[[], EnvBase]:
-    """VMAS, vectorised. VMAS reports time limits as terminations, so that they are left to TorchRL (max_steps=None)."""
+    """A scenario of VMAS, vectorised. TorchRL counts its steps (max_steps=None), as VMAS terminates at time limits."""
     scenario = _known_task(name, "vmas", "VMAS is", "vmas")
     settings: dict[str, Any] = {
         "num_envs": num_envs,
@@ -130,7 +129,7 @@ def _vmas(
         if "not used by the scenario" not in str(warning.message):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
             continue
-        # VMAS warns with all arguments. A scenario takes its own out of **kwargs, so only its source has their names.
+        # The warning lists all arguments. A scenario pops its own from **kwargs, so only its source has their names.
         known = re.findall(r'kwargs\.pop\(\s*"(\w+)"', inspect.getsource(env._env.scenario.make_world))
         (unknown, *_) = [argument for argument in kwargs if argument not in known]
         raise SettingError(f"kwargs: {unknown!r} is no argument of {name!r}. {nearest(unknown, known)}")
@@ -170,7 +169,7 @@ def _gym(name: str, *, kwargs: dict, render: bool, **unused: Any) -> Callable[[]
     """A single-agent task of Gymnasium."""
     task = _known_task(name, "gym", "Gymnasium is", "gym")
     kwargs |= {"render_mode": "rgb_array"} if render else {}
-    # TorchRL counts the steps: a time limit inside would come first and hide the truncation.
+    # TorchRL counts the steps; a time limit inside the task would end episodes earlier.
     return functools.partial(
         ReplayedGymEnv, task, categorical_action_encoding=True, device="cpu", max_episode_steps=2**31 - 1, **kwargs
     )
@@ -202,7 +201,7 @@ SIMULATORS: dict[str, Callable[..., Callable[[], EnvBase]]] = {
     "gym": _gym,
     "custom": _custom,
 }
-"""What makes the function that makes an environment, by the first part of the environment's name."""
+"""By the first part of a name: a function that returns a function that makes the environment."""
 
 
 @contextlib.contextmanager
@@ -225,7 +224,7 @@ def named_construction(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
     except Exception as error:
         if not kwargs:
             raise
-        # VMAS asserts without a message, so that the line must speak for itself
+        # VMAS asserts without messages, so the line of code is shown
         reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise SettingError(
             f"env: {name!r} cannot be made with kwargs={dict(kwargs)}: {type(error).__name__}: {reason}"
@@ -243,7 +242,7 @@ def _known_task(name: str, library: str, package: str, extra: str) -> str:
 
 
 def _check_arguments(name: str, constructor: Any, raw: Any, kwargs: Mapping[str, Any]) -> None:
-    """PettingZoo's constructors take anything; the class behind them does not."""
+    """Refuses unknown arguments. PettingZoo's constructors take anything; the class behind them does not."""
     known = [*inspect.signature(raw.__init__ if raw is not None else constructor).parameters][1:]
     for argument in kwargs:
         if argument not in known:
@@ -251,7 +250,7 @@ def _check_arguments(name: str, constructor: Any, raw: Any, kwargs: Mapping[str,
 
 
 def _check_call(name: str, constructor: Any, kwargs: Mapping[str, Any], *given: str) -> None:
-    """Whether a constructor can be called with the user's arguments and with what is given to it besides."""
+    """Refuses arguments with which a constructor cannot be called, beside the given ones."""
     signature = inspect.signature(constructor)
     try:
         signature.bind(**dict.fromkeys(given), **kwargs)
@@ -274,7 +273,7 @@ def _wrap_pettingzoo(make: Callable[[], Any], groups: dict[str, list[str]], stat
 
 
 def _silent_mamujoco(robot: str, **kwargs: Any) -> Any:
-    """A robot without infos, whose entries appear only after the first step, which TorchRL's wrapper cannot take."""
+    """A robot without infos. Their entries appear after the first step only, which TorchRL's wrapper cannot take."""
     from gymnasium_robotics import mamujoco_v1
     from pettingzoo.utils.wrappers import BaseParallelWrapper
 
