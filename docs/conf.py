@@ -59,7 +59,8 @@ nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(
 # sphinx.ext.coverage compares. A module that is on no page and not internal fails the build until it is decided.
 INTERNAL = (
     r"torchrl_trpo\.(arguments|seeding|numerics(\..*)?|parallel(\.(minibatches|torchrun))?|distributions\..*|networks\..*|"
-    r"envs\.(absent_agents|make|normalization|saved_state|simulators|snapshot|vmas)|reporting|config|"
+    r"envs\.(absent_agents|device|make|normalization|object_graph|parallel_env|plain_data|saved_state|simulators|snapshot|vmas)|"
+    r"reporting|config|"
     r"training(\.(checkpoints|signals))?|trainer\.trainer|objectives\..*|recipes\.studies(\..*)?)"
 )
 coverage_ignore_functions = ["main"]

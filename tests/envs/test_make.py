@@ -9,7 +9,7 @@ import torch
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.spaces import Dict as DictSpace
 from tensordict.nn import TensorDictSequential
-from torchrl.envs import ParallelEnv, SerialEnv, Transform
+from torchrl.envs import ParallelEnv, SerialEnv, Transform, VmasEnv
 from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
 from torchrl.modules import IndependentNormal
 
@@ -136,7 +136,7 @@ def test_time_limits_truncate(name):
 def test_the_state_of_the_environment():
     env = build("pettingzoo/simple_spread_v3", state=True)
     assert env.rollout(3)["state"].shape == (3, 3, 54)
-    with pytest.raises(ValueError, match=r"'vmas/balance' has no global state.*critic\.inputs=observations"):
+    with pytest.raises(ValueError, match=r"state=True: 'vmas/balance' has no global state\. Legal: state=False"):
         build("vmas/balance", state=True)
     env.close(raise_if_closed=False)
 
@@ -375,21 +375,37 @@ def test_observations_of_gymnasium_that_are_several():
         ("gm/CartPole-v1", {}, r"env: 'gm/CartPole-v1'\. Did you mean 'gym'"),
         ("gym/CartPol-v1", {}, r"env: 'gym/CartPol-v1'\. Did you mean 'gym/CartPole-v1'"),
         ("pettingzoo/simple_spred_v3", {}, r"Did you mean 'pettingzoo/simple_spread_v3'"),
-        ("pettingzoo/simple_spread_v3", {"kwargs": {"n": 3}}, r"env\.kwargs\.n is no argument.*'N'"),
+        ("pettingzoo/simple_spread_v3", {"kwargs": {"n": 3}}, r"kwargs: 'n' is no argument.*'N'"),
         ("mamujoco/Halfcheetah", {}, r"Did you mean 'mamujoco/HalfCheetah'"),
-        ("custom", {"factory": "tests.environments.make_nothing"}, r"env\.factory='tests.*make_nothing' cannot be imp"),
-        ("custom", {"factory": None}, r"env\.factory=None cannot be imported"),
+        ("custom", {"factory": "tests.environments.make_nothing"}, r"factory='tests.*make_nothing' cannot be imp"),
+        ("custom", {"factory": None}, r"factory=None cannot be imported"),
         (
             "custom",
             {"factory": "tests.environments.make_copy", "kwargs": {"num_envs": 5}},
             r"batch size \(5,\).*\(3,\)",
         ),
-        ("custom", {"factory": "tests.environments.make_mixed", "one_group": True}, r"sharing=all: .*'drivers', 'call"),
+        (
+            "custom",
+            {"factory": "tests.environments.make_mixed", "one_group": True},
+            r"one_group=True: .*'drivers', 'call",
+        ),
     ],
 )
 def test_mistakes_are_named(name, settings, message):
     with pytest.raises(ValueError, match=message):
         build(name, **settings)
+
+
+def test_tasks_are_listed_without_importing_a_simulator(monkeypatch):
+    """Only Gymnasium is imported, and only when it is asked for: its plugins register tasks."""
+    known = known_environments()
+    with monkeypatch.context() as patch:
+        patch.setattr("torchrl_trpo.envs.simulators.importlib.import_module", None)
+        vmas, particles = known["vmas"], known["pettingzoo"]
+        assert "HalfCheetah" in known["mamujoco"]
+    assert sorted(vmas) == sorted(VmasEnv.available_envs)
+    assert set(MPE) <= set(particles)
+    assert "CartPole-v1" in known["gym"]
 
 
 def test_what_is_not_installed(monkeypatch):

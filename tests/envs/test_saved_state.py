@@ -24,8 +24,8 @@ from vmas.simulator.core import Agent, World
 from vmas.simulator.scenario import BaseScenario
 
 from torchrl_trpo.envs import BatchedResetVmasEnv
+from torchrl_trpo.envs.object_graph import InexactError, tensors_in
 from torchrl_trpo.envs.saved_state import ObjectState
-from torchrl_trpo.envs.snapshot import InexactError, tensors_in
 from torchrl_trpo.errors import SettingError
 
 NUM_ENVS = 3
@@ -88,7 +88,7 @@ def assert_same(left: list[dict], right: list[dict]) -> None:
 @pytest.mark.parametrize(
     "scenario",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if at % 2 else [])  # test_batched_reset.py has the others
+        pytest.param(name, marks=[pytest.mark.slow] if at % 2 else [])  # test_vmas.py has the others
         for at, name in enumerate(VmasEnv.available_envs)
         if name not in IN_A_NEW_PROCESS
     ],

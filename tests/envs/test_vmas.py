@@ -19,7 +19,8 @@ from vmas.simulator.core import Agent, World
 from vmas.simulator.scenario import BaseScenario
 
 from torchrl_trpo.envs import BatchedResetVmasEnv
-from torchrl_trpo.envs.snapshot import InexactError, ObjectSnapshot, tensors_in
+from torchrl_trpo.envs.object_graph import InexactError, tensors_in
+from torchrl_trpo.envs.snapshot import ObjectSnapshot
 
 NUM_ENVS = 5
 ENDED = torch.tensor([True, False, True, False, False])
@@ -386,7 +387,7 @@ def test_what_is_nested_too_deeply_is_refused():
     snapshot.restore()
     assert not root.value.any()
     assert not deep.value.any()
-    assert list(tensors_in([root])) == ["SimpleNamespace.value"]
+    assert len(tensors_in([root])) == 2
 
 
 def test_a_later_pass_sees_every_change_since_the_first():
@@ -396,7 +397,7 @@ def test_a_later_pass_sees_every_change_since_the_first():
         root = SimpleNamespace(value=torch.zeros(3), count=float("1.5"))
         snapshot = ObjectSnapshot([root], 3)
         snapshot.keep(rows)
-        held = [part for _, value, parts in snapshot._held if value is root for part in parts]
+        held = [part for value, parts in snapshot._held if value is root for part in parts]
         assert any(part is root.count for part in held)
         vars(root).update(change)
         if "count" in change:

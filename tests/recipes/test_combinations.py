@@ -114,5 +114,5 @@ def test_updates(environment, algorithm, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("environment", sorted(set(ENVIRONMENTS) - ONE_GROUP))
 def test_all_needs_equal_spaces(environment, tmp_path):
-    with pytest.raises(SettingError, match=r"actor\.sharing=all: .*Legal: group, none"):
+    with pytest.raises(SettingError, match=r"one_group=True: .*Legal: one_group=False"):
         itrpo.train(config(itrpo, tmp_path, ENVIRONMENTS[environment], "actor.sharing=all"))

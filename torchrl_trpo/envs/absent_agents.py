@@ -1,4 +1,4 @@
-"""Agents that are absent, and steps at which all are: what they have does not leave the environment."""
+"""Removes the numbers of absent agents, and the rewards of steps at which all agents are absent."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torchrl_trpo.keys import GroupKeys, finite_where_masked, group_of
 
 
 class WithoutAbsent(Transform):
-    """Keeps out what does not count, by the masks of the groups: an agent is absent where its group's mask is off.
+    """Cleans the entries of absent agents. An agent is absent where its group's mask is off.
 
-    What is not finite in the observation or reward of an absent agent is 0. A step at which the agents of all groups
-    are absent is padding, and pays nothing. Other entries of absent agents are as they were: in games by turns they
-    observe the moves of others, and are paid for their own then.
+    A number that is not finite becomes 0 in the observation and reward of an absent agent. A step at which the agents
+    of all groups are absent is padding, and its rewards become 0. Other entries of absent agents stay: in turn-based
+    games, absent agents observe the moves of others, and are paid for their own.
 
     Args:
         groups: all groups of the environment.
@@ -31,7 +31,7 @@ class WithoutAbsent(Transform):
         return self._with_observations(tensordict_reset)
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        masks = [self._mask(tensordict, keys.mask) for keys in self.groups]  # of what is paid for
+        masks = [self._mask(tensordict, keys.mask) for keys in self.groups]  # of the step that is rewarded
         anybody = torch.cat(torch.broadcast_tensors(*[mask.any(-1, keepdim=True) for mask in masks]), -1).any(-1)
         for keys, mask in zip(self.groups, masks, strict=True):
             reward = next_tensordict.get(keys.reward)
@@ -49,7 +49,7 @@ class WithoutAbsent(Transform):
 
     @staticmethod
     def _mask(data: TensorDictBase, key: NestedKey | None) -> Tensor:
-        """Who counts, ``[num_envs, n_agents]``; of a group without a mask all do, ``[num_envs, 1]``."""
+        """The present agents, ``[num_envs, n_agents]``; ``[num_envs, 1]``, all True, for a group without a mask."""
         if key is None:
             return torch.ones(*data.batch_size, 1, dtype=torch.bool, device=data.device)
         return data.get(key).reshape(*data.batch_size, -1).bool()

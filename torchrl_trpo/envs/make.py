@@ -20,42 +20,14 @@ from torchrl.envs import (
 )
 
 from torchrl_trpo.envs.absent_agents import WithoutAbsent
-from torchrl_trpo.envs.checks import NamedFaultsParallelEnv, guard, make_guarded
+from torchrl_trpo.envs.checks import check_specs
 from torchrl_trpo.envs.normalization import ObservationNorm
+from torchrl_trpo.envs.parallel_env import RestorableParallelEnv
 from torchrl_trpo.envs.simulators import SIMULATORS, named_construction
 from torchrl_trpo.errors import SettingError, nearest, nearest_multiples
 from torchrl_trpo.keys import agent_groups, group_keys, return_key
 from torchrl_trpo.parallel.ranks import ALONE, Ranks
-from torchrl_trpo.parallel.torchrun import is_job, local_rank
 from torchrl_trpo.seeding import rank_seed
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that a name stands for.
-
-    Args:
-        name: ``"auto"`` (the accelerator that PyTorch has here, such as a GPU, else the CPU), ``"cpu"``, or an
-            accelerator, such as ``"cuda"`` or ``"cuda:1"``. In a job of torchrun, ``"auto"`` and ``"cuda"`` are the one
-            with the process's number on its machine.
-
-    Returns:
-        The device.
-
-    Raises:
-        SettingError: if the name is unknown or the device is not there.
-    """
-    accelerator, count = torch.accelerator.current_accelerator(check_available=True), torch.accelerator.device_count()
-    kinds = [] if accelerator is None else [accelerator.type]
-    indexed = [f"{kind}:{index}" for kind in kinds for index in range(count)]
-    legal = ["auto", "cpu", *kinds, *indexed]
-    there = f"{count} of {accelerator.type}" if accelerator is not None else "none"
-    if name == "auto":
-        name = (*kinds, "cpu")[0]
-    if name in kinds and is_job():
-        name = f"{name}:{local_rank()}"
-    if name not in legal:
-        raise SettingError(f"device: {name!r} is not there, PyTorch sees {there} here. {nearest(name, legal)}")
-    return torch.device(name)
 
 
 def make_env(
@@ -85,9 +57,9 @@ def make_env(
     Time limits are counted here: a step at which ``max_steps`` ran out is ``truncated`` and not ``terminated``, and so
     is bootstrapped. The running return is in ``("next", group, "episode_reward")``.
 
-    An environment that fails later, or gives what its specs do not say, raises an
-    :class:`~torchrl_trpo.envs.checks.EnvironmentFault` that names it. The state of Gym's, PettingZoo's and MuJoCo's
-    environments is in ``env.base_env.state_dict()``, see :class:`~torchrl_trpo.envs.replay.Replayed`.
+    TorchRL's ``check_env_specs`` checks one environment, or the batch, before it is used; a failure is an
+    :class:`~torchrl_trpo.envs.checks.EnvironmentFault`. The state of Gym's, PettingZoo's and MuJoCo's environments is
+    in ``env.base_env.state_dict()``, see :class:`~torchrl_trpo.envs.replay.Replayed`.
 
     Args:
         name: ``"vmas/<scenario>"``, ``"pettingzoo/<task>"``, ``"mamujoco/<robot>"``, ``"gym/<id>"``, or ``"custom"``.
@@ -123,78 +95,78 @@ def make_env(
     library = name.partition("/")[0]
     if library not in SIMULATORS:
         raise SettingError(f"env: {name!r}. {nearest(library, SIMULATORS)}")
-    for setting, value in {"env.num_envs": num_envs, "env.max_steps": max_steps}.items():
+    for argument, value in {"num_envs": num_envs, "max_steps": max_steps}.items():
         if value < 1:
-            raise SettingError(f"{setting} must be at least 1, got {value}.")
+            raise SettingError(f"{argument} must be at least 1, got {value}.")
     if ranks.size > 1:
         if num_envs % ranks.size:
             raise SettingError(
-                f"env.num_envs={num_envs} cannot be spread over {ranks.size} processes. Nearest: "
+                f"num_envs={num_envs} cannot be spread over {ranks.size} processes. Nearest: "
                 f"{nearest_multiples(num_envs, ranks.size)}."
             )
         num_envs, seed = num_envs // ranks.size, rank_seed(seed, ranks.rank)
-    if device.type != "cpu" and device.index is None:  # its tensors have one, and TorchRL compares
+    if device.type != "cpu" and device.index is None:  # tensors have an index, and TorchRL compares devices
         device = torch.device(device.type, torch.accelerator.current_device_index())
-    settings = {"one_group": one_group, "state": state, "render": render, "factory": factory}
+
     with named_construction(name, kwargs):
-        make = SIMULATORS[library](
+        construct = SIMULATORS[library](
             name,
             num_envs=num_envs,
             kwargs=dict(kwargs),
             seed=seed,
             device=device,
             continuous=continuous_actions,
-            **settings,
+            factory=factory,
+            one_group=one_group,
+            state=state,
+            render=render,
         )
-        make = functools.partial(_placed, make)
+        make = functools.partial(_make_one, construct, factory)
         env = make()
-        _check_entries(env, name, factory)
-    if env.batch_size:
-        env = guard(env, num_envs)
-    else:
-        env.close(raise_if_closed=False)
-        if parallel:
-            env = NamedFaultsParallelEnv(num_envs, make, device=device)
-        else:
-            indices = [{"index": index} for index in range(num_envs)]
-            env = SerialEnv(
-                num_envs,
-                functools.partial(make_guarded, make, num_envs),
-                create_env_kwargs=indices,
-                device=device,
-            )
-    if env.batch_size != (num_envs,):
+        _check_entries(env, name)
+
+    if env.batch_size not in ((), (num_envs,)):
         raise SettingError(
-            f"env: {name!r} has batch size {tuple(env.batch_size)}. Legal: (), or (env.num_envs,) = ({num_envs},)."
+            f"env: {name!r} has batch size {tuple(env.batch_size)}. Legal: (), or (num_envs,) = ({num_envs},)."
         )
     if one_group and len(groups := agent_groups(env)) > 1:
-        raise SettingError(f"actor.sharing=all: env {name!r} has the groups {list(groups)}. Legal: group, none.")
+        raise SettingError(
+            f"one_group=True: {name!r} has the groups {list(groups)}. Legal: one_group=False, with a policy for each."
+        )
     if state and "state" not in env.observation_spec.keys():
-        raise SettingError(f"env: {name!r} has no global state. Use critic.inputs=observations.")
-    env = TransformedEnv(env, Compose(*_transforms(env, max_steps, normalize_observations)))
+        raise SettingError(
+            f"state=True: {name!r} has no global state. Legal: state=False, with critics of observations."
+        )
+    check_specs(env, name, seed)
+
+    if not env.batch_size:
+        env.close(raise_if_closed=False)
+        batched = RestorableParallelEnv if parallel else SerialEnv
+        env = batched(num_envs, make, device=device)
+    # not unwrapped: base_env is the environment that the factory made, which has the state to save
+    transforms = Compose(*_transforms(env, max_steps, normalize_observations))
+    env = TransformedEnv(env, transforms, auto_unwrap=False)
     env.set_seed(seed)
     return env
 
 
-def _placed(make: Callable[[], EnvBase]) -> EnvBase:
-    """Makes an environment that knows its device: TorchRL moves data to and from one that does, and only then."""
-    env = make()
+def _make_one(construct: Callable[[], EnvBase], factory: str | None) -> EnvBase:
+    """Makes an environment with the device of its specs: TorchRL moves data only for one that has a device."""
+    env = construct()
     if not isinstance(env, EnvBase):
-        return env  # which is refused
+        raise SettingError(f"factory={factory!r} gave a {type(env).__name__}. Legal: a torchrl EnvBase.")
     devices = [spec.device for spec in env.full_observation_spec.values(True, True) if spec.device is not None]
     return env.to(devices[0]) if env.device is None and devices else env
 
 
-def _check_entries(env: Any, name: str, factory: str | None) -> None:
-    """Says what is not where the recipes look for it, before the environment is made many times."""
-    if not isinstance(env, EnvBase):
-        raise SettingError(f"env.factory={factory!r} gave a {type(env).__name__}. Legal: a torchrl EnvBase.")
+def _check_entries(env: EnvBase, name: str) -> None:
+    """Refuses an environment whose entries are not where the recipes read them."""
     keys = group_keys(env)[0]
     observed = list(env.full_observation_spec_unbatched.keys(True, True))
     if name.startswith("gym/") and not {keys.observation, keys.action_mask}.issuperset(observed):
         raise SettingError(
             f"env: {name!r} observes {observed}. Legal: one entry; join them with TorchRL's CatTensors in a factory of "
-            "your own, env=custom env.factory=..."
+            "your own, name='custom'."
         )
 
 

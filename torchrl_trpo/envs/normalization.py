@@ -1,4 +1,4 @@
-"""Observations that are normalised with running statistics."""
+"""Normalises observations with running statistics."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torchrl_trpo.parallel.ranks import Ranks
 
 
 class ObservationNorm(VecNormV2):
-    """``VecNormV2`` of what counts: what is not finite, or of an agent that is absent, is in no statistics.
+    """A ``VecNormV2`` whose statistics leave out absent agents and numbers that are not finite.
 
     Args:
         in_keys: the observations, each ``[num_envs, *F]``.
-        masks: where it is said which agents count, ``[num_envs, n_agents]``, by the observation.
+        masks: the key of the mask of present agents, ``[num_envs, n_agents]``, by observation.
     """
 
     _count: Any
-    _merged: tuple[TensorDictBase, ...] | None = None  # count, mean and mean square when ranks last had the same
+    _merged: tuple[TensorDictBase, ...] | None = None  # count, mean and mean square after the last merge
 
     def __init__(self, in_keys: Sequence[NestedKey], masks: Mapping[NestedKey, NestedKey]) -> None:
         super().__init__(in_keys=in_keys, decay=1.0, reduce_batch_dims=True)
@@ -33,9 +33,9 @@ class ObservationNorm(VecNormV2):
 
     @torch.no_grad()
     def merge(self, ranks: Ranks) -> None:
-        """Makes the statistics those of what all ranks have seen; called by all of them after each batch.
+        """Merges the statistics across ranks. All ranks call it after each batch.
 
-        Between two calls each rank normalises with what was merged and what it has seen itself since.
+        Between two calls, each rank adds its own observations to the merged statistics.
 
         Args:
             ranks: the ranks.
@@ -55,7 +55,7 @@ class ObservationNorm(VecNormV2):
         self._merged = tuple(part.clone() for part in own)
 
     def set_extra_state(self, state: Any) -> None:
-        """Takes saved statistics, which are merged ones, to the device of the environment."""
+        """Loads saved statistics, which are merged ones, and moves them to the environment's device."""
         if self._loc is not None:
             device = next(iter(self._loc.values(True, True))).device
             state = {key: value.to(device) for key, value in state.items()}
@@ -63,7 +63,7 @@ class ObservationNorm(VecNormV2):
         self._merged = None if self._loc is None else (self._count.clone(), self._loc.clone(), self._var.clone())
 
     def set_container(self, container: Any) -> None:
-        """Puts the transform into an environment."""
+        """Attaches the transform to an environment, without TorchRL's warning about batches."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Support of .* for containers with non-empty batch-size")
             super().set_container(container)
@@ -75,14 +75,14 @@ class ObservationNorm(VecNormV2):
     def _maybe_stateful_init(self, data: TensorDictBase) -> None:
         begins = self._loc is None
         super()._maybe_stateful_init(data)
-        if begins:  # a count for each number, some of which an absent agent or a NaN leaves out
+        if begins:  # a count for each number, since absent agents and NaNs leave out some of them
             self._count = self._loc.apply(lambda mean, count: count.expand_as(mean).clone(), self._count)
 
     def _stateful_update(self, data: TensorDictBase) -> None:
         if self.frozen:
             return
         for key, value in self._maybe_cast_to_float(data).items(True, True):
-            counts = value.isfinite()  # one NaN would make the statistics NaN for good
+            counts = value.isfinite()  # one NaN would make the statistics NaN forever
             if (mask := self._counts.get(key)) is not None:
                 mask = mask.reshape(*data.batch_size, -1)
                 counts = counts & mask.reshape(*mask.shape, *[1] * (value.ndim - mask.ndim))
@@ -94,16 +94,16 @@ class ObservationNorm(VecNormV2):
                 statistic.lerp_(batch.sum(0) / number.clamp_min(1), number.to(batch.dtype) / count.clamp_min(1))
 
     def _norm(self, data: TensorDictBase, loc: TensorDictBase, var: TensorDictBase, count: TensorDictBase) -> Any:
-        # TorchRL keeps E[x] and E[x²]: of what does not vary, rounding can make E[x²] − E[x]² negative, the root NaN.
+        # TorchRL keeps E[x] and E[x²]. If x is constant, rounding can make E[x²] − E[x]² negative, and its root NaN.
         return super()._norm(data, loc, var.maximum(loc.pow(2)), count)
 
     def _get_loc_scale(self, loc_only: bool = False) -> Any:
-        loc, scale = super()._get_loc_scale(loc_only)  # of the same variance
+        loc, scale = super()._get_loc_scale(loc_only)  # its root of the variance may be NaN for the same reason
         return loc, None if loc_only else scale.apply(lambda root: torch.where(root.isnan(), self.eps, root))
 
 
 def observation_norm(env: EnvBase) -> ObservationNorm | None:
-    """The transform that normalises an environment's observations, which has a state to be saved.
+    """Finds the transform that normalises an environment's observations, and whose statistics are saved.
 
     Args:
         env: the environment.
@@ -115,7 +115,7 @@ def observation_norm(env: EnvBase) -> ObservationNorm | None:
 
 
 class TransformState:
-    """The state of an environment's transforms alone: the statistics of the observations.
+    """The state of an environment's transforms alone, which is the statistics of observations.
 
     Args:
         env: the environment, of any number of environments.
@@ -125,9 +125,9 @@ class TransformState:
         self._env = env
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, where that of a whole collection has it."""
+        """Returns the state, at the key that a collector's state also has."""
         return {"transforms": self._env.transform.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Puts it back; what else there is of a collection is not read."""
+        """Loads the state; other entries of a collector's state are ignored."""
         self._env.transform.load_state_dict(state_dict["transforms"])

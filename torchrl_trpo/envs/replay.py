@@ -1,4 +1,4 @@
-"""Environments whose simulator cannot be saved, restored by acting out the episode again."""
+"""Restores environments whose simulator cannot be saved, by replaying the episode."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torchrl.envs import EnvBase, GymEnv, PettingZooWrapper
 
 
 class ReplayError(RuntimeError):
-    """An environment does not follow from its seed and actions, so that it cannot be continued where it was."""
+    """A replayed environment differs from the saved one, so the run cannot be continued exactly."""
 
 
 class Replayed(EnvBase):
-    """Mixin for an environment whose episodes follow from a seed and the actions: its state is what to replay.
+    """Mixin for an environment whose episodes are determined by a seed and the actions: its state is these.
 
-    Each reset takes a seed from a generator of the environment's own, and the actions since are kept, so that
-    ``state_dict`` is small and does not look inside the simulator. ``load_state_dict`` resets with that seed and acts
-    out the episode again, which takes the simulator's time for it, in another process as well. What was observed last
-    is compared with what is observed then, to the bit.
+    Each reset takes a seed from the environment's own generator, and the actions since are kept, so ``state_dict`` is
+    small and does not look inside the simulator. ``load_state_dict`` resets with that seed and replays the episode, in
+    another process as well, which takes as long as the simulator needs for it. It compares the last observations with
+    the saved ones, to the bit.
 
-    It comes before the TorchRL class in the bases, and is for one environment, not a batch. ``set_seed`` seeds the
-    generator: it starts no episode, the next reset does. In place of ``_step``, replay calls ``_advance``.
+    The mixin comes before the TorchRL class in the bases, and is for one environment, not a batch. ``set_seed`` seeds
+    the generator; the next reset starts an episode. The replay calls ``_advance`` rather than ``_step``.
 
     The state is ``{"generator": Tensor, "seed": int | None, "actions": list[Tensor], "observed": list[Tensor]}``: the
     seed of the episode, or None before the first, and the actions ``[T, ...]`` since it began, in the order of
@@ -64,7 +64,7 @@ class Replayed(EnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         data = super()._step(tensordict)
-        # copies, since ParallelEnv writes the next actions into the same memory
+        # copied, because ParallelEnv writes the next actions into the same memory
         self._actions.append([tensordict.get(key).to("cpu", copy=True) for key in self.action_keys])
         return self._observe(data)
 
@@ -73,7 +73,7 @@ class Replayed(EnvBase):
         return data
 
     def _advance(self, tensordict: TensorDictBase) -> None:
-        """A step of which nothing is read, for replay: subclasses leave out what TorchRL makes of the results.
+        """Takes a step of the replay, whose results nobody reads; subclasses skip TorchRL's work on them.
 
         Args:
             tensordict: the actions.
@@ -81,7 +81,7 @@ class Replayed(EnvBase):
         super()._step(tensordict)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What to replay, for ``state_dict``.
+        """Returns what to replay, for ``state_dict``.
 
         Returns:
             The state, as described for the class.
@@ -97,10 +97,10 @@ class Replayed(EnvBase):
         """Replays an episode, for ``load_state_dict``.
 
         Args:
-            state: what :meth:`get_extra_state` gave, of an environment made alike.
+            state: from :meth:`get_extra_state` of an environment made with the same arguments.
 
         Raises:
-            ReplayError: if the environment does not observe what it observed then.
+            ReplayError: if the last observations differ from the saved ones.
         """
         self._begin(None)
         if state["seed"] is not None:
@@ -116,10 +116,9 @@ class Replayed(EnvBase):
             self._actions = [[action.cpu() for action in actions] for actions in steps]
             if len(self._observed) != len(state["observed"]) or not all(map(_same, self._observed, state["observed"])):
                 raise ReplayError(
-                    f"the environment does not follow from its seed and actions: after {len(steps)} steps from seed "
-                    f"{state['seed']} it observes something else than before, so that the run cannot be continued "
-                    "exactly. Its simulator draws random numbers that its reset does not seed, keeps something from "
-                    "earlier episodes, or is another version."
+                    f"the replayed episode differs: {len(steps)} steps after seed {state['seed']} the observations are "
+                    "not the saved ones, so the run cannot be continued exactly. The simulator draws random numbers "
+                    "that its reset does not seed, keeps something from earlier episodes, or is another version."
                 )
         self._seeds.set_state(state["generator"].cpu())
 
@@ -145,5 +144,5 @@ class ReplayedPettingZooWrapper(Replayed, PettingZooWrapper):
     def _advance(self, tensordict: TensorDictBase) -> None:
         if self.parallel and not any(self.has_action_mask.values()):
             self._step_parallel(tensordict)
-        else:  # the masks are part of the action's spec
+        else:  # the step updates the masks of the action spec
             super()._advance(tensordict)

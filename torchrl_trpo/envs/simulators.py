@@ -1,4 +1,4 @@
-"""The libraries that environments come from: each entry of :data:`SIMULATORS` makes one TorchRL environment."""
+"""The libraries that environments come from: the tasks that each has, and how each makes an environment."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import pkgutil
 import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torchrl.envs import EnvBase, VmasEnv
+from torchrl.envs import EnvBase
 
 from torchrl_trpo.envs.replay import ReplayedGymEnv, ReplayedPettingZooWrapper
 from torchrl_trpo.envs.vmas import BatchedResetVmasEnv
@@ -25,20 +25,33 @@ _ROBOTS = ["Ant", "CoupledHalfCheetah", "HalfCheetah", "Hopper", "Humanoid", "Hu
 _ROBOTS += ["Pusher", "Reacher", "Swimmer", "Walker2d"]
 
 
-def known_environments() -> dict[str, list[str]]:
-    """What can be named, of the simulators that are installed.
+class _KnownEnvironments(Mapping[str, list[str]]):
+    def __getitem__(self, library: str) -> list[str]:
+        return _TASKS[library]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_TASKS)
+
+    def __len__(self) -> int:
+        return len(_TASKS)
+
+
+def known_environments() -> Mapping[str, list[str]]:
+    """Lists the tasks of the simulators that are installed.
 
     Returns:
-        The tasks by library.
+        The tasks by library; none of a library that is not installed. A library is looked up when it is asked for, by
+        its files, without an import; Gymnasium is imported, since its plugins register tasks.
     """
-    return {library: tasks() for library, tasks in _TASKS.items()}
+    return _KnownEnvironments()
 
 
-def _particle_tasks() -> list[str]:
-    if not importlib.util.find_spec("mpe2"):
-        return []
-    modules = [module.name for module in pkgutil.iter_modules(importlib.import_module("mpe2").__path__)]
-    return sorted(name for name in modules if re.fullmatch(r"simple\w*_v\d+", name))
+def _modules(package: str, *folders: str) -> list[str]:
+    """The names of the modules in folders of a package, which is not imported; none if it is not installed."""
+    spec = importlib.util.find_spec(package)
+    roots = (spec and spec.submodule_search_locations) or []
+    files = [file for root in roots for folder in folders for file in Path(root, folder).glob("[!_]*.py")]
+    return sorted(file.stem for file in files)
 
 
 def _gym_tasks() -> list[str]:
@@ -48,8 +61,8 @@ def _gym_tasks() -> list[str]:
 
 
 _TASKS: dict[str, Callable[[], list[str]]] = {
-    "vmas": lambda: list(VmasEnv.available_envs),
-    "pettingzoo": _particle_tasks,
+    "vmas": lambda: _modules("vmas", "scenarios", "scenarios/mpe", "scenarios/debug"),
+    "pettingzoo": lambda: [name for name in _modules("mpe2", "") if re.fullmatch(r"simple\w*_v\d+", name)],
     "mamujoco": lambda: _ROBOTS if importlib.util.find_spec("gymnasium_robotics") else [],
     "gym": _gym_tasks,
 }
@@ -63,9 +76,8 @@ def group_agents(spaces: Mapping[str, Any], one_group: bool = False) -> dict[str
         one_group: whether all agents are put in one group, whatever their team.
 
     Returns:
-        The agents by group. A group has the name of its team, which is the agents' name up to the number; a team
-        whose agents differ has a group for each kind, with the name of its first agent. If there is only one group, it
-        is called ``"agents"``.
+        The agents by group. A group has the name of its team, which is the agents' name without its number. A team
+        whose agents differ has a group for each kind, named after its first agent. A single group is ``"agents"``.
 
     Raises:
         SettingError: if ``one_group`` is asked for and the agents differ.
@@ -73,18 +85,18 @@ def group_agents(spaces: Mapping[str, Any], one_group: bool = False) -> dict[str
     teams: dict[str, list[list[str]]] = {}
     for agent in spaces:
         kinds = teams.setdefault("" if one_group else re.sub(r"(?<=.)_?\d+$", "", agent), [])
-        same = next((kind for kind in kinds if spaces[kind[0]] == spaces[agent]), None)
-        if same is None:
+        alike = next((kind for kind in kinds if spaces[kind[0]] == spaces[agent]), None)
+        if alike is None:
             kinds.append([agent])
         else:
-            same.append(agent)
+            alike.append(agent)
     groups = {team if len(kinds) == 1 else kind[0]: kind for team, kinds in teams.items() for kind in kinds}
     if len(groups) == 1:
         return {"agents": list(spaces)}
     if one_group:
         raise SettingError(
-            f"actor.sharing=all: the agents {list(spaces)} cannot share one policy, their observation or action spaces "
-            "differ. Legal: group, none."
+            f"one_group=True: the agents {list(spaces)} cannot share one policy, because their observation or action "
+            "spaces differ. Legal: one_group=False, with a policy for each group."
         )
     return groups
 
@@ -100,7 +112,7 @@ def _vmas(
     one_group: bool,
     **unused: Any,
 ) -> Callable[[], EnvBase]:
-    """VMAS, vectorised. VMAS reports time limits as terminations, so that they are left to TorchRL (max_steps=None)."""
+    """A scenario of VMAS, vectorised. TorchRL counts its steps (max_steps=None), as VMAS terminates at time limits."""
     scenario = _known_task(name, "vmas", "VMAS is", "vmas")
     settings: dict[str, Any] = {
         "num_envs": num_envs,
@@ -117,9 +129,10 @@ def _vmas(
         if "not used by the scenario" not in str(warning.message):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
             continue
+        # The warning lists all arguments. A scenario pops its own from **kwargs, so only its source has their names.
         known = re.findall(r'kwargs\.pop\(\s*"(\w+)"', inspect.getsource(env._env.scenario.make_world))
         (unknown, *_) = [argument for argument in kwargs if argument not in known]
-        raise SettingError(f"env.kwargs.{unknown} is no argument of {name!r}. {nearest(unknown, known)}")
+        raise SettingError(f"kwargs: {unknown!r} is no argument of {name!r}. {nearest(unknown, known)}")
     simulator = env._env
     spaces = zip(simulator.observation_space, simulator.action_space, strict=True)
     groups = group_agents({a.name: kind for a, kind in zip(simulator.agents, spaces, strict=True)}, one_group)
@@ -144,7 +157,7 @@ def _pettingzoo(
 def _mamujoco(
     name: str, *, kwargs: dict, one_group: bool, state: bool, render: bool, **unused: Any
 ) -> Callable[[], EnvBase]:
-    """Multi-agent MuJoCo, from Gymnasium-Robotics: ``env.kwargs.agent_conf`` says how the robot is divided."""
+    """Multi-agent MuJoCo, from Gymnasium-Robotics: ``kwargs["agent_conf"]`` says how the robot is divided."""
     robot = _known_task(name, "mamujoco", "Gymnasium-Robotics is", "mamujoco")
     kwargs |= {"render_mode": "rgb_array"} if render else {}
     _check_call(name, importlib.import_module("gymnasium_robotics").mamujoco_v1.parallel_env, kwargs, "scenario")
@@ -156,7 +169,7 @@ def _gym(name: str, *, kwargs: dict, render: bool, **unused: Any) -> Callable[[]
     """A single-agent task of Gymnasium."""
     task = _known_task(name, "gym", "Gymnasium is", "gym")
     kwargs |= {"render_mode": "rgb_array"} if render else {}
-    # TorchRL counts the steps: a time limit inside would come first and hide whether it is env.max_steps.
+    # TorchRL counts the steps; a time limit inside the task would end episodes earlier.
     return functools.partial(
         ReplayedGymEnv, task, categorical_action_encoding=True, device="cpu", max_episode_steps=2**31 - 1, **kwargs
     )
@@ -171,8 +184,8 @@ def _custom(
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingError(
-            f"env.factory={factory!r} cannot be imported ({error}). Legal: 'package.module.function', a function that "
-            "takes env.kwargs and returns a torchrl EnvBase, of an installed package or beside the working directory."
+            f"factory={factory!r} cannot be imported ({error}). Legal: 'package.module.function', a function that "
+            "takes kwargs and returns a torchrl EnvBase, from an installed package or the working directory."
         ) from error
     known = {"num_envs": num_envs, "device": device, "seed": seed}
     taken = inspect.signature(make).parameters
@@ -188,39 +201,38 @@ SIMULATORS: dict[str, Callable[..., Callable[[], EnvBase]]] = {
     "gym": _gym,
     "custom": _custom,
 }
-"""What makes the function that makes an environment, by the first part of the environment's name."""
+"""By the first part of a name: a function that returns a function that makes the environment."""
 
 
 @contextlib.contextmanager
 def named_construction(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Turns what a simulator raises while it is made into an error that names the settings it was made of.
+    """Turns an error that a simulator raises for the user's arguments into one that names them.
 
-    What this package raises itself, also inside torch, passes as it is.
+    Without arguments of the user's, an error is a bug, and passes with its type and traceback.
 
     Args:
         name: the environment's name.
-        kwargs: its arguments.
+        kwargs: the user's arguments for the simulator.
 
     Raises:
-        SettingError: if the simulator cannot be made of them.
+        SettingError: if the simulator cannot be made with them.
     """
     try:
         yield
     except (SettingError, ImportError):
         raise
     except Exception as error:
-        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        culprits = [module for module in modules if module.partition(".")[0] not in {"torch", "tensordict", "numpy"}]
-        if culprits[-1].partition(".")[0] == str(__package__).partition(".")[0]:
+        if not kwargs:
             raise
-        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        # VMAS asserts without messages, so the line of code is shown
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise SettingError(
-            f"env: {name!r} cannot be made with env.kwargs={dict(kwargs)}: {type(error).__name__}: {said}"
+            f"env: {name!r} cannot be made with kwargs={dict(kwargs)}: {type(error).__name__}: {reason}"
         ) from error
 
 
 def _known_task(name: str, library: str, package: str, extra: str) -> str:
-    known = _TASKS[library]()
+    known = known_environments()[library]
     task = name.partition("/")[2]
     if not known:
         raise ImportError(f"{package} not installed. Use: pip install torchrl-trpo[{extra},recipes].")
@@ -230,21 +242,21 @@ def _known_task(name: str, library: str, package: str, extra: str) -> str:
 
 
 def _check_arguments(name: str, constructor: Any, raw: Any, kwargs: Mapping[str, Any]) -> None:
-    """PettingZoo's constructors take anything; the class behind them does not."""
+    """Refuses unknown arguments. PettingZoo's constructors take anything; the class behind them does not."""
     known = [*inspect.signature(raw.__init__ if raw is not None else constructor).parameters][1:]
     for argument in kwargs:
         if argument not in known:
-            raise SettingError(f"env.kwargs.{argument} is no argument of {name!r}. {nearest(argument, known)}")
+            raise SettingError(f"kwargs: {argument!r} is no argument of {name!r}. {nearest(argument, known)}")
 
 
 def _check_call(name: str, constructor: Any, kwargs: Mapping[str, Any], *given: str) -> None:
-    """Whether a constructor can be called with the user's arguments and with what is given to it besides."""
+    """Refuses arguments with which a constructor cannot be called, beside the given ones."""
     signature = inspect.signature(constructor)
     try:
         signature.bind(**dict.fromkeys(given), **kwargs)
     except TypeError as error:
         legal = [argument for argument in signature.parameters if argument not in given]
-        raise SettingError(f"env.kwargs={dict(kwargs)} of {name!r}: {error}. Legal: {', '.join(legal)}.") from error
+        raise SettingError(f"kwargs={dict(kwargs)} of {name!r}: {error}. Legal: {', '.join(legal)}.") from error
 
 
 def _pettingzoo_groups(env: Any, one_group: bool) -> dict[str, list[str]]:
@@ -261,7 +273,7 @@ def _wrap_pettingzoo(make: Callable[[], Any], groups: dict[str, list[str]], stat
 
 
 def _silent_mamujoco(robot: str, **kwargs: Any) -> Any:
-    """A robot without infos, whose entries appear only after the first step, which TorchRL's wrapper cannot take."""
+    """A robot without infos. Their entries appear after the first step only, which TorchRL's wrapper cannot take."""
     from gymnasium_robotics import mamujoco_v1
     from pettingzoo.utils.wrappers import BaseParallelWrapper
 

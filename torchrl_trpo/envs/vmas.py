@@ -16,29 +16,30 @@ from torch import Tensor
 from torchrl.data import Categorical, Composite
 from torchrl.envs import VmasEnv
 
+from torchrl_trpo.envs.object_graph import InexactError, tensors_in
 from torchrl_trpo.envs.saved_state import ObjectState
-from torchrl_trpo.envs.snapshot import InexactError, ObjectSnapshot, tensors_in
+from torchrl_trpo.envs.snapshot import ObjectSnapshot
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.seeding import device_state, set_device_state, untouched_generators
 
 
 class BatchedResetVmasEnv(VmasEnv):
-    """TorchRL's ``VmasEnv``, whose ended environments are reset together, in one vectorised reset of the world.
+    """TorchRL's ``VmasEnv`` with one vectorised reset of all ended environments.
 
     ``VmasEnv`` resets them one by one, which takes nearly all of the time when there are thousands. Here the whole
-    batch is reset at once, and everything that the scenario and its world hold (tensors of entities, sensors and
-    controllers, in attributes, lists and dicts) is then put back for the environments that go on, to the bit. Where
-    that cannot be exact, because a reset changes something that all environments share, they are reset one by one as in
-    ``VmasEnv``, and a warning says so, once; with ``grad_enabled`` they always are, since what is put back has no
-    graph. What a scenario draws once for its whole batch (a permutation of the agents) is common to the environments
-    that are reset together, as after a reset of all.
+    batch is reset at once, and then everything that the scenario and its world hold (tensors of entities, sensors and
+    controllers, in attributes, lists and dicts) is put back, to the bit, for the environments that go on. If a reset
+    changes something that all environments share, this cannot be exact: then environments are reset one by one as in
+    ``VmasEnv``, and a warning says so once. With ``grad_enabled`` they always are, because restored tensors have no
+    graph. A value that a scenario draws once for its whole batch (a permutation of the agents) is common to the
+    environments that are reset together, as it is after a reset of all.
 
-    It also differs from ``VmasEnv`` in that
+    There are two more differences from ``VmasEnv``:
 
     - a step at which ``max_steps`` ran out is ``truncated`` and not ``terminated``;
-    - each environment object has random numbers of its own, on every device: VMAS's generators are shared by all in a
-      process, so that a second one, say for evaluation, changes what the first one draws, and on a GPU they are
-      PyTorch's own, so that its seed is that of the policy's exploration, too.
+    - each environment object has its own random numbers, on every device. VMAS's generators are shared by a process, so
+      a second environment, say for evaluation, would change what the first one draws. On a GPU they are PyTorch's own,
+      so the environment's seed would also be that of the policy's exploration.
 
     Args:
         *args: as of :class:`~torchrl.envs.VmasEnv`.
@@ -63,7 +64,7 @@ class BatchedResetVmasEnv(VmasEnv):
         seed: int | None,
         **scenario_kwargs: Any,
     ) -> Any:
-        untouched = copy.deepcopy(scenario)  # one that is an object can be built only once
+        untouched = copy.deepcopy(scenario)  # a scenario object can be built only once
         self._time_limit = max_steps
         shared = self.lib.simulator.environment.Environment.vmas_random_state
         if seed is None:
@@ -72,7 +73,7 @@ class BatchedResetVmasEnv(VmasEnv):
             env = super()._build_env(scenario, num_envs, continuous_actions, None, seed, **scenario_kwargs)
             self._random_state = _generators(env)
             with self._own_random_state(env), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # given for the first already
+                warnings.simplefilter("ignore")  # the first environment has warned
                 size = 2 if num_envs > 2 else 3
                 own = {name: scenario_kwargs[name] for name in scenario_kwargs.keys() - {"from_pixels", "pixels_only"}}
                 twin = self.lib.make_env(untouched, size, env.device, continuous_actions, seed=seed, **own)
@@ -85,21 +86,21 @@ class BatchedResetVmasEnv(VmasEnv):
         return env
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The simulator's state, down to its next random numbers, for ``state_dict()``.
+        """Returns the simulator's state, down to its next random numbers, for ``state_dict()``.
 
-        It ends with an :class:`~torchrl_trpo.envs.snapshot.InexactError` if the scenario holds what cannot be saved.
+        It ends with an :class:`~torchrl_trpo.envs.object_graph.InexactError` if it cannot be saved exactly.
 
         Returns:
-            The state, of dicts, lists, tensors, numbers and strings.
+            The state, made of dicts, lists, tensors, numbers and strings.
         """
         drawn = [*self._random_state[:3], *({self._env.device.type: state} for state in self._random_state[3:])]
         state = self._object_state.save(self._env.steps, drawn, self._why_slowly)
         return {"scenario": self._scenario_title(), **state}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Puts the simulator in a saved state, as ``load_state_dict()`` does.
+        """Loads a saved state into the simulator, for ``load_state_dict()``.
 
-        What it draws on another kind of device than that of the state begins with its own seed.
+        On another kind of device than that of the state, the device's generator keeps its own state.
 
         Args:
             state: from :meth:`get_extra_state`, of an environment with the same arguments.
@@ -116,12 +117,12 @@ class BatchedResetVmasEnv(VmasEnv):
         self._random_state = [of_torch.cpu(), *of_others, *(on_device or self._random_state[3:])]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
-        """Loads what ``state_dict()`` gave, here or in another process: the environment goes on from there, to the bit.
+        """Loads a state, from here or another process: the environment goes on from there, to the bit.
 
         Args:
             state_dict: the state.
-            strict: whether the state has to fit. Otherwise the simulator keeps its own: TorchRL's ``EnvCreator`` gives
-                all environments what one of them had, and they would have the same random numbers.
+            strict: whether the simulator's state is loaded. TorchRL's ``EnvCreator`` loads one environment's state into
+                all others with ``strict=False``, which would give them the same random numbers.
             **kwargs: as of :class:`torch.nn.Module`.
 
         Returns:
@@ -143,7 +144,7 @@ class BatchedResetVmasEnv(VmasEnv):
             self.full_done_spec_unbatched = Composite({name: flag.clone() for name in names}, device=self.device)
 
     def _set_seed(self, seed: int | None) -> None:
-        with untouched_generators(), self._own_random_state(self._env):  # VMAS seeds those of all devices
+        with untouched_generators(), self._own_random_state(self._env):  # VMAS seeds the generators of all devices
             super()._set_seed(seed)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -170,7 +171,7 @@ class BatchedResetVmasEnv(VmasEnv):
             return self._read()
 
     def _reset_together(self, ended: Tensor) -> TensorDictBase | None:
-        """Resets the ended environments at once; None, and nothing has happened, if that cannot be exact."""
+        """Resets the ended environments at once. If that cannot be exact, changes nothing and returns None."""
         if self._why_slowly:
             return None
         env = self._env
@@ -181,7 +182,7 @@ class BatchedResetVmasEnv(VmasEnv):
         try:
             snapshot.keep(~ended)
             data = self._read()
-            snapshot.keep(~ended)  # a scenario may write while it is read
+            snapshot.keep(~ended)  # computing observations may change the scenario
         except InexactError as error:
             snapshot.restore()
             env.steps = steps
@@ -202,7 +203,7 @@ class BatchedResetVmasEnv(VmasEnv):
         return self._data(observations, None, dones, infos)
 
     def _data(self, observations: list, rewards: list | None, dones: Tensor, infos: list) -> TensorDictBase:
-        """What the simulator says, each group's agents stacked at once; VmasEnv makes a TensorDict for each."""
+        """Stacks each group's agents at once; VmasEnv makes a TensorDict for each agent."""
         terminated = self.read_done(dones)
         data: dict[str, Any] = {"done": terminated, "terminated": terminated.clone()}
         if self._time_limit is not None:
@@ -220,7 +221,7 @@ class BatchedResetVmasEnv(VmasEnv):
         return TensorDict(data, batch_size=self.batch_size, device=self.device)
 
     def _stack(self, entries: Mapping[str, list]) -> TensorDictBase:
-        """Entries of agents that are alike, each a list of tensors or of dicts, ``[num_envs, n_agents, ...]``."""
+        """Stacks the entries of equal agents, lists of tensors or of dicts, to ``[num_envs, n_agents, ...]``."""
         stacked: dict[str, Any] = {}
         for name, values in entries.items():
             if isinstance(values[0], Tensor):
@@ -233,7 +234,7 @@ class BatchedResetVmasEnv(VmasEnv):
         return TensorDict(stacked, batch_size=(*self.batch_size, n_agents), device=self.device)
 
     def _stack_lazily(self, entries: Mapping[str, list]) -> TensorDictBase:
-        """Entries of agents whose observations or actions differ, as TorchRL stacks them."""
+        """Stacks the entries of agents whose observations or actions differ, as TorchRL does."""
         agents = [
             TensorDict(
                 {name: self.read_obs(value) for name, value in zip(entries, values, strict=True)}, self.batch_size
@@ -244,13 +245,13 @@ class BatchedResetVmasEnv(VmasEnv):
 
     @contextlib.contextmanager
     def _own_random_state(self, env: Any) -> Iterator[None]:
-        """Inside, what VMAS draws from are this object's generators."""
+        """Makes VMAS draw from this object's generators inside the context."""
         shared = _generators(env)
         of_host = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
         _set_generators(env, self._random_state)
         try:
             yield
-        except BaseException:  # VMAS draws from PyTorch's, NumPy's and Python's, and then leaves them there
+        except BaseException:  # an error leaves VMAS's states in the global generators
             torch.set_rng_state(of_host[0])
             np.random.set_state(of_host[1])  # noqa: NPY002
             random.setstate(of_host[2])
@@ -261,7 +262,7 @@ class BatchedResetVmasEnv(VmasEnv):
 
 
 def _generators(env: Any) -> list[Any]:
-    """The states of what VMAS draws from: a list of its own, once per process; on a device, PyTorch's generator too."""
+    """The states that VMAS draws from: its list, one per process; on an accelerator also PyTorch's generator."""
     return [*env.vmas_random_state, *([] if env.device.type == "cpu" else [device_state(env.device)])]
 
 
@@ -272,7 +273,7 @@ def _set_generators(env: Any, states: list[Any]) -> None:
 
 
 def _draw_seed(states: list[Any]) -> int:
-    """A seed from VMAS's own generator, which moves on."""
+    """Draws a seed from VMAS's own generator."""
     generator = torch.Generator()
     generator.set_state(states[0])
     seed = int(torch.randint(2**31, (), generator=generator))
@@ -290,14 +291,14 @@ def _unchanged(values: list[Any]) -> Iterator[None]:
 
 
 def _shared_tensors(env: Any, twin: Any) -> set[str]:
-    """The paths of tensors whose first dimension has the number of environments only by coincidence.
+    """Finds tensors whose first dimension has the number of environments by coincidence.
 
     Args:
         env: the simulator.
-        twin: the same with another number of environments.
+        twin: the same simulator with another number of environments.
 
     Returns:
-        The paths.
+        Their paths.
     """
     sizes = {path: tensor.shape[:1] for path, tensor in tensors_in((twin.scenario, twin.world)).items()}
     tensors = tensors_in((env.scenario, env.world))

@@ -33,7 +33,7 @@ from torchrl_trpo.keys import GroupKeys, group_keys, in_group, next_key
 from torchrl_trpo.networks.recurrent import RecurrentModule
 
 _SMALLEST_PICTURE = 7
-"""What two convolutions of 3 by 3 with stride 2 leave something of."""
+"""The smallest picture of which two 3 by 3 convolutions with stride 2 leave something."""
 
 
 def make_actor(
@@ -150,14 +150,14 @@ def make_central_critic(
 
 
 def make_value_norm(popart: bool, device: torch.device) -> PopArtValueNorm | None:
-    """What the critic's values are normalised with.
+    """Makes the running statistics that normalise the critic's values.
 
     Args:
-        popart: whether they are.
+        popart: whether values are normalised.
         device: where the statistics are.
 
     Returns:
-        The running statistics, or None.
+        The statistics, or None.
     """
     return PopArtValueNorm(device=device) if popart else None
 
@@ -213,7 +213,7 @@ def _distribution(
 
 
 def _constant(bound: Tensor) -> float | tuple[Any, ...]:
-    """A bound without a tensor that would have to be looked at; a number if it is that of all actions."""
+    """A bound as numbers, so that no tensor must be read later; one number if it is the same for all actions."""
 
     def of_list(numbers: Any) -> Any:
         return tuple(map(of_list, numbers)) if isinstance(numbers, list) else numbers

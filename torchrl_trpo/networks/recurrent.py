@@ -20,8 +20,8 @@ class RecurrentModule(TensorDictModuleBase):
     """A GRU or LSTM layer over each agent's own observations, for the state keys and modes of TorchRL's ``GRUModule``.
 
     Inside ``set_recurrent_mode(True)`` it reads whole sequences, ``[*B, T]``; otherwise single steps, ``[*B]``. Where
-    ``"is_init"`` is set, a sequence starts anew from the state recorded there: episode borders need no padding. It is
-    made of plain operations, so that it can be differentiated twice and batched over agents.
+    ``"is_init"`` is set, a sequence starts anew from the state recorded there: episode borders need no padding. It
+    consists of plain operations, so it can be differentiated twice and batched over agents.
 
     Args:
         input_size: the size of an observation.

@@ -25,7 +25,7 @@ from torchrl.checkpoint import (
 from torchrl.collectors import Collector
 
 from torchrl_trpo.envs.normalization import TransformState
-from torchrl_trpo.envs.snapshot import InexactError
+from torchrl_trpo.envs.object_graph import InexactError
 from torchrl_trpo.errors import SettingError, nearest
 from torchrl_trpo.parallel.ranks import Ranks, agreed
 from torchrl_trpo.parallel.torchrun import job_id

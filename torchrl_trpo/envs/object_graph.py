@@ -1,0 +1,158 @@
+"""A walk over everything that Python objects hold: the kinds of objects, their parts, and where each one is."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LEAVES: tuple[type, ...] = (int, float, complex, str, bytes, type, enum.Enum, range, slice)
+_LEAVES += (types.NoneType, types.ModuleType, types.BuiltinFunctionType)
+_LEAVES += (torch.device, torch.dtype, torch.Size, torch.Generator)
+_CONTAINERS: dict[str, tuple[type, ...]] = {
+    "tensor": (Tensor,),
+    "array": (np.ndarray,),
+    "dict": (dict,),
+    "list": (list,),
+    "tuple": (tuple, frozenset),
+    "set": (set,),
+    "function": (types.FunctionType, types.MethodType, functools.partial),
+}
+_KINDS: dict[type, str] = {}  # a cache of kind_of
+
+Place = tuple[Any, Any]
+"""Where a value is: the place of the object that holds it, and its name there. A root has ``(None, name)``."""
+
+
+class InexactError(Exception):
+    """A change that cannot be undone for some environments of a batch only, or a state that cannot be saved."""
+
+
+def kind_of(cls: type) -> str:
+    """Sorts types by how their values are copied, compared and written.
+
+    Args:
+        cls: the type.
+
+    Returns:
+        ``"tensor"``, ``"array"``, ``"dict"``, ``"list"``, ``"tuple"``, ``"set"``, ``"function"``, ``"object"`` (its
+        parts are its attributes), or ``"leaf"`` for a value without parts.
+    """
+    if cls not in _KINDS:
+        kinds = [kind for kind, classes in _CONTAINERS.items() if issubclass(cls, classes)]
+        kinds += ["object"] if getattr(cls, "__dictoffset__", False) else []
+        _KINDS[cls] = kinds[0] if kinds and not issubclass(cls, _LEAVES) else "leaf"
+    return _KINDS[cls]
+
+
+def parts_of(value: Any) -> Any:
+    """Copies what a value holds into a container of its own; the parts themselves are not copied.
+
+    Args:
+        value: any value.
+
+    Returns:
+        A dict for objects and dicts, a list, tuple or set for others; empty for tensors, arrays and leaves.
+    """
+    kind = kind_of(type(value))
+    if kind in {"leaf", "tensor", "array"}:
+        return ()
+    if kind == "object":
+        return dict(vars(value))
+    if kind != "function":
+        return value.copy() if kind in {"dict", "list", "set"} else tuple(value)
+    if isinstance(value, types.MethodType):
+        return (value.__func__, value.__self__)
+    if isinstance(value, functools.partial):
+        return (value.func, *value.args, *value.keywords.values())
+    cells = [cell.cell_contents for cell in value.__closure__ or () if not is_empty(cell)]
+    return (value.__code__, *cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+
+
+def is_empty(cell: types.CellType) -> bool:
+    """Whether a closure's variable has no value yet."""
+    return cell == types.CellType()
+
+
+def named(parts: Any) -> Iterator[tuple[str | int, Any]]:
+    """Pairs parts with their names.
+
+    Args:
+        parts: a dict, list, tuple or set.
+
+    Yields:
+        The key if it is a string, else the position; and the part.
+    """
+    items = parts.items() if isinstance(parts, dict) else enumerate(parts)
+    for position, (key, part) in enumerate(items):
+        yield (key if isinstance(key, str) else position), part
+
+
+def walk(
+    roots: Iterable[tuple[str, Any]],
+    named_parts: Callable[[Any], Iterable[tuple[str | int, Any]]] = lambda value: named(parts_of(value)),
+    *,
+    breadth_first: bool = False,
+) -> Iterator[tuple[Any, Place, bool]]:
+    """Follows objects to everything that they hold.
+
+    Args:
+        roots: where to begin, with names.
+        named_parts: gives the parts of a value, with names.
+
+    Keyword Args:
+        breadth_first: whether an object is first met by the shortest way to it, rather than depth first.
+
+    Yields:
+        A value, its place, and whether it is met for the first time. A value is yielded at each of its places, and its
+        parts are followed once.
+    """
+    seen: dict[int, Any] = {}  # by identity, with the value, so that nothing else can take its identity
+    pending: deque[tuple[Any, Place]] = deque((root, (None, name)) for name, root in roots)
+    while pending:
+        value, place = pending.popleft()
+        first = id(value) not in seen
+        yield value, place, first
+        if first:
+            seen[id(value)] = value
+            parts = [(part, (place, name)) for name, part in named_parts(value)]
+            if breadth_first:
+                pending.extend(parts)
+            else:
+                pending.extendleft(reversed(parts))
+
+
+def tensors_in(roots: Iterable[Any]) -> dict[str, Tensor]:
+    """Finds the tensors that objects hold.
+
+    Args:
+        roots: where to begin.
+
+    Returns:
+        The tensors by their paths; a tensor at several places is there several times.
+    """
+    named_roots = [(type(root).__name__, root) for root in roots]
+    return {path_of(place): value for value, place, _ in walk(named_roots) if isinstance(value, Tensor)}
+
+
+def path_of(place: Place) -> str:
+    """Names a place.
+
+    Args:
+        place: the place.
+
+    Returns:
+        The names on the way to it, with dots between them.
+    """
+    names = []
+    while place:
+        place, name = place
+        names.append(str(name))
+    return ".".join(reversed(names))
