@@ -60,7 +60,7 @@ nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(
 INTERNAL = (
     r"torchrl_trpo\.(arguments|seeding|numerics(\..*)?|parallel(\.(minibatches|torchrun))?|distributions\..*|networks\..*|"
     r"envs\.(absent_agents|make|normalization|saved_state|simulators|snapshot|vmas)|reporting|config|"
-    r"training(\.(checkpoints|signals))?|trainer\.trainer|objectives\..*|recipes\.studies(\..*)?)"
+    r"training(\.(checkpoints|signals))?|trainer\.(trainer|episode_return)|objectives\..*|recipes\.studies(\..*)?)"
 )
 coverage_ignore_functions = ["main"]
 coverage_show_missing_items = True
