@@ -20,12 +20,12 @@ from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.config.settings import check_teams, plain_errors, run_recipe
 from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.keys import group_keys
-from torchrl_trpo.networks import make_critic, make_value_norm
 from torchrl_trpo.networks.recurrent import carry_states
 from torchrl_trpo.objectives import TRPOLoss
 from torchrl_trpo.parallel.ranks import Ranks
 from torchrl_trpo.training.collector import make_collector
-from torchrl_trpo.training.critic_fit import fit_critics
+from torchrl_trpo.training.critic_fit import critic_optimizer, fit_critics
+from torchrl_trpo.training.estimators import attach_estimator, estimate_advantages, own_critic_estimator
 from torchrl_trpo.training.policy import make_policy
 from torchrl_trpo.training.run import Run, training_run
 
@@ -57,33 +57,30 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     # Each group's objective and critic, and the two things that learn from them.
     losses = {}
     for keys, actor in zip(groups, policy, strict=True):
-        critic = make_critic(
-            env, keys, share_params=cfg.critic.share_params, hidden=cfg.critic.hidden, network=cfg.critic.network
+        estimator = own_critic_estimator(
+            env,
+            keys,
+            gamma=cfg.gamma,
+            lmbda=cfg.lmbda,
+            share_params=cfg.critic.share_params,
+            hidden=cfg.critic.hidden,
+            network=cfg.critic.network,
+            value_norm=cfg.critic.value_norm,
         )
-        value_norm = make_value_norm(cfg.critic.value_norm, env.device)
         loss = TRPOLoss(
             actor,
-            critic,
+            estimator.value_network,
             normalize_advantage=True,
-            normalize_advantage_exclude_dims=(-2,) if keys.agent_shape else (),
+            normalize_advantage_exclude_dims=(-2,),
             entropy_coeff=cfg.entropy_coeff,
             chunk_size=cfg.chunk_size,
             compile_policy=cfg.compile_update,
-            value_norm=value_norm,
+            value_norm=estimator.value_norm,
             process_group=ranks.group,
         )
-        loss.set_keys(**keys.loss_keys)
-        loss.loss_mask_key = keys.mask or "auto"
-        loss.make_value_estimator(
-            gamma=cfg.gamma,
-            lmbda=cfg.lmbda,
-            other_mask_keys=[other.mask for other in groups if other.mask],
-            value_norm=value_norm,
-        )
-        losses[str(keys.group)] = loss
+        losses[str(keys.group)] = attach_estimator(loss, estimator, keys)
     updaters = [TrustRegionUpdater(loss, **cfg.updater) for loss in losses.values()]
-    critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]
-    critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr, fused=True)
+    critic_optim = critic_optimizer(losses.values(), lr=cfg.critic.lr)
 
     collector = make_collector(env, policy, frames_per_batch=cfg.train.frames_per_batch, ranks=ranks, **cfg.collector)
     with Run(
@@ -99,11 +96,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         for data in run.batches():  # [num_envs, T]
             run.lap("collect_s")
 
-            with torch.no_grad():
-                for loss in losses.values():
-                    loss.value_estimator(
-                        data, params=loss.critic_network_params, target_params=loss.target_critic_network_params
-                    )
+            estimate_advantages(losses.values(), data)
             run.lap("critic_s")
 
             stats = TensorDict.cat([updater.step(data) for updater in updaters])

@@ -19,12 +19,12 @@ from torchrl.objectives import MAPPOLoss
 from torchrl_trpo.config.settings import check_teams, plain_errors, run_recipe
 from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.keys import group_keys
-from torchrl_trpo.networks import make_central_critic
 from torchrl_trpo.networks.recurrent import carry_states
-from torchrl_trpo.objectives import CentralCriticValueEstimator, ClippedUpdater
+from torchrl_trpo.objectives import ClippedUpdater
 from torchrl_trpo.parallel.ranks import Ranks
 from torchrl_trpo.training.collector import make_collector
-from torchrl_trpo.training.critic_fit import fit_critics
+from torchrl_trpo.training.critic_fit import critic_optimizer, fit_critics
+from torchrl_trpo.training.estimators import attach_estimator, central_critic_estimator, estimate_advantages
 from torchrl_trpo.training.policy import make_policy
 from torchrl_trpo.training.run import Run, training_run
 
@@ -57,9 +57,11 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     # Each group's objective and critic, and the two things that learn from them.
     losses = {}
     for keys, actor in zip(groups, policy, strict=True):
-        critic = make_central_critic(
+        estimator = central_critic_estimator(
             env,
             keys,
+            gamma=cfg.gamma,
+            lmbda=cfg.lmbda,
             inputs=cfg.critic.inputs,
             agent_one_hot=cfg.critic.agent_one_hot,
             hidden=cfg.critic.hidden,
@@ -67,29 +69,13 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         )
         loss = MAPPOLoss(
             actor,
-            critic,
+            estimator.value_network,
             clip_epsilon=cfg.clip_epsilon,
             entropy_coeff=cfg.entropy_coeff,
         )
-        loss.loss_mask_key = keys.mask or "auto"
-        loss.make_value_estimator(
-            CentralCriticValueEstimator,
-            gamma=cfg.gamma,
-            lmbda=cfg.lmbda,
-            value_network=critic,
-            observation_keys=[other.observation for other in groups] if cfg.critic.inputs != "state" else [],
-            state_key="state" if cfg.critic.inputs != "observations" else None,
-            n_agents=keys.n_agents,
-            mask_key=loss.loss_mask_key,
-            other_mask_keys=[other.mask for other in groups if other.mask],
-            central_key=keys.central,
-            agent_one_hot=cfg.critic.agent_one_hot,
-        )
-        loss.set_keys(**keys.loss_keys)
-        losses[str(keys.group)] = loss
+        losses[str(keys.group)] = attach_estimator(loss, estimator, keys)
     updater = ClippedUpdater(losses, **cfg.updater, process_group=ranks.group)
-    critic_params = [p for loss in losses.values() for p in loss.critic_network_params.flatten_keys().values()]
-    critic_optim = torch.optim.Adam(critic_params, lr=cfg.critic.lr, fused=True)
+    critic_optim = critic_optimizer(losses.values(), lr=cfg.critic.lr)
 
     collector = make_collector(env, policy, frames_per_batch=cfg.train.frames_per_batch, ranks=ranks, **cfg.collector)
     with Run(
@@ -105,11 +91,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         for data in run.batches():  # [num_envs, T]
             run.lap("collect_s")
 
-            with torch.no_grad():
-                for loss in losses.values():
-                    loss.value_estimator(
-                        data, params=loss.critic_network_params, target_params=loss.target_critic_network_params
-                    )
+            estimate_advantages(losses.values(), data)
             run.lap("critic_s")
 
             stats = updater.step(data)

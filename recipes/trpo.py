@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from omegaconf import DictConfig
 
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.config.settings import check_single_agent, plain_errors, run_recipe
 from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.keys import group_keys
-from torchrl_trpo.networks import make_critic, make_value_norm
 from torchrl_trpo.networks.recurrent import carry_states
 from torchrl_trpo.objectives import TRPOLoss
 from torchrl_trpo.parallel.ranks import Ranks
 from torchrl_trpo.training.collector import make_collector
-from torchrl_trpo.training.critic_fit import fit_critic
+from torchrl_trpo.training.critic_fit import critic_optimizer, fit_critic
+from torchrl_trpo.training.estimators import attach_estimator, estimate_advantages, own_critic_estimator
 from torchrl_trpo.training.policy import make_policy
 from torchrl_trpo.training.run import Run, training_run
 
@@ -50,26 +49,31 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     )
     keys = check_single_agent(cfg, group_keys(env))
     actor = make_policy(env, [keys], **cfg.actor)
-    critic = make_critic(env, keys, share_params=True, hidden=cfg.critic.hidden, network=cfg.critic.network)
     carry_states(env, actor)
 
     # Objective, and the two things that learn from it.
-    value_norm = make_value_norm(cfg.critic.value_norm, env.device)
+    estimator = own_critic_estimator(
+        env,
+        keys,
+        gamma=cfg.gamma,
+        lmbda=cfg.lmbda,
+        hidden=cfg.critic.hidden,
+        network=cfg.critic.network,
+        value_norm=cfg.critic.value_norm,
+    )
     loss = TRPOLoss(
         actor,
-        critic,
+        estimator.value_network,
         normalize_advantage=True,
         entropy_coeff=cfg.entropy_coeff,
         chunk_size=cfg.chunk_size,
         compile_policy=cfg.compile_update,
-        value_norm=value_norm,
+        value_norm=estimator.value_norm,
         process_group=ranks.group,
     )
-    loss.set_keys(**keys.loss_keys)
-    loss.loss_mask_key = keys.mask or "auto"
-    loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda, value_norm=value_norm)
+    attach_estimator(loss, estimator, keys)
     updater = TrustRegionUpdater(loss, **cfg.updater)
-    critic_optim = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=cfg.critic.lr, fused=True)
+    critic_optim = critic_optimizer([loss], lr=cfg.critic.lr)
 
     collector = make_collector(env, actor, frames_per_batch=cfg.train.frames_per_batch, ranks=ranks, **cfg.collector)
     with Run(
@@ -85,10 +89,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         for data in run.batches():  # [num_envs, T]
             run.lap("collect_s")
 
-            with torch.no_grad():
-                loss.value_estimator(
-                    data, params=loss.critic_network_params, target_params=loss.target_critic_network_params
-                )
+            estimate_advantages([loss], data)
             run.lap("critic_s")
 
             stats = updater.step(data)

@@ -1,7 +1,7 @@
 """The trust-region family in TorchRL's ``Trainer``, and its configs."""
 
+from torchrl_trpo.trainer.episode_return import LogEpisodeReturn
 from torchrl_trpo.trainer.trainer import (
-    LogEpisodeReturn,
     TRPOTrainer,
     TrustRegionStepper,
     critic_parameters,

@@ -1,7 +1,7 @@
 """Hydra configs for TorchRL's config store: ``loss=trpo``, ``loss=hatrpo``, ``trainer=trpo`` and their parts.
 
-Importing this module registers them, beside those of ``torchrl.trainers.algorithms.configs``, whose style they follow:
-each is a dataclass with the keywords of what it makes, and keys may be lists (``action_key: [agents, action]``).
+Importing this module registers them, beside those of ``torchrl.trainers.algorithms.configs``. Each is a dataclass with
+the keywords and defaults of what it makes; keys may be lists (``action_key: [agents, action]``).
 
 ======================  ===========================================================================
 ``loss``                ``trpo``, ``hatrpo``
@@ -16,24 +16,25 @@ each is a dataclass with the keywords of what it makes, and keys may be lists (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from inspect import Parameter, signature
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from hydra.utils import get_class
+from omegaconf import MISSING, ListConfig
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.modules import MultiAgentMLP
-from torchrl.objectives import LossModule
-from torchrl.trainers.algorithms.configs.common import ConfigBase, _normalize_hydra_key, _normalize_hydra_keys
-from torchrl.trainers.algorithms.configs.envs_libs import EnvLibsConfig
-from torchrl.trainers.algorithms.configs.modules import NetworkConfig
-from torchrl.trainers.algorithms.configs.objectives import LossConfig
-from torchrl.trainers.algorithms.configs.trainers import OnPolicyTrainerConfig
+from torchrl.objectives import LossModule, PPOLoss
+from torchrl.objectives.value import GAE, MultiAgentGAE
+from torchrl.trainers.algorithms.configs.common import ConfigBase
+from torchrl.trainers.algorithms.on_policy import OnPolicyTrainer
 
+from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks import make_central_critic, make_critic
@@ -42,41 +43,49 @@ from torchrl_trpo.trainer.trainer import TRPOTrainer, critic_parameters, losses_
 from torchrl_trpo.training.policy import make_policy
 
 _HERE = "torchrl_trpo.trainer.configs"
-_KEYS = ("advantage", "value_target", "value", "sample_log_prob", "action", "reward", "done", "terminated")
+_CHECKED = {f"{name}{none}" for name in ("bool", "int", "float", "str") for none in ("", " | None")}
+"""The types that OmegaConf checks; a field of any other takes anything."""
+
+_Config = TypeVar("_Config", bound=type)
 
 
 @dataclass
-class TRPOLossConfig(LossConfig):
+class _Base(ConfigBase):
+    """What all configs are: other configs of TorchRL only take a ``ConfigBase``."""
+
+    _partial_: bool = False
+
+    def __post_init__(self) -> None:
+        """Does nothing; ``ConfigBase`` asks for it."""
+
+
+def _keywords_of(*made: Callable[..., Any], without: Collection[str] = ()) -> Callable[[_Config], _Config]:
+    """Makes a class a dataclass with a field for each keyword of the callables.
+
+    The first callable that has a keyword gives its type and default; a field that the class itself has stays.
+    """
+
+    def with_fields(config: _Config) -> _Config:
+        annotations = config.__annotations__
+        for parameter in (each for function in made for each in signature(function).parameters.values()):
+            variable = parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+            if variable or parameter.name in annotations or parameter.name in without:
+                continue
+            annotations[parameter.name] = parameter.annotation if parameter.annotation in _CHECKED else "Any"
+            setattr(config, parameter.name, MISSING if parameter.default is Parameter.empty else parameter.default)
+        return dataclass(config)
+
+    return with_fields
+
+
+@_keywords_of(TRPOLoss, PPOLoss, without=("gamma", "actor", "critic"))  # which PPOLoss refuses
+class TRPOLossConfig(_Base):
     """Hydra configuration for :class:`~torchrl_trpo.objectives.TRPOLoss`, its keys and its value estimator.
 
     ``value_estimator`` is a config of the group ``value``; it gets the loss's critic and ``value_norm``. Default:
     ``AgentGAE`` with TorchRL's ``gamma`` and ``lmbda``.
     """
 
-    actor_network: Any = None
-    critic_network: Any = None
-    trust_region: str | None = None
-    agent_dim: int = -2
-    entropy_coeff: Any = 0.0
-    value_norm: Any = None
-    chunk_size: int | None = None
-    compile_policy: Any = False
-    process_group: Any = None
-    entropy_bonus: bool = True
-    samples_mc_entropy: int = 1
-    log_explained_variance: bool = True
-    critic_coeff: float | None = None
-    loss_critic_type: str = "smooth_l1"
-    normalize_advantage: bool = False
-    normalize_advantage_exclude_dims: Any = ()
-    advantage_norm: Any = None
-    separate_losses: bool = False
-    functional: bool = True
-    reduction: str | None = None
-    clip_value: float | None = None
-    delay_actor: bool = False
-    max_importance_ratio: float | None = None
-    device: Any = None
     value_estimator: Any = None
     loss_mask_key: Any = "auto"
     advantage_key: Any = None
@@ -93,28 +102,26 @@ class TRPOLossConfig(LossConfig):
 def _make_trpo_loss(
     *,
     value_estimator: Callable[..., AgentGAE] | None = None,
-    loss_mask_key: Any = "auto",
     normalize_advantage_exclude_dims: Sequence[int] = (),
     **kwargs: Any,
 ) -> TRPOLoss:
-    keys = {name: _normalize_hydra_key(kwargs.pop(f"{name}_key", None)) for name in _KEYS}
+    keys = {name: _plain_key(kwargs.pop(name)) for name in list(kwargs) if name.endswith("_key")}
+    mask = keys.pop("loss_mask_key", "auto")
     loss = TRPOLoss(**kwargs, normalize_advantage_exclude_dims=tuple(normalize_advantage_exclude_dims))
     if value_estimator is not None:
         loss.make_value_estimator(value_estimator(value_network=loss.critic_network, value_norm=loss.value_norm))
-    loss.set_keys(**{name: key for name, key in keys.items() if key is not None})
-    loss.loss_mask_key = _normalize_hydra_key(loss_mask_key)
+    loss.set_keys(**{name.removesuffix("_key"): key for name, key in keys.items() if key is not None})
+    loss.loss_mask_key = mask
     return loss
 
 
-@dataclass
-class HATRPOLossConfig(LossConfig):
+@_keywords_of(HATRPOSequentialObjective)
+class HATRPOLossConfig(_Base):
     """Hydra configuration for :class:`~torchrl_trpo.objectives.HATRPOSequentialObjective`.
 
     ``losses`` is the config of a TRPO loss, or a mapping from groups to such.
     """
 
-    losses: Any = MISSING
-    agent_order: Any = "random"
     _target_: str = f"{_HERE}._make_hatrpo_loss"
 
 
@@ -124,117 +131,76 @@ def _make_hatrpo_loss(losses: TRPOLoss | Mapping[str, TRPOLoss], agent_order: An
     return HATRPOSequentialObjective(groups, agent_order=order)
 
 
-@dataclass
-class AgentGAEConfig(LossConfig):
+@_keywords_of(AgentGAE, MultiAgentGAE, GAE)
+class AgentGAEConfig(_Base):
     """Hydra configuration for :class:`~torchrl_trpo.objectives.AgentGAE`, completed by the loss that it is given to."""
 
     gamma: float = 0.99
     lmbda: float = 0.95
     value_network: Any = None
-    mask_key: Any = "auto"
-    other_mask_keys: Any = ()
-    team_reward: str | None = None
-    reward_keys: Any = None
-    value_norm: Any = None
-    agent_dim: int = -2
-    average_gae: bool = False
-    differentiable: bool = False
-    vectorized: bool | None = None
-    skip_existing: bool | None = None
-    advantage_key: Any = None
-    value_target_key: Any = None
-    value_key: Any = None
-    shifted: bool = False
-    device: Any = None
-    time_dim: int | None = None
-    auto_reset_env: bool = False
-    deactivate_vmap: bool = False
-    value_chunk_size: int | None = None
-    num_chunks: int | None = None
-    num_chunk: int | None = None
-    value_chunk_dim: int = 0
-    shifted_budget: int = 1
-    group_key: Any = None
     _target_: str = f"{_HERE}._make_agent_gae"
     _partial_: bool = True
 
 
-@dataclass
-class CentralCriticConfig(AgentGAEConfig):
-    """Hydra configuration for :class:`~torchrl_trpo.objectives.CentralCriticValueEstimator`."""
+@_keywords_of(CentralCriticValueEstimator, AgentGAE, MultiAgentGAE, GAE)
+class CentralCriticConfig(_Base):
+    """Hydra configuration for :class:`~torchrl_trpo.objectives.CentralCriticValueEstimator`, completed by the loss."""
 
-    observation_keys: Any = MISSING
-    central_key: Any = MISSING
-    state_key: Any = None
-    n_agents: int | None = None
-    action_keys: Any = None
-    actor_network: Any = None
-    agent_one_hot: bool = False
+    gamma: float = 0.99
+    lmbda: float = 0.95
+    value_network: Any = None
     _target_: str = f"{_HERE}._make_central_critic"
+    _partial_: bool = True
 
 
 def _make_agent_gae(**kwargs: Any) -> AgentGAE:
-    return AgentGAE(**_with_keys(kwargs))
+    return AgentGAE(**_plain_keys(kwargs))
 
 
 def _make_central_critic(**kwargs: Any) -> CentralCriticValueEstimator:
-    return CentralCriticValueEstimator(**_with_keys(kwargs))
+    return CentralCriticValueEstimator(**_plain_keys(kwargs))
 
 
-def _with_keys(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords with keys as TorchRL takes them."""
-    normalize = {"_keys": _normalize_hydra_keys, "_key": _normalize_hydra_key}
-    return {name: normalize.get(name[name.rfind("_") :], lambda value: value)(value) for name, value in kwargs.items()}
+def _plain_key(key: Any) -> Any:
+    """A key as TorchRL takes it: a list of YAML becomes a tuple, or its one entry."""
+    if not isinstance(key, (list, ListConfig)):
+        return key
+    return key[0] if len(key) == 1 else tuple(key)
 
 
-@dataclass
-class TrustRegionUpdaterConfig(ConfigBase):
+def _plain_keys(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords whose keys, and lists of keys, are as TorchRL takes them."""
+    plain = {name: _plain_key(value) if name.endswith("_key") else value for name, value in kwargs.items()}
+    lists = {name: value for name, value in plain.items() if name.endswith("_keys") and value is not None}
+    return plain | {name: [_plain_key(key) for key in keys] for name, keys in lists.items()}
+
+
+@_keywords_of(TrustRegionUpdater)
+class TrustRegionUpdaterConfig(_Base):
     """Hydra configuration for :class:`~torchrl_trpo.TrustRegionUpdater`; the trainer gives the objective."""
 
     objective: Any = None
-    max_kl: float = 0.01
-    damping: float = 0.1
-    cg_iters: int = 10
-    cg_tol: float = 1e-6
-    backtrack_coeff: float = 0.8
-    max_backtracks: int = 10
-    accept_ratio: float = 0.5
-    fisher_subsample: float = 1.0
     _target_: str = "torchrl_trpo.TrustRegionUpdater"
     _partial_: bool = True
 
-    def __post_init__(self) -> None:
-        """Nothing to do."""
 
-
-@dataclass
-class TRPOTrainerConfig(OnPolicyTrainerConfig):
+@_keywords_of(TRPOTrainer, OnPolicyTrainer)
+class TRPOTrainerConfig(_Base):
     """Hydra configuration for :class:`~torchrl_trpo.trainer.TRPOTrainer`.
 
     ``updater`` is a config of the group ``policy_updater``. ``optimizer``, one of the group ``optimizer``, gets the
     critics' parameters. A collector that is partial and has no policy gets the loss's.
     """
 
-    collector: Any = MISSING
     total_frames: int | None = None
-    loss_module: Any = MISSING
-    optimizer: Any = MISSING
-    logger: Any = None
-    save_trainer_file: Any = None
-    replay_buffer: Any = None
-    optim_steps_per_batch: int = 1
-    updater: Any = None
-    critic_epochs: int = 5
-    minibatch_size: int = 300
+    num_epochs: int = 1
     add_gae: bool = False
     gamma: float | None = None
     lmbda: float | None = None
-    done_key: Any = None
-    terminated_key: Any = None
-    reward_key: Any = None
-    episode_reward_key: Any = None
-    action_key: Any = None
-    observation_key: Any = None
+    hooks: Any = None
+    actor_network: Any = None
+    critic_network: Any = None
+    create_env_fn: Any = None
     _target_: str = f"{_HERE}._make_trpo_trainer"
 
 
@@ -249,7 +215,7 @@ def _make_trpo_trainer(
     hooks: Sequence[Any] | None = None,
     actor_network: Any = None,
     critic_network: Any = None,
-    create_env_fn: Any = None,
+    create_env_fn: Any = None,  # as TorchRL's configs have it; only what refers to it reads it
     **kwargs: Any,
 ) -> TRPOTrainer:
     if not isinstance(loss_module, LossModule):
@@ -264,8 +230,6 @@ def _make_trpo_trainer(
         lr_scheduler = lr_scheduler(optimizer)
     if isinstance(updater, partial):
         updater = updater(objective=loss_module)
-    for name in [name for name in kwargs if name.endswith("_key")]:
-        kwargs[name] = _normalize_hydra_key(kwargs[name])
     trainer = TRPOTrainer(
         collector=collector,
         total_frames=collector.total_frames if total_frames is None else total_frames,
@@ -273,7 +237,7 @@ def _make_trpo_trainer(
         optimizer=optimizer,
         updater=updater,
         lr_scheduler=lr_scheduler,
-        **kwargs,
+        **_plain_keys(kwargs),
     )
     for hook in hooks or ():
         hook.register(trainer)
@@ -285,88 +249,51 @@ def _made(network: Any) -> Any:
     return network() if isinstance(network, partial) else network
 
 
-@dataclass
-class MultiAgentMLPConfig(NetworkConfig):
+@_keywords_of(MultiAgentMLP)
+class MultiAgentMLPConfig(_Base):
     """Hydra configuration for :class:`~torchrl.modules.MultiAgentMLP`.
 
     With TorchRL's configs ``model=tanh_normal`` and ``model=value`` it makes policies and critics of agents, whose keys
     are lists: ``in_keys: [[agents, observation]]``.
     """
 
-    n_agent_inputs: int | None = MISSING
-    n_agent_outputs: int = MISSING
-    n_agents: int = MISSING
     centralized: bool = False
     share_params: bool = True
-    device: Any = None
-    depth: int | None = None
-    num_cells: Any = None
     activation_class: str = "torch.nn.Tanh"
-    use_td_params: bool = True
     _target_: str = f"{_HERE}._make_multi_agent_mlp"
 
 
 def _make_multi_agent_mlp(*, activation_class: str, num_cells: Any, **kwargs: Any) -> MultiAgentMLP:
-    from hydra.utils import get_class
-
     cells = num_cells if num_cells is None or isinstance(num_cells, int) else list(num_cells)
     return MultiAgentMLP(**kwargs, num_cells=cells, activation_class=get_class(activation_class))
 
 
-@dataclass
-class AgentPolicyConfig(ConfigBase):
-    """Hydra configuration for the recipes' policy, made for an environment of :func:`~torchrl_trpo.envs.make_env`.
-
-    With several groups of agents it is the policy of all of them, or of the one that is named.
-    """
-
-    env: Any = MISSING
-    group: str | None = None
-    sharing: str = "group"
-    hidden: Any = (128, 128)
-    _target_: str = f"{_HERE}._make_agent_policy"
-    _partial_: bool = False
-
-    def __post_init__(self) -> None:
-        """Nothing to do."""
-
-
-def _make_agent_policy(env: EnvBase, group: str | None, sharing: str, hidden: Sequence[int]) -> TensorDictModuleBase:
+def _make_agent_policy(
+    env: EnvBase, group: str | None = None, sharing: str = "group", hidden: Sequence[int] = (128, 128)
+) -> TensorDictModuleBase:
     groups = [keys for keys in group_keys(env) if group in (None, keys.group)]
     policy = make_policy(env, groups, sharing=sharing, hidden=list(hidden))
     return policy[0] if len(groups) == 1 and groups[0].group is not None else policy
 
 
-@dataclass
-class AgentCriticConfig(ConfigBase):
-    """Hydra configuration for the recipes' critics, made for an environment of :func:`~torchrl_trpo.envs.make_env`.
+@_keywords_of(_make_agent_policy)
+class AgentPolicyConfig(_Base):
+    """Hydra configuration for the recipes' policy, made for an environment of :func:`~torchrl_trpo.envs.make_env`.
 
-    ``inputs`` is ``own`` for each agent's ``V(o_i)``, or what the centralised critic ``V(s)`` reads: ``observations``
-    (of all agents), ``state`` or ``both``.
+    With several groups of agents it is the policy of all of them, or of the one that is named.
     """
 
-    env: Any = MISSING
-    group: str | None = None
-    inputs: str = "own"
-    share_params: bool = True
-    agent_one_hot: bool = False
-    others_actions: bool = False
-    hidden: Any = (128, 128)
-    _target_: str = f"{_HERE}._make_agent_critic"
-    _partial_: bool = False
-
-    def __post_init__(self) -> None:
-        """Nothing to do."""
+    _target_: str = f"{_HERE}._make_agent_policy"
 
 
 def _make_agent_critic(
     env: EnvBase,
-    group: str | None,
-    inputs: str,
-    share_params: bool,
-    agent_one_hot: bool,
-    others_actions: bool,
-    hidden: Sequence[int],
+    group: str | None = None,
+    inputs: str = "own",
+    share_params: bool = True,
+    agent_one_hot: bool = False,
+    others_actions: bool = False,
+    hidden: Sequence[int] = (128, 128),
 ) -> nn.Module:
     found = [keys for keys in group_keys(env) if group in (None, keys.group)]
     if len(found) != 1:
@@ -383,8 +310,19 @@ def _make_agent_critic(
     )
 
 
-@dataclass
-class EnvConfig(EnvLibsConfig):
+@_keywords_of(_make_agent_critic)
+class AgentCriticConfig(_Base):
+    """Hydra configuration for the recipes' critics, made for an environment of :func:`~torchrl_trpo.envs.make_env`.
+
+    ``inputs`` is ``own`` for each agent's ``V(o_i)``, or what the centralised critic ``V(s)`` reads: ``observations``
+    (of all agents), ``state`` or ``both``.
+    """
+
+    _target_: str = f"{_HERE}._make_agent_critic"
+
+
+@_keywords_of(make_env, without=("ranks",))  # the processes of a job
+class EnvConfig(_Base):
     """Hydra configuration for :func:`~torchrl_trpo.envs.make_env`; ``device`` is a name, or ``auto``."""
 
     name: str = "vmas/balance"
@@ -393,13 +331,6 @@ class EnvConfig(EnvLibsConfig):
     kwargs: Any = field(default_factory=dict)
     seed: int = 0
     device: str = "auto"
-    continuous_actions: bool | None = None
-    factory: str | None = None
-    parallel: bool = False
-    one_group: bool = False
-    state: bool = False
-    render: bool = False
-    normalize_observations: bool = False
     _target_: str = f"{_HERE}._make_env"
 
 
@@ -408,8 +339,7 @@ def _make_env(*, device: str, **settings: Any) -> EnvBase:
 
 
 def _register() -> None:
-    store = ConfigStore.instance()
-    configs: dict[tuple[str, str], type[ConfigBase]] = {
+    configs: dict[tuple[str, str], type] = {
         ("loss", "trpo"): TRPOLossConfig,
         ("loss", "hatrpo"): HATRPOLossConfig,
         ("value", "agent_gae"): AgentGAEConfig,
@@ -422,7 +352,7 @@ def _register() -> None:
         ("env", "trpo_vmas"): EnvConfig,
     }
     for (group, name), node in configs.items():
-        store.store(group=group, name=name, node=node)
+        ConfigStore.instance().store(group=group, name=name, node=node)
 
 
 _register()

@@ -10,14 +10,16 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.collectors import BaseCollector
-from torchrl.trainers import LogScalar, OptimizationStepper, Trainer, TrainerHookBase, UpdateWeights
+from torchrl.trainers import LogScalar, OptimizationStepper, Trainer, UpdateWeights
 from torchrl.trainers.algorithms.on_policy import OnPolicyTrainer
 
 from torchrl_trpo.arguments import positive_whole
-from torchrl_trpo.keys import next_key, path, return_key
+from torchrl_trpo.keys import next_key, return_key
 from torchrl_trpo.numerics.updater import TrustRegionUpdater
 from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
+from torchrl_trpo.trainer.episode_return import LogEpisodeReturn
 from torchrl_trpo.training.critic_fit import fit_critics, trained_parameters
+from torchrl_trpo.training.estimators import estimate_advantages
 
 _STATISTICS = (
     "kl",
@@ -136,20 +138,17 @@ class TrustRegionStepper(OptimizationStepper):
             :func:`~torchrl_trpo.training.critic_fit.fit_critics` returns them: ``loss_critic``, ``explained_variance``
             and ``dropped``.
         """
-        with torch.no_grad():
-            for loss in self._losses.values():
-                if sub_batch.get(loss.tensor_keys.advantage, None) is None:
-                    params = (loss.critic_network_params, loss.target_critic_network_params)
-                    params = params if loss.functional else (None, None)
-                    loss.value_estimator(sub_batch, params=params[0], target_params=params[1])
+        losses = self._losses.values()
+        missing = [loss for loss in losses if sub_batch.get(loss.tensor_keys.advantage, None) is None]
+        estimate_advantages(missing, sub_batch)
         statistics = self.updater.step(sub_batch)
         fit = fit_critics(
-            self._losses.values(),
+            losses,
             self.optimizer or trainer.optimizer,
             sub_batch,
             epochs=self.critic_epochs,
             minibatch_size=self.minibatch_size,
-            process_group=next(iter(self._losses.values())).ranks.group,
+            process_group=next(iter(losses)).ranks.group,
         )
         return TensorDict({**{name: statistics[name].float().mean() for name in _STATISTICS}, **fit})
 
@@ -182,70 +181,6 @@ class TrustRegionStepper(OptimizationStepper):
                 )
             if not {id(parameter) for parameter in critic_parameters(loss)} <= held:
                 raise ValueError(f"optimizer: parameters of a critic are missing in it. {legal}")
-
-
-class LogEpisodeReturn(TrainerHookBase):
-    """Logs the mean return of the episodes that ended in a batch, over episodes and agents.
-
-    It reads the running return that ``RewardSum`` or :func:`~torchrl_trpo.envs.make_env` writes. Nothing is logged when
-    the data has no such entry, or no episode ended.
-
-    Args:
-        key: the running return ``[*B, T, n_agents, 1]`` or ``[*B, T, 1]``, inside ``"next"``.
-
-    Keyword Args:
-        done_key: the done flags of the agents or of all of them, inside ``"next"``.
-        logname: the name in the log and in the progress bar.
-    """
-
-    def __init__(
-        self,
-        key: NestedKey = "episode_reward",
-        *,
-        done_key: NestedKey = "done",
-        logname: str = "episode_return",
-    ) -> None:
-        self.key = path(key)
-        self.done_key = path(done_key)
-        self.logname = logname
-
-    def __call__(self, batch: TensorDictBase) -> dict[str, Any] | None:
-        """The entry of the log.
-
-        Args:
-            batch: the collected data, ``[*B, T]``.
-
-        Returns:
-            The mean return under the hook's name, or None.
-        """
-        returns = batch.get(("next", *self.key), None)
-        if returns is None:
-            return None
-        done = batch.get(("next", *self.done_key)).flatten(batch.batch_dims)  # [*B, T, n_agents] or [*B, T, 1]
-        returns = returns.flatten(batch.batch_dims)
-        ended = returns[done.expand_as(returns)]
-        return {self.logname: ended.mean().item(), "log_pbar": True} if ended.numel() else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the hook has no state."""
-        return {}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over nothing.
-
-        Args:
-            state_dict: the state.
-        """
-
-    def register(self, trainer: Trainer, name: str | None = None) -> None:
-        """Registers the hook before the optimisation steps.
-
-        Args:
-            trainer: the trainer.
-            name: the name in the checkpoint. Default: after the hook's name in the log.
-        """
-        trainer.register_op("pre_steps_log", self)
-        trainer.register_module(name or f"log_{self.logname}", self)
 
 
 class TRPOTrainer(OnPolicyTrainer):

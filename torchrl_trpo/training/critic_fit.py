@@ -139,6 +139,22 @@ def fit_critic(
     }
 
 
+def critic_optimizer(losses: Iterable[PPOLoss], *, lr: float) -> torch.optim.Adam:
+    """The recipes' optimiser of the critics.
+
+    Args:
+        losses: the losses of the groups, whose critics share no parameter with the policies.
+
+    Keyword Args:
+        lr: the learning rate.
+
+    Returns:
+        Adam over the parameters of all critics.
+    """
+    parameters = [parameter for loss in losses for parameter in trained_parameters(loss)]
+    return torch.optim.Adam(parameters, lr=lr, fused=True)
+
+
 def trained_parameters(loss: PPOLoss) -> list[Tensor]:
     """The critic's parameters that are trained, those that it shares with the policy among them.
 
