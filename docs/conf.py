@@ -51,7 +51,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 # Every reference must lead somewhere, but for those into packages whose pages cannot be read while building offline.
 nitpicky = True
-_ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|rich|typing)"
+_ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|typing)"
 _SHORT = "MarlGroupMapType|Tensor|NestedKey|TensorDictModuleBase"
 nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(\.\w+)+\._Result")]
 
@@ -60,7 +60,7 @@ nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(
 INTERNAL = (
     r"torchrl_trpo\.(arguments|seeding|numerics(\..*)?|parallel(\.(minibatches|torchrun))?|distributions\..*|networks\..*|"
     r"envs\.(absent_agents|make|normalization|saved_state|simulators|snapshot|vmas)|reporting|config|"
-    r"training(\.(checkpoints|signals))?|trainer\.trainer|objectives\..*|recipes\.studies(\..*)?)"
+    r"training(\.(checkpoints|collection_state|console|continuation|run_folder|signals|summary))?|trainer\.trainer|objectives\..*|recipes\.studies(\..*)?)"
 )
 coverage_ignore_functions = ["main"]
 coverage_show_missing_items = True

@@ -360,7 +360,9 @@ def test_observations_of_gymnasium_that_are_several():
     gymnasium.registry.pop("Goal-v0")
     with pytest.raises(SettingError, match=r"'observation' is Stacked of shape \(3,\)\. Legal: \(F,\) or "):
         build("gym/Blackjack-v1")
-    with pytest.raises(SettingError, match=r"factory='tests\.envs\.test_make\.Goal' gave a Goal\. Legal: a torchrl EnvBase"):
+    with pytest.raises(
+        SettingError, match=r"factory='tests\.envs\.test_make\.Goal' gave a Goal\. Legal: a torchrl EnvBase"
+    ):
         build("custom", factory="tests.envs.test_make.Goal")
 
 
