@@ -17,6 +17,7 @@ from torchrl_trpo.errors import SettingError
 from torchrl_trpo.keys import GroupKeys, group_keys
 from torchrl_trpo.networks import make_actor
 from torchrl_trpo.seeding import untouched_generators
+from torchrl_trpo.training.checkpoints import find_checkpoint, load_components, read_record
 
 
 def make_policy(
@@ -111,8 +112,8 @@ def load_policy(
     environment carries from step to step after ``carry_states(env, policy)`` of
     :mod:`torchrl_trpo.networks`; without the entry, the state is zero.
 
-    The run's environment is made for its specs and closed again, which needs ``torchrl-trpo[recipes]`` and the run's
-    simulator. The global random generators are restored.
+    The run's environment is made for its specs and closed again, which needs the run's simulator. The global random
+    generators are restored.
 
     Args:
         run_folder: the run's folder, which holds ``checkpoints``.
@@ -143,8 +144,6 @@ def policy_at(path: Path, config: Mapping[str, Any], device: torch.device) -> Te
     Returns:
         The policy.
     """
-    from torchrl_trpo.training.checkpoints import load_components
-
     with untouched_generators():
         env = make_run_env(
             config,
@@ -174,16 +173,9 @@ def find_run(run_folder: str | Path, checkpoint: str = "latest") -> tuple[Path, 
     Returns:
         Where the checkpoint is, and the settings, with the ``algorithm``. A
         :class:`~torchrl_trpo.errors.SettingError` is raised if there is none, or it cannot be read.
-
-    Raises:
-        ImportError: if the recipes' requirements are not installed.
     """
-    try:
-        from torchrl_trpo.training import checkpoints
-    except ImportError as error:
-        raise ImportError(f"{error.name} is not installed. Use: pip install torchrl-trpo[recipes].") from error
-    path = checkpoints.find_checkpoint(Path(run_folder), checkpoint)
-    return path, checkpoints.read_record(path)["config"]
+    path = find_checkpoint(Path(run_folder), checkpoint)
+    return path, read_record(path)["config"]
 
 
 def on_raw_observations(env: EnvBase, policy: TensorDictModuleBase) -> TensorDictModuleBase:
