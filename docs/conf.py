@@ -51,7 +51,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 # Every reference must lead somewhere, but for those into packages whose pages cannot be read while building offline.
 nitpicky = True
-_ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|rich|typing)"
+_ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|typing)"
 _SHORT = "MarlGroupMapType|Tensor|NestedKey|TensorDictModuleBase"
 nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(\.\w+)+\.(_Result|SurrogateLoss)")]
 
@@ -59,7 +59,8 @@ nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(
 # sphinx.ext.coverage compares. A module that is on no page and not internal fails the build until it is decided.
 INTERNAL = (
     r"torchrl_trpo\.(arguments|seeding|(numerics|distributions|objectives|envs|networks|trainer|recipes\.studies)(\..*)?|"
-    r"parallel(\.(minibatches|torchrun))?|reporting|config|training(\.(checkpoints|signals))?)"
+    r"parallel(\.(minibatches|torchrun))?|reporting|config|"
+    r"training(\.(checkpoints|collection_state|console|continuation|run_folder|signals|summary))?)"
 )
 coverage_ignore_functions = ["main"]
 coverage_show_missing_items = True

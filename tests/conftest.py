@@ -34,10 +34,10 @@ def _log_probs_by_part():
 
 @pytest.fixture(autouse=True)
 def _no_plots(request, monkeypatch):
-    """Runs of this process end without their plots, a third of the time of a short run, unless a test is about them."""
+    """Runs of this process draw no pictures, a third of the time of a short run, unless a test is about them."""
     if "plots" not in request.keywords:
         for name in ("plot_learning_curve", "plot_diagnostics"):
-            monkeypatch.setattr(f"torchrl_trpo.training.run.{name}", lambda *_, **__: None)
+            monkeypatch.setattr(f"torchrl_trpo.reporting.plots.{name}", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ from torchrl_trpo.errors import SettingError
 from torchrl_trpo.evaluate import evaluate_run
 from torchrl_trpo.keys import group_keys
 from torchrl_trpo.objectives import HATRPOSequentialObjective
-from torchrl_trpo.training import run
+from torchrl_trpo.reporting import plots
 from torchrl_trpo.training.collector import make_collector
 from torchrl_trpo.training.policy import make_policy
 
@@ -320,7 +320,7 @@ def main(arguments=None):
     table = Table(out, settings.seconds)
     hardware = torch.cuda.get_device_name() if device.startswith("cuda") else device
     table.say(f"torch {torch.__version__}, {hardware}, Python {platform.python_version()}")
-    no_plots = mock.patch.multiple(run, plot_learning_curve=mock.DEFAULT, plot_diagnostics=mock.DEFAULT)
+    no_plots = mock.patch.multiple(plots, plot_learning_curve=mock.DEFAULT, plot_diagnostics=mock.DEFAULT)
     with tempfile.TemporaryDirectory() as work, no_plots, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

@@ -29,7 +29,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_policy":  # not before it is asked for: it needs what the recipes need
+    if name == "load_policy":  # imported when it is used: it imports the environments
         from torchrl_trpo.training.policy import load_policy
 
         return load_policy

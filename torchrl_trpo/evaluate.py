@@ -31,7 +31,7 @@ from torchrl_trpo.training.film import film_run
 from torchrl_trpo.training.policy import find_run, make_run_env, policy_at
 
 RESAMPLES = 10_000
-"""Of the bootstrap."""
+"""The number of resamples of the bootstrap."""
 
 
 def evaluate_run(
@@ -46,8 +46,9 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Plays episodes with the policy of a run, and writes ``evaluation.json`` into the run's folder.
 
-    Each environment of a batch plays one episode to its end, and of the last batch the first environments count: which
-    episodes count does not depend on how long they are. Global random numbers are as before.
+    Each environment of a batch plays one episode to its end. If the last batch has more episodes than are needed, the
+    first environments count, so that the length of an episode does not decide whether it counts. The global random
+    generators are restored.
 
     Args:
         run_folder: the run's folder.
@@ -56,9 +57,9 @@ def evaluate_run(
         episodes: the number of episodes.
         checkpoint: ``"latest"`` or ``"best"``.
         deterministic: whether the policy acts deterministically, or samples.
-        seed: of the environments and of what is sampled. Default: the run's + 1000.
-        device: where it is done, see :func:`~torchrl_trpo.envs.resolve_device`.
-        film: where four episodes are filmed to, an ``.mp4`` or ``.gif`` file; None for no film.
+        seed: the seed of the environments and of sampled actions. Default: the run's + 1000.
+        device: the device, see :func:`~torchrl_trpo.envs.resolve_device`.
+        film: an ``.mp4`` or ``.gif`` file for a film of four episodes; None for no film.
 
     Returns:
         What ``evaluation.json`` holds: the settings; ``episode_return``, the mean over episodes of the return averaged
@@ -68,7 +69,7 @@ def evaluate_run(
         is None.
 
     Raises:
-        SettingError: if an argument cannot be.
+        SettingError: if an argument is invalid, or the run cannot be read.
     """
     path, config = find_run(run_folder, checkpoint)
     episodes, seed = plain_number(episodes), plain_number(seed)
@@ -151,7 +152,7 @@ def _finite(value: Tensor | float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _say(record: dict[str, Any], folder: Path) -> None:
+def _print(record: dict[str, Any], folder: Path) -> None:
     acting = "acting deterministically" if record["deterministic"] else "sampling its actions"
     print(
         f"{record['algorithm']} on {record['env']}, checkpoint {record['checkpoint']} (iteration "
@@ -209,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except SettingError as error:
         sys.exit(f"error: {error}")
-    _say(record, given.run_folder)
+    _print(record, given.run_folder)
 
 
 if __name__ == "__main__":

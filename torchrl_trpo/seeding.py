@@ -1,4 +1,4 @@
-"""Global random numbers: seeded for a while, and left as they were."""
+"""The global random generators: seeding them, and restoring them afterwards."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torchrl.checkpoint import GlobalRNGState
 
 
 def rank_seed(seed: int, rank: int, start: int = 0) -> int:
-    """A seed for each process of a job, far from those of other jobs' processes; the first one's is the job's.
+    """A seed for each process of a job. Rank 0 has the job's seed; the others' do not collide with those of other jobs.
 
     Args:
         seed: the job's seed.
-        rank: the process's number.
-        start: where in the job the random numbers begin anew, 0 at its begin.
+        rank: the process's rank.
+        start: 0 at the job's start; another number each time that the job draws new seeds.
 
     Returns:
         The seed, from 0 to 2³² - 1.
@@ -39,10 +39,10 @@ def seed_generators(seed: int) -> None:
 
 
 class GlobalGenerators(GlobalRNGState):
-    """TorchRL's ``GlobalRNGState``, which knows three kinds of accelerators by their names, for any kind."""
+    """TorchRL's ``GlobalRNGState``, extended from CUDA, XPU and MPS to any kind of accelerator."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of Python's, NumPy's and PyTorch's generators; those of devices that have been used."""
+        """The states of Python's, NumPy's and PyTorch's generators, also those of the devices in use."""
         state = super().state_dict()
         if (device := _unknown_to_torchrl()) is not None and torch.get_device_module(device).is_initialized():
             indices = range(torch.accelerator.device_count())
@@ -50,7 +50,7 @@ class GlobalGenerators(GlobalRNGState):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Puts the states back."""
+        """Restores the states."""
         super().load_state_dict(state_dict)
         if (device := _unknown_to_torchrl()) is not None:
             for index, state in enumerate(state_dict.get(_entry(device), ())):
@@ -79,25 +79,25 @@ def device_state(device: torch.device) -> Tensor:
 
 
 def set_device_state(device: torch.device, state: Tensor) -> None:
-    """Puts the global generator of an accelerator in a state.
+    """Sets the state of the global generator of an accelerator.
 
     Args:
         device: the accelerator.
-        state: from :func:`device_state`, of an accelerator of that kind.
+        state: from :func:`device_state`, of the same kind of accelerator.
     """
     torch.get_device_module(device).set_rng_state(state.cpu(), *_index(device))
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # of which there is one
+    return () if device.type == "mps" else (device,)  # there is only one MPS device
 
 
 @contextlib.contextmanager
 def untouched_generators(seed: int | None = None) -> Iterator[None]:
-    """Leaves the global generators of Python, NumPy and PyTorch as they were.
+    """Restores the global generators of Python, NumPy and PyTorch on leaving.
 
     Args:
-        seed: where they begin inside; None for where they are.
+        seed: the seed inside; None to go on from the present state.
 
     Yields:
         Nothing.
@@ -112,6 +112,6 @@ def untouched_generators(seed: int | None = None) -> Iterator[None]:
         generators.load_state_dict(before)
         device = torch.accelerator.current_accelerator(check_available=True)
         if device is not None and _entry(device) not in before:
-            # An accelerator takes the last seed when it is initialised, and simulators seed.
+            # It was initialised inside, with the last seed there, which may be a simulator's.
             module = torch.get_device_module(device)
             getattr(module, "manual_seed_all", module.manual_seed)(torch.initial_seed())

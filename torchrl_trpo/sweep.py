@@ -1,4 +1,4 @@
-"""One table and one plot of a Hydra sweep, its runs grouped by what differs between them, seeds together.
+"""Sums up a Hydra sweep in one table and one plot; runs that differ only in their seed are one row.
 
 python -m torchrl_trpo.recipes.hatrpo -m updater.max_kl=0.005,0.01,0.02 seed=0,1,2
 python -m torchrl_trpo.sweep outputs/hatrpo/2026-01-31_12-00-00_sweep
@@ -22,24 +22,22 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.reporting.record import RunRecord, find_runs, finite_mean, flat, read_run
 
 _OF_A_RUN = ("seed", "output_dir", "resume", "versions", "film", "checkpoint", "logger", "algorithm")
-"""Settings that are no setting of what is compared; the algorithm is one if it differs."""
+"""Settings that do not tell two settings of a sweep apart; the algorithm does, if it differs."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The runs of one setting, which differ in their seeds.
+    """The runs of one setting, which differ only in their seed.
 
     Attributes:
-        values: what differs from other settings, by name.
+        values: the values that differ from those of other settings, by name.
         runs: the runs.
-        missing: how many more runs Hydra was to begin.
+        missing: the number of runs that Hydra has not started yet.
     """
 
     values: Mapping[str, Any]
@@ -53,11 +51,11 @@ class Setting:
 
     @property
     def finished(self) -> list[RunRecord]:
-        """The runs that came to their end."""
+        """The runs that have finished."""
         return [run for run in self.runs if run.state == "finished"]
 
     def row(self) -> dict[str, Any]:
-        """The setting's row of the summary: of the runs that finished; NaN where there is none."""
+        """The setting's row of the summary, over the finished runs; NaN if there is none."""
         returns = [run.episode_return for run in self.finished]
         finite = [value for value in returns if math.isfinite(value)]
         row: dict[str, Any] = {name: _plain(value) for name, value in self.values.items()}
@@ -93,7 +91,7 @@ def read_sweep(folder: Path) -> list[Setting]:
     differ = [name for name in differ if name.partition(".")[0] not in _OF_A_RUN or name == "algorithm"]
     jobs = _jobs(folder)
     begun = {record.folder.name for record in records}
-    lost = Counter(_but_seed(job) for number, job in jobs.items() if number not in begun)
+    lost = Counter(_without_seed(job) for number, job in jobs.items() if number not in begun)
     groups: dict[str, list[int]] = {}
     for index, settings in enumerate(flattened):
         groups.setdefault(_key([settings.get(name) for name in differ]), []).append(index)
@@ -101,7 +99,7 @@ def read_sweep(folder: Path) -> list[Setting]:
     for indices in groups.values():
         values = {name: flattened[indices[0]].get(name) for name in differ}
         runs = [records[index] for index in indices]
-        own = {_but_seed(jobs.get(run.folder.name, [])) for run in runs}
+        own = {_without_seed(jobs.get(run.folder.name, [])) for run in runs}
         found.append(Setting(values, runs, sum(lost.pop(job, 0) for job in own)))
     none_begun = [Setting(dict(each.split("=", 1) for each in job), [], count) for job, count in lost.items()]
     return [*found, *none_begun]
@@ -135,7 +133,7 @@ def summarize(settings: Sequence[Setting], folder: Path) -> list[Path]:
 _HEADINGS = ("setting", "finished", "return", "min", "max", "cpu_s", "accepted", "KL/max_kl")
 
 
-def _cells(setting: Setting) -> list[str]:
+def _cells(setting: Setting) -> Sequence[str]:
     row = setting.row()
     numbers = [("return_mean", ".2f"), ("return_min", ".2f"), ("return_max", ".2f"), ("cpu_s", ".0f")]
     numbers += [("accepted", ".2f"), ("kl_over_max_kl", ".2f")]
@@ -143,8 +141,15 @@ def _cells(setting: Setting) -> list[str]:
     return [setting.name, f"{row['finished']} of {row['runs']}", *shown]
 
 
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """The rows in columns, the first one flush left and the others flush right."""
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = ([row[0].ljust(first), *map(str.rjust, row[1:], widths)] for row in rows)
+    return "\n".join("  ".join(line) for line in lines)
+
+
 def _unfinished(settings: Sequence[Setting], folder: Path) -> list[str]:
-    """A line for each run that did not come to its end."""
+    """A line for each run that has not finished."""
     lines = []
     for setting in settings:
         for run in setting.runs:
@@ -162,7 +167,7 @@ def _unfinished(settings: Sequence[Setting], folder: Path) -> list[str]:
 
 
 def _plot(settings: Sequence[Setting], path: Path) -> Path:
-    """The mean return of each setting with the range of its seeds; a cross is the end of a run that did not finish."""
+    """Plots each setting's mean return and the range over seeds; a cross marks the end of an unfinished run."""
     figure = Figure(figsize=(9, 5 + 0.3 * len(settings)), layout="constrained")
     axis = figure.subplots()
     for index, setting in enumerate(settings):
@@ -189,7 +194,7 @@ def _plot(settings: Sequence[Setting], path: Path) -> Path:
 
 
 def _jobs(folder: Path) -> dict[str, list[str]]:
-    """What is swept, as each job has it, by the name of the job's folder, as Hydra counts them."""
+    """The swept overrides of each job, by the name of its folder, in the order in which Hydra numbers jobs."""
     if not (folder / "multirun.yaml").exists():
         return {}
     task = list(OmegaConf.load(folder / "multirun.yaml").hydra.overrides.task)
@@ -198,7 +203,7 @@ def _jobs(folder: Path) -> dict[str, list[str]]:
     return {str(number): list(job) for number, job in enumerate(itertools.product(*choices))}
 
 
-def _but_seed(job: Sequence[str]) -> tuple[str, ...]:
+def _without_seed(job: Sequence[str]) -> tuple[str, ...]:
     return tuple(override for override in job if not override.startswith("seed="))
 
 
@@ -229,14 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = read_sweep(folder)
     except SettingError as error:
         sys.exit(f"error: {error}")
-    table = Table(box=None, pad_edge=False)
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="left" if heading == "setting" else "right", overflow="fold")
-    for setting in settings:
-        table.add_row(*_cells(setting))
     paths = summarize(settings, folder)
-    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, highlight=False)
-    console.print(table)
+    print(_table([_HEADINGS, *(_cells(setting) for setting in settings)]))
     for line in _unfinished(settings, folder):
         print(f"not finished: {line}")
     for path in paths:

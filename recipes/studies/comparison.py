@@ -29,7 +29,7 @@ from torchrl_trpo.seeding import untouched_generators
 from torchrl_trpo.training.checkpoints import read_record
 from torchrl_trpo.training.episodes import play_episodes
 from torchrl_trpo.training.policy import make_run_env, policy_at
-from torchrl_trpo.training.run import replace_file
+from torchrl_trpo.training.run_folder import replace_file
 
 COLUMNS = ("task", "algorithm", "seed", "iteration", "frames", "cpu_s", "evaluation_return", "evaluation_std")
 """The columns of ``comparison.csv``."""

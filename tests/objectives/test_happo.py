@@ -384,7 +384,7 @@ def test_an_update_without_a_finite_minibatch_moves_nothing():
     broken[GROUP, "advantage"] = broken["advantage"]
     for _ in range(PATIENCE):
         stats = updater.step(broken)
-        told = watch.see(broken, stats)
+        told = watch.update(broken, stats)
     assert not stats["accepted"].any()
     assert same_bits(actor, before)
     assert str(states) == str(updater.state_dict()), "no momentum either"

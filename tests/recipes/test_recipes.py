@@ -26,7 +26,8 @@ from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks import make_actor
 from torchrl_trpo.recipes import happo, hatrpo, ippo, itrpo, mappo, matrpo, trpo
 from torchrl_trpo.training.episodes import evaluate
-from torchrl_trpo.training.run import COLUMNS, Run
+from torchrl_trpo.training.metrics import COLUMNS
+from torchrl_trpo.training.run import Run
 
 # imageio's reader leaves the pipes of ffmpeg to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -1,17 +1,22 @@
-"""A step that is rejected again and again is reported, with what it is likely to come from."""
+"""Rejected steps are reported with their likely causes; the metrics' symptoms have the names of the docs."""
 
 from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from tensordict import TensorDict
 
 from tests.recipes.test_recipes import RECIPES, config
+from tests.reporting.test_record import write_run
 from torchrl_trpo.keys import GroupKeys
-from torchrl_trpo.reporting.diagnosis import PATIENCE, RejectionWatch
+from torchrl_trpo.reporting.diagnosis import PATIENCE, RejectionWatch, find_symptoms
+from torchrl_trpo.reporting.record import read_run
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def group(name, n_agents, mask=None):
@@ -32,7 +37,7 @@ def stats_of(accepted, **figures):
 
 
 def reports(watch, data, stats, times):
-    return [report for _ in range(times) for report in watch.see(data, stats)]
+    return [report for _ in range(times) for report in watch.update(data, stats)]
 
 
 ADVANTAGES = torch.randn(5, 20, 2, generator=torch.Generator().manual_seed(0))
@@ -99,3 +104,29 @@ def test_an_agent_that_never_takes_part_is_named():
     data["agents", "mask"][..., 1] = False
     (report,) = reports(watch, data, stats_of([True, False]), PATIENCE)
     assert re.search(r"agent 1: the last 10 .* takes part in no row of the batch", report)
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({}, None),
+        ({"cg_residual": 0.2}, None),
+        ({"episode_return": ""}, "No episode ends"),
+        ({"accepted": 0.3}, "Steps are rejected"),
+        ({"cg_residual": 0.5}, "The conjugate gradient has not converged"),
+        ({"cg_residual": 0.2, "step_fraction": 0.8}, "The conjugate gradient has not converged"),
+        ({"kl": 9e-6}, "The policy hardly moves"),
+        ({"kl": 0.002}, "Steps end far inside the trust region"),
+        ({"factor_std": 3.0}, "The agents' steps are too large for each other"),
+        ({"clip_fraction": 0.7, "max_kl": None}, "Most rows are clipped"),
+        ({"explained_variance": -0.4}, "The critic explains nothing"),
+    ],
+    ids=str,
+)
+def test_a_symptom_is_named_as_in_the_docs(values, name, tmp_path):
+    symptoms = find_symptoms(read_run(write_run(tmp_path, **values)))
+    assert [symptom.name for symptom in symptoms] == ([name] if name else [])
+    assert find_symptoms(read_run(write_run(tmp_path, rows=19, **values))) == [], "too young"
+    if name:
+        assert f"## {name}\n" in (DOCS / "not-learning.md").read_text()
+        assert symptoms[0].figures.startswith(f"{next(iter(values))} ")

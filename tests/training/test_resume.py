@@ -21,6 +21,7 @@ from tests.environments import Copy
 from tests.recipes.test_recipes import RECIPES, TINY, config
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.training.checkpoints import find_checkpoint
+from torchrl_trpo.training.metrics import Metrics
 from torchrl_trpo.training.run import Run
 
 EPISODE = ("episode_return", "episode_return_sum", "episode_length")
@@ -330,7 +331,8 @@ def test_a_film_that_failed_is_made_by_resume(run_folder, monkeypatch):
     """The summary, by which a run is known as finished, was written before."""
     with monkeypatch.context() as patch:
         patch.setattr(
-            "torchrl_trpo.training.run.film_run", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left"))
+            "torchrl_trpo.training.summary.film_run",
+            lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")),
         )
         with pytest.raises(OSError, match="No space left"):
             resume(run_folder, "film=true")
@@ -359,7 +361,7 @@ def test_random_numbers_of_gpus_that_are_gone_are_left_out(run_folder, caplog):
 @pytest.mark.parametrize(("value", "best"), [(float("inf"), None), (0.0, 0.0)])
 def test_any_best_return_can_be_recorded(value, best, tmp_path, monkeypatch):
     """An infinite one ended the run, and 0 was written as none."""
-    monkeypatch.setattr("torchrl_trpo.training.run.episode_statistics", lambda *_: dict.fromkeys(EPISODE, value))
+    monkeypatch.setattr("torchrl_trpo.training.metrics.episode_statistics", lambda *_: dict.fromkeys(EPISODE, value))
     summary = RECIPES["hatrpo"].train(config("hatrpo", tmp_path, "film=false", "non_finite=drop"))
     assert json.loads((tmp_path / "summary.json").read_text())["best_return"] == best == summary["best_return"]
 
@@ -368,8 +370,12 @@ def test_metrics_that_cannot_be_closed_still_say_how_to_continue(tmp_path, monke
     """And the environment is closed: on a full disk both were left out."""
     closed = []
 
+    def close(self, original=Metrics.close):
+        original(self)
+        os.write(-1, b"")  # as closing a file on a full disk
+
     def fill(self, *args):
-        self._loop.callback(os.write, -1, b"")  # as closing a file on a full disk
+        monkeypatch.setattr(Metrics, "close", close)
         monkeypatch.setattr(self.env, "close", lambda **_: closed.append(True))
         raise OSError(28, "No space left on device")
 

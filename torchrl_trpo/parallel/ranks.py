@@ -1,4 +1,4 @@
-"""The processes that share an update: what they add up, agree on and pass to each other."""
+"""The processes that share an update, and the collective calls by which they exchange data."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _Result = TypeVar("_Result")
 
 
 class RankLostError(RuntimeError):
-    """Another process of the job has ended, or cannot be reached any more."""
+    """Another process of the job has ended or cannot be reached."""
 
 
 class Ranks:
-    """The processes of a ``torch.distributed`` group, each with rows of its own; or this process alone.
+    """The processes of a ``torch.distributed`` group, each with its own rows; or this process alone.
 
     Each method is a collective call: all ranks make it, in the same order, with tensors on the group's kind of device
-    (NCCL: the GPU). Alone, they are free and change nothing, to the bit. A copy is the same group.
+    (NCCL: the GPU). In a single process the calls cost nothing and return their input, bit for bit. A copy has the same
+    group.
 
     Args:
         group: the process group, such as ``torch.distributed.group.WORLD``; None for this process alone.
@@ -44,14 +45,14 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that speaks and writes for all."""
+        """Whether this is rank 0, which prints and writes for all ranks."""
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Adds up a tensor over the ranks, in place: all have the same bits afterwards.
+        """Sums a tensor over the ranks, in place; all ranks get the same bits.
 
         Args:
-            tensor: this rank's part, contiguous, of the same shape in all ranks.
+            tensor: this rank's part, contiguous, of the same shape on all ranks.
 
         Returns:
             The tensor itself.
@@ -59,10 +60,10 @@ class Ranks:
         return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def max_(self, tensor: Tensor) -> Tensor:
-        """The largest of the ranks' entries, in place.
+        """Takes the entrywise maximum over the ranks, in place.
 
         Args:
-            tensor: this rank's, contiguous, of the same shape in all ranks.
+            tensor: this rank's part, contiguous, of the same shape on all ranks.
 
         Returns:
             The tensor itself.
@@ -70,10 +71,10 @@ class Ranks:
         return self._reduce(tensor, dist.ReduceOp.MAX)
 
     def first_(self, tensor: Tensor) -> Tensor:
-        """Overwrites a tensor with the first rank's.
+        """Overwrites a tensor with that of rank 0.
 
         Args:
-            tensor: contiguous, of the same shape in all ranks.
+            tensor: contiguous, of the same shape on all ranks.
 
         Returns:
             The tensor itself.
@@ -83,13 +84,13 @@ class Ranks:
         return tensor
 
     def concat(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks, one rank's after the other's.
+        """Concatenates the rows of all ranks, in the order of the ranks.
 
         Args:
-            rows: this rank's, ``[N, ...]`` with any ``N``.
+            rows: this rank's rows, ``[N, ...]``; ``N`` may differ between ranks.
 
         Returns:
-            All rows, the same in all ranks.
+            All rows, the same on all ranks.
         """
         if self.size == 1:
             return rows
@@ -103,13 +104,13 @@ class Ranks:
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """The values of all ranks, in the first; elsewhere an empty list.
+        """Gathers the values of all ranks on rank 0.
 
         Args:
-            value: this rank's; anything that can be pickled.
+            value: this rank's value; anything that can be pickled.
 
         Returns:
-            The values, by rank.
+            The values, by rank; an empty list on the other ranks.
         """
         if self.size == 1:
             return [value]
@@ -118,13 +119,13 @@ class Ranks:
         return values or []
 
     def scatter_objects(self, values: Sequence[Any]) -> Any:
-        """Gives each rank its value.
+        """Sends each rank its value from rank 0.
 
         Args:
-            values: one for each rank, in the first; elsewhere not read.
+            values: one for each rank; only those of rank 0 are read.
 
         Returns:
-            This rank's.
+            This rank's value.
         """
         if self.size == 1:
             return values[0]
@@ -142,30 +143,33 @@ class Ranks:
         try:
             collective(*args, **kwargs)
         except RuntimeError as error:
+            # NCCL raises a DistError. Gloo raises a plain RuntimeError, for a lost connection as for a wrong argument;
+            # only the text differs: a lost connection is reported with its place in gloo's source, ".../gloo/...",
+            # and a wrong argument by "ProcessGroupGloo::...".
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-                raise  # a mistake in the call, not in the connection
+                raise
             raise RankLostError(
                 f"rank {self.rank} of {self.size}: another process of the job has ended or cannot be reached. What it "
-                f"said itself, if anything, stands above. Here it is: {str(error).splitlines()[0]}"
+                f"printed itself, if anything, stands above. The error here: {str(error).splitlines()[0]}"
             ) from error
 
 
 ALONE = Ranks()
-"""This process alone."""
+"""A single process."""
 
 
 def agreed(action: Callable[[], _Result], ranks: Ranks) -> _Result:
-    """What the first rank alone does, told to all; if it finds that settings cannot be, it is so for all.
+    """Runs an action on rank 0 and broadcasts its result; a ``SettingError`` is re-raised on every rank.
 
     Args:
-        action: what it does.
+        action: the action; its result must be picklable.
         ranks: the ranks.
 
     Returns:
-        What the action gave.
+        The action's result, on all ranks.
 
     Raises:
-        AgreedError: if it raised a :class:`~torchrl_trpo.errors.SettingError`.
+        AgreedError: if the action raised a :class:`~torchrl_trpo.errors.SettingError`.
     """
     outcome: Any = None
     if ranks.is_first:
@@ -180,14 +184,14 @@ def agreed(action: Callable[[], _Result], ranks: Ranks) -> _Result:
 
 
 def check_same_bits(tensors: Sequence[Tensor], ranks: Ranks) -> None:
-    """Checks that all ranks hold the same bits; a machine that rounds otherwise would let them drift apart unseen.
+    """Checks that all ranks hold the same bits: machines that round differently would drift apart unnoticed.
 
     Args:
         tensors: the parameters.
         ranks: the ranks.
 
     Raises:
-        RuntimeError: if they do not.
+        RuntimeError: if they differ.
     """
     if ranks.size == 1:
         return
@@ -202,15 +206,15 @@ def check_same_bits(tensors: Sequence[Tensor], ranks: Ranks) -> None:
 
 
 def check_same_length(steps: int, ranks: Ranks, device: torch.device) -> None:
-    """Checks that the sequences of all ranks are of one length.
+    """Checks that the sequences of all ranks have the same length.
 
     Args:
-        steps: the steps of this rank's.
+        steps: the length of this rank's sequences, in steps.
         ranks: the ranks.
-        device: where their tensors are.
+        device: the device of the group's tensors.
 
     Raises:
-        ValueError: if they are not, in all ranks.
+        ValueError: on all ranks, if the lengths differ.
     """
     if ranks.size == 1:
         return

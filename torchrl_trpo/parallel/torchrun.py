@@ -1,4 +1,4 @@
-"""A run that torchrun starts in several processes: who they are, and how they meet."""
+"""The processes that torchrun starts: their ranks, the job's name, and how they form a group."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ def is_job() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for the job: its first one, or one that torchrun did not start."""
+    """Whether this process prints for the job: it has rank 0, or torchrun did not start it."""
     return not is_job() or int(os.environ["RANK"]) == 0
 
 
 def job_name() -> str | None:
-    """The job's name: torchrun's ``--rdzv-id``, or what ``--standalone`` draws; None without one."""
+    """The job's name: torchrun's ``--rdzv-id``, or the one that ``--standalone`` draws; None if there is none."""
     name = os.environ.get("TORCHELASTIC_RUN_ID") if is_job() else None
     return None if name == "none" else name
 
 
 def job_id() -> str | None:
-    """What tells the job from others, however often its processes are started; None without a job.
+    """An id of the job that stays the same when its processes are restarted; None without a job.
 
-    A job without a name is known by the torchrun that started this process.
+    A job without a name has the id of the torchrun process that started it.
     """
     return job_name() or (f"torchrun {os.getppid()} on {socket.gethostname()}" if is_job() else None)
 
 
 def local_rank() -> int:
-    """This process's number among those of the job on its machine, 0 without a job."""
+    """This process's number among the job's processes on this machine; 0 without a job."""
     return int(os.environ["LOCAL_RANK"]) if is_job() else 0
 
 
 def job_ranks(device: torch.device) -> Ranks:
-    """Joins the processes of the job, once: NCCL between CUDA's GPUs, gloo between CPUs.
+    """Forms the process group of the job, once: NCCL between GPUs of CUDA, gloo between CPUs.
 
-    Without a job, a process group that is there is not touched: it belongs to someone else, such as TorchRL's
-    distributed collectors.
+    Without a job, an existing process group is left alone: it belongs to someone else, such as TorchRL's distributed
+    collectors.
 
     Args:
         device: the device of this process.
 
     Returns:
-        The job's ranks; this process alone if torchrun did not start it, or started it alone.
+        The job's ranks; this process alone if torchrun did not start it, or started only one.
     """
     if not is_job() or int(os.environ["WORLD_SIZE"]) == 1:
         return ALONE
@@ -70,18 +70,19 @@ def job_ranks(device: torch.device) -> Ranks:
 
 
 def _agreed_name(store: dist.Store, rank: int, size: int) -> str:
-    """A name that only the processes of this start of the job know, drawn by the first one.
+    """Agrees on a name for this start of the job, which rank 0 draws.
 
-    torchrun's store outlives the processes: they must not read the addresses of those before. Its counts of restarts
-    differ from machine to machine. So each process asks under a name of its own, which only one that lives can answer.
+    torchrun's store outlives the processes, so that a restarted process could read the addresses of the processes
+    before it. The count of restarts cannot serve as a name: it differs between machines. So each process asks under a
+    random name of its own, and only a living rank 0 can answer it.
 
     Args:
-        store: what all of them share.
-        rank: this process's number.
-        size: how many there are.
+        store: the store that the processes share.
+        rank: this process's rank.
+        size: the number of processes.
 
     Returns:
-        The name.
+        The name, the same in all processes.
     """
     own = uuid.uuid4().hex
     if rank > 0:
@@ -98,8 +99,8 @@ def _agreed_name(store: dist.Store, rank: int, size: int) -> str:
                 waiting.remove(other)
             elif store.check([f"asks/{other}"]) and (asks := store.get(f"asks/{other}")) != answered.get(other):
                 store.set(f"answer/{asks.decode()}", own)
-                answered[other] = asks  # of a process that has ended, perhaps: the living one will ask anew
+                answered[other] = asks  # perhaps of a process that has ended; the living one will ask again
         if time.monotonic() > until:
-            raise TimeoutError(f"the processes {sorted(waiting)} of the job's {size} have not come.")
+            raise TimeoutError(f"ranks {sorted(waiting)} of the job's {size} processes did not start in time.")
         time.sleep(0.01)
     return own

@@ -1,1 +1,1 @@
-"""What the folder of a run says, for those who look at it."""
+"""Reading, plotting and logging what a run writes."""

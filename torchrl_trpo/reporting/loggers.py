@@ -1,4 +1,9 @@
-"""TorchRL's loggers, for the metrics of a run: CSV, TensorBoard, Weights & Biases, MLflow."""
+"""TorchRL's loggers, for the metrics of a run: CSV, TensorBoard, Weights & Biases, MLflow.
+
+A resumed run goes on in the same record. TorchRL's ``get_logger(state_dict=)`` does not serve for this: in 0.14.1 it
+refuses MLflow, goes on in another folder with TensorBoard, keeps absolute folders, so that a run could not be moved,
+takes no settings for CSV, and does not remove what was logged after the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -26,27 +31,27 @@ BACKENDS: Mapping[str, tuple[str, Sequence[str]]] = {
     "wandb": ("WandbLogger", ("wandb",)),
     "mlflow": ("MLFlowLogger", ("mlflow", "sqlalchemy", "alembic")),
 }
-"""For each name the class in ``torchrl.record.loggers``, and the modules it needs."""
-_IDENTITY = "logger.json"
-"""The file in the run's folder that says which record is the run's."""
+"""For each backend the class in ``torchrl.record.loggers``, and the modules that it needs."""
+_RECORD_FILE = "logger.json"
+"""The file in the run's folder with the backend and, for W&B and MLflow, the id of the run there."""
 _MLFLOW_RUN_ID = "MLFLOW_RUN_ID"
-"""The variable by which ``mlflow.start_run`` continues a run."""
+"""The environment variable that makes ``mlflow.start_run`` continue a run; ``MLFlowLogger`` has no argument for it."""
 
 
 class RunLogger:
-    """Sends what a run measures to one of TorchRL's loggers; with None as the backend, nowhere.
+    """Sends the metrics of a run to one of TorchRL's loggers, or with None as the backend nowhere.
 
-    The backend's package is imported when this is opened, and no global random number is drawn.
+    The backend's package is imported by the constructor, and no global random number is drawn.
 
     Args:
         backend: ``"csv"``, ``"tensorboard"``, ``"wandb"``, ``"mlflow"`` or None.
-        kwargs: what TorchRL's logger is made with, beside what it is given here.
-        folder: the run's folder: CSV and TensorBoard write into it.
+        kwargs: further arguments of TorchRL's logger.
+        folder: the run's folder; CSV and TensorBoard write into it.
         name: the run's name, for W&B and MLflow.
-        frames: the frames done so far. If there are any, the record that the folder names is continued.
+        frames: the frames done so far. If there are any, the record that ``logger.json`` names is continued.
 
     Attributes:
-        continues: whether it is.
+        continues: whether a record is continued.
     """
 
     def __init__(
@@ -57,18 +62,18 @@ class RunLogger:
         self.continues = False
         if backend is None:
             return
-        identity = folder / _IDENTITY
-        before = json.loads(identity.read_text()) if frames and identity.exists() else {}
+        record_file = folder / _RECORD_FILE
+        before = json.loads(record_file.read_text()) if frames and record_file.exists() else {}
         before = before if before.get("backend") == backend else {}
         self.continues = bool(before)
         with untouched_generators():
             self._logger = _open(backend, dict(kwargs), folder, name, before.get("id"))
             if before and backend in {"csv", "tensorboard"}:
-                _forget_later(self._logger, backend, frames)
-            identity.write_text(json.dumps({"backend": backend, "id": _run_id(self._logger, backend)}) + "\n")
+                _remove_after(self._logger, backend, frames)
+            record_file.write_text(json.dumps({"backend": backend, "id": _run_id(self._logger, backend)}) + "\n")
 
     def log_settings(self, record: Mapping[str, Any]) -> None:
-        """Logs the settings of a run that begins; one that is continued has them.
+        """Logs the settings, unless a record is continued that has them.
 
         Args:
             record: the settings, as in ``config.yaml``.
@@ -80,7 +85,7 @@ class RunLogger:
             self._logger.log_hparams(plain)
 
     def log(self, metrics: Mapping[str, float], frames: int) -> None:
-        """Logs numbers; those that are NaN are left out.
+        """Logs numbers; a NaN is left out.
 
         Args:
             metrics: the numbers by name.
@@ -92,7 +97,7 @@ class RunLogger:
             self._logger.log_metrics({name: v for name, v in metrics.items() if not math.isnan(v)}, step=frames)
 
     def log_film(self, path: Path, frames: int) -> None:
-        """Logs a film, as a video where the backend shows one; the CSV logger's stays where it is.
+        """Logs a film to the backends that can show it; the CSV logger cannot.
 
         Args:
             path: the film, an ``.mp4`` file.
@@ -110,7 +115,7 @@ class RunLogger:
                 importlib.import_module("mlflow").log_artifact(str(path), "videos")
 
     def close(self, *, failed: bool = False) -> None:
-        """Ends the record; a run that is resumed opens it again.
+        """Ends the record; a resumed run opens it again.
 
         Args:
             failed: whether an error has ended the run.
@@ -130,14 +135,14 @@ class RunLogger:
 
 
 def logger_problem(backend: str | None, kwargs: Mapping[str, Any]) -> str | None:
-    """What is wrong with the settings of a logger.
+    """Checks the settings of a logger.
 
     Args:
         backend: the backend's name.
-        kwargs: what its logger is made with.
+        kwargs: further arguments of its logger.
 
     Returns:
-        The message, or None.
+        What is wrong, or None.
     """
     if backend is None:
         return "logger.kwargs with logger.backend=null: nobody reads them. Legal: {}." if kwargs else None
@@ -155,7 +160,7 @@ def logger_problem(backend: str | None, kwargs: Mapping[str, Any]) -> str | None
 
 
 def _legal_kwargs(backend: str) -> list[str]:
-    """What TorchRL's logger takes that is the user's to choose; for W&B also what ``wandb.init`` does."""
+    """The arguments of TorchRL's logger that a user may set; for W&B also those of ``wandb.init``."""
     logger_class = _logger_class(backend)
     names = [name for name, p in inspect.signature(logger_class.__init__).parameters.items() if p.kind != p.VAR_KEYWORD]
     if backend == "wandb":
@@ -169,33 +174,36 @@ def _logger_class(backend: str) -> Any:
 
 
 def _open(backend: str, kwargs: dict[str, Any], folder: Path, name: str, run_id: str | None) -> Logger:
-    """TorchRL's logger, on the record with the id if there is one."""
-    users_run_id = os.environ.get(_MLFLOW_RUN_ID)
-    logger_class = _logger_class(backend)
+    """Opens TorchRL's logger, on an existing record if an id is given."""
     try:
-        if backend in {"csv", "tensorboard"}:
-            return logger_class(exp_name=backend, log_dir=str(folder), **kwargs)
+        if backend == "mlflow":
+            return _open_mlflow(kwargs, name, run_id)
         if backend == "wandb":
-            given = {"exp_name": name, "project": "torchrl-trpo", "save_dir": str(folder), "id": run_id} | kwargs
-            return logger_class(**given)
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
-        given = {"exp_name": "torchrl-trpo", "tracking_uri": uri} | kwargs
-        mlflow = importlib.import_module("mlflow")
-        if run_id is not None:
-            os.environ[_MLFLOW_RUN_ID] = run_id
-        logger = logger_class(**given)
-        if run_id is None:
-            mlflow.set_tag("mlflow.runName", name)
-        return logger
+            ours = {"exp_name": name, "project": "torchrl-trpo", "save_dir": str(folder), "id": run_id}
+        else:
+            ours = {"exp_name": backend, "log_dir": str(folder)}
+        return _logger_class(backend)(**ours | kwargs)
     except Exception as error:  # each package has its own: no key, no server, another version of a database
         raise SettingError(
             f"logger.backend={backend} cannot be opened with logger.kwargs of {list(kwargs) or 'none'}: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _open_mlflow(kwargs: dict[str, Any], name: str, run_id: str | None) -> Logger:
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+    users_run_id = os.environ.get(_MLFLOW_RUN_ID)
+    if run_id is not None:
+        os.environ[_MLFLOW_RUN_ID] = run_id
+    try:
+        logger = _logger_class("mlflow")(**{"exp_name": "torchrl-trpo", "tracking_uri": uri} | kwargs)
     finally:
         os.environ.pop(_MLFLOW_RUN_ID, None)
         if users_run_id is not None:
             os.environ[_MLFLOW_RUN_ID] = users_run_id
+    if run_id is None:
+        importlib.import_module("mlflow").set_tag("mlflow.runName", name)
+    return logger
 
 
 def _run_id(logger: Logger, backend: str) -> str | None:
@@ -204,9 +212,9 @@ def _run_id(logger: Logger, backend: str) -> str | None:
     return logger.experiment.id if backend == "wandb" else None
 
 
-def _forget_later(logger: Logger, backend: str, frames: int) -> None:
-    """Leaves out what a killed run has logged after its checkpoint, which will be logged again."""
-    if backend == "tensorboard":  # by the event with which SummaryWriter tells it
+def _remove_after(logger: Logger, backend: str, frames: int) -> None:
+    """Removes what a killed run has logged after its checkpoint; it will be logged again."""
+    if backend == "tensorboard":  # SummaryWriter writes an event that makes TensorBoard skip these steps
         writer = logger.experiment
         writer.close()
         writer.purge_step = frames + 1

@@ -1,21 +1,23 @@
-"""The pictures of a run: its learning curve, and a grid of what tells how its updates go."""
+"""The pictures of a run: the learning curve, and a grid of panels that show how its updates go."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torchrl._utils import logger
 
-from torchrl_trpo.reporting.diagnosis import LARGEST_CG_RESIDUAL
-from torchrl_trpo.reporting.record import RunRecord
+from torchrl_trpo.reporting.diagnosis import Threshold
+from torchrl_trpo.reporting.record import RunRecord, read_run
 
 _Panel = tuple[str, str, Mapping[str, str], Mapping[str, Any]]
 _PANELS: tuple[_Panel, ...] = (
-    # Title, unit, the columns with their labels, and what is set of the axes.
+    # Title, unit, the columns with their labels, and settings of the axes.
     ("Episode return", "mean over agents", {"episode_return": ""}, {}),
     ("KL divergence", "nats", {"kl": "of the steps kept"}, {}),
     ("Accepted steps", "share of regions", {"accepted": ""}, {"ylim": (-0.05, 1.05)}),
@@ -33,6 +35,38 @@ _PANELS: tuple[_Panel, ...] = (
     ("Clipped rows", "share of rows", {"clip_fraction": ""}, {"ylim": (-0.05, 1.05)}),
 )
 _COLUMNS = 3
+_SHARE_OF_TIME = 0.03
+
+
+class Pictures:
+    """Draws the pictures of a run that is going on: ``learning_curve.png`` and ``diagnostics.png`` in its folder.
+
+    A picture that cannot be drawn is a warning, and the training goes on.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._start = time.perf_counter()
+        self._seconds = 0.0
+
+    def draw_now_and_then(self) -> None:
+        """Draws the pictures, unless drawing has taken more than 3 % of the time so far."""
+        if self._seconds <= _SHARE_OF_TIME * (time.perf_counter() - self._start):
+            self.draw()
+
+    def draw(self) -> None:
+        """Draws the pictures."""
+        start = time.perf_counter()
+        try:
+            record = read_run(self._folder)
+            plot_learning_curve(record, self._folder / "learning_curve.png")
+            plot_diagnostics(record, self._folder / "diagnostics.png")
+        except Exception as error:  # a full disk, a missing font, a file that someone has edited
+            logger.warning(f"The pictures of {self._folder} could not be drawn: {type(error).__name__}: {error}")
+        self._seconds += time.perf_counter() - start
 
 
 def plot_learning_curve(record: RunRecord, path: Path) -> Path:
@@ -49,10 +83,10 @@ def plot_learning_curve(record: RunRecord, path: Path) -> Path:
 
 
 def plot_diagnostics(record: RunRecord, path: Path) -> Path:
-    """Plots over frames how the updates go: what ``docs/diagnostics.md`` explains.
+    """Plots over frames how the updates go; ``docs/diagnostics.md`` explains each panel.
 
     Args:
-        record: the run, with at least one iteration; what it has no numbers of is left out.
+        record: the run, with at least one iteration; a panel without numbers is left out.
         path: where the picture goes.
 
     Returns:
@@ -75,6 +109,7 @@ def _plot(record: RunRecord, panels: Sequence[_Panel], path: Path) -> Path:
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=100)
+    figure.clear()  # breaks its reference cycles, which would wait for the garbage collector
     return path
 
 
@@ -94,7 +129,7 @@ def _draw(
     if title == "KL divergence":
         axis.set_ylim(0, None if record.max_kl is None else 1.15 * record.max_kl)
     if title == "CG residual":
-        axis.axhline(LARGEST_CG_RESIDUAL, color="gray", ls="--", lw=1, label="converged below")
+        axis.axhline(Threshold.CG_RESIDUAL, color="gray", ls="--", lw=1, label="converged below")
     axis.set(title=title, ylabel=unit, xlabel="thousand frames", **settings)
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[1]:

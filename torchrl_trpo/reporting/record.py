@@ -1,4 +1,4 @@
-"""What a run's folder says, to those who look at it: while it is being written, and afterwards."""
+"""Reading the folder of a run: its settings, metrics and state, while it is written and afterwards."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from omegaconf import OmegaConf
 
 from torchrl_trpo.errors import SettingError
 
-STATE, REPORTS = "state.json", "warnings.txt"
-"""The files with how a run goes on or has ended, and with what it has warned of."""
+STATE, WARNINGS = "state.json", "warnings.txt"
+"""The files with a run's state and with its warnings."""
 _SILENT_S = 60.0
 _SILENT_ITERATIONS = 10
+"""A running run that has written nothing for as many seconds, and as many of its iterations, is silent."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder says.
+    """The contents of a run's folder.
 
     Attributes:
         folder: the folder.
         config: the run's settings, as in its ``config.yaml``.
-        columns: the columns of ``metrics.csv``, of the rows that are whole; NaN where a cell is empty.
-        state: ``"running"``, ``"silent"`` (it has said nothing for long, and was perhaps killed), ``"finished"``,
-            ``"stopped"`` (by a signal), ``"failed"``, or ``"unfinished"`` where nothing tells which.
-        reason: of a run that was stopped or failed, by what.
-        reports: what it has warned of, a line each.
+        columns: the columns of ``metrics.csv``, without a row that is being written; NaN where a cell is empty.
+        state: ``"running"``, ``"silent"`` (it has written nothing for long, and was perhaps killed), ``"finished"``,
+            ``"stopped"`` (by a signal), ``"failed"``, or ``"unfinished"`` if the folder does not tell which.
+        reason: why a run was stopped or failed, or how long it has been silent.
     """
 
     folder: Path
@@ -40,7 +40,6 @@ class RunRecord:
     columns: Mapping[str, list[float]]
     state: str
     reason: str
-    reports: list[str]
 
     @property
     def title(self) -> str:
@@ -49,17 +48,17 @@ class RunRecord:
 
     @property
     def max_kl(self) -> float | None:
-        """The trust region's radius in nats; None where there is none."""
+        """The trust region's radius in nats; None for an algorithm without one."""
         return self.config["updater"].get("max_kl")
 
     @property
     def total_frames(self) -> int:
-        """The frames that the run is to do."""
+        """The frames that the run is meant to do."""
         return int(self.config["train"]["total_frames"])
 
     @property
     def frames(self) -> int:
-        """The frames that it has done."""
+        """The frames that the run has done."""
         return int(self.column("frames")[-1]) if self.column("frames") else 0
 
     def column(self, name: str) -> list[float]:
@@ -69,20 +68,20 @@ class RunRecord:
             name: its name.
 
         Returns:
-            A number for each row, all NaN if the file has no such column.
+            A number for each row; all NaN if the file has no such column.
         """
         rows = len(self.columns.get("iteration", []))
         return list(self.columns.get(name, [math.nan] * rows))
 
     def recent(self, name: str, rows: int = 5) -> float:
-        """The mean of a column's last numbers.
+        """The mean of a column over the last rows.
 
         Args:
             name: the column.
-            rows: how many rows are looked at.
+            rows: the number of rows.
 
         Returns:
-            The mean of those of them that are finite; NaN if there is none.
+            The mean of the finite numbers; NaN if there is none.
         """
         return finite_mean(self.column(name)[-rows:])
 
@@ -93,13 +92,13 @@ class RunRecord:
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings by their dotted names.
+    """Flattens nested settings.
 
     Args:
         settings: the settings.
 
     Returns:
-        Their values; an empty section is one.
+        The values by dotted name; an empty section counts as a value.
     """
     found: dict[str, Any] = {}
     for name, value in settings.items():
@@ -109,23 +108,23 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finite_mean(values: list[float]) -> float:
-    """The mean of the values that are finite.
+    """The mean of the finite values.
 
     Args:
         values: the values.
 
     Returns:
-        The mean; NaN if there is none.
+        The mean; NaN if no value is finite.
     """
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
 
 
 def read_rows(metrics: Path) -> list[dict[str, str]]:
-    """The rows of a ``metrics.csv``, without one that is cut.
+    """Reads the rows of a ``metrics.csv``, without a last one that is only half written.
 
     Args:
-        metrics: the file; one that is not there has no rows.
+        metrics: the file; a missing one has no rows.
 
     Returns:
         The cells by column.
@@ -145,7 +144,7 @@ def read_run(folder: Path) -> RunRecord:
         folder: the folder.
 
     Returns:
-        What it says.
+        Its contents.
 
     Raises:
         SettingError: if it is not the folder of a run.
@@ -156,16 +155,15 @@ def read_run(folder: Path) -> RunRecord:
     rows = read_rows(folder / "metrics.csv")
     names = rows[0] if rows else {}
     columns = {name: [float(row[name] or "nan") for row in rows] for name in names}
-    reports = (folder / REPORTS).read_text().splitlines() if (folder / REPORTS).exists() else []
     state, reason = _state(folder, columns)
-    return RunRecord(folder, config, columns, state, reason, reports)
+    return RunRecord(folder, config, columns, state, reason)
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
-    """The folders of runs in a folder, at any depth, such as those of a sweep.
+    """Finds the folders of runs, such as those of a sweep.
 
     Args:
-        folder: where to look; may be a run's itself.
+        folder: where to look, at any depth; it may be a run's itself.
 
     Returns:
         The folders, in natural order: 2 before 10.
@@ -179,13 +177,13 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
 
 
 def _state(folder: Path, columns: Mapping[str, list[float]]) -> tuple[str, str]:
-    if not (folder / STATE).exists():  # of a version that did not write it
+    if not (folder / STATE).exists():  # an older version did not write it
         return "finished" if (folder / "summary.json").exists() else "unfinished", ""
-    said = json.loads((folder / STATE).read_text())
-    if said["state"] == "running":
+    written = json.loads((folder / STATE).read_text())
+    if written["state"] == "running":
         walls = columns.get("wall_s", [])
         per_iteration = walls[-1] / len(walls) if walls else 0.0
         age = time.time() - max((folder / name).stat().st_mtime for name in ("metrics.csv", STATE))
         if age > max(_SILENT_S, _SILENT_ITERATIONS * per_iteration):
             return "silent", f"nothing new for {age:.0f} s"
-    return said["state"], said["reason"]
+    return written["state"], written["reason"]

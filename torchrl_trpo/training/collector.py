@@ -20,28 +20,28 @@ def make_collector(
     cudagraph_policy: bool = False,
     ranks: Ranks = ALONE,
 ) -> Collector:
-    """TorchRL's collector, without what on-policy training on one device does not need.
+    """Makes TorchRL's collector, without what on-policy training on one device does not need.
 
-    Trajectory ids cost a few operations at each step, and nothing reads them; environment and policy live on one device
-    in one process, so that CUDA need not be waited for between them. ``torch.inference_mode`` is not for training data:
-    its tensors cannot enter a graph.
+    Trajectory ids cost a few operations at each step, and nothing reads them. Environment and policy are on one device
+    in one process, so that nothing has to wait for CUDA between them. Tensors of ``torch.inference_mode`` cannot enter
+    a graph, so it is not used for training data.
 
     Args:
         env: the environment.
         policy: the policy, on the environment's device.
 
     Keyword Args:
-        frames_per_batch: the environment steps of a batch, of all environments together.
-        total_frames: the environment steps after which it ends. Default: -1, no end.
+        frames_per_batch: the number of steps of a batch, over all environments.
+        total_frames: the number of steps after which the collector ends. Default: -1, never.
         compile_policy: whether the policy is compiled (``torch.compile``).
         cudagraph_policy: whether the policy is captured as a CUDA graph (``tensordict.nn.CudaGraphModule``).
-        ranks: the processes that collect a batch together, each its share of the frames. Default: this one alone.
+        ranks: the processes that share the frames of a batch. Default: this one alone.
 
     Returns:
-        The collector; it gives batches ``[num_envs, frames_per_batch / num_envs]``.
+        The collector, which yields batches ``[num_envs, frames_per_batch / num_envs]``.
 
     Raises:
-        SettingError: if a CUDA graph is asked for elsewhere than on a GPU.
+        SettingError: if ``cudagraph_policy`` is set and the environment is not on a GPU.
     """
     if cudagraph_policy and (env.device is None or env.device.type != "cuda"):
         raise SettingError(f"collector.cudagraph_policy=true needs device=cuda, got {env.device}. Legal: false.")

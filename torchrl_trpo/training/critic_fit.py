@@ -1,4 +1,4 @@
-"""Fitting the critic: a few epochs of minibatches on the value targets."""
+"""Fitting critics: a few epochs of minibatches on the value targets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fit_critics(
     minibatch_size: int,
     process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
-    """Fits the critics of several groups one after the other, as :func:`fit_critic` does.
+    """Fits the critics of several groups, one after the other, with :func:`fit_critic`.
 
     Args:
         losses: the losses of the groups.
@@ -42,7 +42,7 @@ def fit_critics(
         process_group: the processes that fit together. Default: this one alone.
 
     Returns:
-        The means over the groups of what :func:`fit_critic` returns; of ``dropped``, the sum.
+        What :func:`fit_critic` returns, averaged over the groups; ``dropped`` is summed.
     """
     settings: Any = {"epochs": epochs, "minibatch_size": minibatch_size, "process_group": process_group}
     fits = [fit_critic(loss, optimizer, data, **settings) for loss in losses]
@@ -61,15 +61,15 @@ def fit_critic(
 ) -> dict[str, float]:
     """Regresses the critic on the value targets of a batch.
 
-    Rows that a loss mask excludes, and rows with anything that is not finite, are left out: one NaN would make every
-    parameter of the critic NaN, for good. A recurrent critic is fitted on whole sequences; of those, the ones with
-    anything that is not finite where the mask counts.
+    Rows that a loss mask excludes and rows with non-finite numbers are left out: one NaN would make every parameter of
+    the critic NaN, for good. A recurrent critic is fitted on whole sequences; a sequence is left out if it has
+    non-finite numbers where the mask counts.
 
-    With a ``process_group``, minibatches are drawn from the rows of all processes, each of which computes the part of
-    the gradient that its own rows give: the same steps, to rounding, as one process with all rows takes.
+    With a ``process_group``, minibatches are drawn from the rows of all processes, and each process computes its rows'
+    part of the gradient. The steps are those of one process with all rows, up to rounding.
 
     Args:
-        loss: the loss whose critic is fitted; its ``loss_critic`` gives the distance.
+        loss: the loss whose critic is fitted, by its ``loss_critic``.
         optimizer: over the critic's parameters.
         data: the batch with value targets, ``[*B, T]``; not modified.
 
@@ -79,8 +79,8 @@ def fit_critic(
         process_group: the processes that fit together. Default: this one alone.
 
     Returns:
-        ``loss_critic``, the mean over the last epoch, ``explained_variance`` of the targets by the values that the
-        advantages were computed with, and ``dropped``, the number of rows left out for what is not finite.
+        ``loss_critic``, the mean over the last epoch; ``explained_variance`` of the targets by the values that the
+        advantages were computed with; and ``dropped``, the number of rows left out because they are not finite.
 
     Raises:
         ValueError: if ``epochs`` or ``minibatch_size`` is below 1, or the loss has a ``value_norm`` that would differ
@@ -123,7 +123,7 @@ def fit_critic(
             optimizer.zero_grad()
             loss_critic = total.new_zeros(())
             if len(drawn):
-                with set_recurrent_mode(True):
+                with set_recurrent_mode(True):  # TorchRL has no public name for the mean of a masked loss
                     loss_critic = loss._reduce_loss(loss.loss_critic(batch)[0], batch, reduction="mean")
                 loss_critic.backward()
             elif update_value_norm is not None:
@@ -156,26 +156,27 @@ def critic_optimizer(losses: Iterable[PPOLoss], *, lr: float) -> torch.optim.Ada
 
 
 def trained_parameters(loss: PPOLoss) -> list[Tensor]:
-    """The critic's parameters that are trained, those that it shares with the policy among them.
+    """The critic's trained parameters, including those that it shares with the policy.
 
     Args:
         loss: a loss with a critic.
 
     Returns:
-        Each once.
+        The parameters, each once.
     """
     parameters = loss.critic_network_params if loss.functional else TensorDict.from_module(loss.critic_network)
     return list({id(leaf): leaf for leaf in parameters.values(True, True) if leaf.requires_grad}.values())
 
 
 def _rows_of_fit(loss: PPOLoss, data: TensorDictBase) -> tuple[TensorDict, Tensor, bool]:
-    """What the fit reads, ``[N]`` or for a recurrent critic ``[N, T]``: views on the batch.
+    """The entries that the fit reads, as views on the batch: ``[N]``, or ``[N, T]`` for a recurrent critic.
 
     Returns:
-        The rows; which of their values count, bool ``[*R, n_agents]``; whether a mask says so.
+        The rows; which of their values count, bool ``[*R, n_agents]``; whether there is a mask.
     """
     keys = loss.tensor_keys
     recurrent = reads_init(loss.critic_network)
+    # TorchRL has no public name for the masks that a loss reads, nor for their broadcasting.
     masks = {name: mask for name in loss._loss_mask_keys() if (mask := data.get(name, None)) is not None}
     names = [*loss.critic_network.in_keys, keys.value_target, keys.value, *masks]
     present = {name: value for name in names if (value := data.get(name, None)) is not None}

@@ -1,4 +1,4 @@
-"""Episode returns: of collected data, and of a policy that plays for it."""
+"""Episode returns: of collected data, and of a policy that plays episodes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, max_steps: int) -> T
         policy: the policy.
 
     Keyword Args:
-        max_steps: the episodes' length at most, in steps.
+        max_steps: the maximal length of an episode, in steps.
 
     Returns:
         Each episode's return averaged over agents, ``[num_envs]``.
@@ -36,18 +36,18 @@ def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, max_steps: int) -> T
 def play_episodes(
     env: EnvBase, policy: TensorDictModuleBase, *, max_steps: int, deterministic: bool = True
 ) -> TensorDict:
-    """Plays one episode in each environment: its first after a reset, long or short.
+    """Plays one episode in each environment: the first after a reset.
 
     Args:
         env: the environment, batch size ``[num_envs]``.
         policy: the policy.
 
     Keyword Args:
-        max_steps: the episodes' length at most, in steps.
-        deterministic: whether the policy acts deterministically, or samples.
+        max_steps: the maximal length of an episode, in steps.
+        deterministic: whether the policy acts deterministically; otherwise it samples.
 
     Returns:
-        ``"episode_return"`` ``[num_envs, n_agents]``, of the agents of all groups in order, and ``"episode_length"``
+        ``"episode_return"`` ``[num_envs, n_agents]``, for the agents of all groups in order, and ``"episode_length"``
         ``[num_envs]``, in steps.
     """
     with set_exploration_type(ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM):
@@ -61,12 +61,12 @@ def play_episodes(
 
 
 def episode_statistics(data: TensorDictBase, groups: Sequence[GroupKeys], ranks: Ranks = ALONE) -> dict[str, float]:
-    """Returns and lengths of the episodes that ended in a batch.
+    """Mean return and length of the episodes that ended in a batch.
 
     Args:
         data: collected data, ``[num_envs, T]``.
         groups: the groups of agents.
-        ranks: the processes whose episodes count. Default: this one alone.
+        ranks: the processes whose episodes are counted. Default: this one alone.
 
     Returns:
         ``episode_return``, the mean over finished episodes of the return averaged over agents, ``episode_return_sum``,
@@ -90,7 +90,7 @@ def episode_statistics(data: TensorDictBase, groups: Sequence[GroupKeys], ranks:
 
 
 def _returns(data: TensorDictBase, groups: Sequence[GroupKeys]) -> Tensor:
-    """The running returns of all agents of all groups, ``[num_envs, T, n_agents]``; of a team, each agent has them."""
+    """The running returns of the agents of all groups, ``[num_envs, T, n_agents]``; a team's return is each agent's."""
     parts = []
     for keys in groups:
         returns = data["next"].get(return_key(keys.reward))  # [num_envs, T, n_agents, 1] or [num_envs, T, 1]

@@ -1,4 +1,4 @@
-"""Films of a policy, with or without a display."""
+"""Films of a policy; no display is needed."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def film_run(
         config: the run's settings, as in its ``config.yaml``.
         policy: the policy, for observations that are not normalised
             (:func:`~torchrl_trpo.training.policy.on_raw_observations`).
-        path: where the film goes, an ``.mp4`` or ``.gif`` file.
+        path: the film's file, ``.mp4`` or ``.gif``.
 
     Keyword Args:
         seed: the seed of the environments' randomness.
-        device: where the policy is.
-        deterministic: whether the policy acts deterministically, or samples.
+        device: the policy's device.
+        deterministic: whether the policy acts deterministically; otherwise it samples.
 
     Returns:
-        The path, or None where the environment cannot be drawn, which is said.
+        The path; or None, after a warning, if the environment cannot be drawn.
     """
     try:
         stage = make_run_env(config, num_envs=_EPISODES, seed=seed, device=device, render=True)
@@ -73,27 +73,27 @@ def film_episodes(
 ) -> Path | None:
     """Films one episode in each environment of a batch, side by side.
 
-    VMAS's own renderer draws the frames where it finds OpenGL; elsewhere, on a bare server, they are drawn from the
-    world's state with matplotlib. Other simulators draw themselves. An episode that ends early stays at its last frame.
+    VMAS's own renderer draws the frames if it finds OpenGL; on a server without it, matplotlib draws them from the
+    world's state. Other simulators have their own renderers. An episode that ends early stays at its last frame.
 
     Args:
         env: an environment in TorchRL transforms, made with ``render=True``; four environments make a film of two by
             two.
         policy: the policy.
-        path: where the film goes, an ``.mp4`` or ``.gif`` file.
+        path: the film's file, ``.mp4`` or ``.gif``.
 
     Keyword Args:
-        max_steps: the episodes' length at most, in steps.
-        deterministic: whether the policy acts deterministically, or samples.
+        max_steps: the maximal length of an episode, in steps.
+        deterministic: whether the policy acts deterministically; otherwise it samples.
 
     Returns:
-        The path, or None where the environment cannot be drawn, which is said.
+        The path; or None, after a warning, if the environment cannot be drawn.
     """
     data = env.reset()
     try:
         render = _choose_renderer(env.base_env)
         render(0)
-    except Exception as error:  # what is raised depends on the simulator and on what it misses
+    except Exception as error:  # its type depends on the simulator and on what is missing
         logger.warning(f"No film: the environment cannot be drawn here ({type(error).__name__}: {error}).")
         return None
     num_envs = env.batch_size[0]
@@ -115,24 +115,24 @@ def film_episodes(
 
 
 def _choose_renderer(env: EnvBase) -> Callable[[int], np.ndarray]:
-    """What draws one environment of a batch."""
+    """The function that draws one environment of a batch, given its index."""
     if isinstance(env, SerialEnv):
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame, without a display
-        return lambda index: np.asarray(env._envs[index]._env.render())
-    simulator = env._env
+        # The public env.render() would draw all environments, also those whose episode has ended.
+        return lambda index: np.asarray(env._envs[index].render())
     try:
-        simulator.render(mode="rgb_array")
-    except Exception as error:  # what is raised depends on which part of OpenGL is missing
+        env.render(mode="rgb_array")
+    except Exception as error:  # its type depends on which part of OpenGL is missing
         logger.info(f"VMAS's renderer is not available here ({type(error).__name__}); drawing with matplotlib.")
-        return lambda index: draw_world(simulator, index)
-    return lambda index: np.asarray(simulator.render(mode="rgb_array", env_index=index))
+        return lambda index: draw_world(env, index)
+    return lambda index: np.asarray(env.render(mode="rgb_array", env_index=index))
 
 
 def draw_world(simulator: Any, env_index: int = 0, pixels: int = 560) -> np.ndarray:
     """Draws one environment of a VMAS simulator from its world's state, without OpenGL.
 
     Args:
-        simulator: the VMAS environment.
+        simulator: the VMAS environment, also in TorchRL's wrapper.
         env_index: which environment of the batch.
         pixels: width and height of the picture.
 
@@ -171,7 +171,7 @@ def draw_world(simulator: Any, env_index: int = 0, pixels: int = 560) -> np.ndar
 
 
 def _shrink(picture: np.ndarray, factor: int) -> np.ndarray:
-    """A smaller picture by averaging, so that thin lines stay visible."""
+    """Shrinks a picture by averaging, so that thin lines stay visible."""
     height, width = (size // factor for size in picture.shape[:2])
     picture = picture[: height * factor, : width * factor].astype(np.uint16)
     total = np.zeros((height, width, picture.shape[2]), np.uint16)
@@ -182,7 +182,7 @@ def _shrink(picture: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _mosaic(tiles: Sequence[np.ndarray]) -> np.ndarray:
-    """Lays pictures out in a square, cropped to a multiple of 16 pixels, as video codecs want them."""
+    """Arranges pictures in a square, cropped to a multiple of 16 pixels, which video codecs need."""
     columns = math.ceil(len(tiles) ** 0.5)
     blank = np.full_like(tiles[0], 255)
     padded = [*tiles, *[blank] * (-len(tiles) % columns)]

@@ -1,4 +1,4 @@
-"""The policy of a run: how it is made, and how a trained one is taken out of its checkpoint."""
+"""The policy of a run: making it, and loading a trained one from a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torchrl_trpo.errors import SettingError
 from torchrl_trpo.keys import GroupKeys, group_keys
 from torchrl_trpo.networks import make_actor
 from torchrl_trpo.seeding import untouched_generators
+from torchrl_trpo.training.checkpoints import find_checkpoint, load_components, read_record
 
 
 def make_policy(
@@ -27,20 +28,20 @@ def make_policy(
     hidden: Sequence[int] = (128, 128),
     network: str = "mlp",
 ) -> TensorDictModuleBase:
-    """The policy of all groups of agents, as the recipes train it.
+    """Makes the policy of all groups of agents, as the recipes train it.
 
     Args:
         env: the environment.
         groups: its groups.
 
     Keyword Args:
-        sharing: ``"none"`` for a network of each agent's own; with ``"group"`` or ``"all"`` those of a group share one.
+        sharing: ``"none"`` for one network per agent; with ``"group"`` or ``"all"`` the agents of a group share one.
         hidden: the sizes of the hidden layers.
         network: ``"mlp"``, ``"gru"`` or ``"lstm"``, see :func:`~torchrl_trpo.networks.make_actor`.
 
     Returns:
-        The actors of the groups in sequence, or of a single agent its actor, which read observations
-        ``[*B, n_agents, F]`` and write actions ``[*B, n_agents, A]`` with their log-probabilities ``[*B, n_agents]``.
+        The actors of the groups in sequence, or a single agent's actor. They read observations ``[*B, n_agents, F]``
+        and write actions ``[*B, n_agents, A]`` with their log-probabilities ``[*B, n_agents]``.
     """
     settings: dict[str, Any] = {"share_params": sharing != "none", "hidden": hidden, "network": network}
     actors = [make_actor(env, keys, **settings) for keys in groups]
@@ -57,18 +58,18 @@ def make_run_env(
     render: bool = False,
     normalize_observations: bool = False,
 ) -> EnvBase:
-    """The environment of a run anew.
+    """Makes the environment of a run again.
 
     Args:
         config: the run's settings, as in its ``config.yaml``.
 
     Keyword Args:
-        num_envs: the number of environments. A factory that makes batches of the run's size alone makes one of it.
+        num_envs: the number of environments; a factory that can only make the run's number makes that.
         seed: the seed of the environments' randomness.
-        device: where the environments' data are, as for :func:`~torchrl_trpo.envs.make_env`.
-        parallel: whether environments that are not vectorised themselves get a process each.
+        device: the device of the data, as for :func:`~torchrl_trpo.envs.make_env`.
+        parallel: whether environments that are not vectorised get a process each.
         render: whether the environments must be able to draw themselves.
-        normalize_observations: whether observations are normalised; not for what :func:`on_raw_observations` gives.
+        normalize_observations: whether observations are normalised; False for a policy of :func:`on_raw_observations`.
 
     Returns:
         The environment, batch size ``[num_envs]``.
@@ -97,13 +98,13 @@ def make_run_env(
 def load_policy(
     run_folder: str | Path, checkpoint: str = "latest", device: str | torch.device | None = None
 ) -> TensorDictModuleBase:
-    """The trained policy of a run, for any environment with its entries and specs.
+    """Loads the trained policy of a run, for any environment with the same entries and specs.
 
-    It reads each group's ``(group, "observation")`` ``[*B, n_agents, F]`` as the environment gives it: what the run
-    normalised is normalised inside, with the run's statistics, which no longer move. Of a single agent it is
-    ``"observation"`` ``[*B, F]``. Where discrete actions are masked it also reads ``(group, "action_mask")``. It writes
-    ``(group, "action")``, its log-probability ``(group, "action_log_prob")`` and the distribution's parameters, and
-    changes no entry that it reads. It is in eval mode and its parameters need no gradient.
+    It reads each group's ``(group, "observation")`` ``[*B, n_agents, F]`` as the environment gives it, and a single
+    agent's ``"observation"`` ``[*B, F]``. If the run normalised observations, the policy does it with the run's
+    statistics, which no longer move. If discrete actions are masked, it also reads ``(group, "action_mask")``. It
+    writes ``(group, "action")``, its log-probability ``(group, "action_log_prob")`` and the distribution's parameters,
+    and changes no entry that it reads. It is in eval mode, and its parameters need no gradient.
 
     It acts deterministically, unless called inside ``set_exploration_type(ExplorationType.RANDOM)``, which samples.
 
@@ -111,17 +112,16 @@ def load_policy(
     environment carries from step to step after ``carry_states(env, policy)`` of
     :mod:`torchrl_trpo.networks`; without the entry, the state is zero.
 
-    Global random numbers are as before. The run's environment is made, for its specs, and closed. It needs what the
-    recipes need, ``torchrl-trpo[recipes]``, and the run's simulator.
+    The run's environment is made for its specs and closed again, which needs the run's simulator. The global random
+    generators are restored.
 
     Args:
         run_folder: the run's folder, which holds ``checkpoints``.
         checkpoint: ``"latest"``, or ``"best"``: the one with the highest episode return in its iteration.
-        device: where the policy is to act, see :func:`~torchrl_trpo.envs.resolve_device`. Default: torch's default
-            device, the CPU.
+        device: the policy's device, see :func:`~torchrl_trpo.envs.resolve_device`. Default: torch's default device.
 
     Returns:
-        The policy. A :class:`~torchrl_trpo.errors.SettingError` says if there is no such folder, checkpoint or
+        The policy. A :class:`~torchrl_trpo.errors.SettingError` is raised if there is no such folder, checkpoint or
         device, or if the checkpoint cannot be read.
 
     Examples:
@@ -134,18 +134,16 @@ def load_policy(
 
 
 def policy_at(path: Path, config: Mapping[str, Any], device: torch.device) -> TensorDictModuleBase:
-    """The policy of a checkpoint, on observations as the environment gives them.
+    """Loads the policy of a checkpoint, for observations as the environment gives them.
 
     Args:
         path: the checkpoint.
         config: the run's settings, as :func:`find_run` gives both.
-        device: where it is to act.
+        device: the policy's device.
 
     Returns:
         The policy.
     """
-    from torchrl_trpo.training.checkpoints import load_components
-
     with untouched_generators():
         env = make_run_env(
             config,
@@ -153,7 +151,7 @@ def policy_at(path: Path, config: Mapping[str, Any], device: torch.device) -> Te
             seed=config["seed"],
             device=device,
             normalize_observations=config["normalize_observations"],
-        ).to(device)  # whose specs alone are read, wherever a factory makes it
+        ).to(device)  # a factory may make it elsewhere; only its specs are read
         try:
             policy = make_policy(env, group_keys(env), **config["actor"])
             parts = {"policy": policy}
@@ -166,7 +164,7 @@ def policy_at(path: Path, config: Mapping[str, Any], device: torch.device) -> Te
 
 
 def find_run(run_folder: str | Path, checkpoint: str = "latest") -> tuple[Path, dict[str, Any]]:
-    """A checkpoint of a run and the run's settings at it.
+    """Finds a checkpoint of a run, and the settings that it was written with.
 
     Args:
         run_folder: the run's folder.
@@ -174,28 +172,21 @@ def find_run(run_folder: str | Path, checkpoint: str = "latest") -> tuple[Path, 
 
     Returns:
         Where the checkpoint is, and the settings, with the ``algorithm``. A
-        :class:`~torchrl_trpo.errors.SettingError` says if there is none, or it cannot be read.
-
-    Raises:
-        ImportError: if the recipes' requirements are not installed.
+        :class:`~torchrl_trpo.errors.SettingError` is raised if there is none, or it cannot be read.
     """
-    try:
-        from torchrl_trpo.training import checkpoints
-    except ImportError as error:
-        raise ImportError(f"{error.name} is not installed. Use: pip install torchrl-trpo[recipes].") from error
-    path = checkpoints.find_checkpoint(Path(run_folder), checkpoint)
-    return path, checkpoints.read_record(path)["config"]
+    path = find_checkpoint(Path(run_folder), checkpoint)
+    return path, read_record(path)["config"]
 
 
 def on_raw_observations(env: EnvBase, policy: TensorDictModuleBase) -> TensorDictModuleBase:
-    """A policy that does itself, frozen, what an environment's transforms do to the observations it was trained on.
+    """Moves an environment's transforms of observations, frozen, into the policy that was trained on them.
 
     Args:
         env: the environment that the policy was trained on.
         policy: the policy.
 
     Returns:
-        The policy for environments without these transforms; the policy itself if there are none.
+        The policy for environments without these transforms; the given policy if there are none.
     """
     observations = {keys.observation for keys in group_keys(env)}
     transforms: list[Transform] = []
@@ -209,7 +200,7 @@ def on_raw_observations(env: EnvBase, policy: TensorDictModuleBase) -> TensorDic
 
 
 class _OnRawObservations(TensorDictModuleBase):
-    """A policy after transforms of what it reads, whose results only the policy sees."""
+    """Transforms the observations for a policy, and leaves those in the data as they are."""
 
     def __init__(self, transform: Transform, policy: TensorDictModuleBase) -> None:
         super().__init__()
@@ -219,6 +210,6 @@ class _OnRawObservations(TensorDictModuleBase):
         self.policy = policy
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        inputs = tensordict.select(*self.in_keys, strict=False)  # a copy of the structure
+        inputs = tensordict.select(*self.in_keys, strict=False)  # a new TensorDict of the same tensors
         outputs = self.policy(self.transform(inputs))
         return tensordict.update(outputs.select(*self.out_keys))

@@ -1,0 +1,117 @@
+"""What a training run prints: its start, a progress bar, warnings, and how to continue it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from torchrl_trpo.envs import resolve_device
+from torchrl_trpo.parallel.ranks import RankLostError, Ranks
+
+
+class Console:
+    """The terminal output of a run. The first rank prints.
+
+    Args:
+        cfg: the recipe's config.
+        algorithm: the algorithm's name.
+        folder: the run's folder.
+        ranks: the processes of the run.
+    """
+
+    def __init__(self, cfg: DictConfig, algorithm: str, folder: Path, ranks: Ranks) -> None:
+        self._cfg = cfg
+        self._algorithm = algorithm
+        self._folder = folder
+        self._ranks = ranks
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> Console:
+        """The progress bar is closed on leaving."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the progress bar."""
+        self.close()
+
+    def start(self, frames: int, device: torch.device | None) -> None:
+        """Prints what is trained and where, and shows the progress bar.
+
+        Args:
+            frames: the frames done so far.
+            device: the environment's device; None for the CPU.
+        """
+        self._bar = tqdm(
+            total=self._cfg.train.total_frames,
+            initial=frames,
+            unit="frame",
+            desc=self._algorithm,
+            smoothing=0.1,
+            disable=not self._ranks.is_first,
+        )
+        processes = f" in {self._ranks.size} processes" if self._ranks.size > 1 else ""
+        self.print(f"Training {self._algorithm} on {self._cfg.env.name}{processes}; everything goes to {self._folder}")
+        asked, device = resolve_device(self._cfg.device), device or torch.device("cpu")
+        if device.type != asked.type:
+            self.print(
+                f"device={asked}, but the environment is on {device}, and so is the training. A factory with an "
+                "argument device can make it there."
+            )
+
+    def update(self, row: Mapping[str, Any], n_regions: int) -> None:
+        """Moves the progress bar.
+
+        Args:
+            row: the iteration's metrics.
+            n_regions: the number of trust regions.
+        """
+        if self._bar is None:
+            return
+        self._bar.update(row["frames"] - self._bar.n)
+        postfix = {
+            "return": f"{row['episode_return']:.2f}",
+            "kl": f"{row['kl']:.4f}",
+            "accepted": f"{row['accepted']:.2f}",
+        }
+        if row["non_finite"]:
+            postfix["non_finite"] = f"{row['non_finite']:.0f}/{n_regions}"
+        if row["dropped"]:
+            postfix["dropped"] = f"{row['dropped']} rows"
+        self._bar.set_postfix(postfix)
+
+    def print(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if self._ranks.is_first:
+            tqdm.write(text)
+
+    def print_how_to_continue(self, error: BaseException, iteration: int, frames: int, saved_at: int | None) -> None:
+        """Prints how to continue a run that an error or a signal has ended.
+
+        The first rank prints it, and if that may be the lost one, the second rank prints it too.
+
+        Args:
+            error: what ended the run.
+            iteration: the last iteration that is done.
+            frames: the frames done so far.
+            saved_at: the iteration of the last checkpoint.
+        """
+        if self._ranks.rank > isinstance(error, RankLostError):
+            return
+        stopped = f"Stopped by {type(error).__name__} in iteration {iteration + 1},"
+        print(
+            f"{'Stopped' if isinstance(error, SystemExit) else stopped} after {frames} frames. The checkpoint of "
+            f"iteration {saved_at} is whole. To continue: resume={self._folder}"
+        )
+
+    def close(self) -> None:
+        """Closes the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
