@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from torchrl_trpo.config.schema import Recipe
-from torchrl_trpo.envs.make import resolve_device
+from torchrl_trpo.envs import resolve_device
 from torchrl_trpo.errors import SettingError, nearest, nearest_multiples
 from torchrl_trpo.keys import GroupKeys
 from torchrl_trpo.reporting.loggers import logger_problem

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from torchrl_trpo.envs.make import resolve_device
+from torchrl_trpo.envs import resolve_device
 from torchrl_trpo.envs.simulators import known_environments
 from torchrl_trpo.errors import SettingError, nearest
 from torchrl_trpo.numerics.updater import TrustRegionUpdater
