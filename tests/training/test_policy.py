@@ -249,7 +249,7 @@ except ImportError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert done.stdout == "omegaconf is not installed. Use: pip install torchrl-trpo[recipes].\n"
+    assert done.stdout == "omegaconf is not installed. Use: pip install 'torchrl-trpo[recipes]'\n"
     assert "load_policy" in torchrl_trpo.__all__
     with pytest.raises(AttributeError, match="no attribute 'load_polic'"):
         torchrl_trpo.load_polic  # noqa: B018

@@ -182,7 +182,7 @@ def find_run(run_folder: str | Path, checkpoint: str = "latest") -> tuple[Path, 
     try:
         from torchrl_trpo.training import checkpoints
     except ImportError as error:
-        raise ImportError(f"{error.name} is not installed. Use: pip install torchrl-trpo[recipes].") from error
+        raise ImportError(f"{error.name} is not installed. Use: pip install 'torchrl-trpo[recipes]'") from error
     path = checkpoints.find_checkpoint(Path(run_folder), checkpoint)
     return path, checkpoints.read_record(path)["config"]
 
