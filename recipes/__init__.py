@@ -1,1 +1,11 @@
-"""The recipes: ITRPO, MATRPO and HATRPO as scripts that are read from top to bottom."""
+"""The recipes: trust-region and clipped algorithms as scripts that are read from top to bottom."""
+
+from importlib.util import find_spec
+
+_MISSING = [
+    module for module in ("hydra", "pydantic", "tqdm", "matplotlib", "imageio", "filelock") if find_spec(module) is None
+]
+if _MISSING:  # with its name, `python -m` prints the message without a traceback
+    raise ImportError(
+        f"the recipes need {', '.join(_MISSING)}. Use: pip install 'torchrl-trpo[recipes,vmas]'", name=__name__
+    )

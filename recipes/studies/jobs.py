@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from torchrl_trpo.config.settings import check_overrides
+from torchrl_trpo.config.overrides import check_overrides
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.reporting.record import flat
 

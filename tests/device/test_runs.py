@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 
 from tests.recipes.test_recipes import CONFIG_DIR, RECIPES
 from torchrl_trpo import load_policy
-from torchrl_trpo.config.settings import check_overrides
+from torchrl_trpo.config.overrides import check_overrides
 from torchrl_trpo.evaluate import evaluate_run
 
 TINY = ("film=false", "env.num_envs=6", "env.max_steps=5", "train.frames_per_batch=60", "checkpoint.every=1")

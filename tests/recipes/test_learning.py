@@ -9,7 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from torchrl_trpo.config.settings import check_overrides
+from torchrl_trpo.config.overrides import check_overrides
 from torchrl_trpo.recipes import hatrpo, itrpo, matrpo, trpo
 
 CONFIG_DIR = Path(hatrpo.__file__).parent / "config"

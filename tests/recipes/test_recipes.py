@@ -19,7 +19,9 @@ from omegaconf import OmegaConf
 
 from tests.rank_processes import run_command
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.config.settings import check_overrides, check_settings, register_environments
+from torchrl_trpo.config.checks import check_settings
+from torchrl_trpo.config.overrides import check_overrides, environments
+from torchrl_trpo.config.schema import RECIPES as SETTINGS
 from torchrl_trpo.envs import BatchedResetVmasEnv, make_env, resolve_device
 from torchrl_trpo.envs.normalization import observation_norm
 from torchrl_trpo.keys import group_keys
@@ -294,7 +296,7 @@ def test_what_cannot_be_ends_the_command_with_one_line(override, message, tmp_pa
 )
 def test_sizes_that_cannot_be(override, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        check_settings(config("hatrpo", tmp_path, override))
+        check_settings(config("hatrpo", tmp_path, override), SETTINGS["hatrpo"])
 
 
 def test_unknown_devices():
@@ -318,7 +320,7 @@ def test_unknown_scenarios_and_bad_arguments():
 
 
 def test_every_scenario_is_a_choice():
-    names = register_environments(CONFIG_DIR)
+    names = environments(CONFIG_DIR)["vmas"]
     assert {"vmas/balance", "vmas/navigation", "vmas/football", "vmas/simple_spread"} <= set(names)
 
 

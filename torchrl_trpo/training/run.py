@@ -19,7 +19,8 @@ from torch import nn
 from torchrl.collectors import Collector
 from torchrl.record.loggers import generate_exp_name
 
-from torchrl_trpo.config.settings import check_settings
+from torchrl_trpo.config.checks import check_settings
+from torchrl_trpo.config.schema import Recipe
 from torchrl_trpo.envs import resolve_device
 from torchrl_trpo.envs.checks import EnvironmentFault, find_non_finite
 from torchrl_trpo.envs.normalization import observation_norm
@@ -45,7 +46,9 @@ _Result = TypeVar("_Result")
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def training_run(train: Callable[[DictConfig, Ranks], _Result]) -> Callable[[DictConfig], _Result]:
+def training_run(
+    settings: type[Recipe],
+) -> Callable[[Callable[[DictConfig, Ranks], _Result]], Callable[[DictConfig], _Result]]:
     """Turns a training function into a run of its own.
 
     The settings are checked first. The global generators of Python, NumPy and PyTorch start at ``cfg.seed`` and are
@@ -56,34 +59,38 @@ def training_run(train: Callable[[DictConfig, Ranks], _Result]) -> Callable[[Dic
     random numbers.
 
     Args:
-        train: the function, of the config and the run's ranks.
+        settings: the settings that the config must have.
 
     Returns:
-        The function of the config alone. It raises a :class:`~torchrl_trpo.errors.SettingError` if settings are
-        invalid, and a ``RuntimeError`` if another thread is training, since both would draw from the same generators.
+        A decorator of a function of the config and the run's ranks, which makes it a function of the config alone. That
+        raises a :class:`~torchrl_trpo.errors.SettingError` if settings are invalid, and a ``RuntimeError`` if another
+        thread is training, since both would draw from the same generators.
     """
 
-    @functools.wraps(train)
-    def run(cfg: DictConfig) -> _Result:
-        check_settings(cfg)
-        if not _ONE_AT_A_TIME.acquire(blocking=False):
-            raise RuntimeError(
-                "another training is running in this process, and both would draw from the same random numbers. Legal: "
-                "one after the other, or a process for each."
-            )
-        try:
-            if is_job() and job_name() is None and Path(cfg.output_dir).name == "none":
-                raise SettingError(
-                    "the job has no name, and so no folder of its own. Legal: torchrun --standalone, torchrun "
-                    "--rdzv-id=<name>, or output_dir=<folder>."
+    def decorate(train: Callable[[DictConfig, Ranks], _Result]) -> Callable[[DictConfig], _Result]:
+        @functools.wraps(train)
+        def run(cfg: DictConfig) -> _Result:
+            check_settings(cfg, settings)
+            if not _ONE_AT_A_TIME.acquire(blocking=False):
+                raise RuntimeError(
+                    "another training is running in this process, and both would draw from the same random numbers. "
+                    "Legal: one after the other, or a process for each."
                 )
-            ranks = job_ranks(resolve_device(cfg.device))
-            with untouched_generators(rank_seed(cfg.seed, ranks.rank)):
-                return train(cfg, ranks)
-        finally:
-            _ONE_AT_A_TIME.release()
+            try:
+                if is_job() and job_name() is None and Path(cfg.output_dir).name == "none":
+                    raise SettingError(
+                        "the job has no name, and so no folder of its own. Legal: torchrun --standalone, torchrun "
+                        "--rdzv-id=<name>, or output_dir=<folder>."
+                    )
+                ranks = job_ranks(resolve_device(cfg.device))
+                with untouched_generators(rank_seed(cfg.seed, ranks.rank)):
+                    return train(cfg, ranks)
+            finally:
+                _ONE_AT_A_TIME.release()
 
-    return run
+        return run
+
+    return decorate
 
 
 class Run:

@@ -17,7 +17,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from torchrl_trpo.config.settings import check_overrides, check_settings
+from torchrl_trpo.config.checks import check_settings
+from torchrl_trpo.config.overrides import check_overrides
+from torchrl_trpo.config.schema import RECIPES
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.recipes.studies import comparison, jobs, sensitivity, tuning
 from torchrl_trpo.recipes.studies.report import Comparison, Curves, write_report
@@ -216,7 +218,7 @@ def test_tuned_settings_are_those_of_a_run(recipe, task):
     overrides = check_overrides([f"env={task}", "hyperparameters=finetuned", "output_dir=."], CONFIG_DIR, recipe)
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         cfg = compose(recipe, overrides)
-    check_settings(cfg)
+    check_settings(cfg, RECIPES[recipe])
     for name, value in OmegaConf.to_container(OmegaConf.load(FINETUNED / recipe / f"{task}.yaml")).items():
         assert cfg[name] == value if not isinstance(value, dict) else value.items() <= dict(cfg[name]).items()
 

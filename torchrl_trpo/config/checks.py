@@ -1,0 +1,298 @@
+"""Checks of a recipe's settings before anything is built: all problems at once, each with what is legal."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from torchrl_trpo.config.schema import Recipe
+from torchrl_trpo.envs import resolve_device
+from torchrl_trpo.errors import SettingError, nearest, nearest_multiples
+from torchrl_trpo.keys import GroupKeys
+from torchrl_trpo.reporting.loggers import logger_problem
+
+_RECORDED = ("algorithm", "versions")  # the config.yaml of a run has them too
+
+
+def check_settings(cfg: DictConfig, recipe: type[Recipe]) -> None:
+    """Checks every setting of a run: its name, type and range, and the settings against each other.
+
+    Args:
+        cfg: the recipe's config.
+        recipe: the recipe's settings, one of :data:`torchrl_trpo.config.schema.RECIPES`.
+
+    Raises:
+        SettingError: if settings are unknown, missing or invalid, alone or together; it lists all of them.
+    """
+    if problems := find_problems(resolved(cfg), recipe):
+        raise SettingError(one_message(problems))
+
+
+def one_message(problems: Sequence[str]) -> str:
+    """One message for all problems.
+
+    Args:
+        problems: a line for each, at least one.
+
+    Returns:
+        The message.
+    """
+    first = [f"{len(problems)} settings are wrong:"] if len(problems) > 1 else []
+    return "\n  - ".join([*first, *problems])
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The settings of a config as plain containers.
+
+    Args:
+        cfg: the config.
+
+    Returns:
+        The settings, with interpolations replaced by their values.
+
+    Raises:
+        SettingError: if a value is missing (``???``) or an interpolation fails.
+    """
+    try:
+        record: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise SettingError(f"{error.full_key}: {str(error).splitlines()[0]}. Legal: a value.") from error
+    return record
+
+
+def find_problems(settings: Mapping[str, Any], recipe: type[Recipe], *, knows_env: bool = True) -> list[str]:
+    """What is wrong with settings.
+
+    Args:
+        settings: the settings, in sections.
+        recipe: the recipe's settings.
+
+    Keyword Args:
+        knows_env: whether the environment is known; if not, the section ``env`` may hold anything.
+
+    Returns:
+        A line for each problem.
+    """
+    settings = {name: value for name, value in settings.items() if name not in _RECORDED}
+    env = settings.get("env") if knows_env else settings.pop("env", None)
+    library = str(env.get("name") if isinstance(env, Mapping) else env).partition("/")[0] if knows_env else None
+    model = recipe.of_library(library)
+    problems: dict[str, str] = {}
+    try:
+        model.model_validate(settings)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            name, field = _place(model, detail["loc"])
+            cause = detail.get("ctx", {}).get("error")
+            if isinstance(cause, SettingError):
+                problems[name] = str(cause)
+            elif detail["type"] == "extra_forbidden":
+                problems[name] = f"setting {name!r} does not exist. {nearest(name, dict(fields(model)))}"
+            elif detail["type"] == "missing":
+                problems[name] = f"{name} is missing. {_legal(name, field)}"
+            else:
+                problems[name] = _wrong_value(name, field, _value(settings, name))
+    usable = {name: _value(settings, name) for name, _ in fields(model) if not _has_problem(name, problems)}
+    for names, check in _COMBINATIONS:
+        if usable.keys() >= set(names) and (problem := check(*(usable[name] for name in names))):
+            problems[names[0]] = problem
+            del usable[names[0]]
+    return list(problems.values())
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """The settings of a model.
+
+    Args:
+        model: the model.
+        prefix: what its names begin with.
+
+    Yields:
+        Each setting's dotted name, and its field.
+    """
+    for name, field in model.model_fields.items():
+        if section := _section(field):
+            yield from fields(section, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def choices(field: FieldInfo) -> list[str]:
+    """The legal values of a setting that is a choice; none for any other.
+
+    Args:
+        field: the setting.
+
+    Returns:
+        The values as they are typed on the command line.
+    """
+    if field.title:
+        return []
+    members = get_args(field.annotation) if get_origin(field.annotation) is not Literal else [field.annotation]
+    values = [value for member in members for value in get_args(member)]
+    return [*values, "null"] if type(None) in members else values
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is a section."""
+    kind: Any = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _place(model: type[BaseModel], path: Sequence[int | str]) -> tuple[str, FieldInfo | None]:
+    """The dotted name of the setting or section at a path of pydantic's, which goes on inside values, and its field."""
+    names: list[str] = []
+    field = None
+    for part in path:
+        names.append(str(part))
+        field = model.model_fields.get(str(part))
+        section = _section(field) if field is not None else None
+        if section is None:
+            break
+        model = section
+    return ".".join(names), field
+
+
+def _value(settings: Any, name: str) -> Any:
+    return functools.reduce(lambda section, part: section.get(part), name.split("."), settings)
+
+
+def _has_problem(name: str, problems: Mapping[str, str]) -> bool:
+    return any(f"{name}.".startswith(f"{place}.") for place in problems)
+
+
+def _wrong_value(name: str, field: FieldInfo | None, value: object) -> str:
+    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    if field is not None and field.title:
+        return f"{name} must be {field.title}, got {shown}."
+    return f"{name}: {shown}. {_legal(name, field, value)}"
+
+
+def _legal(name: str, field: FieldInfo | None, value: object = "") -> str:
+    """What a setting or a section may be, as a sentence."""
+    if field is None:
+        return ""
+    if section := _section(field):
+        return f"Legal: a section with {', '.join(each for each, _ in fields(section, f'{name}.'))}."
+    return f"Legal: {field.title}." if field.title else nearest(value, choices(field))
+
+
+def _frames_of_each_environment(frames: int, num_envs: int) -> str | None:
+    if frames % num_envs == 0:
+        return None
+    return (
+        f"train.frames_per_batch={frames} is not a multiple of env.num_envs={num_envs}: every environment gives "
+        f"the same number of steps. Nearest: {nearest_multiples(frames, num_envs)}."
+    )
+
+
+def _whole_batches(total: int, frames: int) -> str | None:
+    if total % frames == 0:
+        return None
+    return (
+        f"train.total_frames={total} is not a multiple of train.frames_per_batch={frames}. "
+        f"Nearest: {nearest_multiples(total, frames)}."
+    )
+
+
+def _graph_needs_gpu(cudagraph: object, device: str) -> str | None:
+    if cudagraph is False or (where := resolve_device(device)).type == "cuda":
+        return None
+    return f"collector.cudagraph_policy=true needs device=cuda, got {where}. Legal: false."
+
+
+def _recurrent_layer(section: str, network: str, hidden: Sequence[int]) -> str | None:
+    if network == "mlp" or hidden:
+        return None
+    return f"{section}.network={network} needs {section}.hidden, whose first layer is recurrent; got []. Legal: [128]."
+
+
+def _one_output(value_norm: bool, network: str, hidden: Sequence[int]) -> str | None:
+    layers = hidden if network == "mlp" else hidden[1:]
+    if not value_norm or 1 not in layers:
+        return None
+    return (
+        f"critic.hidden={list(hidden)} with critic.value_norm=true: the value is the one layer with one output. Legal: "
+        "hidden layers of at least 2, or critic.value_norm=false."
+    )
+
+
+def _state_of_vmas(inputs: str, env_name: str) -> str | None:
+    if inputs == "observations" or not env_name.startswith("vmas/"):
+        return None
+    return f"env: {env_name!r} has no global state. Use critic.inputs=observations."
+
+
+def _team(env_name: str, _: object) -> str | None:
+    return _single_agent(env_name) if env_name.startswith("gym/") else None
+
+
+_COMBINATIONS: Sequence[tuple[Sequence[str], Callable[..., str | None]]] = (
+    # The setting to change, the settings that it must fit, and the check. A setting with a problem is not compared.
+    (("train.frames_per_batch", "env.num_envs"), _frames_of_each_environment),
+    (("train.total_frames", "train.frames_per_batch"), _whole_batches),
+    (("collector.cudagraph_policy", "device"), _graph_needs_gpu),
+    (("actor.network", "actor.hidden"), functools.partial(_recurrent_layer, "actor")),
+    (("critic.network", "critic.hidden"), functools.partial(_recurrent_layer, "critic")),
+    (("critic.value_norm", "critic.network", "critic.hidden"), _one_output),
+    (("critic.inputs", "env.name"), _state_of_vmas),
+    (("logger.backend", "logger.kwargs"), logger_problem),
+    (("env.name", "actor.sharing"), _team),  # of ITRPO, MATRPO, MAPPO and IPPO
+    (("env.name", "team_reward"), _team),  # of HATRPO and HAPPO
+)
+
+
+def check_single_agent(cfg: DictConfig, groups: Sequence[GroupKeys]) -> GroupKeys:
+    """Checks that an environment has one agent, without a group.
+
+    Args:
+        cfg: the recipe's config.
+        groups: the environment's groups.
+
+    Returns:
+        The agent's keys.
+
+    Raises:
+        SettingError: if it has groups of agents.
+    """
+    if groups[0].group is not None:
+        names = [keys.group for keys in groups]
+        raise SettingError(
+            f"env: {cfg.env.name!r} has groups of agents, {names}. Legal: the recipe of any other algorithm."
+        )
+    return groups[0]
+
+
+def check_teams(cfg: DictConfig, groups: Sequence[GroupKeys]) -> Sequence[GroupKeys]:
+    """Checks that an environment has groups of agents, and that ``agent_order`` has their number.
+
+    Args:
+        cfg: the recipe's config.
+        groups: the environment's groups.
+
+    Returns:
+        The groups.
+
+    Raises:
+        SettingError: if it has a single agent without a group, or another number of agents.
+    """
+    if groups[0].group is None:
+        raise SettingError(_single_agent(cfg.env.name))
+    order, n_agents = cfg.get("agent_order"), sum(keys.n_agents for keys in groups)
+    if OmegaConf.is_list(order) and len(order) != n_agents:
+        raise SettingError(
+            f"agent_order={list(order)} orders {len(order)} agents, and env {cfg.env.name!r} has {n_agents}. Legal: "
+            f"random, fixed, or a list of the numbers from 0 to {n_agents - 1}."
+        )
+    return groups
+
+
+def _single_agent(env_name: str) -> str:
+    return f"env: {env_name!r} has a single agent, without a group. Use the recipe trpo."

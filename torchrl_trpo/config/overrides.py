@@ -1,0 +1,196 @@
+"""The overrides of a command line, as Hydra takes them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from torchrl_trpo.config.checks import find_problems, one_message, resolved
+from torchrl_trpo.config.schema import RECIPES
+from torchrl_trpo.envs.simulators import known_environments
+from torchrl_trpo.errors import SettingError, nearest
+
+_ENV_DEFAULTS: dict[str, dict[str, Any]] = {
+    "vmas": {"num_envs": 60, "max_steps": 100, "continuous_actions": True, "kwargs": {}},
+    "pettingzoo": {"num_envs": 20, "max_steps": 25, "continuous_actions": False, "parallel": False, "kwargs": {}},
+    "mamujoco": {"num_envs": 10, "max_steps": 1000, "parallel": False, "kwargs": {"agent_conf": "2x3"}},
+    "gym": {"num_envs": 10, "max_steps": 1000, "parallel": False, "kwargs": {}},
+}
+"""The settings of environments without a YAML file, by library."""
+_NOT_RESUMED = ("resume", "output_dir", "algorithm", "versions")
+
+
+def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str) -> list[str]:
+    """Checks the settings of a command line: names, values, and the settings against each other.
+
+    Of a sweep, the first value of each setting is checked.
+
+    Args:
+        overrides: the arguments of the command line, such as ``["updater.max_kl=0.02"]``.
+        config_dir: the folder of the configs.
+        config_name: the recipe's config.
+
+    Returns:
+        The overrides for Hydra. With ``resume=<folder>``, the settings of that run come first.
+
+    Raises:
+        SettingError: if settings or environments are unknown, missing or invalid; it lists all of them.
+    """
+    given = dict(_split(override) for override in overrides)
+    envs = given["env"].split(",") if "env" in given else []
+    folder = Path(given["resume"]) if given.get("resume", "null") not in {"", "null"} else None
+    problems: dict[str, list[str]] = {"env": _env_problems(envs, config_dir)}
+    if folder is not None and not (folder / "config.yaml").exists():
+        problems["resume"] = [f"resume: {str(folder)!r} has no config.yaml. Legal: the folder of a run, which has one."]
+    knows_env = problems == {"env": []}
+    has_levels = _has_levels(config_dir, config_name)
+    if has_levels and "hyperparameters" in given:
+        problems["hyperparameters"] = [
+            problem
+            for level in given["hyperparameters"].split(",")
+            for problem in _level_problems(level, config_dir, config_name, envs, folder)
+        ]
+    checked = [_forced(override, has_levels) for override in overrides]
+    if folder is not None and knows_env:
+        checked = [*_resumed_overrides(folder, given), *checked]
+    if knows_env:
+        for env in [env for name, value in map(_split, checked) if name == "env" for env in value.split(",")]:
+            _register(env, config_dir)
+    right = [override for override in checked if not problems.get(_split(override)[0])]
+    lines = [line for each in problems.values() for line in each]
+    with contextlib.suppress(HydraException):  # Hydra reports its own syntax errors
+        settings = resolved(compose_settings(right, config_dir, config_name))
+        lines += find_problems(settings, RECIPES[config_name], knows_env=knows_env)
+    if lines:
+        raise SettingError(one_message(lines))
+    return checked
+
+
+def compose_settings(overrides: Sequence[str], config_dir: Path, config_name: str) -> DictConfig:
+    """Composes a recipe's config.
+
+    Args:
+        overrides: the settings, as from :func:`check_overrides`.
+        config_dir: the folder of the configs.
+        config_name: the recipe's config.
+
+    Returns:
+        The config; of a sweep, with its first values.
+    """
+    parser = OverridesParser.create()
+    parsed = parser.parse_overrides([each for each in overrides if not each.startswith(("-", "hydra.", "hydra/"))])
+    parsed = [parser.parse_override(_first(each)) for each in parsed if not each.is_interval_sweep()]
+    # Hydra refuses a list in place of a section, and so the schema could not say what is legal.
+    collections = [each for each in parsed if not each.is_delete() and isinstance(each.value(), (list, dict))]
+    lines = ["++output_dir=.", *[str(each.input_line) for each in parsed if each not in collections]]
+    with initialize_config_dir(str(config_dir), version_base=None):
+        cfg = compose(config_name, lines)
+    for override in collections:
+        name, value = override.key_or_group, override.value()
+        merge = isinstance(value, dict) and OmegaConf.is_dict(OmegaConf.select(cfg, name))
+        OmegaConf.update(cfg, name, value, merge=merge, force_add=True)
+    return cfg
+
+
+def environments(config_dir: Path) -> dict[str, list[str]]:
+    """The environments that can be chosen: those with a YAML file, and the tasks of all installed simulators.
+
+    Args:
+        config_dir: the folder of the configs.
+
+    Returns:
+        The names by library; those that have no task beside the name under ``""``.
+    """
+    names = {"": sorted(path.stem for path in (config_dir / "env").glob("*.yaml"))}
+    for library, tasks in known_environments().items():
+        written = {path.stem for path in (config_dir / "env" / library).glob("*.yaml")}
+        names[library] = [f"{library}/{task}" for task in sorted(written.union(tasks))]
+    return names
+
+
+def _env_problems(envs: Sequence[str], config_dir: Path) -> list[str]:
+    unwritten = [env for env in envs if not (config_dir / "env" / f"{env}.yaml").exists()]
+    known = [name for names in environments(config_dir).values() for name in names] if unwritten else []
+    return [f"env: {env!r}. {nearest(env, known)}" for env in unwritten if env not in known]
+
+
+@functools.cache
+def _register(env: str, config_dir: Path) -> None:
+    """Makes an environment without a YAML file a choice of Hydra's."""
+    library, _, task = env.partition("/")
+    if library in _ENV_DEFAULTS and not (config_dir / "env" / f"{env}.yaml").exists():
+        node = {"name": env, **_ENV_DEFAULTS[library]}
+        ConfigStore.instance().store(group=f"env/{library}", name=task, node=node, package="env")
+
+
+def _split(override: str) -> tuple[str, str]:
+    """The name and the value of an override; no value for a flag or a deletion, such as ``~critic.lr``."""
+    name, _, value = override.partition("=")
+    return name.lstrip("+"), value
+
+
+def _forced(override: str, has_levels: bool) -> str:
+    """The override with ``++``, so that Hydra takes any name and the schema alone judges names."""
+    name, equals, _ = override.lstrip("+").partition("=")
+    is_group = name == "env" or (name == "hyperparameters" and has_levels)
+    is_setting = equals and not is_group and not name.startswith(("-", "~", "hydra.", "hydra/"))
+    return f"++{override.lstrip('+')}" if is_setting else override
+
+
+def _resumed_overrides(folder: Path, given: Mapping[str, str]) -> list[str]:
+    """The settings of a run as overrides, without those that are given anew."""
+    record: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    overrides = [] if "env" in given else [f"env={record['env']['name']}"]
+    for name, value in _leaves({name: value for name, value in record.items() if name not in _NOT_RESUMED}):
+        if name not in given and not ("env" in given and name.startswith("env.")):
+            overrides.append(f"++{name}={json.dumps(value)}")
+    return [*overrides, f"hydra.run.dir={json.dumps(str(folder))}"]
+
+
+def _leaves(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _first(override: Override) -> str:
+    """An override with one value, the first of a sweep."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+
+
+def _has_levels(config_dir: Path, config_name: str) -> bool:
+    """Whether a recipe has hyperparameters for all tasks and others for each."""
+    return any("hyperparameters" in entry for entry in OmegaConf.load(config_dir / f"{config_name}.yaml").defaults)
+
+
+def _level_problems(level: str, config_dir: Path, recipe: str, envs: Sequence[str], resumed: Path | None) -> list[str]:
+    """What is wrong with the choice between hyperparameters for all tasks and those found for each."""
+    if resumed is not None:
+        return [f"hyperparameters={level} with resume: a run keeps its settings. Legal: to change them by name."]
+    if level == "common":
+        return []
+    if level != "finetuned":
+        return [f"hyperparameters: {level!r}. {nearest(level, ['common', 'finetuned'])}"]
+    folder = config_dir / "hyperparameters" / level / recipe
+    known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    return [
+        f"hyperparameters=finetuned: {recipe} has not been tuned on {env!r}. Tuned: {', '.join(known)}. Legal for "
+        "other tasks: hyperparameters=common."
+        for env in envs or [compose_settings([], config_dir, recipe).env.name]
+        if env not in known
+    ]
