@@ -1,1 +1,1 @@
-"""The recipes: ITRPO, MATRPO and HATRPO as scripts that are read from top to bottom."""
+"""The recipes: one script for each algorithm, read from top to bottom."""
