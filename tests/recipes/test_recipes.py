@@ -142,7 +142,7 @@ def test_a_run_leaves_its_folder(name, overrides, tmp_path, request):
         pytest.param("itrpo", "nan", ["env.kwargs.groups=2", "normalize_observations=true"], marks=SLOW),
         ("matrpo", "1000", ["env.kwargs.kind=masked", "critic.others_actions=true", "env.kwargs.told=false"]),
         ("hatrpo", "nan", ["env.kwargs.groups=2", "team_reward=mean", "critic.value_norm=true"]),
-        ("happo", "1000", ["env.kwargs.groups=2", "actor.network=gru", "env.kwargs.told=false"]),
+        ("happo", "1000", ["env.kwargs.groups=2", "actor.network=gru", "env.kwargs.told=false", "updater.epochs=2"]),
         pytest.param("mappo", "1000", ["normalize_observations=true", "env.kwargs.told=false"], marks=SLOW),
         ("ippo", "1000", ["env.kwargs.kind=continuous", "critic.network=gru", "env.kwargs.told=false"]),
         ("trpo", "nan", ["env.kwargs.groups=0", "normalize_observations=true"]),
@@ -158,7 +158,8 @@ def test_padded_steps_change_nothing(name, observed, overrides, tmp_path):
     runs = []
     for index, padding in enumerate([[], [f"env.kwargs.observed={observed}", "env.kwargs.paid=1000"]]):
         task = ["env=custom", "env.factory=tests.environments.make_padded", "env.max_steps=6", "film=false"]
-        sizes = ["train.frames_per_batch=48", "train.total_frames=96"]
+        sizes = ["train.frames_per_batch=48", "train.total_frames=96", "critic.epochs=1"]
+        sizes += ["actor.hidden=[16]", "critic.hidden=[16]"]
         folder = tmp_path / str(index)
         summary = RECIPES[name].train(config(name, folder, *task, *sizes, *overrides, *padding))
         rows = [[row[column] for column in row if not column.endswith("_s")] for row in metrics(folder)]
