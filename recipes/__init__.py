@@ -1,4 +1,4 @@
-"""The recipes: trust-region and clipped algorithms as scripts that are read from top to bottom."""
+"""The recipes: one script for each algorithm, read from top to bottom."""
 
 from importlib.util import find_spec
 

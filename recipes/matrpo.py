@@ -38,12 +38,12 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
 
     Args:
         cfg: the config, see ``config/matrpo.yaml``.
-        ranks: the processes of the job, see ``docs/scaling.md``; mostly this one alone.
+        ranks: the processes of the job, see ``docs/scaling.md``; one process unless started with torchrun.
 
     Returns:
         The run's summary.
     """
-    # Environment, and the policies of its groups of agents.
+    # Environment, and a policy for each of its groups of agents.
     env = make_env(
         **cfg.env,
         seed=cfg.seed,
@@ -57,7 +57,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     policy = make_policy(env, groups, **cfg.actor)
     carry_states(env, policy)
 
-    # Each group's objective and critic, and the two things that learn from them.
+    # Each group's critic and objective, the policies' updater and the critics' optimiser.
     losses = {}
     for keys, actor in zip(groups, policy, strict=True):
         estimator = central_critic_estimator(

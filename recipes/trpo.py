@@ -36,7 +36,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
 
     Args:
         cfg: the config, see ``config/trpo.yaml``.
-        ranks: the processes of the job, see ``docs/scaling.md``; mostly this one alone.
+        ranks: the processes of the job, see ``docs/scaling.md``; one process unless started with torchrun.
 
     Returns:
         The run's summary.
@@ -53,7 +53,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     actor = make_policy(env, [keys], **cfg.actor)
     carry_states(env, actor)
 
-    # Objective, and the two things that learn from it.
+    # Critic and objective, the policy's updater and the critic's optimiser.
     estimator = own_critic_estimator(
         env,
         keys,

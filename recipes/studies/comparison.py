@@ -3,8 +3,8 @@
     python -m torchrl_trpo.recipes.studies.comparison
     python -m torchrl_trpo.recipes.studies.comparison --tasks vmas/balance --seeds 0 1 --report outputs/report
 
-What is run is config/comparison.yaml, or a part of it. Stopped, it goes on where it was. The report has a row of
-comparison.csv for each evaluation, comparison.md and the figures.
+It runs config/comparison.yaml, or a part of it. Run again after a stop, it continues. The report is comparison.csv, a
+row for each evaluation, comparison.md and the figures.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ COLUMNS = ("task", "algorithm", "seed", "iteration", "frames", "cpu_s", "evaluat
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run of the comparison, or with the algorithm ``random`` none at all."""
+    """One training run of the comparison; the algorithm ``random`` is not trained."""
 
     task: str
     algorithm: str
     seed: int
 
     def folder(self, root: Path) -> Path:
-        """Where it goes.
+        """The folder of the run.
 
         Args:
             root: the comparison's folder.
@@ -56,10 +56,10 @@ class Cell:
 
 
 def cells(plan: Mapping[str, Any]) -> list[Cell]:
-    """The runs, a seed of everything before the next seed: a comparison that is stopped is one of fewer seeds.
+    """Lists the runs, one seed of everything before the next seed: stopped early, it is a comparison of fewer seeds.
 
     Args:
-        plan: what ``config/comparison.yaml`` says.
+        plan: the content of ``config/comparison.yaml``.
 
     Returns:
         The runs.
@@ -69,10 +69,10 @@ def cells(plan: Mapping[str, Any]) -> list[Cell]:
 
 
 def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, Any]]:
-    """Trains and evaluates, or goes on with what was begun.
+    """Trains and evaluates a run, or continues it.
 
     Args:
-        plan: what ``config/comparison.yaml`` says.
+        plan: the content of ``config/comparison.yaml``.
         root: the comparison's folder.
         cell: the run.
 
@@ -119,10 +119,10 @@ def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, 
 def _evaluate(
     cfg: DictConfig, checkpoints: Sequence[Path | None], *, episodes: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Plays the same episodes with the policy of each checkpoint, acting deterministically; None acts at random.
+    """Plays the same episodes with the deterministic policy of each checkpoint; None stands for random actions.
 
     Yields:
-        The progress at the checkpoint, and what its policy's episodes gave.
+        The progress at the checkpoint, and the returns of its policy.
     """
     record: Any = OmegaConf.to_container(cfg, resolve=True)
     with untouched_generators(seed):

@@ -1,4 +1,4 @@
-"""Many runs of the recipes: some at a time, each on one thread, and none done twice."""
+"""Runs of the recipes in several processes, one thread each; finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _Result = TypeVar("_Result")
 
 
 def train(recipe: str, cfg: DictConfig) -> None:
-    """Trains in ``cfg.output_dir``, unless it is done; a run that was stopped is resumed.
+    """Trains in ``cfg.output_dir``, unless a finished run is there; a run that was stopped is resumed.
 
     Args:
         recipe: the recipe's name, such as ``"hatrpo"``.
-        cfg: its config, from :func:`config`; what is printed goes to ``output.txt`` beside the metrics.
+        cfg: its config, from :func:`config`. The output goes to ``output.txt`` beside the metrics.
     """
     torch.set_num_threads(1)
     folder = Path(cfg.output_dir)
@@ -49,7 +49,7 @@ def train(recipe: str, cfg: DictConfig) -> None:
 
 
 def config(recipe: str, overrides: Sequence[str], folder: Path) -> DictConfig:
-    """The config of a run, which continues what its folder holds, if :func:`check_same` takes it for the same run.
+    """Composes the config of a run, which resumes the run in its folder if there is one with the same settings.
 
     Args:
         recipe: the recipe's name.
@@ -72,10 +72,10 @@ def config(recipe: str, overrides: Sequence[str], folder: Path) -> DictConfig:
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Refuses to take what was done with other settings for what is asked for.
+    """Checks that a finished or stopped run has the settings that are asked for.
 
     Args:
-        before: the settings of what the folder holds; those that did not exist then may have any value now.
+        before: the settings of the run in the folder; settings that it does not know may have any value now.
         now: the settings that are asked for.
         folder: the folder, for the message.
 
@@ -99,20 +99,20 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) 
 def run_all(
     function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, workers: int
 ) -> tuple[dict[_Job, _Result], list[_Job]]:
-    """Does jobs in other processes, and goes on when one fails. Interrupted, it begins no more.
+    """Runs jobs in other processes and continues when one fails. After an interrupt no further job begins.
 
     Args:
-        function: what does a job, and can be found in a module.
+        function: does a job; defined in a module, since it is pickled.
         jobs: the jobs.
 
     Keyword Args:
-        workers: how many at a time.
+        workers: how many jobs run at a time.
 
     Returns:
-        The results by job, in the jobs' order, and the jobs that failed, whose errors are printed.
+        The results by job, in the order of the jobs, and the jobs that failed. Their errors are printed.
 
     Raises:
-        BrokenProcessPool: if a process was killed, for its memory perhaps.
+        BrokenProcessPool: if a process was killed, perhaps for lack of memory.
     """
     results: dict[_Job, _Result] = {}
     context, waiting = multiprocessing.get_context("spawn"), iter(jobs)

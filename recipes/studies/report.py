@@ -16,7 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from torchrl_trpo.recipes.studies.statistics import aggregate, interquartile_mean, probability_of_improvement
+from torchrl_trpo.numerics.statistics import percentile_bootstrap
+from torchrl_trpo.recipes.studies.statistics import (
+    RESAMPLES,
+    aggregate,
+    interquartile_mean,
+    probability_of_improvement,
+)
 
 NAMES = {"itrpo": "ITRPO", "matrpo": "MATRPO", "hatrpo": "HATRPO", "mappo": "MAPPO", "ippo": "IPPO"}
 COLORS = {
@@ -45,20 +51,20 @@ class Curves:
     stds: Tensor
 
     def at_cpu(self, seconds: float) -> Tensor:
-        """The return of each run when it had used so many processor seconds, linear between two evaluations.
+        """Interpolates the return of each run at a number of processor seconds, linearly between two evaluations.
 
         Args:
             seconds: the processor seconds.
 
         Returns:
-            The returns, ``[n_runs]``: of a run that had ended the last one, and NaN of one without an evaluation yet.
+            The returns, ``[n_runs]``: the last one if the run had ended, NaN if it had no evaluation yet.
         """
         points = zip(self.cpu_s.numpy(), self.returns.numpy(), strict=True)
         return torch.tensor([np.interp(seconds, *run, left=np.nan) for run in points], dtype=torch.float64)
 
 
 class Comparison:
-    """The evaluations of all algorithms on all tasks, with the seeds that every algorithm has on every task.
+    """The evaluations of all algorithms on all tasks, for the seeds that are complete.
 
     Args:
         rows: the evaluations, as in ``comparison.csv``.
@@ -66,7 +72,7 @@ class Comparison:
     Attributes:
         tasks: the tasks, in the rows' order.
         algorithms: the algorithms, without the random policy.
-        seeds: the seeds that all have.
+        seeds: the seeds that every algorithm has on every task.
         curves: the evaluations by task and algorithm.
         random: the random policy's mean return by task.
         learned: the tasks on which each run of some algorithm ends above all evaluations of the random policy, by at
@@ -126,7 +132,7 @@ class Comparison:
             equal_cpu: whether runs are scored at :meth:`cpu_budget`, not at their end.
 
         Returns:
-            The scores, ``[n_tasks_learned, n_seeds]``; 0 of a run that has not been evaluated until then.
+            The scores, ``[n_tasks_learned, n_seeds]``; 0 for a run that has no evaluation yet.
         """
         scores = []
         for task in self.learned:
@@ -143,10 +149,10 @@ def write_report(data: Path, folder: Path) -> list[Path]:
 
     Args:
         data: the comparison's ``comparison.csv``.
-        folder: where they go.
+        folder: the folder to write to.
 
     Returns:
-        What was written.
+        The files.
     """
     with data.open(newline="") as file:
         comparison = Comparison(list(csv.DictReader(file)))
@@ -208,15 +214,17 @@ def _tables(comparison: Comparison) -> str:
         "",
     ]
     lines += [head.replace("| |", "| score |", 1), rule]
-    for title, equal_cpu in (("equal frames", False), ("equal processor seconds", True)):
+    budgets = (("equal frames", False), ("equal processor seconds", True))
+    for title, equal_cpu in budgets:
         for statistic, function in (("interquartile mean", interquartile_mean), ("mean", _mean)):
             scores = [aggregate(comparison.scores(name, equal_cpu=equal_cpu), function) for name in names]
-            lines.append(f"| {statistic}, {title} | {' | '.join(map(_shown, scores))} |")
-    for other in ("mappo", "ippo"):
-        for title, equal_cpu in (("equal frames", False), ("equal processor seconds", True)):
-            if other in names:
-                chances = [_improvement(comparison, name, other, equal_cpu) for name in names]
-                lines.append(f"| P(better than {NAMES[other]}), {title} | {' | '.join(map(_shown, chances))} |")
+            lines.append(f"| {statistic}, {title} | {' | '.join(map(_value_with_interval, scores))} |")
+    for other in [name for name in ("mappo", "ippo") if name in names]:
+        for title, equal_cpu in budgets:
+            chances = [_improvement(comparison, name, other, equal_cpu) for name in names]
+            lines.append(
+                f"| P(better than {NAMES[other]}), {title} | {' | '.join(map(_value_with_interval, chances))} |"
+            )
     lines += ["", "![Aggregate scores](comparison_scores.png)"]
     return "\n".join(lines) + "\n"
 
@@ -233,13 +241,12 @@ def _improvement(comparison: Comparison, name: str, other: str, equal_cpu: bool)
 
 
 def _may_equal(values: Tensor, best: Tensor) -> bool:
-    """Whether the mean of one algorithm's runs may be that of another's."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = [each[torch.randint(len(each), (5000, len(each)), generator=generator)].mean(1) for each in (values, best)]
-    return float((drawn[0] - drawn[1]).quantile(0.975)) >= 0
+    """Whether the 95 % interval of the difference between two algorithms' means reaches 0."""
+    _, high = percentile_bootstrap(lambda own, other: own.mean(-1) - other.mean(-1), values, best, resamples=RESAMPLES)
+    return high >= 0
 
 
-def _shown(value: tuple[float, float, float] | None) -> str:
+def _value_with_interval(value: tuple[float, float, float] | None) -> str:
     return "" if value is None else f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
 
 

@@ -2,7 +2,7 @@
 
     python -m torchrl_trpo.recipes.studies.sensitivity
 
-What is run is config/sensitivity.yaml, or some of its sweeps. Stopped, it goes on where it was. The report is
+It runs the sweeps of config/sensitivity.yaml, or some of them. Run again after a stop, it continues. The report is
 sensitivity.csv, a row for each run, and a figure for each sweep.
 """
 
@@ -26,8 +26,8 @@ from torchrl_trpo.recipes.studies.jobs import CONFIG, config, run_all, train
 from torchrl_trpo.reporting.record import read_run
 
 MEASURED = ("evaluation_return", "cpu_s", "accepted", "kl_ratio", "explained_variance")
-"""What a run gives: the deterministic policy's return at the end, the processor seconds, and of the second half of its
-iterations the mean share of accepted steps, the KL divergence as a share of ``max_kl``, and the explained variance."""
+"""The results of a run: the deterministic policy's return at the end, the processor seconds, and means over the second
+half of the iterations: the share of accepted steps, the KL divergence divided by ``max_kl``, the explained variance."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Trial:
 
 
 def trials(plan: Mapping[str, Any]) -> list[Trial]:
-    """All runs, each once though several sweeps may have it; a seed of everything before the next one.
+    """Lists all runs, each once even if several sweeps have it; one seed of everything comes before the next seed.
 
     Args:
-        plan: what ``config/sensitivity.yaml`` says.
+        plan: the content of ``config/sensitivity.yaml``.
 
     Returns:
         The runs.
@@ -59,7 +59,7 @@ def trials(plan: Mapping[str, Any]) -> list[Trial]:
 
 
 def _defaults(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of what is swept in a run that changes nothing."""
+    """The default values of the settings that are swept."""
     settings = [f"{name}={value}" for name, value in plan["settings"].items()]
     cfg = config(plan["recipe"], [f"env={plan['tasks'][0]}", *settings], Path("defaults"))
     names = {name for space in plan["sweeps"].values() for name in space}
@@ -71,15 +71,15 @@ def _changed(settings: Mapping[str, float], defaults: Mapping[str, float]) -> tu
 
 
 def run_trial(plan: Mapping[str, Any], root: Path, trial: Trial) -> dict[str, float]:
-    """Does a run, unless it is done.
+    """Trains, unless the run is done, and reads its results.
 
     Args:
-        plan: what ``config/sensitivity.yaml`` says.
+        plan: the content of ``config/sensitivity.yaml``.
         root: where the runs go.
         trial: the run.
 
     Returns:
-        What it gives, by the names in :data:`MEASURED`.
+        The results, by the names in :data:`MEASURED`.
     """
     settings = {**plan["settings"], **dict(trial.changed), "seed": trial.seed}
     name = ",".join(f"{name}={value}" for name, value in trial.changed) or "defaults"
@@ -103,12 +103,12 @@ def write_report(plan: Mapping[str, Any], measured: Mapping[Trial, Mapping[str, 
     """Writes the data, and a figure for each sweep.
 
     Args:
-        plan: what ``config/sensitivity.yaml`` says.
-        measured: what the runs gave.
-        folder: where they go.
+        plan: the content of ``config/sensitivity.yaml``.
+        measured: the results of the runs.
+        folder: the folder to write to.
 
     Returns:
-        What was written.
+        The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "sensitivity.csv"]
@@ -138,7 +138,7 @@ def _plot(
 ) -> None:
     """The return on each task over a setting, then its processor seconds: lines are means, dots are seeds.
 
-    A panel's axis is that of all sweeps, so that what is noise looks like it.
+    The y axes are the same in the figures of all sweeps, so that noise looks small.
     """
     (name, values), *others = space.items()
     curves = [{second: each} for second, choices in others for each in choices] or [{}]
@@ -161,8 +161,8 @@ def _plot(
             axis.axvline(values.index(defaults[name]), color="gray", ls=":", lw=1)
         axis.grid(alpha=0.3)
         axis.set_xlabel(name)
-        shown = "return" if column == "evaluation_return" else "processor seconds"
-        axis.set_title(f"{task.partition('/')[2]}: {shown}", fontsize=10)
+        quantity = "return" if column == "evaluation_return" else "processor seconds"
+        axis.set_title(f"{task.partition('/')[2]}: {quantity}", fontsize=10)
         everywhere = [run[column] for trial, run in measured.items() if trial.task == task]
         low, high = 0.0 if column == "cpu_s" else min(everywhere), max(everywhere)
         margin = 0.05 * (high - low) or 0.05

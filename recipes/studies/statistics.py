@@ -9,7 +9,7 @@ from torch import Tensor
 from torchrl_trpo.numerics.statistics import percentile_bootstrap
 
 RESAMPLES = 5000
-"""Of the stratified bootstrap."""
+"""The number of resamples of the stratified bootstrap."""
 
 
 def interquartile_mean(scores: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def aggregate(
     """A statistic over all runs of all tasks, and its interval by the stratified percentile bootstrap.
 
     Args:
-        scores: of the runs of each task, ``[n_tasks, n_runs]``.
+        scores: the scores of the runs of each task, ``[n_tasks, n_runs]``.
         statistic: from values ``[*B, N]`` to ``[*B]``.
         level: the share of intervals that hold the true value.
 
@@ -48,12 +48,12 @@ def aggregate(
 
 
 def probability_of_improvement(scores: Tensor, others: Tensor, level: float = 0.95) -> tuple[float, float, float]:
-    """How probable it is that a run of one algorithm is better than one of another on the same task, mean over tasks.
+    """Estimates the probability that a run of one algorithm beats a run of another on the same task, mean over tasks.
 
     Equal scores count one half (Mann and Whitney's U statistic).
 
     Args:
-        scores: of the runs of each task, ``[n_tasks, n_runs]``.
+        scores: the scores of the runs of each task, ``[n_tasks, n_runs]``.
         others: the other algorithm's, ``[n_tasks, n_other_runs]``.
         level: the share of intervals that hold the true value.
 

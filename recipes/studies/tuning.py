@@ -1,9 +1,9 @@
-"""Searches each algorithm's settings on each task, by Hydra's multirun over a stated space.
+"""Searches each algorithm's settings on each task with Hydra's multirun over a fixed space.
 
     python -m torchrl_trpo.recipes.studies.tuning
 
-What is tried is config/tuning.yaml. Stopped, it goes on with the searches that were not complete. What was found is
-written to docs/results/tuning.csv and tuning.md, and the best for each task to config/hyperparameters/finetuned.
+The space is in config/tuning.yaml. Run again after a stop, it repeats only the searches that were not complete. It
+writes the trials to docs/results/tuning.csv and tuning.md, and each task's best to config/hyperparameters/finetuned.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from torchrl_trpo.reporting.record import flat
 
 
 def trials(plan: Mapping[str, Any], algorithm: str) -> list[dict[str, Any]]:
-    """The settings that are tried, in the order of Hydra's multirun.
+    """Lists the settings to try, in the order of Hydra's multirun.
 
     Args:
-        plan: what ``config/tuning.yaml`` says.
+        plan: the content of ``config/tuning.yaml``.
         algorithm: the algorithm.
 
     Returns:
@@ -42,15 +42,15 @@ def trials(plan: Mapping[str, Any], algorithm: str) -> list[dict[str, Any]]:
 
 
 def run_search(plan: Mapping[str, Any], root: Path, search: tuple[str, str]) -> list[dict[str, Any]]:
-    """Runs the trials of an algorithm on a task, unless :func:`check_same` finds that they are done.
+    """Runs the trials of an algorithm on a task, unless all of them are done.
 
     Args:
-        plan: what ``config/tuning.yaml`` says.
+        plan: the content of ``config/tuning.yaml``.
         root: where the runs go, as ``<task>/<algorithm>/<number>``.
         search: the task and the algorithm.
 
     Returns:
-        What each trial found: the ``task``, the ``algorithm``, its ``settings``, ``evaluation_return`` and ``cpu_s``.
+        Of each trial the ``task``, the ``algorithm``, its ``settings``, ``evaluation_return`` and ``cpu_s``.
     """
     task, algorithm = search
     tried, folder = trials(plan, algorithm), root / task / algorithm
@@ -90,16 +90,16 @@ def run_search(plan: Mapping[str, Any], root: Path, search: tuple[str, str]) -> 
 def write_outcome(
     found: Sequence[Mapping[str, Any]], choose: Mapping[str, Any], report: Path, config: Path
 ) -> list[Path]:
-    """Writes what was found: the data, a table, and the settings of the best trial on each task.
+    """Writes the results: the data, a table, and the settings of the best trial on each task.
 
     Args:
-        found: what :func:`run_search` gave, of all algorithms and tasks.
-        choose: settings that a trial must have to be taken.
+        found: the results of :func:`run_search`, of all algorithms and tasks.
+        choose: settings that a trial must have to be chosen.
         report: where ``tuning.csv`` and ``tuning.md`` go.
         config: where the settings go, as ``<algorithm>/<task>.yaml``.
 
     Returns:
-        What was written.
+        The files.
     """
     report.mkdir(parents=True, exist_ok=True)
     paths = [report / "tuning.csv", report / "tuning.md"]
@@ -113,11 +113,10 @@ def write_outcome(
         paths.append(config / algorithm / f"{task}.yaml")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         settings = OmegaConf.create()
-        for name, value in best["settings"].items():
-            OmegaConf.update(settings, name, value)
-        comment = (
-            f"# Of the trials with {_said(choose)} in docs/results/tuning.md the best: {best['evaluation_return']:.4g}."
-        )
+        for name, setting in best["settings"].items():
+            OmegaConf.update(settings, name, setting)
+        value = best["evaluation_return"]
+        comment = f"# Of the trials with {_short(choose)} in docs/results/tuning.md the best: {value:.4g}."
         paths[-1].write_text(f"# @package _global_\n{comment}\n{OmegaConf.to_yaml(settings)}")
     return paths
 
@@ -146,14 +145,14 @@ def _table(
         "<!-- Written by python -m torchrl_trpo.recipes.studies.tuning -->",
         "",
         f"{len(found)} trials, {hours:.1f} processor hours. Return of the deterministic policy. **Bold**: taken, the",
-        f"best with {_said(choose)}: [why](README.md#the-comparison).",
+        f"best with {_short(choose)}: [why](README.md#the-comparison).",
         "The mean is of the place between a task's worst trial of all algorithms, 0, and its best, 1.",
     ]
     for algorithm in dict.fromkeys(trial["algorithm"] for trial in found):
         by_settings: dict[str, list[Mapping[str, Any]]] = {}
         for trial in found:
             if trial["algorithm"] == algorithm:
-                by_settings.setdefault(_said(trial["settings"]), []).append(trial)
+                by_settings.setdefault(_short(trial["settings"]), []).append(trial)
         lines += ["", f"| {algorithm} | {' | '.join(by_settings)} |", f"|---|{'---|' * len(by_settings)}"]
         means = dict.fromkeys(by_settings, 0.0)
         for row, task in enumerate(tasks):
@@ -167,10 +166,10 @@ def _table(
     return "\n".join(lines) + "\n"
 
 
-def _said(settings: Mapping[str, Any]) -> str:
-    """Settings without their sections."""
+def _short(settings: Mapping[str, Any]) -> str:
+    """Settings as text, their names without the sections."""
     return " ".join(
-        _said(value) if isinstance(value, dict) else f"{name.rpartition('.')[2]}={value}"
+        _short(value) if isinstance(value, dict) else f"{name.rpartition('.')[2]}={value}"
         for name, value in settings.items()
     )
 

@@ -58,6 +58,7 @@ def metrics(folder):
         return list(csv.DictReader(file))
 
 
+SLOW = pytest.mark.slow
 SHOWN = pytest.mark.plots
 """A run that ends with its plots and its film."""
 
@@ -65,12 +66,16 @@ SHOWN = pytest.mark.plots
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        pytest.param("itrpo", [], marks=SHOWN),
-        ("itrpo", ["actor.sharing=none", "critic.share_params=false", "env=vmas/navigation"]),
-        ("matrpo", []),
+        pytest.param("itrpo", [], marks=SLOW),
+        pytest.param("itrpo", ["actor.sharing=none", "critic.share_params=false", "env=vmas/navigation"], marks=SLOW),
+        pytest.param("matrpo", [], marks=SLOW),
         ("matrpo", ["critic.agent_one_hot=true", "critic.others_actions=true", "env=vmas/give_way"]),
-        ("matrpo", ["env.continuous_actions=false", "actor.sharing=none", "critic.others_actions=true"]),
-        ("hatrpo", ["env.continuous_actions=false", "agent_order=fixed"]),
+        pytest.param(
+            "matrpo",
+            ["env.continuous_actions=false", "actor.sharing=none", "critic.others_actions=true"],
+            marks=SLOW,
+        ),
+        pytest.param("hatrpo", ["env.continuous_actions=false", "agent_order=fixed"], marks=SLOW),
         pytest.param(
             "hatrpo",
             ["env=pettingzoo/simple_spread_v3", "critic.inputs=both", "actor.network=gru", "team_reward=sum"],
@@ -81,23 +86,38 @@ SHOWN = pytest.mark.plots
             ["env=vmas/simple_tag", "actor.sharing=none", "actor.network=lstm", "critic.network=gru"],
             marks=SHOWN,
         ),
-        ("happo", ["env=vmas/simple_tag", "actor.network=gru", "updater.minibatch_size=40", "entropy_coeff=0.01"]),
-        ("mappo", ["env=vmas/simple_tag", "actor.network=gru", "critic.agent_one_hot=true"]),
+        (
+            "happo",
+            [
+                "env=vmas/simple_tag",
+                "actor.network=gru",
+                "updater.epochs=2",
+                "updater.minibatch_size=20",
+                "entropy_coeff=0.01",
+            ],
+        ),
+        ("mappo", ["critic.agent_one_hot=true"]),
         ("ippo", ["env=pettingzoo/simple_spread_v3", "actor.sharing=none", "entropy_coeff=0.01"]),
-        ("trpo", []),
+        pytest.param("trpo", [], marks=SLOW),
         pytest.param("trpo", ["env=gym/CartPole-v1", "actor.network=gru", "critic.network=gru"], marks=SHOWN),
-        ("hatrpo", ["env=vmas/transport", "critic.agent_one_hot=true", "env.kwargs.n_agents=2", "agent_order=[1,0]"]),
+        pytest.param(
+            "hatrpo",
+            ["env=vmas/transport", "critic.agent_one_hot=true", "env.kwargs.n_agents=2", "agent_order=[1,0]"],
+            marks=SLOW,
+        ),
+        pytest.param("mappo", ["env=vmas/simple_tag", "actor.network=gru", "critic.agent_one_hot=true"], marks=SLOW),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value) or "defaults",
 )
 def test_a_run_leaves_its_folder(name, overrides, tmp_path, request):
     shown = request.node.get_closest_marker("plots") is not None
-    cfg = config(name, tmp_path, *overrides, f"film={str(shown).lower()}")
+    sizes = ["train.frames_per_batch=40", "train.total_frames=120", "critic.epochs=1"]
+    cfg = config(name, tmp_path, *sizes, *overrides, f"film={str(shown).lower()}")
     summary = RECIPES[name].train(cfg)
     rows = metrics(tmp_path)
     assert tuple(rows[0])[: len(COLUMNS)] == COLUMNS
     n_agents = {"pettingzoo/simple_spread_v3": 3, "vmas/simple_tag": 4, "gym/Pendulum-v1": 1, "gym/CartPole-v1": 1}
-    assert [int(row["frames"]) for row in rows] == [80, 160, 240]
+    assert [int(row["frames"]) for row in rows] == [40, 80, 120]
     for row in rows:
         assert 0 <= float(row["kl"]) <= cfg.updater.get("max_kl", 1)
         assert 0 <= float(row["accepted"]) <= 1
@@ -108,7 +128,7 @@ def test_a_run_leaves_its_folder(name, overrides, tmp_path, request):
         assert float(row["critic_s"]) > 0
         agents = cfg.env.kwargs.get("n_agents", n_agents.get(cfg.env.name, 2))
         assert float(row["episode_return_sum"]) == pytest.approx(agents * float(row["episode_return"]), abs=1e-3)
-    assert json.loads((tmp_path / "summary.json").read_text())["frames"] == summary["frames"] == 240
+    assert json.loads((tmp_path / "summary.json").read_text())["frames"] == summary["frames"] == 120
     record = OmegaConf.load(tmp_path / "config.yaml")
     assert record.versions.torch == torch.__version__
     assert record.seed == 0
@@ -122,11 +142,11 @@ def test_a_run_leaves_its_folder(name, overrides, tmp_path, request):
 @pytest.mark.parametrize(
     ("name", "observed", "overrides"),
     [
-        ("itrpo", "nan", ["env.kwargs.groups=2", "normalize_observations=true"]),
+        pytest.param("itrpo", "nan", ["env.kwargs.groups=2", "normalize_observations=true"], marks=SLOW),
         ("matrpo", "1000", ["env.kwargs.kind=masked", "critic.others_actions=true", "env.kwargs.told=false"]),
         ("hatrpo", "nan", ["env.kwargs.groups=2", "team_reward=mean", "critic.value_norm=true"]),
-        ("happo", "1000", ["env.kwargs.groups=2", "actor.network=gru", "env.kwargs.told=false"]),
-        ("mappo", "1000", ["normalize_observations=true", "env.kwargs.told=false"]),
+        ("happo", "1000", ["env.kwargs.groups=2", "actor.network=gru", "env.kwargs.told=false", "updater.epochs=2"]),
+        pytest.param("mappo", "1000", ["normalize_observations=true", "env.kwargs.told=false"], marks=SLOW),
         ("ippo", "1000", ["env.kwargs.kind=continuous", "critic.network=gru", "env.kwargs.told=false"]),
         ("trpo", "nan", ["env.kwargs.groups=0", "normalize_observations=true"]),
     ],
@@ -141,7 +161,8 @@ def test_padded_steps_change_nothing(name, observed, overrides, tmp_path):
     runs = []
     for index, padding in enumerate([[], [f"env.kwargs.observed={observed}", "env.kwargs.paid=1000"]]):
         task = ["env=custom", "env.factory=tests.environments.make_padded", "env.max_steps=6", "film=false"]
-        sizes = ["train.frames_per_batch=48", "train.total_frames=96"]
+        sizes = ["train.frames_per_batch=48", "train.total_frames=96", "critic.epochs=1"]
+        sizes += ["actor.hidden=[16]", "critic.hidden=[16]"]
         folder = tmp_path / str(index)
         summary = RECIPES[name].train(config(name, folder, *task, *sizes, *overrides, *padding))
         rows = [[row[column] for column in row if not column.endswith("_s")] for row in metrics(folder)]
@@ -153,7 +174,7 @@ def test_padded_steps_change_nothing(name, observed, overrides, tmp_path):
 def test_the_seed_decides_everything(tmp_path):
     runs = []
     for folder, seed in [("a", 1), ("b", 1), ("c", 2)]:
-        hatrpo.train(config("hatrpo", tmp_path / folder, f"seed={seed}", "film=false"))
+        hatrpo.train(config("hatrpo", tmp_path / folder, f"seed={seed}", "film=false", "train.total_frames=160"))
         rows = metrics(tmp_path / folder)
         runs.append([[row[name] for name in COLUMNS if not name.endswith("_s")] for row in rows])
     assert runs[0] == runs[1]
@@ -231,7 +252,8 @@ def run_in_a_new_interpreter(module, arguments, folder):
 )
 def test_from_the_command_line(name, tmp_path):
     run = run_in_a_new_interpreter if name == "hatrpo" else run_command  # the others forked: an import takes seconds
-    done = run(f"torchrl_trpo.recipes.{name}", [*TINY, f"output_dir={tmp_path}", "film=false"], tmp_path)
+    settings = [*TINY, "train.total_frames=80", f"output_dir={tmp_path}", "film=false"]
+    done = run(f"torchrl_trpo.recipes.{name}", settings, tmp_path)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "diagnostics.png") in done.stdout
     assert "accepted=" in done.stderr
@@ -369,19 +391,19 @@ def evaluate_by_hand(env, actor, steps):
 @pytest.mark.parametrize(
     ("name", "task"),
     [
-        ("trpo", ["env=gym/Pendulum-v1"]),
+        pytest.param("trpo", ["env=gym/Pendulum-v1"], marks=SLOW),
         ("hatrpo", ["env=custom", "env.factory=tests.environments.make_memory", "actor.network=gru"]),
     ],
     ids=["normalised-observations", "custom"],
 )
 def test_resume_of_other_simulators(name, task, tmp_path):
     """The statistics of normalised observations, a factory and recurrent networks are part of what is continued."""
-    first = RECIPES[name].train(config(name, tmp_path, "film=false", *task))
-    resumed = config(name, tmp_path / "unused", "film=false", "train.total_frames=400", f"resume={tmp_path}")
+    first = RECIPES[name].train(config(name, tmp_path, "film=false", "train.total_frames=80", *task))
+    resumed = config(name, tmp_path / "unused", "film=false", "train.total_frames=160", f"resume={tmp_path}")
     assert resumed.env.name == first["env"]
     summary = RECIPES[name].train(resumed)
-    assert summary["frames"] == 400
-    assert [int(row["iteration"]) for row in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert summary["frames"] == 160
+    assert [int(row["iteration"]) for row in metrics(tmp_path)] == [1, 2]
 
 
 def test_the_statistics_of_observations_are_in_the_checkpoint(tmp_path, monkeypatch):
@@ -394,9 +416,9 @@ def test_the_statistics_of_observations_are_in_the_checkpoint(tmp_path, monkeypa
         return self
 
     monkeypatch.setattr(Run, "__enter__", capture)
-    trpo.train(config("trpo", tmp_path, "film=false"))
+    trpo.train(config("trpo", tmp_path, "film=false", "train.total_frames=80"))
     trained, count = norms[0][0].loc["observation"].clone(), norms[0][0]._count["observation"].clone()
-    trpo.train(config("trpo", tmp_path / "unused", "film=false", "train.total_frames=400", f"resume={tmp_path}"))
+    trpo.train(config("trpo", tmp_path / "unused", "film=false", "train.total_frames=160", f"resume={tmp_path}"))
     assert torch.equal(norms[1][1], trained)
     assert torch.equal(norms[1][2], count)
     assert (norms[1][0]._count["observation"] > count).all(), "and they go on"
@@ -427,6 +449,6 @@ def test_recipes_for_teams_refuse_a_single_agent(name, tmp_path):
 
 
 def test_settings_of_the_resumed_environment_are_known(tmp_path):
-    itrpo.train(config("itrpo", tmp_path, "env=pettingzoo/simple_spread_v3", "film=false"))
+    itrpo.train(config("itrpo", tmp_path, "env=pettingzoo/simple_spread_v3", "film=false", "train.total_frames=80"))
     overrides = check_overrides([f"resume={tmp_path}", "env.parallel=true"], CONFIG_DIR, "itrpo")
     assert "env=pettingzoo/simple_spread_v3" in overrides

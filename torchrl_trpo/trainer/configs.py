@@ -46,7 +46,7 @@ _HERE = "torchrl_trpo.trainer.configs"
 _CHECKED = {f"{name}{none}" for name in ("bool", "int", "float", "str") for none in ("", " | None")}
 """The types that OmegaConf checks; a field of any other takes anything."""
 
-_Config = TypeVar("_Config", bound=type)
+_Config = TypeVar("_Config")
 
 
 @dataclass
@@ -59,13 +59,13 @@ class _Base(ConfigBase):
         """Does nothing; ``ConfigBase`` asks for it."""
 
 
-def _keywords_of(*made: Callable[..., Any], without: Collection[str] = ()) -> Callable[[_Config], _Config]:
+def _keywords_of(*made: Callable[..., Any], without: Collection[str] = ()) -> Callable[[type[_Config]], type[_Config]]:
     """Makes a class a dataclass with a field for each keyword of the callables.
 
     The first callable that has a keyword gives its type and default; a field that the class itself has stays.
     """
 
-    def with_fields(config: _Config) -> _Config:
+    def with_fields(config: type[_Config]) -> type[_Config]:
         annotations = config.__annotations__
         for parameter in (each for function in made for each in signature(function).parameters.values()):
             variable = parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)

@@ -30,7 +30,9 @@ _STATISTICS = (
     "grad_norm",
     "cg_residual",
 )
-_ONE_UPDATE = "A batch is good for one trust-region step: after it, the policy is no longer the one that collected it."
+_ONE_UPDATE = (
+    "A batch serves one trust-region step: after it, the policy is no longer the one that collected the batch."
+)
 _WHOLE_BATCH = "The step takes the whole batch, in the order of time, as the collector gives it. Leave it out."
 _OWN_ESTIMATOR = (
     "The advantages are those of the loss: loss.make_value_estimator(gamma=..., lmbda=...), or another estimator there."
@@ -105,14 +107,14 @@ class TrustRegionStepper(OptimizationStepper):
                 )
 
     def register(self, trainer: Trainer, name: str = "optimization_stepper") -> None:
-        """Registers the stepper for the trainer's checkpoints, after a look at whether they fit.
+        """Checks that the stepper fits the trainer, and registers it for the trainer's checkpoints.
 
         Args:
             trainer: the trainer.
             name: the name in the checkpoint.
 
         Raises:
-            ValueError: if they do not, as the class docstring lists.
+            ValueError: if it does not fit; the class docstring lists the reasons.
         """
         if self.updater.objective is not trainer.loss_module:
             raise ValueError(
@@ -153,15 +155,15 @@ class TrustRegionStepper(OptimizationStepper):
         return TensorDict({**{name: statistics[name].float().mean() for name in _STATISTICS}, **fit})
 
     def state_dict(self) -> dict[str, Any]:
-        """The updater's settings, and the state of an optimiser that is the stepper's own."""
+        """Returns the updater's settings, and the state of the stepper's own optimiser if it has one."""
         own = {} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()}
         return {"updater": self.updater.state_dict(), **own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` returned.
+        """Restores the state.
 
         Args:
-            state_dict: the state.
+            state_dict: what :meth:`state_dict` returned.
         """
         self.updater.load_state_dict(state_dict["updater"])
         if self.optimizer is not None:
@@ -190,14 +192,14 @@ class TRPOTrainer(OnPolicyTrainer):
     The advantages come from the loss's own value estimator. The collector may hold another instance of the policy than
     the loss, as when Hydra makes both: it gets the loss's weights before the first batch and after every step.
 
-    Besides what ``OnPolicyTrainer`` logs, the log has what the stepper returns, and ``episode_return``, see
+    The log has the entries of ``OnPolicyTrainer``, those that the stepper returns, and ``episode_return``, see
     :class:`LogEpisodeReturn`. With several groups of agents the names end in ``_<group>``.
 
     Keyword Args:
-        collector: what collects; its batches are ``[*B, T]``.
+        collector: the collector; its batches are ``[*B, T]``.
         total_frames: the environment steps to train for.
         loss_module: a ``TRPOLoss`` or ``HATRPOSequentialObjective``, with critics.
-        optimizer: the critics' optimiser, over their parameters and nothing else of the losses.
+        optimizer: the optimiser of the critics, over their parameters and no other of the losses.
         updater: on ``loss_module``. Default: a :class:`~torchrl_trpo.TrustRegionUpdater` with its defaults.
         critic_epochs: the critic's passes over a batch.
         minibatch_size: rows (environment steps) per gradient step of the critic.
@@ -220,7 +222,7 @@ class TRPOTrainer(OnPolicyTrainer):
             parameters than the loss's, or the loss is a deepcopy; see also :class:`TrustRegionStepper`.
     """
 
-    _algo_name = "TRPO"
+    _algo_name = "TRPO"  # in the errors of OnPolicyTrainer
 
     def __init__(
         self,
@@ -273,6 +275,7 @@ class TRPOTrainer(OnPolicyTrainer):
         self.optimizer = optimizer  # not before: TorchRL would add a hook that steps with it
         self.optimization_stepper = stepper
         stepper.register(self)
+        # TorchRL looks at the same private attribute; there is no public one that says whether schemes are set.
         weight_map = kwargs.get("weight_update_map") if getattr(collector, "_weight_sync_schemes", None) else None
         self.register_op("setup", UpdateWeights(collector, 1, self._policy_weights, weight_map, self))
 
@@ -280,12 +283,15 @@ class TRPOTrainer(OnPolicyTrainer):
         return TensorDict.from_module(self.loss_module.actor_network)
 
     def _loss_keys(self, name: str) -> NestedKey | dict[str, NestedKey]:
-        """A key of the loss, or by group of its losses."""
+        """A key of the loss; with several groups a mapping from each to its key."""
         keys = {group: getattr(loss.tensor_keys, name) for group, loss in self._losses.items()}
         return keys if len(keys) > 1 else next(iter(keys.values()))
 
     def _setup_logging(self) -> None:
-        """Adds episode returns to what ``OnPolicyTrainer`` logs, and all of it by group where there are several."""
+        """Adds episode returns to the log of ``OnPolicyTrainer``; with several groups each has its own entries.
+
+        ``OnPolicyTrainer`` calls this private method where it sets up its own log; it has no public one for it.
+        """
         several = len(self._losses) > 1
         if several:
             self._log_groups()
@@ -316,7 +322,7 @@ class TRPOTrainer(OnPolicyTrainer):
 
 
 def losses_by_group(objective: Any) -> dict[str, TRPOLoss]:
-    """The losses of a trainer's loss module.
+    """Lists the losses of a trainer's loss module.
 
     Args:
         objective: a ``TRPOLoss``, or the objective of several.
@@ -338,20 +344,20 @@ def losses_by_group(objective: Any) -> dict[str, TRPOLoss]:
 
 
 def critic_parameters(loss: TRPOLoss) -> list[Tensor]:
-    """What the critic's optimiser takes.
+    """Lists the parameters for the critic's optimiser.
 
     Args:
         loss: a loss with a critic.
 
     Returns:
-        The critic's parameters; those of a network that it shares with the policy are not among them.
+        The critic's parameters, without those that it shares with the policy.
     """
     policy = {id(parameter) for parameter in loss.actor_parameters.values(True, True)}
     return [parameter for parameter in trained_parameters(loss) if id(parameter) not in policy]
 
 
 def _check_not_copied(loss: TRPOLoss) -> None:
-    """The collector gets the weights of ``loss.actor_network``, which in a copy are no longer those that learn."""
+    """Refuses a deepcopy: the collector gets the weights of its ``actor_network``, and those no longer learn."""
     held = {id(parameter) for parameter in loss.actor_network.parameters()}
     if not held <= {id(parameter) for parameter in loss.actor_parameters.values(True, True)}:
         raise ValueError(
@@ -361,7 +367,7 @@ def _check_not_copied(loss: TRPOLoss) -> None:
 
 
 def _check_same_parameters(policy: Any, actor_network: TensorDictModuleBase) -> None:
-    """What collects must be able to take over the weights of what learns."""
+    """Checks that the collector's policy can take the weights of the policy that is trained."""
     if not isinstance(policy, TensorDictModuleBase):
         return
     theirs, ours = (

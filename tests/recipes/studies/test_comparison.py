@@ -25,7 +25,8 @@ from torchrl_trpo.recipes.studies import comparison, jobs, sensitivity, tuning
 from torchrl_trpo.recipes.studies.report import Comparison, Curves, write_report
 
 CONFIG_DIR = Path(comparison.__file__).parents[1] / "config"
-TINY = {"env.num_envs": 4, "env.max_steps": 5, "train.frames_per_batch": 40, "train.total_frames": 160}
+TINY = {"env.num_envs": 4, "env.max_steps": 5, "train.frames_per_batch": 20, "train.total_frames": 80}
+TINY |= {"actor.hidden": [8], "critic.hidden": [8], "critic.epochs": 1}
 PLAN = {
     "algorithms": ["hatrpo", "mappo"],
     "seeds": [0],
@@ -39,7 +40,7 @@ PLAN = {
 def test_a_comparison_trains_evaluates_and_goes_on(tmp_path, monkeypatch):
     by_cell = {cell.algorithm: comparison.run_cell(PLAN, tmp_path, cell) for cell in comparison.cells(PLAN)}
     assert list(by_cell) == ["hatrpo", "mappo", "random"]
-    assert [row["frames"] for row in by_cell["hatrpo"]] == [80, 160]
+    assert [row["frames"] for row in by_cell["hatrpo"]] == [40, 80]
     assert [row["frames"] for row in by_cell["random"]] == [0]
     for rows in by_cell.values():
         assert all(set(row) == set(comparison.COLUMNS) for row in rows)
@@ -74,16 +75,16 @@ def test_a_part_of_the_comparison_is_not_reported_as_the_whole(tmp_path, monkeyp
 def test_a_run_that_was_stopped_is_resumed_to_the_same_evaluations(tmp_path):
     cell = comparison.cells(PLAN)[0]
     whole = comparison.run_cell(PLAN, tmp_path / "whole", cell)
-    half = {**PLAN, "settings": {"vmas": {**TINY, "train.total_frames": 80}}, "evaluation": {**PLAN["evaluation"]}}
+    half = {**PLAN, "settings": {"vmas": {**TINY, "train.total_frames": 40}}, "evaluation": {**PLAN["evaluation"]}}
     half["evaluation"]["points"] = 1
     comparison.run_cell(half, tmp_path / "parts", cell)
     folder = cell.folder(tmp_path / "parts")
     for name in ("comparison.json", "summary.json"):
         (folder / name).unlink()
     config = folder / "config.yaml"
-    with pytest.raises(SettingError, match=r"holds a run with other settings: .*train\.total_frames was 80, now 160"):
+    with pytest.raises(SettingError, match=r"holds a run with other settings: .*train\.total_frames was 40, now 80"):
         comparison.run_cell(PLAN, tmp_path / "parts", cell)
-    config.write_text(config.read_text().replace("total_frames: 80", "total_frames: 160").replace("keep: 2", "keep: 4"))
+    config.write_text(config.read_text().replace("total_frames: 40", "total_frames: 80").replace("keep: 2", "keep: 4"))
     resumed = comparison.run_cell(PLAN, tmp_path / "parts", cell)
     timeless = [{name: value for name, value in row.items() if name != "cpu_s"} for row in whole]
     assert [{name: value for name, value in row.items() if name != "cpu_s"} for row in resumed] == timeless
