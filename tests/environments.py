@@ -14,13 +14,13 @@ def shape_of(size):
 
 
 class Copy(EnvBase):
-    """Every agent is paid for doing what its observation says: its largest entries, or the values themselves.
+    """Every agent is paid for copying its observation: its largest entry, or its values.
 
     Args:
         groups: the number of agents, the size or shape of their observations and their actions, by group. Actions are
             ``("discrete", n)``, ``("masked", n)``, ``("multi", [n, m])``, ``("continuous", n)``, ``("unbounded", n)``.
         num_envs: the number of environments.
-        death: the share of the agents that die each step: their ``"mask"`` goes off, what they observe and earn is 0.
+        death: the share of agents that die each step: their ``"mask"`` goes off, and they observe and earn 0.
     """
 
     def __init__(self, groups, num_envs, death=0.0):
@@ -98,21 +98,21 @@ class Copy(EnvBase):
 
 
 class Padded(Copy):
-    """All agents end after 1 to 4 steps, and there are padded steps until the time limit.
+    """All agents end after 1 to 4 steps; padded steps follow until the time limit.
 
     Args:
         groups: as of :class:`Copy`.
         num_envs: the number of environments.
-        observed: what is observed in padded steps.
-        paid: what is paid for them.
-        told: whether the agents' done and terminated flags say that they end.
+        observed: the observations of padded steps.
+        paid: the rewards of padded steps.
+        agent_flags: whether each agent has its own done and terminated flags.
     """
 
-    def __init__(self, groups, num_envs, observed=0.0, paid=0.0, told=True):
+    def __init__(self, groups, num_envs, observed=0.0, paid=0.0, agent_flags=True):
         super().__init__(groups, num_envs, death=1e-9)
-        self.observed, self.paid, self.told = observed, paid, told
+        self.observed, self.paid, self.agent_flags = observed, paid, agent_flags
         self.left = torch.zeros(num_envs, dtype=torch.int64)
-        if told:
+        if agent_flags:
             spec = self.full_done_spec
             for group, (n, *_) in groups.items():
                 flags = {name: Categorical(2, (num_envs, n, 1), dtype=torch.bool) for name in ("done", "terminated")}
@@ -136,7 +136,7 @@ class Padded(Copy):
             reward, observation = out[group, "reward"], out[group, "observation"]
             out[group, "reward"] = torch.where(counted.view(-1, 1, 1), reward, self.paid)
             out[group, "observation"] = torch.where(counts.view(-1, 1, 1), observation, self.observed)
-            for name in ("done", "terminated") if self.told else ():
+            for name in ("done", "terminated") if self.agent_flags else ():
                 out[group, name] = (~counts).view(-1, 1, 1).expand(-1, n, 1).clone()
         return out
 
@@ -166,11 +166,11 @@ class Alone(EnvBase):
 
 
 class Specified(EnvBase):
-    """Gives what its specs say, at random.
+    """Gives random entries of its specs.
 
     Args:
         num_envs: the number of environments.
-        observation: the specs of one environment; of an ``"action_mask"``, the first action is allowed always.
+        observation: the specs of one environment; an ``"action_mask"`` always allows the first action.
         action: likewise.
         reward: likewise. Default: one of the team.
         done: likewise.
@@ -263,10 +263,10 @@ def make_copy(num_envs=4, kind="discrete", death=0.0):
     return Copy({"agents": (3, 6, (kind, sizes.get(kind, 4)))}, num_envs, death)
 
 
-def make_padded(num_envs=4, kind="discrete", groups=1, observed=0.0, paid=0.0, told=True):
+def make_padded(num_envs=4, kind="discrete", groups=1, observed=0.0, paid=0.0, agent_flags=True):
     """Groups of agents, or with ``groups=0`` a single agent."""
     sizes = {"drivers": (2, 5, (kind, 4)), "callers": (1, 4, ("discrete", 3))}
-    settings = {"observed": float(observed), "paid": float(paid), "told": told and groups > 0}
+    settings = {"observed": float(observed), "paid": float(paid), "agent_flags": agent_flags and groups > 0}
     if groups == 0:
         return Alone(Padded({"agent": (1, 5, (kind, 4))}, num_envs, **settings))
     return Padded(dict(list(sizes.items())[:groups]), num_envs, **settings)

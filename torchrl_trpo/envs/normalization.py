@@ -23,6 +23,7 @@ class ObservationNorm(VecNormV2):
         masks: the key of the mask of present agents, ``[num_envs, n_agents]``, by observation.
     """
 
+    # VecNormV2 has no public way to merge or mask its statistics: _loc, _var (the mean square) and _count.
     _count: Any
     _merged: tuple[TensorDictBase, ...] | None = None  # count, mean and mean square after the last merge
 

@@ -143,6 +143,6 @@ class ReplayedPettingZooWrapper(Replayed, PettingZooWrapper):
 
     def _advance(self, tensordict: TensorDictBase) -> None:
         if self.parallel and not any(self.has_action_mask.values()):
-            self._step_parallel(tensordict)
+            self._step_parallel(tensordict)  # private: the simulator's step alone has no public name
         else:  # the step updates the masks of the action spec
             super()._advance(tensordict)

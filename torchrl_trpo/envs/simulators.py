@@ -133,7 +133,7 @@ def _vmas(
         known = re.findall(r'kwargs\.pop\(\s*"(\w+)"', inspect.getsource(env._env.scenario.make_world))
         (unknown, *_) = [argument for argument in kwargs if argument not in known]
         raise SettingError(f"kwargs: {unknown!r} is no argument of {name!r}. {nearest(unknown, known)}")
-    simulator = env._env
+    simulator = env._env  # TorchRL's wrappers have no public name for what they wrap
     spaces = zip(simulator.observation_space, simulator.action_space, strict=True)
     groups = group_agents({a.name: kind for a, kind in zip(simulator.agents, spaces, strict=True)}, one_group)
     if groups == env.group_map:
