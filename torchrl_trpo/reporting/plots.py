@@ -109,7 +109,6 @@ def _plot(record: RunRecord, panels: Sequence[_Panel], path: Path) -> Path:
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=100)
-    figure.clear()  # breaks its reference cycles, which would wait for the garbage collector
     return path
 
 
