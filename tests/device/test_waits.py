@@ -119,7 +119,7 @@ def waits(recorder):
         count
         for (kind, _, stack), count in recorder.events.items()
         if kind in fakegpu.WAITS
-        and not recorder.owner(stack)[0].startswith(("vmas", "product:torchrl_trpo/numerics/line_search.py"))
+        and not recorder.owner(stack)[0].startswith(("vmas", "product:numerics/line_search.py"))
     )
 
 
