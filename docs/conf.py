@@ -51,15 +51,15 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 # Every reference must lead somewhere, but for those into packages whose pages cannot be read while building offline.
 nitpicky = True
-_ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|rich|typing)"
-_SHORT = "MarlGroupMapType|Tensor|NestedKey|TensorDictModuleBase"
-nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(\.\w+)+\._Result")]
+_ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|pydantic|rich|typing)"
+_SHORT = "BaseModel|FieldInfo|MarlGroupMapType|Tensor|NestedKey|TensorDictModuleBase"
+nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(\.\w+)+\.(_Result|Recipe)")]
 
 # What is public: the names that the two packages export, and what the modules on the pages hold, which
 # sphinx.ext.coverage compares. A module that is on no page and not internal fails the build until it is decided.
 INTERNAL = (
     r"torchrl_trpo\.(arguments|seeding|numerics(\..*)?|parallel(\.(minibatches|torchrun))?|distributions\..*|networks\..*|"
-    r"envs\.(absent_agents|make|normalization|saved_state|simulators|snapshot|vmas)|reporting|config|"
+    r"envs\.(absent_agents|make|normalization|saved_state|simulators|snapshot|vmas)|reporting|config(\.(cli|schema))?|"
     r"training(\.(checkpoints|signals))?|trainer\.trainer|objectives\..*|recipes\.studies(\..*)?)"
 )
 coverage_ignore_functions = ["main"]
