@@ -51,15 +51,15 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 # Every reference must lead somewhere, but for those into packages whose pages cannot be read while building offline.
 nitpicky = True
-_ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|typing)"
-_SHORT = "MarlGroupMapType|Tensor|NestedKey|TensorDictModuleBase"
-nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(\.\w+)+\.(_\w+|SurrogateLoss)")]
+_ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|pydantic|typing)"
+_SHORT = "BaseModel|FieldInfo|MarlGroupMapType|Tensor|NestedKey|TensorDictModuleBase"
+nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(\.\w+)+\.(_\w+|SurrogateLoss|Recipe)")]
 
 # What is public: the names that the two packages export, and what the modules on the pages hold, which
 # sphinx.ext.coverage compares. A module that is on no page and not internal fails the build until it is decided.
 INTERNAL = (
     r"torchrl_trpo\.(arguments|seeding|(numerics|distributions|objectives|envs|networks|trainer|recipes\.studies)(\..*)?|"
-    r"parallel(\.(minibatches|torchrun))?|reporting|config|"
+    r"parallel(\.(minibatches|torchrun))?|reporting|config(\.(cli|schema))?|"
     r"training(\.(checkpoints|collection_state|console|continuation|run_folder|signals|summary))?)"
 )
 coverage_ignore_functions = ["main"]

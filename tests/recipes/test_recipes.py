@@ -145,7 +145,11 @@ def test_a_run_leaves_its_folder(name, overrides, tmp_path, request):
         pytest.param("itrpo", "nan", ["env.kwargs.groups=2", "normalize_observations=true"], marks=SLOW),
         ("matrpo", "1000", ["env.kwargs.kind=masked", "critic.others_actions=true", "env.kwargs.agent_flags=false"]),
         ("hatrpo", "nan", ["env.kwargs.groups=2", "team_reward=mean", "critic.value_norm=true"]),
-        ("happo", "1000", ["env.kwargs.groups=2", "actor.network=gru", "env.kwargs.agent_flags=false", "updater.epochs=2"]),
+        (
+            "happo",
+            "1000",
+            ["env.kwargs.groups=2", "actor.network=gru", "env.kwargs.agent_flags=false", "updater.epochs=2"],
+        ),
         pytest.param("mappo", "1000", ["normalize_observations=true", "env.kwargs.agent_flags=false"], marks=SLOW),
         ("ippo", "1000", ["env.kwargs.kind=continuous", "critic.network=gru", "env.kwargs.agent_flags=false"]),
         ("trpo", "nan", ["env.kwargs.groups=0", "normalize_observations=true"]),

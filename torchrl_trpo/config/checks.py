@@ -26,7 +26,7 @@ def check_settings(cfg: DictConfig, recipe: type[Recipe]) -> None:
 
     Args:
         cfg: the recipe's config.
-        recipe: the recipe's settings, one of :data:`torchrl_trpo.config.schema.RECIPES`.
+        recipe: the recipe's settings, one of ``torchrl_trpo.config.schema.RECIPES``.
 
     Raises:
         SettingError: if settings are unknown, missing or invalid, alone or together; it lists all of them.

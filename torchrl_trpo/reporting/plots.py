@@ -6,14 +6,15 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torchrl._utils import logger
 
 from torchrl_trpo.reporting.diagnosis import Threshold
 from torchrl_trpo.reporting.record import RunRecord, read_run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _Panel = tuple[str, str, Mapping[str, str], Mapping[str, Any]]
 _PANELS: tuple[_Panel, ...] = (
@@ -100,6 +101,8 @@ def _plot(record: RunRecord, panels: Sequence[_Panel], path: Path) -> Path:
     """Draws panels in rows of three, laid out by hand, which is fast."""
     rows = max(1, math.ceil(len(panels) / _COLUMNS))
     height = 3.1 * rows + 0.4
+    from matplotlib.figure import Figure  # takes half a second, which --help does not need
+
     figure = Figure(figsize=(13, height))
     figure.subplots_adjust(0.06, 0.55 / height, 0.985, 1 - 0.75 / height, wspace=0.24, hspace=0.42)
     figure.suptitle(record.title)

@@ -8,13 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Rectangle
-from matplotlib.transforms import Affine2D
 from tensordict.nn import TensorDictModuleBase
 from torchrl._utils import logger
 from torchrl.envs import EnvBase, SerialEnv
@@ -110,6 +105,8 @@ def film_episodes(
             data = env.step(policy(data))["next"]
             running = [was and not done for was, done in zip(running, data["done"].flatten().tolist(), strict=True)]
     speed = {"duration": 1000 / FRAMES_PER_SECOND} if path.suffix == ".gif" else {"fps": FRAMES_PER_SECOND}
+    import imageio.v2 as imageio  # here and below, so that a command line that is wrong does not wait for it
+
     imageio.mimsave(path, [_mosaic(tiles) for tiles in zip(*films, strict=True)], **speed)
     return path
 
@@ -139,6 +136,11 @@ def draw_world(simulator: Any, env_index: int = 0, pixels: int = 560) -> np.ndar
     Returns:
         The picture, uint8 ``[pixels, pixels, 3]``.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Circle, Rectangle
+    from matplotlib.transforms import Affine2D
+
     figure = Figure(figsize=(pixels / 100, pixels / 100), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
