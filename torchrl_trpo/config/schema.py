@@ -74,10 +74,8 @@ class Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class Environment(Section):
+class Environment(Section, extra="ignore"):  # of an unknown library any field is accepted
     """The environment, of any library."""
-
-    model_config = ConfigDict(extra="ignore")  # an unknown library may have any other field
 
     name: Annotated[str, BeforeValidator(_check_environment), Field(title="an environment such as vmas/balance")]
     """Library and task, such as vmas/balance; env=vmas/balance chooses it with its defaults."""
@@ -89,26 +87,18 @@ class Environment(Section):
     """The task's own arguments, such as env.kwargs.n_agents=3."""
 
 
-class Vmas(Environment):
+class Vmas(Environment, extra="forbid"):
     """An environment of VMAS."""
-
-    model_config = ConfigDict(extra="forbid")
 
     continuous_actions: Switch = True
     """Whether actions are continuous; false for a Categorical policy."""
 
 
-class Gym(Environment):
-    """An environment of Gymnasium."""
-
-    model_config = ConfigDict(extra="forbid")
+class Gym(Environment, extra="forbid"):
+    """An environment of Gymnasium or multi-agent MuJoCo."""
 
     parallel: Switch = False
     """Whether each environment has a process of its own, or one steps after the other."""
-
-
-class MaMujoco(Gym):
-    """An environment of multi-agent MuJoCo."""
 
 
 class PettingZoo(Gym):
@@ -131,7 +121,7 @@ class Custom(Gym):
 ENVIRONMENTS: dict[str, type[Environment]] = {
     "vmas": Vmas,
     "pettingzoo": PettingZoo,
-    "mamujoco": MaMujoco,
+    "mamujoco": Gym,
     "gym": Gym,
     "custom": Custom,
 }
