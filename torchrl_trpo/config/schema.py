@@ -1,7 +1,6 @@
 """The settings of each recipe: their names, meaning, types and ranges, as pydantic models.
 
-A model is a section of the config, and a recipe's settings are the model of its name in :data:`RECIPES`. The defaults
-are in ``recipes/config/*.yaml``.
+A model is a section of the config; :data:`RECIPES` has the model of each recipe. ``recipes/config/*.yaml`` has defaults.
 """
 
 from __future__ import annotations
