@@ -1,6 +1,6 @@
 """The settings of each recipe: their names, meaning, types and ranges, as pydantic models.
 
-A model is a section of the config; :data:`RECIPES` has the model of each recipe. ``recipes/config/*.yaml`` has defaults.
+A model is a section of the config; :data:`RECIPES` has the model of each recipe. ``recipes/config/*.yaml``: defaults.
 """
 
 from __future__ import annotations
