@@ -1,7 +1,6 @@
 """The settings of each recipe: their names, meaning, types and ranges, as pydantic models.
 
-A model is a section of the config, and a recipe's settings are the model of its name in :data:`RECIPES`. The defaults
-are in ``recipes/config/*.yaml``.
+A model is a section of the config; :data:`RECIPES` has the model of each recipe. ``recipes/config/*.yaml``: defaults.
 """
 
 from __future__ import annotations
@@ -74,10 +73,8 @@ class Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class Environment(Section):
+class Environment(Section, extra="ignore"):  # of an unknown library any field is accepted
     """The environment, of any library."""
-
-    model_config = ConfigDict(extra="ignore")  # an unknown library may have any other field
 
     name: Annotated[str, BeforeValidator(_check_environment), Field(title="an environment such as vmas/balance")]
     """Library and task, such as vmas/balance; env=vmas/balance chooses it with its defaults."""
@@ -89,26 +86,18 @@ class Environment(Section):
     """The task's own arguments, such as env.kwargs.n_agents=3."""
 
 
-class Vmas(Environment):
+class Vmas(Environment, extra="forbid"):
     """An environment of VMAS."""
-
-    model_config = ConfigDict(extra="forbid")
 
     continuous_actions: Switch = True
     """Whether actions are continuous; false for a Categorical policy."""
 
 
-class Gym(Environment):
-    """An environment of Gymnasium."""
-
-    model_config = ConfigDict(extra="forbid")
+class Gym(Environment, extra="forbid"):
+    """An environment of Gymnasium or multi-agent MuJoCo."""
 
     parallel: Switch = False
     """Whether each environment has a process of its own, or one steps after the other."""
-
-
-class MaMujoco(Gym):
-    """An environment of multi-agent MuJoCo."""
 
 
 class PettingZoo(Gym):
@@ -131,7 +120,7 @@ class Custom(Gym):
 ENVIRONMENTS: dict[str, type[Environment]] = {
     "vmas": Vmas,
     "pettingzoo": PettingZoo,
-    "mamujoco": MaMujoco,
+    "mamujoco": Gym,
     "gym": Gym,
     "custom": Custom,
 }
