@@ -183,13 +183,9 @@ class SurrogateLoss(PPOLoss):
             )
         return self
 
-    @property
-    def loss_mask_key(self) -> NestedKey | Literal["auto"] | None:
-        """Which entry says what counts, as for any TorchRL loss; the value estimator reads it too."""
-        return super().loss_mask_key
-
-    @loss_mask_key.setter
+    @PPOLoss.loss_mask_key.setter
     def loss_mask_key(self, value: NestedKey | Literal["auto"] | None) -> None:
+        """Which entry says what counts, as for any TorchRL loss; the value estimator reads it too."""
         PPOLoss.loss_mask_key.fset(self, value)
         self._forward_masks()
 

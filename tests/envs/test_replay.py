@@ -180,7 +180,12 @@ def test_the_state_is_small():
     env.close(raise_if_closed=False)
 
 
-@pytest.mark.parametrize("parallel", [False, True], ids=["serial", "parallel"])
+@pytest.mark.parametrize(
+    "parallel",
+    # TorchRL waits for a worker that died, twice ten seconds
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["serial", "parallel"],
+)
 def test_what_does_not_follow_from_its_seed_is_said(parallel, quick_processes):
     others = multiprocessing.active_children()
     env = build("custom", factory="tests.envs.test_replay.make_walk", kwargs={"unseeded": True}, parallel=parallel)

@@ -205,7 +205,7 @@ def test_resume_continues(tmp_path, capsys):
         hatrpo.train(config("hatrpo", tmp_path / "unused", "train.total_frames=400", f"resume={tmp_path}"))
     with pytest.raises(ValueError, match=r"resume: .* has env\.name=vmas/balance, and now it is vmas/navig"):
         hatrpo.train(config("hatrpo", tmp_path / "unused", "env=vmas/navigation", f"resume={tmp_path}"))
-    with pytest.raises(ValueError, match=r"resume: .* has algorithm=HATRPO, .*Use the recipe of HATRPO"):
+    with pytest.raises(ValueError, match=r"resume: .* has algorithm=HATRPO.*Use the recipe of HATRPO"):
         matrpo.train(config("matrpo", tmp_path / "unused", f"resume={tmp_path}"))
     with pytest.raises(ValueError, match=r"resume: .*nowhere.*no config\.yaml"):
         hatrpo.train(config("hatrpo", tmp_path, f"resume={tmp_path / 'nowhere'}"))
@@ -337,7 +337,7 @@ def test_unknown_scenarios_and_bad_arguments():
     keywords = {"num_envs": 2, "max_steps": 5, "kwargs": {}, "seed": 0, "device": torch.device("cpu")}
     with pytest.raises(ValueError, match=r"env: 'vmas/navigatoin'.*Did you mean 'vmas/navigation'"):
         make_env("vmas/navigatoin", **keywords)
-    with pytest.raises(ValueError, match=r"env\.num_envs.*0"):
+    with pytest.raises(ValueError, match=r"num_envs must be at least 1, got 0"):
         make_env("vmas/balance", **{**keywords, "num_envs": 0})
     with pytest.raises(ValueError, match=r"one_group=True: .*'speaker_0'.*Legal: one_group=False"):
         make_env("vmas/simple_speaker_listener", **keywords, one_group=True)

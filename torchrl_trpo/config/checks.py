@@ -94,7 +94,7 @@ def find_problems(settings: Mapping[str, Any], recipe: type[Recipe], *, knows_en
             if isinstance(cause, SettingError):
                 problems[name] = str(cause)
             elif detail["type"] == "extra_forbidden":
-                problems[name] = f"setting {name!r} does not exist. {nearest(name, dict(fields(model)))}"
+                problems[name] = unknown_setting(name, model)
             elif detail["type"] == "missing":
                 problems[name] = f"{name} is missing. {_legal(name, field)}"
             else:
@@ -105,6 +105,19 @@ def find_problems(settings: Mapping[str, Any], recipe: type[Recipe], *, knows_en
             problems[names[0]] = problem
             del usable[names[0]]
     return list(problems.values())
+
+
+def unknown_setting(name: str, model: type[BaseModel]) -> str:
+    """The problem with a name that is none of a model's settings.
+
+    Args:
+        name: the name.
+        model: the model.
+
+    Returns:
+        The line.
+    """
+    return f"setting {name!r} does not exist. {nearest(name, dict(fields(model)))}"
 
 
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from torchrl_trpo.config.checks import find_problems, one_message, resolved
+from torchrl_trpo.config.checks import find_problems, one_message, resolved, unknown_setting
 from torchrl_trpo.config.schema import RECIPES
 from torchrl_trpo.envs.simulators import known_environments
 from torchrl_trpo.errors import SettingError, nearest
@@ -51,10 +51,13 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
     envs = given["env"].split(",") if "env" in given else []
     folder = Path(given["resume"]) if given.get("resume", "null") not in {"", "null"} else None
     problems: dict[str, list[str]] = {"env": _env_problems(envs, config_dir)}
-    if folder is not None and not (folder / "config.yaml").exists():
-        problems["resume"] = [f"resume: {str(folder)!r} has no config.yaml. Legal: the folder of a run, which has one."]
-    knows_env = problems == {"env": []}
+    if folder is not None:
+        problems["resume"] = _resume_problems(folder, config_name)
+    knows_env = not any(problems.values())
     has_levels = _has_levels(config_dir, config_name)
+    groups = {path.name for path in config_dir.iterdir() if path.is_dir()}  # Hydra's, each for some recipes
+    for name in groups.difference({"env"}, {"hyperparameters"} if has_levels else {}).intersection(given):
+        problems[name] = [unknown_setting(name, RECIPES[config_name])]
     if has_levels and "hyperparameters" in given:
         problems["hyperparameters"] = [
             problem
@@ -123,6 +126,15 @@ def _env_problems(envs: Sequence[str], config_dir: Path) -> list[str]:
     unwritten = [env for env in envs if not (config_dir / "env" / f"{env}.yaml").exists()]
     known = [name for names in environments(config_dir).values() for name in names] if unwritten else []
     return [f"env: {env!r}. {nearest(env, known)}" for env in unwritten if env not in known]
+
+
+def _resume_problems(folder: Path, config_name: str) -> list[str]:
+    if not (folder / "config.yaml").exists():
+        return [f"resume: {str(folder)!r} has no config.yaml. Legal: the folder of a run, which has one."]
+    algorithm = str(OmegaConf.load(folder / "config.yaml").get("algorithm"))
+    if algorithm.lower() == config_name:
+        return []
+    return [f"resume: the run in {str(folder)!r} has algorithm={algorithm}. Use the recipe of {algorithm}."]
 
 
 @functools.cache
