@@ -52,7 +52,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 # Every reference must lead somewhere, but for those into packages whose pages cannot be read while building offline.
 nitpicky = True
 _ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|pydantic|typing)"
-_SHORT = "BaseModel|FieldInfo|MarlGroupMapType|Tensor|NestedKey|TensorDictModuleBase"
+_SHORT = "AUTO_LOSS_MASK_KEYS|BaseModel|FieldInfo|MarlGroupMapType|Tensor|NestedKey|TensorDictModuleBase"
 nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(\.\w+)+\.(_\w+|SurrogateLoss|Recipe)")]
 
 # What is public: the names that the two packages export, and what the modules on the pages hold, which
