@@ -131,7 +131,7 @@ def _env_problems(envs: Sequence[str], config_dir: Path) -> list[str]:
 def _resume_problems(folder: Path, config_name: str) -> list[str]:
     if not (folder / "config.yaml").exists():
         return [f"resume: {str(folder)!r} has no config.yaml. Legal: the folder of a run, which has one."]
-    algorithm = str(OmegaConf.load(folder / "config.yaml").get("algorithm"))
+    algorithm = str(OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "algorithm"))
     if algorithm.lower() == config_name:
         return []
     return [f"resume: the run in {str(folder)!r} has algorithm={algorithm}. Use the recipe of {algorithm}."]
