@@ -30,11 +30,7 @@ _ROWS = 4
 def check_stacked_agents(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, rows: PolicyRows
 ) -> None:
-    """Refuses a policy in which an agent's actions depend on more than its own slice of the stacked parameters.
-
-    Raises:
-        ValueError: if an agent's actions depend on another one's slice.
-    """
+    """Raises ValueError if an agent's actions depend on more than its own slice of the stacked parameters."""
     agents = range(rows.agent_shape.numel())
     names, slopes = _slopes(network, parameters, rows)
     for agent in agents:
@@ -53,11 +49,7 @@ def check_stacked_agents(
 def check_agents_alone(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, rows: PolicyRows
 ) -> None:
-    """Refuses a policy in which an agent that is evaluated alone, with its slice of the parameters, acts differently.
-
-    Raises:
-        ValueError: if the distributions differ by more than rounding.
-    """
+    """Raises ValueError if an agent that is evaluated alone, with its slice of the parameters, acts differently."""
     few, agents = _few(rows), range(rows.agent_shape.numel())
     moved, prefixes = _moved_parameters(parameters), stacked_prefixes(network)
     with _in_evaluation(network), differentiable_attention():
@@ -79,11 +71,7 @@ def check_agents_alone(
 def check_shared_agents(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, rows: PolicyRows
 ) -> None:
-    """Refuses one trust region for agents that share no parameter.
-
-    Raises:
-        ValueError: if each parameter reaches the actions of one agent at most.
-    """
+    """Raises ValueError if agents have one trust region, but share no parameter."""
     _, slopes = _slopes(network, parameters, rows)
     reached = torch.tensor([[_any(slope) for slope in own] for own in slopes])  # [n_agents, parameters]
     if (reached.sum(0) <= 1).all() and reached.any(1).all():

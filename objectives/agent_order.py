@@ -14,11 +14,7 @@ from torchrl_trpo.parallel.ranks import ALONE, Ranks
 def checked_order(
     order: Literal["random", "fixed"] | Sequence[int], n_agents: int
 ) -> Literal["random"] | tuple[int, ...]:
-    """The argument ``agent_order``, checked: ``"random"``, or the agents' indices in their order.
-
-    Raises:
-        ValueError: if it is anything else.
-    """
+    """``agent_order`` as ``"random"`` or the agents' indices in their order; anything else raises ValueError."""
     if isinstance(order, str) and order in {"random", "fixed"}:
         return "random" if order == "random" else tuple(range(n_agents))
     indices = [plain_number(index) for index in order] if isinstance(order, Iterable) else []

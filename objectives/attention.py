@@ -11,16 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextlib.contextmanager
 def differentiable_attention(*, twice: bool = False) -> Iterator[None]:
-    """A context in which PyTorch's attention can be differentiated, in evaluation mode and under ``vmap`` too.
+    """Makes PyTorch's attention differentiable for the block, in evaluation mode and under ``vmap`` too.
 
     ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` have a fast path for inference. They take it under
-    ``vmap`` too, which hides that parameters require a gradient.
-
-    Args:
-        twice: whether second derivatives are taken, which the fused attention kernels do not have.
-
-    Yields:
-        Nothing.
+    ``vmap`` too, which hides that parameters require a gradient. With ``twice``, second derivatives can be taken, which
+    the fused attention kernels do not have.
     """
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -15,20 +15,11 @@ LOG_PROB_ROLE = "sample_log_prob (a policy with return_log_prob=True writes it)"
 
 
 def collected_log_prob(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
-    """The log-probability of the actions under the policy that collected them, ``[*B, *A, 1]``.
+    """``log π_k(u|o)`` of the actions under the policy that collected them, ``[*B, *A, 1]``.
 
     Of composite actions it is the sum over their parts. Where it has as many dimensions as its continuous action, there
-    is one for each entry of the action (the policy's ``Normal`` is not ``Independent``), and they are summed.
-
-    Args:
-        loss: the loss of the policy.
-        tensordict: the data, ``[*B]``.
-
-    Returns:
-        ``log π_k(u|o)``, ``[*B, *A, 1]``.
-
-    Raises:
-        ValueError: if discrete log-probabilities ``[*B, n]`` may be those of ``n`` agents, or of ``n`` actions of one.
+    is one for each entry of the action (the policy's ``Normal`` is not ``Independent``), and they are summed. Raises
+    ValueError if discrete ones ``[*B, n]`` may be those of ``n`` agents, or of ``n`` actions of one.
     """
     keys, batch_dims = loss.tensor_keys, tensordict.batch_dims
     log_prob = entry(tensordict, keys.sample_log_prob, LOG_PROB_ROLE)
@@ -62,18 +53,9 @@ def collected_log_prob(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
 
 
 def broadcast_advantage(advantage: Tensor, log_prob: Tensor, key: NestedKey) -> Tensor:
-    """Checks an advantage against log-probabilities, and gives one of a whole team to each of its agents.
+    """The advantage, broadcastable to ``log_prob``, ``[*B, T, *A, 1]``; a team's, ``[*B, T, 1]``, goes to each agent.
 
-    Args:
-        advantage: the advantage, ``[*B, T, *A, 1]``, or ``[*B, T, 1]`` of a team.
-        log_prob: the log-probabilities, ``[*B, T, *A, 1]``.
-        key: the advantage's key, for the message.
-
-    Returns:
-        The advantage, broadcastable to ``log_prob``.
-
-    Raises:
-        ValueError: if the shapes do not fit.
+    Raises ValueError if the shapes do not fit; the message names ``key``.
     """
     if advantage.ndim == log_prob.ndim - 1 and advantage.shape[:-1] == log_prob.shape[:-2]:
         advantage = advantage.unsqueeze(-2)

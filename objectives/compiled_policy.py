@@ -19,12 +19,9 @@ class CompiledPolicy:
     """A policy's forward pass to its distribution parameters, compiled; it can be differentiated once, not twice.
 
     ``torch.compile`` would trace through TensorDicts and ``vmap`` again at each update. So ``make_fx`` first traces the
-    pass to a graph of operations on plain tensors, and that graph is compiled, once for each shape of the inputs. A
-    policy whose operations depend on the values that it reads cannot be traced: torch raises an error.
-
-    Args:
-        network: the policy.
-        options: keywords of ``torch.compile``.
+    pass to a graph of operations on plain tensors, and that graph is compiled with the ``options`` of
+    ``torch.compile``, once for each shape of the inputs. A policy whose operations depend on the values that it reads
+    cannot be traced: torch raises an error.
     """
 
     def __init__(self, network: ProbabilisticTensorDictSequential, options: Mapping[str, Any]) -> None:
@@ -33,15 +30,7 @@ class CompiledPolicy:
         self._functions: dict[tuple, tuple[list, Callable[..., Sequence[Tensor]]]] = {}
 
     def __call__(self, parameters: TensorDictBase, inputs: TensorDictBase) -> TensorDict:
-        """The distribution's parameters.
-
-        Args:
-            parameters: the policy's parameters and buffers.
-            inputs: what it reads, batch size ``[*R]``.
-
-        Returns:
-            The parameters, batch size ``[*R]``.
-        """
+        """The distribution's parameters at ``inputs``, both of batch size ``[*R]``."""
         values = [*parameters.values(True, True), *inputs.values(True, True)]
         form = tuple((value.shape, value.dtype, value.device) for value in values)
         if form not in self._functions:

@@ -16,12 +16,7 @@ from torch import Tensor, nn
 def other_parameters(network: nn.Module, parameters: TensorDictBase) -> Iterator[None]:
     """Gives a network other parameters for the block; its own are back afterwards, also after an error.
 
-    Args:
-        network: the network.
-        parameters: parameters and buffers, with the keys of ``TensorDict.from_module(network)``.
-
-    Yields:
-        Nothing.
+    ``parameters`` holds buffers too, with the keys of ``TensorDict.from_module(network)``.
     """
     with parameters_restored(network):
         own = parameters.to_module(network, preserve_module_state=False)
@@ -31,17 +26,11 @@ def other_parameters(network: nn.Module, parameters: TensorDictBase) -> Iterator
 
 @contextlib.contextmanager
 def parameters_restored(*networks: nn.Module | None) -> Iterator[None]:
-    """Puts the networks' own parameters and buffers back if an error leaves.
+    """Puts the networks' own parameters and buffers back if an error leaves the block.
 
     TorchRL's losses, value estimators and multi-agent networks swap parameters with ``TensorDict.to_module``. When an
     ``Exception`` leaves its block, it restores nothing: the network keeps clones, or the tensors of ``vmap``. When
     anything else leaves it (Ctrl-C), it raises another error; here the original one is raised again.
-
-    Args:
-        *networks: the networks; None stands for none.
-
-    Yields:
-        Nothing.
     """
     if torch.compiler.is_compiling():  # a compiled graph raises nothing that could be caught here
         yield

@@ -73,15 +73,9 @@ class MemberLoss(ClipPPOLoss):
 
 @dataclass
 class Member:
-    """What is updated at a time: one agent's policy, or that of a group.
+    """What is updated at a time: an agent's policy, or with ``index`` None that of its whole group.
 
-    Attributes:
-        group: the group.
-        index: the agent's place in the group; None for the policy of the whole group.
-        network: its policy.
-        parameters: the policy's parameters and buffers; those that are trained share the memory of the group's.
-        loss: the loss of its policy.
-        optimizer: over its own parameters.
+    The parameters that are trained share the memory of the group's; the optimiser is over them alone.
     """
 
     group: str
@@ -133,11 +127,7 @@ class Member:
         return build_distribution(self.network, torch.cat(parts))
 
     def optimizer_with(self, state_dict: dict[str, Any]) -> torch.optim.Adam:
-        """An optimiser of this member's parameters with a saved state.
-
-        Raises:
-            ValueError: if the state is of parameters with other shapes.
-        """
+        """An optimiser with a saved state; raises ValueError if it is of parameters with other shapes."""
         optimizer = torch.optim.Adam(self.trained, fused=True)
         optimizer.load_state_dict(state_dict)
         for parameter, state in optimizer.state.items():
@@ -150,9 +140,8 @@ class Member:
 def check_loss(group: str, loss: ClipPPOLoss, ranks: Ranks) -> None:
     """Refuses a loss whose policy's part is not that of ``ClipPPOLoss``, or is clipped around another policy.
 
-    Raises:
-        TypeError: if it is no ``ClipPPOLoss``, or has methods of its own for the policy's part.
-        ValueError: if it has a lagging policy, or statistics of one process alone.
+    Raises TypeError if it is no ``ClipPPOLoss``, or has methods of its own for the policy's part; ValueError if it has
+    a lagging policy, or statistics of one process alone.
     """
     if not isinstance(loss, ClipPPOLoss):
         raise TypeError(

@@ -27,18 +27,9 @@ from torchrl_trpo.objectives.functional import other_parameters
 def resolve_trust_region(
     trust_region: str | None, network: ProbabilisticTensorDictSequential, parameters: TensorDictBase
 ) -> tuple[Literal["shared", "per_agent"], int]:
-    """The kind of trust region of a policy, and the number of regions.
+    """The kind of trust region of a policy, inferred where it is None, and the number of regions.
 
-    Args:
-        trust_region: ``"shared"``, ``"per_agent"``, or None to infer it.
-        network: the policy.
-        parameters: its parameters and buffers.
-
-    Returns:
-        The kind and the number.
-
-    Raises:
-        ValueError: if the kind is unknown, or regions are per agent and a parameter is not.
+    Raises ValueError if the kind is unknown, or regions are per agent and a parameter is not.
     """
     if trust_region not in {None, "shared", "per_agent"}:
         raise ValueError(f"trust_region: {trust_region!r}. {nearest(trust_region, ['shared', 'per_agent', None])}")
@@ -76,12 +67,6 @@ def stacked_prefixes(network: ProbabilisticTensorDictSequential) -> list[tuple[s
 
     They are those of its unshared multi-agent networks, and buffers and frozen parameters ``[n_agents, ...]`` that are
     not a plain layer's, such as a standard deviation that is set by hand.
-
-    Args:
-        network: the policy.
-
-    Returns:
-        The keys, in the TensorDict of the policy's parameters.
     """
     nets = set(_unshared_nets(network))
     prefixes = [(*name.split("."), "params") for name, module in network.named_modules() if module in nets]
@@ -107,15 +92,9 @@ def distribution_keys(network: ProbabilisticTensorDictSequential) -> list[Nested
 def distribution_parameters(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, inputs: TensorDictBase
 ) -> TensorDictBase:
-    """Computes the parameters of a policy's distribution from the policy's own; nothing else changes.
+    """The parameters of a policy's distribution at ``inputs``, both of batch size ``[*R]``; nothing else changes.
 
-    Args:
-        network: the policy.
-        parameters: its parameters and buffers; running statistics that it writes into buffers are lost.
-        inputs: its inputs, batch size ``[*R]``; for a recurrent policy the last dimension is time.
-
-    Returns:
-        The distribution's parameters, batch size ``[*R]``.
+    The last dimension of a recurrent policy's inputs is time. Running statistics that it writes into buffers are lost.
     """
     parameters = parameters.apply(lambda value: value if value.requires_grad else value.clone())
     with set_recurrent_mode(True), other_parameters(network, parameters):
@@ -123,15 +102,7 @@ def distribution_parameters(
 
 
 def build_distribution(network: ProbabilisticTensorDictSequential, dist_params: TensorDictBase) -> D.Distribution:
-    """Builds a policy's distribution; TorchRL's ``TanhNormal`` as the equal, faster ``BoundedTanhNormal``.
-
-    Args:
-        network: the policy.
-        dist_params: the distribution's parameters, from :func:`distribution_parameters`.
-
-    Returns:
-        The distribution.
-    """
+    """A policy's distribution; TorchRL's ``TanhNormal`` as the equal, faster ``BoundedTanhNormal``."""
     module = _distribution_module(network)
     if module.distribution_class is not TanhNormal:
         return module.get_dist(dist_params)
@@ -161,21 +132,10 @@ def _distribution_module(network: ProbabilisticTensorDictSequential) -> Probabil
 def single_agent_network(
     network: ProbabilisticTensorDictSequential, agent: int, n_agents: int
 ) -> ProbabilisticTensorDictSequential:
-    """A copy of a multi-agent policy for the parameters and observations of one agent, at one agent's cost.
+    """A copy of a multi-agent policy with the original's parameters, for one agent alone, at one agent's cost.
 
-    The copy expects parameters stacked ``[1, ...]`` and observations ``[*B, 1, F]``. It shares the parameters of the
-    original.
-
-    Args:
-        network: the policy, with parameters stacked on a leading agent dimension.
-        agent: the agent.
-        n_agents: the number of agents of the policy.
-
-    Returns:
-        The copy.
-
-    Raises:
-        ValueError: if the agents' networks read each other's observations.
+    It expects parameters stacked ``[1, ...]`` and observations ``[*B, 1, F]``. Raises ValueError if the agents'
+    networks read each other's observations.
     """
     shared = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}
     single = deepcopy(network, memo=shared)
@@ -199,16 +159,10 @@ def single_agent_network(
 def slice_agents(
     parameters: TensorDictBase, agents: slice, prefixes: list[tuple[str, ...]], at: tuple[str, ...] = ()
 ) -> TensorDictBase:
-    """Slices the parameters and buffers that a policy has for each agent; the others stay whole.
+    """Views on some agents' slices of what a policy has for each agent; other parameters and buffers stay whole.
 
-    Args:
-        parameters: the parameters and buffers of all agents.
-        agents: which agents.
-        prefixes: the keys of the stacked ones, from :func:`stacked_prefixes`.
-        at: the key of ``parameters`` in the policy's.
-
-    Returns:
-        Views on the agents' parameters.
+    It has the trained parameters and the ``prefixes`` (:func:`stacked_prefixes`) for each agent. ``at`` is the key of
+    ``parameters`` in the policy's.
     """
     if at in prefixes:
         return parameters.data[agents]
@@ -227,17 +181,8 @@ def agent_policy(
     """One agent's policy, to be trained alone: its parameters are leaves that share the memory of the stacked ones.
 
     An optimiser that writes into the leaves writes into the policy of all agents. The leaves do not hold the other
-    agents' parameters, so that nothing moves those.
-
-    Args:
-        network: the policy, with parameters stacked on a leading agent dimension.
-        parameters: the parameters and buffers of all agents.
-        agent: the agent.
-        n_agents: the number of agents of the policy.
-
-    Returns:
-        The policy for observations ``[*B, 1, F]``, from :func:`single_agent_network`, and its parameters ``[1, ...]``
-        for ``to_module``. A tied parameter is one leaf.
+    agents' parameters, so that nothing moves those. The policy reads observations ``[*B, 1, F]``, its parameters are
+    ``[1, ...]``, and a tied parameter is one leaf.
     """
     leaves = slice_agents(parameters, slice(agent, agent + 1), stacked_prefixes(network)).clone(False)
     by_parameter: dict[int, nn.Parameter] = {}

@@ -137,24 +137,12 @@ def flatten_rows(
     sequences: bool = False,
     ranks: Ranks,
 ) -> PolicyRows:
-    """Flattens the batch dimensions ``*B`` of a batch to ``N`` rows, or ``[*B, T]`` to ``N`` sequences.
+    """Flattens the batch dimensions ``*B`` of a batch to ``N`` rows, or those of ``[*B, T]`` to ``N`` sequences.
 
-    Args:
-        inputs: what the policy reads, batch size ``[*B]`` or ``[*B, T]``.
-
-    Keyword Args:
-        action: the actions, ``[*B, *A, action_dim]``.
-        log_prob: the log-probabilities as collected, ``[*B, *A, 1]``.
-        advantage: the advantages, broadcastable to ``log_prob``.
-        mask: which entries count, bool ``[*B, *A, 1]``, or None for all. The others weigh 0, and their content is
-            cleared, so that padding, NaNs included, cannot spread into sums or gradients.
-        group: the group of the agents, from :func:`action_group`.
-        per_agent: whether each agent is a region of its own, with a mean of its own.
-        sequences: whether the last batch dimension is time, and stays.
-        ranks: the processes whose rows are one batch: the weights of all of them sum to 1.
-
-    Returns:
-        The rows.
+    ``inputs`` has the batch size, ``action`` is ``[*B, *A, action_dim]``, ``log_prob`` ``[*B, *A, 1]``, and the
+    advantage broadcastable to it. Where the ``mask``, bool ``[*B, *A, 1]``, is off, entries weigh 0 and are cleared, so
+    that padding, NaNs included, cannot spread into sums or gradients. The weights of all ranks sum to 1, with
+    ``per_agent`` for each agent.
     """
     batch_size = inputs.batch_size
     log_prob, advantage = at_least_single(log_prob), at_least_single(advantage)

@@ -40,26 +40,14 @@ def read_rows(
     log_prob_keys: Sequence[NestedKey] = (),
     ranks: Ranks,
 ) -> PolicyRows:
-    """Reads from a batch what a policy update needs, flattened to ``N`` rows; the batch is not modified.
+    """What a policy update reads of a batch ``[*B, T]``, flattened to ``N`` rows; the batch is not modified.
 
-    Args:
-        loss: the loss of the policy.
-        tensordict: the data, ``[*B, T]``.
-        normalize: the function that normalises the advantage ``[*B, T, *A, 1]``. It gets the advantage, the data, and
-            whether the advantage was missing and has been computed.
-
-    Keyword Args:
-        n_agents: how many agents have a region each, or None if the policy is one region.
-        agent_dim: the agent dimension of the log-probability ``[*B, T, n_agents, 1]``.
-        log_prob_keys: recorded log-probabilities, ``[*B, T, *A]``, that are added to the rows' ``inputs`` with a last
-            dimension of 1. Default: none.
-        ranks: the processes whose rows' weights sum to 1.
-
-    Returns:
-        The rows. Those that a loss mask excludes weigh 0, and their content cannot spread.
-
-    Raises:
-        ValueError: if the data is empty, a shape does not fit, or the value estimator does not know the loss's mask.
+    ``normalize`` gets the advantage ``[*B, T, *A, 1]``, the data, and whether the advantage was missing and has been
+    computed. ``n_agents`` is how many agents have a region each, or None for one region, and ``agent_dim`` is their
+    dimension in the log-probability ``[*B, T, n_agents, 1]``. The recorded ``log_prob_keys``, ``[*B, T, *A]``, are
+    added to the rows' ``inputs`` with a last dimension of 1. Rows that a loss mask excludes weigh 0, and their content
+    cannot spread. Raises ValueError if the data is empty, a shape does not fit, or the value estimator does not know
+    the mask.
     """
     if 0 in tensordict.batch_size:
         raise ValueError(f"the data is empty: its batch size is {tuple(tensordict.batch_size)}.")
@@ -140,9 +128,8 @@ def row_mask(loss: PPOLoss, tensordict: TensorDictBase, like: Tensor) -> Tensor 
 def check_masks(loss: PPOLoss, tensordict: TensorDictBase) -> None:
     """Refuses a value estimator that does not know the loss's mask, if masked steps are in the advantages of others.
 
-    Raises:
-        ValueError: if an :class:`AgentGAE` has other masks; or if another estimator has none, and a step that counts is
-            followed by one that does not, without an end of the episode.
+    Raises ValueError if an :class:`AgentGAE` has other masks; or if another estimator has none, and a step that counts
+    is followed by one that does not, without an end of the episode.
     """
     estimator, keys = current_estimator(loss), estimator_mask_keys(loss)
     if isinstance(estimator, AgentGAE):
@@ -171,13 +158,9 @@ def check_masks(loss: PPOLoss, tensordict: TensorDictBase) -> None:
 
 
 def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
-    """Refuses losses of several groups that write the same entries, or whose policies share parameters.
+    """Raises ValueError if the losses of two groups write the same entry, or their policies share a parameter.
 
     One group would train on the other's advantages, or be moved by the other's steps.
-
-    Raises:
-        ValueError: if two groups have the same key for the advantage, or with critics for the value or its target; or
-            if a parameter is of both policies.
     """
     owners: dict[int, str] = {}
     for group, loss in losses.items():
@@ -206,18 +189,10 @@ def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
 
 
 def estimated_advantage(loss: PPOLoss, tensordict: TensorDictBase) -> tuple[Tensor, bool]:
-    """The advantage of a batch, computed by the loss's value estimator if it is missing.
+    """The advantage ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``), and whether it was missing.
 
-    Args:
-        loss: the loss.
-        tensordict: the data, ``[*B, T]``; a missing advantage and value target are written into it.
-
-    Returns:
-        The advantage, ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``), and whether it was missing.
-
-    Raises:
-        PlainKeyError: if there is neither an advantage nor a critic to compute it with.
-        ValueError: if the advantage misses its last dimension of size 1.
+    A missing one is computed by the loss's value estimator and written into the data, with the value target. Raises
+    PlainKeyError if there is no critic to compute it with; ValueError if its last dimension is not of size 1.
     """
     key = loss.tensor_keys.advantage
     advantage = tensordict.get(key, None)
@@ -249,8 +224,7 @@ def estimated_advantage(loss: PPOLoss, tensordict: TensorDictBase) -> tuple[Tens
 def standardized_advantage(loss: PPOLoss, advantage: Tensor, tensordict: TensorDictBase, ranks: Ranks) -> Tensor:
     """The advantage ``[*B, T, n_agents, 1]`` with mean 0 and deviation 1 over the rows that count, of all ranks.
 
-    Raises:
-        ValueError: if ``normalize_advantage_exclude_dims`` names a batch or time dimension.
+    Raises ValueError if ``normalize_advantage_exclude_dims`` names a batch or time dimension.
     """
     excluded = {dim % advantage.ndim for dim in loss.normalize_advantage_exclude_dims}
     rows = sorted(dim for dim in excluded if dim < tensordict.batch_dims)

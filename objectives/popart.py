@@ -14,17 +14,12 @@ from torchrl_trpo.parallel.ranks import ALONE, Ranks
 def update_value_norm(
     value_norm: ValueNorm, targets: Tensor, critic: TensorDictBase | None = None, ranks: Ranks = ALONE
 ) -> None:
-    r"""Moves the statistics of normalised values, and corrects the critic's last layer so that no value changes.
+    r"""Moves the statistics ``(1,)`` of normalised values, and corrects the critic so that no value changes.
 
     With :math:`\sigma, \mu` before and :math:`\sigma', \mu'` after, the last layer's weight becomes
     :math:`W \sigma / \sigma'` and its bias :math:`(\sigma b + \mu - \mu') / \sigma'` (van Hasselt et al. 2016,
-    arXiv:1602.07714, equation 1).
-
-    Args:
-        value_norm: the statistics, of shape ``(1,)``.
-        targets: the value targets that count, ``[*B, 1]``.
-        critic: the parameters of the critic, if it outputs normalised values. Default: no correction.
-        ranks: the processes whose targets belong together. Default: this one alone.
+    arXiv:1602.07714, equation 1). ``targets`` are the value targets that count, ``[*B, 1]``; ``critic`` holds the
+    critic's parameters, None if it outputs raw values.
     """
     targets = ranks.concat(targets)
     if targets.numel() == 0:

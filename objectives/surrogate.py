@@ -227,9 +227,9 @@ class SurrogateLoss(PPOLoss):
             update_value_norm(self.value_norm, targets, critic, self.ranks)
 
     def _critic_to_correct(self, norm: ValueNorm) -> TensorDictBase | None:
-        """The critic's parameters if moving the statistics would change its values.
+        """The critic's parameters if moving the statistics would change its values, else None.
 
-        None if the critic outputs raw values, or if the statistics are empty: the first ones change no value.
+        It would not if the critic outputs raw values, or if the statistics are empty.
         """
         if not self._critic_is_normalized():
             return None

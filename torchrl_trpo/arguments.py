@@ -14,14 +14,7 @@ from torchrl_trpo.errors import PlainKeyError, nearest
 
 
 def plain_number(value: Any) -> Any:
-    """Converts a number to Python's ``int`` or ``float``.
-
-    Args:
-        value: a number of Python or NumPy, an array or tensor with one entry, or anything else.
-
-    Returns:
-        The ``int`` or ``float``. A bool and anything that is not a real number are returned unchanged.
-    """
+    """A real number, also of NumPy or in a one-entry tensor, as ``int`` or ``float``; a bool and all else unchanged."""
     if isinstance(value, np.generic | np.ndarray | Tensor) and math.prod(value.shape) == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -30,18 +23,7 @@ def plain_number(value: Any) -> Any:
 
 
 def positive_whole(name: str, value: Any) -> int:
-    """Checks a count, such as a number of rows or of passes.
-
-    Args:
-        name: the argument's name, for the message.
-        value: the number, of any type that :func:`plain_number` takes.
-
-    Returns:
-        The number.
-
-    Raises:
-        ValueError: if it is not a whole number of at least 1.
-    """
+    """A count as ``int``; raises ValueError if it is not a whole number of at least 1."""
     number = plain_number(value)
     if type(number) is not int or number < 1:
         raise ValueError(f"{name}: {value!r}. Legal: a whole number of at least 1.")

@@ -14,25 +14,16 @@ from torchrl.checkpoint import GlobalRNGState
 
 
 def rank_seed(seed: int, rank: int, start: int = 0) -> int:
-    """A seed for each process of a job. Rank 0 has the job's seed; the others' do not collide with those of other jobs.
+    """A seed for each process of a job, from 0 to 2³² - 1.
 
-    Args:
-        seed: the job's seed.
-        rank: the process's rank.
-        start: 0 at the job's start; another number each time that the job draws new seeds.
-
-    Returns:
-        The seed, from 0 to 2³² - 1.
+    ``start`` is 0 at the job's start, and another number each time that the job draws new seeds. Rank 0 starts with the
+    job's seed; the other seeds do not collide with those of other jobs.
     """
     return seed if rank == start == 0 else int(np.random.SeedSequence((seed, rank, start)).generate_state(1)[0])
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds the global generators of Python, NumPy and PyTorch.
-
-    Args:
-        seed: the seed.
-    """
+    """Seeds the global generators of Python, NumPy and PyTorch."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - simulators may use the global one
     torch.manual_seed(seed)
@@ -67,24 +58,12 @@ def _entry(device: torch.device) -> str:
 
 
 def device_state(device: torch.device) -> Tensor:
-    """The state of the global generator of an accelerator.
-
-    Args:
-        device: the accelerator.
-
-    Returns:
-        The state, uint8 ``[bytes]`` on the CPU.
-    """
+    """The state of an accelerator's global generator, uint8 ``[bytes]`` on the CPU."""
     return torch.get_device_module(device).get_rng_state(*_index(device))
 
 
 def set_device_state(device: torch.device, state: Tensor) -> None:
-    """Sets the state of the global generator of an accelerator.
-
-    Args:
-        device: the accelerator.
-        state: from :func:`device_state`, of the same kind of accelerator.
-    """
+    """Sets an accelerator's global generator to a :func:`device_state` of the same kind of accelerator."""
     torch.get_device_module(device).set_rng_state(state.cpu(), *_index(device))
 
 
@@ -94,14 +73,7 @@ def _index(device: torch.device) -> tuple[torch.device, ...]:
 
 @contextlib.contextmanager
 def untouched_generators(seed: int | None = None) -> Iterator[None]:
-    """Restores the global generators of Python, NumPy and PyTorch on leaving.
-
-    Args:
-        seed: the seed inside; None to go on from the present state.
-
-    Yields:
-        Nothing.
-    """
+    """Restores the global generators of Python, NumPy and PyTorch on leaving; ``seed`` seeds them inside."""
     generators = GlobalGenerators()
     before = generators.state_dict()
     try:

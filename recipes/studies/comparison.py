@@ -44,41 +44,18 @@ class Cell:
     seed: int
 
     def folder(self, root: Path) -> Path:
-        """The folder of the run.
-
-        Args:
-            root: the comparison's folder.
-
-        Returns:
-            The run's folder.
-        """
+        """The folder of the run within that of the comparison."""
         return root / self.task / self.algorithm / f"seed-{self.seed}"
 
 
 def cells(plan: Mapping[str, Any]) -> list[Cell]:
-    """Lists the runs, one seed of everything before the next seed: stopped early, it is a comparison of fewer seeds.
-
-    Args:
-        plan: the content of ``config/comparison.yaml``.
-
-    Returns:
-        The runs.
-    """
+    """Lists the runs, one seed of everything before the next seed: stopped early, it is a comparison of fewer seeds."""
     algorithms = [*plan["algorithms"], "random"]
     return [Cell(task, name, seed) for seed in plan["seeds"] for task in plan["tasks"] for name in algorithms]
 
 
 def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, Any]]:
-    """Trains and evaluates a run, or continues it.
-
-    Args:
-        plan: the content of ``config/comparison.yaml``.
-        root: the comparison's folder.
-        cell: the run.
-
-    Returns:
-        The evaluations, with the entries :data:`COLUMNS`.
-    """
+    """Trains and evaluates a run, or continues it; gives its evaluations, with the entries :data:`COLUMNS`."""
     library = cell.task.partition("/")[0]
     settings = plan["settings"][library]
     iterations = settings["train.total_frames"] // settings["train.frames_per_batch"]
@@ -119,10 +96,9 @@ def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, 
 def _evaluate(
     cfg: DictConfig, checkpoints: Sequence[Path | None], *, episodes: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Plays the same episodes with the deterministic policy of each checkpoint; None stands for random actions.
+    """Yields the progress at each checkpoint, and the returns of its deterministic policy in the same episodes.
 
-    Yields:
-        The progress at the checkpoint, and the returns of its policy.
+    None in place of a checkpoint stands for random actions.
     """
     record: Any = OmegaConf.to_container(cfg, resolve=True)
     with untouched_generators(seed):
@@ -138,11 +114,7 @@ def _evaluate(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command.
-
-    Args:
-        arguments: of the command line; None for those of the process.
-    """
+    """Runs the command."""
     plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "comparison.yaml"))
     parser = argparse.ArgumentParser(
         "python -m torchrl_trpo.recipes.studies.comparison",

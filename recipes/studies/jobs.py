@@ -32,9 +32,7 @@ _Result = TypeVar("_Result")
 def train(recipe: str, cfg: DictConfig) -> None:
     """Trains in ``cfg.output_dir``, unless a finished run is there; a run that was stopped is resumed.
 
-    Args:
-        recipe: the recipe's name, such as ``"hatrpo"``.
-        cfg: its config, from :func:`config`. The output goes to ``output.txt`` beside the metrics.
+    ``cfg`` is from :func:`config`. The output goes to ``output.txt`` beside the metrics.
     """
     torch.set_num_threads(1)
     folder = Path(cfg.output_dir)
@@ -49,16 +47,7 @@ def train(recipe: str, cfg: DictConfig) -> None:
 
 
 def config(recipe: str, overrides: Sequence[str], folder: Path) -> DictConfig:
-    """Composes the config of a run, which resumes the run in its folder if there is one with the same settings.
-
-    Args:
-        recipe: the recipe's name.
-        overrides: its settings, as on the command line.
-        folder: the run's folder.
-
-    Returns:
-        The config.
-    """
+    """Composes the config of a run, which resumes the run in its folder if there is one with the same settings."""
     checked = check_overrides([*overrides, "film=false", f"output_dir={json.dumps(str(folder))}"], CONFIG, recipe)
     with initialize_config_dir(str(CONFIG), version_base=None):
         cfg = compose(recipe, checked)
@@ -72,15 +61,9 @@ def config(recipe: str, overrides: Sequence[str], folder: Path) -> DictConfig:
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Checks that a finished or stopped run has the settings that are asked for.
+    """Raises SettingError if a finished or stopped run has other settings than those that are asked for.
 
-    Args:
-        before: the settings of the run in the folder; settings that it does not know may have any value now.
-        now: the settings that are asked for.
-        folder: the folder, for the message.
-
-    Raises:
-        SettingError: if they differ.
+    Settings that the run in the folder does not know may have any value now.
     """
     was, is_now = flat(before), flat(now)
     names = {name for name in was | is_now if name.startswith("env.kwargs") or (name in was and name in is_now)}
@@ -101,18 +84,9 @@ def run_all(
 ) -> tuple[dict[_Job, _Result], list[_Job]]:
     """Runs jobs in other processes and continues when one fails. After an interrupt no further job begins.
 
-    Args:
-        function: does a job; defined in a module, since it is pickled.
-        jobs: the jobs.
-
-    Keyword Args:
-        workers: how many jobs run at a time.
-
-    Returns:
-        The results by job, in the order of the jobs, and the jobs that failed. Their errors are printed.
-
-    Raises:
-        BrokenProcessPool: if a process was killed, perhaps for lack of memory.
+    It gives the results by job, in the order of the jobs, and the jobs that failed, whose errors are printed.
+    ``function`` is pickled, so a module must define it. It raises BrokenProcessPool if a process was killed, perhaps
+    for lack of memory.
     """
     results: dict[_Job, _Result] = {}
     context, waiting = multiprocessing.get_context("spawn"), iter(jobs)

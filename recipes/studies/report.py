@@ -36,51 +36,30 @@ COLORS = {
 
 @dataclass(frozen=True)
 class Curves:
-    """The evaluations of one algorithm on one task.
+    """The evaluations of one algorithm on one task."""
 
-    Attributes:
-        frames: the environment steps at each evaluation, ``[n_points]``.
-        cpu_s: the processor seconds of training until then, ``[n_runs, n_points]``.
-        returns: the evaluation returns, ``[n_runs, n_points]``.
-        stds: the standard deviations of the returns within an evaluation, ``[n_runs, n_points]``.
-    """
-
-    frames: Tensor
-    cpu_s: Tensor
-    returns: Tensor
-    stds: Tensor
+    frames: Tensor  # the environment steps at each evaluation, [n_points]
+    cpu_s: Tensor  # the processor seconds of training until then, [n_runs, n_points]
+    returns: Tensor  # [n_runs, n_points]
+    stds: Tensor  # the standard deviations of the returns within an evaluation, [n_runs, n_points]
 
     def at_cpu(self, seconds: float) -> Tensor:
-        """Interpolates the return of each run at a number of processor seconds, linearly between two evaluations.
+        """The return of each run at a number of processor seconds, ``[n_runs]``, linear between two evaluations.
 
-        Args:
-            seconds: the processor seconds.
-
-        Returns:
-            The returns, ``[n_runs]``: the last one if the run had ended, NaN if it had no evaluation yet.
+        It is the last one if the run had ended, NaN if it had no evaluation yet.
         """
         points = zip(self.cpu_s.numpy(), self.returns.numpy(), strict=True)
         return torch.tensor([np.interp(seconds, *run, left=np.nan) for run in points], dtype=torch.float64)
 
 
 class Comparison:
-    """The evaluations of all algorithms on all tasks, for the seeds that are complete.
+    """The evaluations of all algorithms on all tasks, for the seeds that every algorithm has on every task.
 
-    Args:
-        rows: the evaluations, as in ``comparison.csv``.
+    ``rows`` are those of ``comparison.csv``. It raises ValueError if no seed is complete, or a return is not finite.
 
-    Attributes:
-        tasks: the tasks, in the rows' order.
-        algorithms: the algorithms, without the random policy.
-        seeds: the seeds that every algorithm has on every task.
-        curves: the evaluations by task and algorithm.
-        random: the random policy's mean return by task.
-        learned: the tasks on which each run of some algorithm ends above all evaluations of the random policy, by at
-            least half of the standard deviation of its own episodes (an effect that is not small, Cohen 1988). On the
-            others a score would compare noise with noise.
-
-    Raises:
-        ValueError: if no seed is complete, or a return is not finite.
+    ``random`` has the random policy's mean return by task. ``learned`` has the tasks on which each run of some
+    algorithm ends above all evaluations of the random policy, by at least half of the standard deviation of its own
+    episodes (an effect that is not small, Cohen 1988). On the others a score would compare noise with noise.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -125,14 +104,8 @@ class Comparison:
     def scores(self, algorithm: str, *, equal_cpu: bool = False) -> Tensor:
         """Normalised returns: 0 is a random policy, 1 the best algorithm's mean over seeds at equal frames.
 
-        Args:
-            algorithm: the algorithm.
-
-        Keyword Args:
-            equal_cpu: whether runs are scored at :meth:`cpu_budget`, not at their end.
-
-        Returns:
-            The scores, ``[n_tasks_learned, n_seeds]``; 0 for a run that has no evaluation yet.
+        They are ``[n_tasks_learned, n_seeds]``, with ``equal_cpu`` at :meth:`cpu_budget`, else at the end of the runs.
+        A run that has no evaluation yet has 0.
         """
         scores = []
         for task in self.learned:
@@ -145,15 +118,7 @@ class Comparison:
 
 
 def write_report(data: Path, folder: Path) -> list[Path]:
-    """Writes ``comparison.md`` and the figures.
-
-    Args:
-        data: the comparison's ``comparison.csv``.
-        folder: the folder to write to.
-
-    Returns:
-        The files.
-    """
+    """Writes ``comparison.md`` and the figures from ``comparison.csv``; gives the paths of all of them."""
     with data.open(newline="") as file:
         comparison = Comparison(list(csv.DictReader(file)))
     paths = [data, folder / "comparison.md"]

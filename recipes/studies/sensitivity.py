@@ -40,14 +40,7 @@ class Trial:
 
 
 def trials(plan: Mapping[str, Any]) -> list[Trial]:
-    """Lists all runs, each once even if several sweeps have it; one seed of everything comes before the next seed.
-
-    Args:
-        plan: the content of ``config/sensitivity.yaml``.
-
-    Returns:
-        The runs.
-    """
+    """Lists all runs, each once even if several sweeps have it; one seed of everything comes before the next seed."""
     defaults = _defaults(plan)
     found: dict[Trial, None] = {}
     for seed, task in itertools.product(plan["seeds"], plan["tasks"]):
@@ -71,16 +64,7 @@ def _changed(settings: Mapping[str, float], defaults: Mapping[str, float]) -> tu
 
 
 def run_trial(plan: Mapping[str, Any], root: Path, trial: Trial) -> dict[str, float]:
-    """Trains, unless the run is done, and reads its results.
-
-    Args:
-        plan: the content of ``config/sensitivity.yaml``.
-        root: where the runs go.
-        trial: the run.
-
-    Returns:
-        The results, by the names in :data:`MEASURED`.
-    """
+    """Trains, unless the run is done, and reads its results, by the names in :data:`MEASURED`."""
     settings = {**plan["settings"], **dict(trial.changed), "seed": trial.seed}
     name = ",".join(f"{name}={value}" for name, value in trial.changed) or "defaults"
     folder = root / trial.task / name / f"seed-{trial.seed}"
@@ -100,16 +84,7 @@ def run_trial(plan: Mapping[str, Any], root: Path, trial: Trial) -> dict[str, fl
 
 
 def write_report(plan: Mapping[str, Any], measured: Mapping[Trial, Mapping[str, float]], folder: Path) -> list[Path]:
-    """Writes the data, and a figure for each sweep.
-
-    Args:
-        plan: the content of ``config/sensitivity.yaml``.
-        measured: the results of the runs.
-        folder: the folder to write to.
-
-    Returns:
-        The files.
-    """
+    """Writes the data, and a figure for each sweep; gives the files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "sensitivity.csv"]
     with paths[0].open("w", newline="") as file:
@@ -173,11 +148,7 @@ def _plot(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command.
-
-    Args:
-        arguments: of the command line; None for those of the process.
-    """
+    """Runs the command."""
     plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "sensitivity.yaml"))
     parser = argparse.ArgumentParser(
         "python -m torchrl_trpo.recipes.studies.sensitivity", description="Measures what each setting does."

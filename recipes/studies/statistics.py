@@ -13,13 +13,7 @@ RESAMPLES = 5000
 
 
 def interquartile_mean(scores: Tensor) -> Tensor:
-    """The mean of the middle half: a quarter of the values, rounded down, is left out at each end.
-
-    Args:
-        scores: the values, ``[*B, N]``.
-
-    Returns:
-        The means, ``[*B]``.
+    """The mean of the middle half, ``[*B, N]`` to ``[*B]``: a quarter, rounded down, is left out at each end.
 
     Examples:
         >>> import torch
@@ -33,32 +27,20 @@ def interquartile_mean(scores: Tensor) -> Tensor:
 def aggregate(
     scores: Tensor, statistic: Callable[[Tensor], Tensor] = interquartile_mean, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """A statistic over all runs of all tasks, and its interval by the stratified percentile bootstrap.
+    """A statistic of scores ``[n_tasks, n_runs]``, over all runs of all tasks, and the ends of its interval.
 
-    Args:
-        scores: the scores of the runs of each task, ``[n_tasks, n_runs]``.
-        statistic: from values ``[*B, N]`` to ``[*B]``.
-        level: the share of intervals that hold the true value.
-
-    Returns:
-        The statistic and the interval's two ends.
+    ``statistic`` takes values ``[*B, N]`` to ``[*B]``. The interval is that of the stratified percentile bootstrap;
+    ``level`` is the share of intervals that hold the true value.
     """
     ends = percentile_bootstrap(lambda drawn: statistic(drawn.flatten(1)), scores, resamples=RESAMPLES, level=level)
     return float(statistic(scores.flatten())), *ends
 
 
 def probability_of_improvement(scores: Tensor, others: Tensor, level: float = 0.95) -> tuple[float, float, float]:
-    """Estimates the probability that a run of one algorithm beats a run of another on the same task, mean over tasks.
+    """The probability that a run of one algorithm beats another's on the same task, and the ends of its interval.
 
-    Equal scores count one half (Mann and Whitney's U statistic).
-
-    Args:
-        scores: the scores of the runs of each task, ``[n_tasks, n_runs]``.
-        others: the other algorithm's, ``[n_tasks, n_other_runs]``.
-        level: the share of intervals that hold the true value.
-
-    Returns:
-        The probability, and the ends of its interval by the stratified percentile bootstrap.
+    It is the mean over tasks, of scores ``[n_tasks, n_runs]``; the algorithms may differ in ``n_runs``. Equal scores
+    count one half (Mann and Whitney's U statistic). The interval is as of :func:`aggregate`.
     """
     ends = percentile_bootstrap(_share_above, scores, others, resamples=RESAMPLES, level=level)
     return float(_share_above(scores, others)), *ends

@@ -28,29 +28,15 @@ from torchrl_trpo.reporting.record import flat
 
 
 def trials(plan: Mapping[str, Any], algorithm: str) -> list[dict[str, Any]]:
-    """Lists the settings to try, in the order of Hydra's multirun.
-
-    Args:
-        plan: the content of ``config/tuning.yaml``.
-        algorithm: the algorithm.
-
-    Returns:
-        Each trial's settings by name.
-    """
+    """Lists the settings to try, by name, in the order of Hydra's multirun."""
     space = plan["space"][algorithm]
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
 
 
 def run_search(plan: Mapping[str, Any], root: Path, search: tuple[str, str]) -> list[dict[str, Any]]:
-    """Runs the trials of an algorithm on a task, unless all of them are done.
+    """Runs the trials of an algorithm on a task, as ``<task>/<algorithm>/<number>``, unless all of them are done.
 
-    Args:
-        plan: the content of ``config/tuning.yaml``.
-        root: where the runs go, as ``<task>/<algorithm>/<number>``.
-        search: the task and the algorithm.
-
-    Returns:
-        Of each trial the ``task``, the ``algorithm``, its ``settings``, ``evaluation_return`` and ``cpu_s``.
+    It gives of each trial the ``task``, the ``algorithm``, its ``settings``, ``evaluation_return`` and ``cpu_s``.
     """
     task, algorithm = search
     tried, folder = trials(plan, algorithm), root / task / algorithm
@@ -90,16 +76,9 @@ def run_search(plan: Mapping[str, Any], root: Path, search: tuple[str, str]) -> 
 def write_outcome(
     found: Sequence[Mapping[str, Any]], choose: Mapping[str, Any], report: Path, config: Path
 ) -> list[Path]:
-    """Writes the results: the data, a table, and the settings of the best trial on each task.
+    """Writes ``tuning.csv`` and ``tuning.md`` to ``report``, and the best settings to ``config``; gives the files.
 
-    Args:
-        found: the results of :func:`run_search`, of all algorithms and tasks.
-        choose: settings that a trial must have to be chosen.
-        report: where ``tuning.csv`` and ``tuning.md`` go.
-        config: where the settings go, as ``<algorithm>/<task>.yaml``.
-
-    Returns:
-        The files.
+    The best trial on each task, among those with the settings ``choose``, goes to ``<algorithm>/<task>.yaml``.
     """
     report.mkdir(parents=True, exist_ok=True)
     paths = [report / "tuning.csv", report / "tuning.md"]
@@ -182,11 +161,7 @@ def _hydra(value: Any) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command.
-
-    Args:
-        arguments: of the command line; None for those of the process.
-    """
+    """Runs the command."""
     plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "tuning.yaml"))
     parser = argparse.ArgumentParser("python -m torchrl_trpo.recipes.studies.tuning", description="Searches settings.")
     parser.add_argument("--output", type=Path, default=Path("outputs/tuning"), help="where the runs go")

@@ -26,9 +26,7 @@ _WIDTH = 100
 def run_recipe(main: Callable[[], Any], recipe: str) -> None:
     """Runs a recipe from the command line, or shows its help or the environments.
 
-    Args:
-        main: the ``hydra.main`` function of the recipe.
-        recipe: the recipe's file; ``config/<its name>.yaml`` beside it is its config.
+    ``main`` is its ``hydra.main`` function, ``recipe`` its file; ``config/<its name>.yaml`` beside it is its config.
     """
     path = Path(recipe).resolve()
     config_dir, arguments = path.parent / "config", sys.argv[1:]
@@ -62,17 +60,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def help_text(purpose: str, overrides: Sequence[str], config_dir: Path, config_name: str) -> str:
-    """The help of a recipe: its settings with their values, meaning and legal values.
-
-    Args:
-        purpose: what the recipe is for, and examples.
-        overrides: settings that differ from the defaults.
-        config_dir: the folder of the configs.
-        config_name: the recipe's config.
-
-    Returns:
-        The text, no wider than 100 columns.
-    """
+    """The help of a recipe: its settings with their values, meaning and legal values."""
     cfg = compose_settings(overrides, config_dir, config_name)
     model = RECIPES[config_name].of_library(cfg.env.name.partition("/")[0])
     lines = [
@@ -99,14 +87,7 @@ def help_text(purpose: str, overrides: Sequence[str], config_dir: Path, config_n
 
 
 def environments_text(config_dir: Path) -> str:
-    """The environments that can be chosen, by library.
-
-    Args:
-        config_dir: the folder of the configs.
-
-    Returns:
-        The text, no wider than 100 columns.
-    """
+    """The environments that can be chosen, by library."""
     wrapper = TextWrapper(_WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     lines = ["Environments, as env=vmas/navigation:"]
     for library, names in environments(config_dir).items():

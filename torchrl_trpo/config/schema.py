@@ -300,14 +300,7 @@ class Recipe(Section):
     @classmethod
     @functools.cache
     def of_library(cls, library: str | None) -> type[Recipe]:
-        """The settings with those of one library's environments.
-
-        Args:
-            library: the first part of an environment's name; None leaves the section ``env`` open.
-
-        Returns:
-            The model.
-        """
+        """The settings with those of one library's environments; None leaves the section ``env`` open."""
         env: Any = (Any, None) if library is None else (ENVIRONMENTS.get(library, Environment), ...)
         return create_model(cls.__name__, __base__=cls, env=env)
 

@@ -74,16 +74,7 @@ def kl_divergence(p: D.Distribution, q: D.Distribution, batch_dims: int | None =
 
 
 def kl_if_exact(p: D.Distribution, q: D.Distribution, batch_dims: int | None = None) -> Tensor | None:
-    """:func:`kl_divergence`, or None where there is no closed form; for logging.
-
-    Args:
-        p: the distribution that the expectation is taken under, with batch shape ``[*B]``.
-        q: the other one.
-        batch_dims: as for :func:`kl_divergence`.
-
-    Returns:
-        The divergences, ``[*B]``, or None where there is no closed form.
-    """
+    """:func:`kl_divergence`, ``[*B]``, or None where there is no closed form; for logging."""
     try:
         return kl_divergence(p, q, batch_dims)
     except NotImplementedError:
@@ -129,28 +120,14 @@ def _sum_of_parts(dist: CompositeDistribution, parts: list[Tensor], batch_dims: 
 
 
 def sum_events(values: Tensor, batch_dims: int | None) -> Tensor:
-    """Sums over the entries of an action.
-
-    Args:
-        values: one value for each entry of the action, ``[*B, ...]``.
-        batch_dims: the number of dimensions in ``*B``, or None to return the values unchanged.
-
-    Returns:
-        The sums, ``[*B]``.
-    """
+    """Sums ``[*B, ...]`` over the entries of an action, to ``[*B]``; unchanged if ``batch_dims`` is None."""
     return values if batch_dims is None or values.ndim <= batch_dims else values.flatten(batch_dims).sum(-1)
 
 
 def log_prob(dist: D.Distribution, action: Tensor | TensorDictBase, batch_dims: int | None = None) -> Tensor:
-    """The logarithm of the density of a joint action; of a composite one, the sum over its parts.
+    """The logarithm of the density of a joint action, ``[*B]``; of a composite one, the sum over its parts.
 
-    Args:
-        dist: the distribution, batch shape ``[*B]``.
-        action: the action, or the actions of a composite distribution by name.
-        batch_dims: as for :func:`kl_divergence`.
-
-    Returns:
-        The logarithms, ``[*B]``.
+    ``batch_dims`` is as for :func:`kl_divergence`.
     """
     if isinstance(dist, CompositeDistribution):
         actions: Any = action
@@ -159,14 +136,7 @@ def log_prob(dist: D.Distribution, action: Tensor | TensorDictBase, batch_dims: 
 
 
 def has_exact_entropy(dist: D.Distribution) -> bool:
-    """Whether :func:`entropy` knows the distribution: a closed form, a squashed normal, or a composite of them.
-
-    Args:
-        dist: the distribution.
-
-    Returns:
-        True if :func:`entropy` can be called on it.
-    """
+    """Whether :func:`entropy` knows the distribution: a closed form, a squashed normal, or a composite of them."""
     if isinstance(dist, CompositeDistribution):
         return all(has_exact_entropy(dist[name]) for name in dist)
     return has_analytic_entropy(dist) or _is_squashed_normal(dist)

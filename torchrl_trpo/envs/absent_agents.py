@@ -15,12 +15,9 @@ from torchrl_trpo.keys import GroupKeys, finite_where_masked, group_of
 class WithoutAbsent(Transform):
     """Cleans the entries of absent agents. An agent is absent where its group's mask is off.
 
-    A number that is not finite becomes 0 in the observation and reward of an absent agent. A step at which the agents
-    of all groups are absent is padding, and its rewards become 0. Other entries of absent agents stay: in turn-based
-    games, absent agents observe the moves of others, and are paid for their own.
-
-    Args:
-        groups: all groups of the environment.
+    A number that is not finite becomes 0 in the observation and reward of an absent agent. ``groups`` are all groups of
+    the environment: a step at which all their agents are absent is padding, and its rewards become 0. Other entries of
+    absent agents stay: in turn-based games, absent agents observe the moves of others, and are paid for their own.
     """
 
     def __init__(self, groups: Sequence[GroupKeys]) -> None:

@@ -18,9 +18,7 @@ from torchrl_trpo.parallel.ranks import Ranks
 class ObservationNorm(VecNormV2):
     """A ``VecNormV2`` whose statistics leave out absent agents and numbers that are not finite.
 
-    Args:
-        in_keys: the observations, each ``[num_envs, *F]``.
-        masks: the key of the mask of present agents, ``[num_envs, n_agents]``, by observation.
+    ``masks`` maps an observation, ``[num_envs, *F]``, to the mask of its present agents, ``[num_envs, n_agents]``.
     """
 
     # VecNormV2 has no public way to merge or mask its statistics: _loc, _var (the mean square) and _count.
@@ -37,9 +35,6 @@ class ObservationNorm(VecNormV2):
         """Merges the statistics across ranks. All ranks call it after each batch.
 
         Between two calls, each rank adds its own observations to the merged statistics.
-
-        Args:
-            ranks: the ranks.
         """
         if ranks.size == 1 or self._loc is None:
             return
@@ -104,23 +99,12 @@ class ObservationNorm(VecNormV2):
 
 
 def observation_norm(env: EnvBase) -> ObservationNorm | None:
-    """Finds the transform that normalises an environment's observations, and whose statistics are saved.
-
-    Args:
-        env: the environment.
-
-    Returns:
-        The transform, or None.
-    """
+    """The transform that normalises an environment's observations, and whose statistics are saved, if it has one."""
     return next((transform for transform in env.transform if isinstance(transform, ObservationNorm)), None)
 
 
 class TransformState:
-    """The state of an environment's transforms alone, which is the statistics of observations.
-
-    Args:
-        env: the environment, of any number of environments.
-    """
+    """The state of an environment's transforms alone, whatever its batch size: the statistics of observations."""
 
     def __init__(self, env: EnvBase) -> None:
         self._env = env

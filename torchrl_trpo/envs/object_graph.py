@@ -38,12 +38,8 @@ class InexactError(Exception):
 def kind_of(cls: type) -> str:
     """Sorts types by how their values are copied, compared and written.
 
-    Args:
-        cls: the type.
-
-    Returns:
-        ``"tensor"``, ``"array"``, ``"dict"``, ``"list"``, ``"tuple"``, ``"set"``, ``"function"``, ``"object"`` (its
-        parts are its attributes), or ``"leaf"`` for a value without parts.
+    The kind is one of ``_CONTAINERS``, ``"object"`` (its parts are its attributes), or ``"leaf"`` for a value without
+    parts.
     """
     if cls not in _KINDS:
         kinds = [kind for kind, classes in _CONTAINERS.items() if issubclass(cls, classes)]
@@ -53,13 +49,9 @@ def kind_of(cls: type) -> str:
 
 
 def parts_of(value: Any) -> Any:
-    """Copies what a value holds into a container of its own; the parts themselves are not copied.
+    """What a value holds, in a container of its own; the parts themselves are not copied.
 
-    Args:
-        value: any value.
-
-    Returns:
-        A dict for objects and dicts, a list, tuple or set for others; empty for tensors, arrays and leaves.
+    It is a dict for objects and dicts, a list, tuple or set for others; empty for tensors, arrays and leaves.
     """
     kind = kind_of(type(value))
     if kind in {"leaf", "tensor", "array"}:
@@ -82,14 +74,7 @@ def is_empty(cell: types.CellType) -> bool:
 
 
 def named(parts: Any) -> Iterator[tuple[str | int, Any]]:
-    """Pairs parts with their names.
-
-    Args:
-        parts: a dict, list, tuple or set.
-
-    Yields:
-        The key if it is a string, else the position; and the part.
-    """
+    """Yields the parts in a container with their names: the key if it is a string, else the position."""
     items = parts.items() if isinstance(parts, dict) else enumerate(parts)
     for position, (key, part) in enumerate(items):
         yield (key if isinstance(key, str) else position), part
@@ -101,18 +86,10 @@ def walk(
     *,
     breadth_first: bool = False,
 ) -> Iterator[tuple[Any, Place, bool]]:
-    """Follows objects to everything that they hold.
+    """Yields everything that objects hold: each value, its place, and whether it is met for the first time.
 
-    Args:
-        roots: where to begin, with names.
-        named_parts: gives the parts of a value, with names.
-
-    Keyword Args:
-        breadth_first: whether an object is first met by the shortest way to it, rather than depth first.
-
-    Yields:
-        A value, its place, and whether it is met for the first time. A value is yielded at each of its places, and its
-        parts are followed once.
+    A value is yielded at each of its places, and its parts are followed once. With ``breadth_first``, an object is
+    first met by the shortest way to it.
     """
     seen: dict[int, Any] = {}  # by identity, with the value, so that nothing else can take its identity
     pending: deque[tuple[Any, Place]] = deque((root, (None, name)) for name, root in roots)
@@ -130,27 +107,13 @@ def walk(
 
 
 def tensors_in(roots: Iterable[Any]) -> dict[str, Tensor]:
-    """Finds the tensors that objects hold.
-
-    Args:
-        roots: where to begin.
-
-    Returns:
-        The tensors by their paths; a tensor at several places is there several times.
-    """
+    """The tensors that objects hold, by their paths; a tensor at several places is there several times."""
     named_roots = [(type(root).__name__, root) for root in roots]
     return {path_of(place): value for value, place, _ in walk(named_roots) if isinstance(value, Tensor)}
 
 
 def path_of(place: Place) -> str:
-    """Names a place.
-
-    Args:
-        place: the place.
-
-    Returns:
-        The names on the way to it, with dots between them.
-    """
+    """The names on the way to a place, with dots between them."""
     names = []
     while place:
         place, name = place

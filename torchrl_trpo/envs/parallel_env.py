@@ -19,13 +19,6 @@ class RestorableParallelEnv(ParallelEnv):
     - ``load_state_dict`` returns when every worker has restored its environment. TorchRL's goes on after
       ``shutdown_timeout``, and a replay of a long episode takes longer.
     - ``close`` also works when a worker has died.
-
-    Args:
-        num_workers: the number of environments.
-        make: makes one of them.
-
-    Keyword Args:
-        **kwargs: as for ``ParallelEnv``.
     """
 
     is_closed: bool
@@ -34,15 +27,7 @@ class RestorableParallelEnv(ParallelEnv):
         super().__init__(num_workers, partial(_make_in_worker, make, os.getpid()), **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], **kwargs: Any) -> None:
-        """Restores all environments, see ``ParallelEnv``.
-
-        Args:
-            state_dict: the state of each worker, or one for all of them.
-            **kwargs: as for ``ParallelEnv``.
-
-        Raises:
-            RuntimeError: if a worker failed to restore its environment. The worker prints its own error.
-        """
+        """Restores all environments; raises RuntimeError if a worker fails, which prints its own error."""
         try:
             super().load_state_dict(state_dict, **kwargs)
             self.state_dict()  # a worker answers when it has finished loading
@@ -56,11 +41,7 @@ class RestorableParallelEnv(ParallelEnv):
             self._shm_done_flags[index] = 0
 
     def close(self, *, raise_if_closed: bool = True) -> None:
-        """Ends all workers, see ``ParallelEnv``.
-
-        Args:
-            raise_if_closed: whether it is an error that they have ended already.
-        """
+        """Ends all workers, also when one has died."""
         try:
             super().close(raise_if_closed=raise_if_closed)
         except (OSError, RuntimeError, ValueError):

@@ -52,12 +52,8 @@ class Writer:
     """Writes values as plain data.
 
     A plain value is written as it is, a small one as ``{type: parts}``, any other as ``[position of its node]``. A node
-    is ``[kind, name, class, content, attributes]``: a known object has a name; the class makes an object anew, and is
-    None where that is impossible.
-
-    Args:
-        objects: the known objects, by name.
-        device: the device whose tensors may be loaded on another one.
+    is ``[kind, name, class, content, attributes]``: a known object, one of ``objects``, has a name; the class makes an
+    object anew, and is None where that is impossible. Tensors on ``device`` may be loaded on another one.
     """
 
     def __init__(self, objects: Mapping[str, Any], device: torch.device) -> None:
@@ -181,13 +177,9 @@ class Writer:
 class Reader:
     """Reads plain data in two passes: it makes empty objects, then fills them, so that objects may hold each other.
 
-    Args:
-        state: the nodes and storages that a :class:`Writer` wrote.
-        objects: the known objects, by name. They keep their identity, and tensors and arrays their memory.
-        device: where tensors go that were on the writer's device.
-
-    Raises:
-        SettingError: if an object is missing that cannot be made anew. Nothing has changed then.
+    ``state`` has the nodes and storages that a :class:`Writer` wrote. The known ``objects`` keep their identity, and
+    tensors and arrays their memory. Tensors that were on the writer's device go to ``device``. It raises SettingError
+    if an object is missing that cannot be made anew; nothing has changed then.
     """
 
     def __init__(self, state: Mapping[str, Any], objects: Mapping[str, Any], device: torch.device) -> None:
@@ -202,7 +194,8 @@ class Reader:
             if kind == "tensor" and value is not None:
                 storage = value.untyped_storage()
                 known = self._storages.get(content[0])
-                free = known is None and storage.data_ptr() not in used and storage.nbytes() == self._n_bytes(content)
+                n_bytes = self._saved[content[0]].numel()
+                free = known is None and storage.data_ptr() not in used and storage.nbytes() == n_bytes
                 fits = free or (known is not None and known.data_ptr() == storage.data_ptr())
                 if not fits or _layout(value) != content[2]:
                     value = None
@@ -213,9 +206,6 @@ class Reader:
                 self._made[position] = value
             elif new is None:
                 raise misfit(f"{name} is missing, or its memory is laid out otherwise")
-
-    def _n_bytes(self, content: list[Any]) -> int:
-        return self._saved[content[0]].numel()
 
     def fill(self) -> None:
         """Fills all objects."""
@@ -336,10 +326,9 @@ def _has_hidden_parts(cls: type) -> bool:
 
 
 def parts_to_save(value: Any) -> Iterator[tuple[str | int, Any]]:
-    """What a value holds, in an order that is the same in each process: parts, keys, attributes, and its class.
+    """Yields the parts, keys, attributes and class of a value, with names, in the same order in each process.
 
-    Yields:
-        A name and a part; plain values are left out.
+    Plain values are left out.
     """
     kind = saved_kind_of(value)
     if kind == "constant" or type(value) in PLAIN:

@@ -73,11 +73,7 @@ class Replayed(EnvBase):
         return data
 
     def _advance(self, tensordict: TensorDictBase) -> None:
-        """Takes a step of the replay, whose results nobody reads; subclasses skip TorchRL's work on them.
-
-        Args:
-            tensordict: the actions.
-        """
+        """Takes a step of the replay, whose results nobody reads; subclasses skip TorchRL's work on them."""
         super()._step(tensordict)
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -30,11 +30,9 @@ class ObjectState:
     Generators of random numbers are included, but not the global ones, nor other global variables, nor attributes of
     classes. A value that cannot be saved exactly is refused, with an error that says where it is.
 
-    Args:
-        roots: where to begin, by name. An object is identified by the shortest path to it, so an object to which others
-            refer at random, such as the goal among the landmarks, should be a root itself.
-        device: where the objects' tensors are. A state may be loaded on another device than it was saved on: tensors
-            that were on the old one go to the new one.
+    An object is identified by the shortest path to it from one of the ``roots``, so an object to which others refer at
+    random, such as the goal among the landmarks, should be a root itself. A state may be loaded on another device than
+    it was saved on: tensors that were on the old ``device`` go to the new one.
     """
 
     def __init__(self, roots: Mapping[str, object], device: torch.device) -> None:
@@ -54,16 +52,10 @@ class ObjectState:
 
     @torch.no_grad()
     def save(self, *values: object) -> dict[str, Any]:
-        """Copies the state.
+        """Copies the state, and further values, which the objects do not hold.
 
-        It ends with an :class:`~torchrl_trpo.envs.object_graph.InexactError` if something cannot be saved.
-
-        Args:
-            *values: further values to save, which the objects do not hold.
-
-        Returns:
-            Dicts with strings as keys, and lists, of tensors, numbers, strings, booleans and None: what ``torch.load``
-            reads with ``weights_only=True``.
+        It is made of dicts with strings as keys, and lists, of tensors, numbers, strings, booleans and None, which
+        ``torch.load`` reads with ``weights_only=True``. It raises InexactError if something cannot be saved.
         """
         writer = Writer(self._objects, self._device)
         for name, root in self._roots.items():
@@ -79,16 +71,9 @@ class ObjectState:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any]) -> list[Any]:
-        """Puts a saved state into the objects.
+        """Puts a saved state into the objects, and gives the values that were saved with it.
 
-        It ends with a :class:`~torchrl_trpo.errors.SettingError` if the state is of objects that were built
-        differently; nothing has changed then.
-
-        Args:
-            state: from :meth:`save`, of these objects or of their counterparts.
-
-        Returns:
-            The values that were saved with it.
+        It raises SettingError if the state is of objects that were built differently; nothing has changed then.
         """
         ours, theirs = self._signatures, state["objects"]
         for name in [*ours, *theirs]:

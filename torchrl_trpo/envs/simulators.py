@@ -37,11 +37,10 @@ class _KnownEnvironments(Mapping[str, list[str]]):
 
 
 def known_environments() -> Mapping[str, list[str]]:
-    """Lists the tasks of the simulators that are installed.
+    """The tasks by library; none of a library that is not installed.
 
-    Returns:
-        The tasks by library; none of a library that is not installed. A library is looked up when it is asked for, by
-        its files, without an import; Gymnasium is imported, since its plugins register tasks.
+    A library is looked up when it is asked for, by its files, without an import; Gymnasium is imported, since its
+    plugins register tasks.
     """
     return _KnownEnvironments()
 
@@ -71,16 +70,10 @@ _TASKS: dict[str, Callable[[], list[str]]] = {
 def group_agents(spaces: Mapping[str, Any], one_group: bool = False) -> dict[str, list[str]]:
     """Sorts agents into groups: one team, one kind of observation and action.
 
-    Args:
-        spaces: each agent's spaces, anything that compares equal for agents of the same kind.
-        one_group: whether all agents are put in one group, whatever their team.
-
-    Returns:
-        The agents by group. A group has the name of its team, which is the agents' name without its number. A team
-        whose agents differ has a group for each kind, named after its first agent. A single group is ``"agents"``.
-
-    Raises:
-        SettingError: if ``one_group`` is asked for and the agents differ.
+    An agent's spaces may be anything that compares equal for agents of the same kind. A group has the name of its team,
+    which is the agents' name without its number. A team whose agents differ has a group for each kind, named after its
+    first agent. A single group is ``"agents"``. With ``one_group`` teams do not count; it raises SettingError if the
+    agents differ then.
     """
     teams: dict[str, list[list[str]]] = {}
     for agent in spaces:
@@ -206,16 +199,9 @@ SIMULATORS: dict[str, Callable[..., Callable[[], EnvBase]]] = {
 
 @contextlib.contextmanager
 def named_construction(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Turns an error that a simulator raises for the user's arguments into one that names them.
+    """Turns an error that a simulator raises for the user's arguments into a SettingError that names them.
 
     Without arguments of the user's, an error is a bug, and passes with its type and traceback.
-
-    Args:
-        name: the environment's name.
-        kwargs: the user's arguments for the simulator.
-
-    Raises:
-        SettingError: if the simulator cannot be made with them.
     """
     try:
         yield

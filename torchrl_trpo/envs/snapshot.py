@@ -17,14 +17,9 @@ class ObjectSnapshot:
     """Everything that some objects hold, as it is when the snapshot is taken.
 
     It follows attributes, lists, tuples, dicts, sets, bound methods, partial functions and closures. A tensor whose
-    first dimension has the size of the batch holds one row per environment. Two places that share a tensor before and
+    first dimension has the size of the batch holds one row per environment, except those whose paths, as of
+    :func:`~torchrl_trpo.envs.object_graph.tensors_in`, are in ``shared``. Two places that share a tensor before and
     after share the merged one too.
-
-    Args:
-        roots: where to begin.
-        batch_size: the number of environments.
-        shared: the paths of tensors that belong to all environments although their first dimension has that size, from
-            :func:`~torchrl_trpo.envs.object_graph.tensors_in`.
     """
 
     def __init__(self, roots: Iterable[object], batch_size: int, shared: Container[str] = ()) -> None:
@@ -46,14 +41,10 @@ class ObjectSnapshot:
 
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:
-        """Puts the old state back for some environments; the others keep what they hold now.
+        """Puts the old state back for some environments, bool ``[batch_size]``; the others stay as they are now.
 
-        It can be called again for the same environments after further changes. It ends with an
-        :class:`~torchrl_trpo.envs.object_graph.InexactError` if something changed that is not one tensor row per
-        environment: call :meth:`restore` then.
-
-        Args:
-            rows: the environments, bool ``[batch_size]``.
+        It can be called again for the same environments after further changes. It raises InexactError if something
+        changed that is not one tensor row per environment: call :meth:`restore` then.
         """
         if self._held and all(_is_unchanged(value, held) for value, held in self._held):
             return

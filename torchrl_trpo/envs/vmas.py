@@ -291,14 +291,9 @@ def _unchanged(values: list[Any]) -> Iterator[None]:
 
 
 def _shared_tensors(env: Any, twin: Any) -> set[str]:
-    """Finds tensors whose first dimension has the number of environments by coincidence.
+    """The paths of tensors whose first dimension has the number of environments by coincidence.
 
-    Args:
-        env: the simulator.
-        twin: the same simulator with another number of environments.
-
-    Returns:
-        Their paths.
+    ``twin`` is the same simulator with another number of environments.
     """
     sizes = {path: tensor.shape[:1] for path, tensor in tensors_in((twin.scenario, twin.world)).items()}
     tensors = tensors_in((env.scenario, env.world))

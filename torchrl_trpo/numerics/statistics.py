@@ -13,16 +13,9 @@ _BLOCK = 2**22  # the values that a bootstrap has in memory at a time
 
 
 def standardize(values: Tensor, mask: Tensor | None, dims: Sequence[int], ranks: Ranks = ALONE) -> Tensor:
-    """Subtracts the mean and divides by the standard deviation; a spread of only rounding errors counts as 0.
+    """Values with mean 0 and (unbiased) deviation 1 over ``dims`` and all ranks; 0 if equal up to rounding.
 
-    Args:
-        values: the values.
-        mask: which values count, bool of the same shape, or None for all; the others become 0.
-        dims: the dimensions of the mean and the (unbiased) standard deviation.
-        ranks: the processes that each have a part of the values.
-
-    Returns:
-        The standardised values; 0 where all values that count are equal up to rounding.
+    ``mask``, bool of the same shape, says which values count; the others become 0.
     """
     if mask is None:
         mask = torch.ones_like(values, dtype=torch.bool)
@@ -36,15 +29,7 @@ def standardize(values: Tensor, mask: Tensor | None, dims: Sequence[int], ranks:
 
 
 def variance(values: Tensor, ranks: Ranks = ALONE) -> Tensor:
-    """The unbiased variance.
-
-    Args:
-        values: the values, ``[N]``.
-        ranks: the processes that each have a part of the values.
-
-    Returns:
-        A scalar, NaN of a single value.
-    """
+    """The unbiased variance of ``[N]`` values, those of all ranks; NaN of a single value."""
     if ranks.size == 1:
         return values.var()
     count, total = ranks.sum_(torch.stack([values.new_tensor(values.numel()), values.sum()]))
@@ -52,14 +37,7 @@ def variance(values: Tensor, ranks: Ranks = ALONE) -> Tensor:
 
 
 def read(numbers: Mapping[str, Tensor]) -> dict[str, float]:
-    """Reads numbers from the device, all in one wait.
-
-    Args:
-        numbers: scalars by name, floating point.
-
-    Returns:
-        The numbers.
-    """
+    """Reads scalars, floating point, from the device, all in one wait."""
     return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
 
 
@@ -70,14 +48,7 @@ class HostScalar:
         self._known: tuple[Tensor, int, float] | None = None
 
     def read(self, scalar: Tensor) -> float:
-        """The value.
-
-        Args:
-            scalar: the tensor, always that of one quantity.
-
-        Returns:
-            Its value now.
-        """
+        """The value now of the tensor, which must always be that of one quantity."""
         version = scalar._version  # private: PyTorch counts the writes to a tensor nowhere else
         if self._known is None or self._known[0] is not scalar or self._known[1] != version:
             self._known = (scalar, version, float(scalar))
@@ -87,18 +58,11 @@ class HostScalar:
 def percentile_bootstrap(
     statistic: Callable[..., Tensor], *samples: Tensor, resamples: int, level: float = 0.95
 ) -> tuple[float, float]:
-    """A confidence interval of a statistic by the percentile bootstrap (Efron 1979), the same for the same samples.
+    """The ends of a confidence interval by the percentile bootstrap (Efron 1979), the same for the same samples.
 
-    Args:
-        statistic: from resamples ``[R, *B, N]`` of each of the samples to ``[R]``.
-        *samples: independent values along the last dimension, each ``[*B, N]``. Values are drawn anew within their row.
-
-    Keyword Args:
-        resamples: the number of resamples.
-        level: the share of intervals that hold the true value.
-
-    Returns:
-        The two ends.
+    ``samples``, each ``[*B, N]``, are independent along the last dimension; values are drawn anew within their row.
+    ``statistic`` maps resamples ``[R, *B, N]`` of each to ``[R]``; ``level`` is the share of intervals that hold the
+    true value.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(samples))]
     block = max(1, _BLOCK // max(sample.numel() for sample in samples))
@@ -116,14 +80,9 @@ def percentile_bootstrap(
 
 
 def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``(Σ w)² / Σ w²`` of importance weights, as a share of the rows that count.
+    """``(Σ w)² / Σ w²`` of importance weights, given by logarithms, as a share, 0 to 1, of the rows that count.
 
-    Args:
-        log_weight: the logarithms of the weights.
-        mask: which weights count, bool of the same shape, or None for all.
-
-    Returns:
-        A scalar between 0 and 1.
+    ``mask`` is bool of the same shape.
     """
     count = log_weight.numel() if mask is None else mask.sum()
     rows = (log_weight if mask is None else torch.where(mask, log_weight, -torch.inf)).flatten()

@@ -14,27 +14,11 @@ from torch import Tensor
 
 
 def flatten(tensors: Sequence[Tensor], n_regions: int) -> Tensor:
-    """Joins tensors into one vector per region.
-
-    Args:
-        tensors: the tensors, each ``[n, *shape]`` or, when ``n_regions`` is 1, of any shape.
-        n_regions: the number of regions, ``n``.
-
-    Returns:
-        The vectors, ``[n, P]``, in the order of ``tensors``.
-    """
+    """Joins tensors ``[n, *shape]``, of any shape when ``n`` is 1, into one vector per region, ``[n, P]``."""
     return torch.cat([tensor.reshape(n_regions, -1) for tensor in tensors], dim=1)
 
 
 def unflatten(vectors: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Splits vectors into tensors shaped as ``like``: the inverse of :func:`flatten`.
-
-    Args:
-        vectors: one vector per region, ``[n, P]``.
-        like: tensors whose shapes and order are taken.
-
-    Returns:
-        Tensors of the same shapes as ``like``.
-    """
+    """Splits vectors ``[n, P]`` into tensors shaped as ``like``: the inverse of :func:`flatten`."""
     sizes = [tensor.numel() // vectors.shape[0] for tensor in like]
     return [part.reshape(tensor.shape) for part, tensor in zip(vectors.split(sizes, dim=1), like, strict=True)]

@@ -26,16 +26,9 @@ def count_by_rank(kept: Tensor, ranks: Ranks) -> list[int]:
 
 
 def draw_minibatches(kept: Tensor, kept_by_rank: Sequence[int], size: int, ranks: Ranks) -> Iterator[Tensor]:
-    """Draws the minibatches of one pass over the rows of all ranks; the first rank draws the order.
+    """Yields this rank's rows, out of the indices ``kept``, of each minibatch in one pass over the rows of all ranks.
 
-    Args:
-        kept: the indices of this rank's rows.
-        kept_by_rank: the number of rows of each rank, from :func:`count_by_rank`.
-        size: the number of rows of a minibatch, of all ranks together.
-        ranks: the ranks.
-
-    Yields:
-        The indices of this rank's rows of each minibatch; none if all of its rows are other ranks'.
+    A minibatch has ``size`` rows of all ranks together, perhaps none of this one's. The first rank draws the order.
     """
     order = ranks.first_(torch.randperm(sum(kept_by_rank), device=kept.device))
     if ranks.size == 1:
@@ -50,14 +43,8 @@ def draw_minibatches(kept: Tensor, kept_by_rank: Sequence[int], size: int, ranks
 def average_gradients(parameters: Sequence[Tensor], loss: Tensor, count: Tensor, ranks: Ranks) -> Tensor:
     """Averages a loss and its gradients over the values of all ranks; the gradients in place.
 
-    Args:
-        parameters: the trained parameters, each once. One without a gradient counts as 0.
-        loss: the mean over this rank's values, without a graph.
-        count: the number of this rank's values.
-        ranks: the ranks.
-
-    Returns:
-        The mean over the values of all ranks.
+    ``loss`` is the mean over this rank's ``count`` values, without a graph. Each parameter is given once; one without a
+    gradient counts as 0.
     """
     if ranks.size == 1:
         return loss

@@ -46,14 +46,8 @@ def local_rank() -> int:
 def job_ranks(device: torch.device) -> Ranks:
     """Forms the process group of the job, once: NCCL between GPUs of CUDA, gloo between CPUs.
 
-    Without a job, an existing process group is left alone: it belongs to someone else, such as TorchRL's distributed
-    collectors.
-
-    Args:
-        device: the device of this process.
-
-    Returns:
-        The job's ranks; this process alone if torchrun did not start it, or started only one.
+    It gives this process alone if torchrun did not start it, or started only one. An existing process group is left
+    alone then: it belongs to someone else, such as TorchRL's distributed collectors.
     """
     if not is_job() or int(os.environ["WORLD_SIZE"]) == 1:
         return ALONE
@@ -75,14 +69,6 @@ def _agreed_name(store: dist.Store, rank: int, size: int) -> str:
     torchrun's store outlives the processes, so that a restarted process could read the addresses of the processes
     before it. The count of restarts cannot serve as a name: it differs between machines. So each process asks under a
     random name of its own, and only a living rank 0 can answer it.
-
-    Args:
-        store: the store that the processes share.
-        rank: this process's rank.
-        size: the number of processes.
-
-    Returns:
-        The name, the same in all processes.
     """
     own = uuid.uuid4().hex
     if rank > 0:
