@@ -150,6 +150,7 @@ def test_environments_of_a_batch_differ_and_seeds_repeat(name):
     assert not torch.equal(first[key], other[key])
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_a_process_for_each():
     env = build("gym/Pendulum-v1", num_envs=2, parallel=True)
     assert isinstance(env.base_env, ParallelEnv)

@@ -27,9 +27,8 @@ def update(actor, data, chunk_size, *, sequential=False, mask_key=None, **settin
     return flat_parameters(actor), stats
 
 
-@pytest.mark.parametrize("chunk_size", [7, N_ROWS])
+@pytest.mark.parametrize(("kind", "chunk_size"), [*((kind, 7) for kind in DISTRIBUTIONS), ("normal", N_ROWS)])
 @pytest.mark.parametrize("layout", ["shared", "per_agent", "sequential"])
-@pytest.mark.parametrize("kind", DISTRIBUTIONS)
 def test_the_result_is_the_same(kind, layout, chunk_size):
     actor = make_actor(kind, share_params=layout == "shared")
     data = make_data(actor)

@@ -63,6 +63,7 @@ def resume_alone(folder):
     return before, steps[0]
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_with_the_same_parameters(tmp_path, caplog):
     on_ranks(2, train, "itrpo", tmp_path, job="job")
     before, parameters = resume_alone(tmp_path)

@@ -97,11 +97,18 @@ CASES = [
     ("trpo", "gym/Pendulum-v1", ["actor.network=lstm", "critic.network=gru"]),
     pytest.param("itrpo", "vmas/balance", ["critic.value_norm=true"], marks=pytest.mark.slow),
     ("itrpo", "pettingzoo/simple_spread_v3", ["env.parallel=true", "env.num_envs=2"]),
-    ("matrpo", "vmas/navigation", ["normalize_observations=true", "updater.fisher_subsample=0.5"]),
+    pytest.param(
+        "matrpo",
+        "vmas/navigation",
+        ["normalize_observations=true", "updater.fisher_subsample=0.5"],
+        marks=pytest.mark.slow,
+    ),
     pytest.param("matrpo", "pettingzoo/simple_tag_v3", ["critic.inputs=both"], marks=pytest.mark.slow),
     ("hatrpo", "vmas/balance", ["critic.value_norm=true", "normalize_observations=true"]),
     pytest.param("hatrpo", "vmas/simple_spread", ["actor.network=gru"], marks=pytest.mark.slow),
-    ("hatrpo", "pettingzoo/simple_speaker_listener_v4", ["env.continuous_actions=true"]),
+    pytest.param(
+        "hatrpo", "pettingzoo/simple_speaker_listener_v4", ["env.continuous_actions=true"], marks=pytest.mark.slow
+    ),
     ("happo", "vmas/balance", ["normalize_observations=true", "updater.minibatch_size=20"]),
     pytest.param("mappo", "vmas/navigation", ["updater.minibatch_size=20"], marks=pytest.mark.slow),
     ("hatrpo", "mamujoco/Swimmer", ["env.kwargs.agent_conf=2x1"]),
