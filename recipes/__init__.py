@@ -1,11 +1,6 @@
 """The recipes: one script for each algorithm, read from top to bottom."""
 
-from importlib.util import find_spec
+from torchrl_trpo.errors import require
 
-_MISSING = [
-    module for module in ("hydra", "pydantic", "tqdm", "matplotlib", "imageio", "filelock") if find_spec(module) is None
-]
-if _MISSING:  # with its name, `python -m` prints the message without a traceback
-    raise ImportError(
-        f"the recipes need {', '.join(_MISSING)}. Use: pip install 'torchrl-trpo[recipes,vmas]'", name=__name__
-    )
+_MODULES = ("hydra", "pydantic", "tqdm", "matplotlib", "imageio", "imageio_ffmpeg", "filelock")
+require("recipes,vmas", *_MODULES, importer=__name__)

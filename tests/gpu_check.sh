@@ -9,7 +9,7 @@ if [ "$1" = wheels ]; then
   platforms=$(printf -- '--platform manylinux_2_%s_x86_64 ' 17 24 27 28 31 34)
   $python -m pip download -q -c constraints.txt -d wheels --no-deps --only-binary=:all: --python-version 3.12 \
     --implementation cp $platforms --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
-    torchrl tensordict hoptorch pyvers orjson importlib_metadata zipp cloudpickle PyYAML pyglet hydra-core omegaconf gymnasium gym-notices==0.0.8 \
+    torchrl tensordict hoptorch pyvers orjson importlib_metadata zipp cloudpickle PyYAML pyglet hydra-core omegaconf pydantic pydantic-core annotated-types typing-inspection gymnasium gym-notices==0.0.8 \
     Farama-Notifications pettingzoo mpe2 pygame-ce
   $python -m pip wheel -q -c constraints.txt -w wheels --no-deps vmas gym antlr4-python3-runtime==4.9.3
   exit

@@ -38,7 +38,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used: PyTorch takes seconds, and ``load_policy`` needs an extra."""
+    """Imports a public name when it is first used: PyTorch takes seconds, and ``load_policy`` needs a simulator."""
     for module, names in _MODULES.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)

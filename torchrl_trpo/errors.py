@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 
 class SettingError(ValueError):
-    """A setting of a recipe that cannot be; the command ends with the message alone."""
+    """An invalid setting; the command line prints the message without a traceback."""
 
 
 class AgreedError(SettingError):
-    """One that the first of several processes has found, and told the others."""
+    """A SettingError that rank 0 has found and that is raised on every rank."""
 
 
 class PlainKeyError(KeyError):
@@ -19,6 +20,25 @@ class PlainKeyError(KeyError):
 
     def __str__(self) -> str:
         return "".join(map(str, self.args))
+
+
+def require(extras: str, *modules: str, importer: str) -> None:
+    """Refuses to go on without modules that an extra installs.
+
+    Args:
+        extras: the extras, such as ``"recipes,vmas"``.
+        *modules: the modules.
+
+    Keyword Args:
+        importer: the module that needs them; ``python -m`` prints the message of its package without a traceback.
+
+    Raises:
+        ImportError: if one is not installed; it says what to install.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        command = f"pip install 'torchrl-trpo[{extras}]'"
+        raise ImportError(f"{importer} needs {', '.join(missing)}. Use: {command}", name=importer)
 
 
 def nearest(given: object, legal: Iterable[object]) -> str:

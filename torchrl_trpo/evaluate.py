@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torchrl_trpo.arguments import plain_number
 from torchrl_trpo.envs import resolve_device
-from torchrl_trpo.errors import SettingError
+from torchrl_trpo.errors import SettingError, require
 from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks.recurrent import carry_states
 from torchrl_trpo.numerics.statistics import percentile_bootstrap
@@ -79,6 +79,8 @@ def evaluate_run(
         raise SettingError(f"seed must be a whole number from 0 to 4294967295, got {seed}.")
     if film is not None and (Path(film).suffix not in {".mp4", ".gif"} or not Path(film).parent.is_dir()):
         raise SettingError(f"film: {str(film)!r}. Legal: an .mp4 or .gif file in a folder that exists.")
+    if film is not None:
+        require("recipes", "imageio", "imageio_ffmpeg", "matplotlib", importer=__name__)
     where = resolve_device(device)
     seed = (config["seed"] + 1000) % 2**32 if seed is None else seed
     with untouched_generators(seed):

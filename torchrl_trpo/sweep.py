@@ -19,10 +19,6 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from matplotlib.figure import Figure
-from omegaconf import OmegaConf
-
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.reporting.record import RunRecord, find_runs, finite_mean, flat, read_run
 
@@ -168,6 +164,8 @@ def _unfinished(settings: Sequence[Setting], folder: Path) -> list[str]:
 
 def _plot(settings: Sequence[Setting], path: Path) -> Path:
     """Plots each setting's mean return and the range over seeds; a cross marks the end of an unfinished run."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5 + 0.3 * len(settings)), layout="constrained")
     axis = figure.subplots()
     for index, setting in enumerate(settings):
@@ -197,6 +195,9 @@ def _jobs(folder: Path) -> dict[str, list[str]]:
     """The swept overrides of each job, by the name of its folder, in the order in which Hydra numbers jobs."""
     if not (folder / "multirun.yaml").exists():
         return {}
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
     task = list(OmegaConf.load(folder / "multirun.yaml").hydra.overrides.task)
     swept = [override for override in OverridesParser.create().parse_overrides(task) if override.is_sweep_override()]
     choices = [[f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()] for each in swept]

@@ -328,3 +328,14 @@ def test_the_command_line_says_it_all(tmp_path):
     assert first == "error: 3 settings are wrong:"
     assert {line.split()[1] for line in lines} == {"seed", "film", "device:"}
     assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_a_simulator_that_is_not_installed_is_no_misspelt_task(monkeypatch):
+    monkeypatch.setattr("torchrl_trpo.config.overrides.known_environments", lambda: {"vmas": ["balance"], "gym": []})
+    with pytest.raises(SettingError, match=r"not installed\. Use: pip install 'torchrl-trpo\[recipes,gym\]'"):
+        check_overrides(["env=gym/Acrobot-v1"], CONFIG_DIR, "trpo")
+
+
+def test_wrong_syntax_is_one_of_the_problems():
+    with pytest.raises(SettingError, match=r"2 settings are wrong:.*\n  - env: 'vmas/balanc'.*\n  - .*gamma=\["):
+        check_overrides(["gamma=[", "env=vmas/balanc"], CONFIG_DIR, "hatrpo")

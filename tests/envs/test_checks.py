@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, StepCounter, TransformedEnv
 
-from torchrl_trpo.envs import make_env
+from torchrl_trpo.envs import BatchedResetVmasEnv, make_env
 from torchrl_trpo.envs.checks import EnvironmentFault, find_non_finite
+from torchrl_trpo.errors import SettingError
 from torchrl_trpo.keys import group_keys
 
 
@@ -195,6 +196,19 @@ def test_what_a_simulator_refuses_names_the_settings(name, kwargs, message):
     with pytest.raises(ValueError, match=message) as caught:
         build(name, kwargs=kwargs, factory=factory)
     assert caught.value.__cause__ is not None
+
+
+def make_six(num_envs, device, seed):
+    if num_envs != 6:
+        raise ValueError("only six")
+    return BatchedResetVmasEnv("balance", num_envs, device=device, seed=seed)
+
+
+def test_a_factory_that_fails_is_named():
+    """A run's film needs four environments; a factory of six raised after the training, and no summary was written."""
+    factory = "tests.envs.test_checks.make_six"
+    with pytest.raises(SettingError, match=r"'custom' cannot be made with kwargs=\{\}: ValueError: only six"):
+        build("custom", num_envs=4, factory=factory)
 
 
 def test_a_mistake_of_this_package_is_no_setting(monkeypatch):

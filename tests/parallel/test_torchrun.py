@@ -84,7 +84,7 @@ def refused(name, folder, *overrides):
 
 def test_environments_that_cannot_be_spread_are_refused(tmp_path):
     messages = on_ranks(2, refused, "hatrpo", tmp_path, "env.num_envs=5", "train.frames_per_batch=100", job="job")
-    assert messages == ["num_envs=5 cannot be spread over 2 processes. Nearest: 4 or 6."] * 2
+    assert messages == ["env.num_envs=5 cannot be spread over 2 processes. Nearest: 4 or 6."] * 2
 
 
 def test_the_folder_of_another_job_is_refused(tmp_path):

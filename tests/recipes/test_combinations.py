@@ -121,5 +121,5 @@ UNEQUAL = [
 
 @pytest.mark.parametrize("environment", UNEQUAL)
 def test_all_needs_equal_spaces(environment, tmp_path):
-    with pytest.raises(SettingError, match=r"one_group=True: .*Legal: one_group=False"):
+    with pytest.raises(SettingError, match=r"actor\.sharing=all: .*Legal: actor\.sharing=group or none"):
         itrpo.train(config(itrpo, tmp_path, ENVIRONMENTS[environment], "actor.sharing=all"))

@@ -18,7 +18,7 @@ from torchrl_trpo.training.metrics import COLUMNS
 
 def test_the_grid_draws_what_a_run_has(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: drawn.append(self) or path.touch())
     write_run(tmp_path)
     plot_diagnostics(read_run(tmp_path), tmp_path / "diagnostics.png")
     shown = {axis.get_title(): axis for axis in drawn[0].axes if axis.axison}

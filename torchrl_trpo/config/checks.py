@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
@@ -18,6 +19,13 @@ from torchrl_trpo.errors import SettingError, nearest, nearest_multiples
 from torchrl_trpo.keys import GroupKeys
 from torchrl_trpo.reporting.loggers import logger_problem
 
+_ARGUMENTS = {  # of make_env, in its errors, and the settings that they come from
+    r"(num_envs|max_steps|kwargs|factory)(?=[=:]| must)": r"env.\1",
+    r"one_group=True": "actor.sharing=all",
+    r"one_group=False": "actor.sharing=group or none",
+    r"state=True": "critic.inputs",
+    r"state=False": "critic.inputs=observations",
+}
 _RECORDED = ("algorithm", "versions")  # the config.yaml of a run has them too
 
 
@@ -260,6 +268,13 @@ _COMBINATIONS: Sequence[tuple[Sequence[str], Callable[..., str | None]]] = (
     (("env.name", "actor.sharing"), _team),  # of ITRPO, MATRPO, MAPPO and IPPO
     (("env.name", "team_reward"), _team),  # of HATRPO and HAPPO
 )
+
+
+def in_terms_of_settings(message: str) -> str:
+    """An error of ``make_env`` in the terms of a recipe: ``env.num_envs=5`` for ``num_envs=5``."""
+    for argument, setting in _ARGUMENTS.items():
+        message = re.sub(rf"(?<![\w.]){argument}", setting, message)
+    return message
 
 
 def check_single_agent(cfg: DictConfig, groups: Sequence[GroupKeys]) -> GroupKeys:

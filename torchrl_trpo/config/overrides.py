@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,11 +69,17 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
     if knows_env:
         for env in [env for name, value in map(_split, checked) if name == "env" for env in value.split(",")]:
             _register(env, config_dir)
+    for name, override in [(_split(each)[0], each) for each in checked if not each.startswith("-")]:
+        if not problems.get(name) and (problem := _syntax_problem(override)):
+            problems[name] = [problem]
     right = [override for override in checked if not problems.get(_split(override)[0])]
     lines = [line for each in problems.values() for line in each]
-    with contextlib.suppress(HydraException):  # Hydra reports its own syntax errors
-        settings = resolved(compose_settings(right, config_dir, config_name))
-        lines += find_problems(settings, RECIPES[config_name], knows_env=knows_env)
+    try:
+        cfg = compose_settings(right, config_dir, config_name)
+    except HydraException as error:
+        lines.append(str(error).splitlines()[0])
+    else:
+        lines += find_problems(resolved(cfg), RECIPES[config_name], knows_env=knows_env)
     if lines:
         raise SettingError(one_message(lines))
     return checked
@@ -123,9 +128,25 @@ def environments(config_dir: Path) -> dict[str, list[str]]:
 
 
 def _env_problems(envs: Sequence[str], config_dir: Path) -> list[str]:
+    libraries = dict.fromkeys(env.partition("/")[0] for env in envs)
+    missing = [each for each in libraries if each in _ENV_DEFAULTS and not known_environments()[each]]
+    if missing:
+        extras = ",".join(["recipes", *missing])
+        return [f"env: {envs} needs a simulator that is not installed. Use: pip install 'torchrl-trpo[{extras}]'"]
     unwritten = [env for env in envs if not (config_dir / "env" / f"{env}.yaml").exists()]
     known = [name for names in environments(config_dir).values() for name in names] if unwritten else []
     return [f"env: {env!r}. {nearest(env, known)}" for env in unwritten if env not in known]
+
+
+def _syntax_problem(override: str) -> str | None:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        return (
+            f"{override.lstrip('+')}: {reason}. Legal: Hydra's syntax, such as name=1.5, name=[1,2] or 'name=\"a b\"'."
+        )
+    return None
 
 
 def _resume_problems(folder: Path, config_name: str) -> list[str]:

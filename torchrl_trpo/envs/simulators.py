@@ -199,16 +199,19 @@ SIMULATORS: dict[str, Callable[..., Callable[[], EnvBase]]] = {
 
 @contextlib.contextmanager
 def named_construction(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Turns an error that a simulator raises for the user's arguments into a SettingError that names them.
+    """Turns what a simulator or a factory raises into a SettingError that names the environment and its arguments.
 
-    Without arguments of the user's, an error is a bug, and passes with its type and traceback.
+    An error of this package, also inside torch, is a bug and passes with its traceback. Simulators raise errors of any
+    type, so that only the frame that raised tells whose it is.
     """
     try:
         yield
     except (SettingError, ImportError):
         raise
     except Exception as error:
-        if not kwargs:
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        packages = [module.partition(".")[0] for module in modules]
+        if [each for each in packages if each not in {"torch", "tensordict", "numpy"}][-1] == "torchrl_trpo":
             raise
         # VMAS asserts without messages, so the line of code is shown
         reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line

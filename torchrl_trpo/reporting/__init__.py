@@ -1,1 +1,5 @@
-"""Reading, plotting and logging what a run writes."""
+"""What the folder of a run says, for those who look at it."""
+
+from torchrl_trpo.errors import require
+
+require("recipes", "hydra", "omegaconf", "matplotlib", importer=__name__)

@@ -111,7 +111,9 @@ def _plot(record: RunRecord, panels: Sequence[_Panel], path: Path) -> Path:
         _draw(axis, record, *panel)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    figure.savefig(path, dpi=100)
+    beside = path.with_name(f".new_{path.name}")
+    figure.savefig(beside, dpi=100)
+    beside.replace(path)  # whoever looks while the run goes on sees a whole picture
     return path
 
 

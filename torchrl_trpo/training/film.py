@@ -15,7 +15,8 @@ from torchrl._utils import logger
 from torchrl.envs import EnvBase, SerialEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_trpo.errors import SettingError
+from torchrl_trpo.envs.checks import EnvironmentFault
+from torchrl_trpo.errors import SettingError, require
 from torchrl_trpo.networks.recurrent import carry_states
 from torchrl_trpo.training.policy import make_run_env
 
@@ -50,7 +51,7 @@ def film_run(
     """
     try:
         stage = make_run_env(config, num_envs=_EPISODES, seed=seed, device=device, render=True)
-    except SettingError as error:
+    except (SettingError, EnvironmentFault) as error:
         logger.warning(f"No film: {error}")
         return None
     try:
@@ -92,6 +93,9 @@ def film_episodes(
         logger.warning(f"No film: the environment cannot be drawn here ({type(error).__name__}: {error}).")
         return None
     num_envs = env.batch_size[0]
+    require("recipes", "imageio", "imageio_ffmpeg", importer=__name__)
+    import imageio.v2 as imageio  # here, so that --help does not wait for it
+
     shrink = math.ceil(num_envs**0.5)
     films: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
     running = [True] * num_envs
@@ -105,8 +109,6 @@ def film_episodes(
             data = env.step(policy(data))["next"]
             running = [was and not done for was, done in zip(running, data["done"].flatten().tolist(), strict=True)]
     speed = {"duration": 1000 / FRAMES_PER_SECOND} if path.suffix == ".gif" else {"fps": FRAMES_PER_SECOND}
-    import imageio.v2 as imageio  # here and below, so that a command line that is wrong does not wait for it
-
     imageio.mimsave(path, [_mosaic(tiles) for tiles in zip(*films, strict=True)], **speed)
     return path
 

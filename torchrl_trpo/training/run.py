@@ -19,7 +19,7 @@ from torch import nn
 from torchrl.collectors import Collector
 from torchrl.record.loggers import generate_exp_name
 
-from torchrl_trpo.config.checks import check_settings
+from torchrl_trpo.config.checks import check_settings, in_terms_of_settings
 from torchrl_trpo.config.schema import Recipe
 from torchrl_trpo.envs import resolve_device
 from torchrl_trpo.envs.checks import EnvironmentFault, find_non_finite
@@ -85,6 +85,8 @@ def training_run(
                 ranks = job_ranks(resolve_device(cfg.device))
                 with untouched_generators(rank_seed(cfg.seed, ranks.rank)):
                     return train(cfg, ranks)
+            except SettingError as error:
+                raise type(error)(in_terms_of_settings(str(error))) from error
             finally:
                 _ONE_AT_A_TIME.release()
 
@@ -213,8 +215,7 @@ class Run:
             A batch; :meth:`log` must be called before the next one.
 
         Raises:
-            EnvironmentFault: if anything in a batch is not finite and ``cfg.non_finite`` is ``stop``; environments of
-                ``make_env`` raise one of themselves when they fail.
+            EnvironmentFault: if anything in a batch is not finite and ``cfg.non_finite`` is ``stop``.
             RuntimeError: if :meth:`log` was not called after a batch, which would then be trained on without end.
         """
         batches = iter(self._collector)
