@@ -15,9 +15,9 @@ import hydra
 from omegaconf import DictConfig
 
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.config.checks import check_teams
 from torchrl_trpo.config.cli import plain_errors, run_recipe
 from torchrl_trpo.config.schema import HATRPO
+from torchrl_trpo.config.validation import check_teams
 from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks.recurrent import carry_states

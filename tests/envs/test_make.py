@@ -17,7 +17,8 @@ from tests.environments import HARL_BREAKS
 from torchrl_trpo.distributions import BoundedTanhNormal, MultiCategorical
 from torchrl_trpo.envs import make_env
 from torchrl_trpo.envs.normalization import observation_norm
-from torchrl_trpo.envs.simulators import group_agents, known_environments
+from torchrl_trpo.envs.simulators import group_agents
+from torchrl_trpo.envs.tasks import known_tasks
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.keys import agent_groups, group_keys
 from torchrl_trpo.networks import make_actor, make_central_critic
@@ -399,19 +400,18 @@ def test_mistakes_are_named(name, settings, message):
 
 def test_tasks_are_listed_without_importing_a_simulator(monkeypatch):
     """Only Gymnasium is imported, and only when it is asked for: its plugins register tasks."""
-    known = known_environments()
     with monkeypatch.context() as patch:
-        patch.setattr("torchrl_trpo.envs.simulators.importlib.import_module", None)
-        vmas, particles = known["vmas"], known["pettingzoo"]
-        assert "HalfCheetah" in known["mamujoco"]
+        patch.setattr("torchrl_trpo.envs.tasks.importlib.import_module", None)
+        vmas, particles = known_tasks("vmas"), known_tasks("pettingzoo")
+        assert "HalfCheetah" in known_tasks("mamujoco")
     assert sorted(vmas) == sorted(VmasEnv.available_envs)
     assert set(MPE) <= set(particles)
-    assert "CartPole-v1" in known["gym"]
+    assert "CartPole-v1" in known_tasks("gym")
 
 
 def test_what_is_not_installed(monkeypatch):
-    monkeypatch.setattr("torchrl_trpo.envs.simulators.importlib.util.find_spec", lambda _: None)
-    assert known_environments()["pettingzoo"] == []
+    monkeypatch.setattr("torchrl_trpo.envs.tasks.importlib.util.find_spec", lambda _: None)
+    assert known_tasks("pettingzoo") == []
     with pytest.raises(ImportError, match=r"mpe2.* is not installed\. Use: pip install torchrl-trpo\[pettingzoo,recip"):
         build("pettingzoo/simple_spread_v3")
 

@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 
 from tests.rank_processes import run_command
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.config.checks import check_settings
 from torchrl_trpo.config.overrides import check_overrides, environments
 from torchrl_trpo.config.schema import RECIPES as SETTINGS
+from torchrl_trpo.config.validation import check_settings
 from torchrl_trpo.envs import BatchedResetVmasEnv, make_env, resolve_device
 from torchrl_trpo.envs.normalization import observation_norm
 from torchrl_trpo.keys import group_keys

@@ -13,9 +13,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from torchrl_trpo.config.checks import choices, fields
 from torchrl_trpo.config.overrides import check_overrides, compose_settings, environments
 from torchrl_trpo.config.schema import RECIPES
+from torchrl_trpo.config.validation import choices, fields
 from torchrl_trpo.errors import AgreedError, SettingError
 from torchrl_trpo.parallel.ranks import RankLostError
 from torchrl_trpo.parallel.torchrun import is_first

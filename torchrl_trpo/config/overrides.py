@@ -15,9 +15,9 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from torchrl_trpo.config.checks import find_problems, one_message, resolved, unknown_setting
 from torchrl_trpo.config.schema import RECIPES
-from torchrl_trpo.envs.simulators import known_environments
+from torchrl_trpo.config.validation import find_problems, one_message, resolved, unknown_setting
+from torchrl_trpo.envs.tasks import LIBRARIES, known_tasks
 from torchrl_trpo.errors import SettingError, nearest
 
 _ENV_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -121,15 +121,15 @@ def environments(config_dir: Path) -> dict[str, list[str]]:
         The names by library; those that have no task beside the name under ``""``.
     """
     names = {"": sorted(path.stem for path in (config_dir / "env").glob("*.yaml"))}
-    for library, tasks in known_environments().items():
+    for library in LIBRARIES:
         written = {path.stem for path in (config_dir / "env" / library).glob("*.yaml")}
-        names[library] = [f"{library}/{task}" for task in sorted(written.union(tasks))]
+        names[library] = [f"{library}/{task}" for task in sorted(written.union(known_tasks(library)))]
     return names
 
 
 def _env_problems(envs: Sequence[str], config_dir: Path) -> list[str]:
     libraries = dict.fromkeys(env.partition("/")[0] for env in envs)
-    missing = [each for each in libraries if each in _ENV_DEFAULTS and not known_environments()[each]]
+    missing = [each for each in libraries if each in _ENV_DEFAULTS and not known_tasks(each)]
     if missing:
         extras = ",".join(["recipes", *missing])
         return [f"env: {envs} needs a simulator that is not installed. Use: pip install 'torchrl-trpo[{extras}]'"]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from torchrl_trpo.envs import resolve_device
-from torchrl_trpo.envs.simulators import known_environments
+from torchrl_trpo.envs.tasks import known_tasks
 from torchrl_trpo.errors import SettingError, nearest
 from torchrl_trpo.numerics.updater import TrustRegionUpdater
 from torchrl_trpo.parallel.minibatches import ADAM_RANGES
@@ -51,7 +51,7 @@ def _check_environment(name: Any) -> Any:
         raise SettingError(f"env: {name!r}. {nearest(name, ENVIRONMENTS)}")
     if library == "custom":
         return name
-    tasks = known_environments()[library]
+    tasks = known_tasks(library)
     if not tasks:
         raise SettingError(
             f"env: {name!r} needs a simulator that is not installed. Use: pip install 'torchrl-trpo[recipes,{library}]'"

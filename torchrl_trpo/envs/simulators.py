@@ -1,70 +1,24 @@
-"""The libraries that environments come from: the tasks that each has, and how each makes an environment."""
+"""How each library makes an environment."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib
-import importlib.util
 import inspect
 import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torchrl.envs import EnvBase
 
 from torchrl_trpo.envs.replay import ReplayedGymEnv, ReplayedPettingZooWrapper
+from torchrl_trpo.envs.tasks import known_tasks
 from torchrl_trpo.envs.vmas import BatchedResetVmasEnv
 from torchrl_trpo.errors import SettingError, nearest
-
-_ROBOTS = ["Ant", "CoupledHalfCheetah", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup"]
-_ROBOTS += ["Pusher", "Reacher", "Swimmer", "Walker2d"]
-
-
-class _KnownEnvironments(Mapping[str, list[str]]):
-    def __getitem__(self, library: str) -> list[str]:
-        return _TASKS[library]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_TASKS)
-
-    def __len__(self) -> int:
-        return len(_TASKS)
-
-
-def known_environments() -> Mapping[str, list[str]]:
-    """The tasks by library; none of a library that is not installed.
-
-    A library is looked up when it is asked for, by its files, without an import; Gymnasium is imported, since its
-    plugins register tasks.
-    """
-    return _KnownEnvironments()
-
-
-def _modules(package: str, *folders: str) -> list[str]:
-    """The names of the modules in folders of a package, which is not imported; none if it is not installed."""
-    spec = importlib.util.find_spec(package)
-    roots = (spec and spec.submodule_search_locations) or []
-    files = [file for root in roots for folder in folders for file in Path(root, folder).glob("[!_]*.py")]
-    return sorted(file.stem for file in files)
-
-
-def _gym_tasks() -> list[str]:
-    if not importlib.util.find_spec("gymnasium"):
-        return []
-    return [name for name in importlib.import_module("gymnasium").registry if re.fullmatch(r"[\w-]+", name)]
-
-
-_TASKS: dict[str, Callable[[], list[str]]] = {
-    "vmas": lambda: _modules("vmas", "scenarios", "scenarios/mpe", "scenarios/debug"),
-    "pettingzoo": lambda: [name for name in _modules("mpe2", "") if re.fullmatch(r"simple\w*_v\d+", name)],
-    "mamujoco": lambda: _ROBOTS if importlib.util.find_spec("gymnasium_robotics") else [],
-    "gym": _gym_tasks,
-}
 
 
 def group_agents(spaces: Mapping[str, Any], one_group: bool = False) -> dict[str, list[str]]:
@@ -221,7 +175,7 @@ def named_construction(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _known_task(name: str, library: str, package: str, extra: str) -> str:
-    known = known_environments()[library]
+    known = known_tasks(library)
     task = name.partition("/")[2]
     if not known:
         raise ImportError(f"{package} not installed. Use: pip install torchrl-trpo[{extra},recipes].")

@@ -19,8 +19,8 @@ from torch import nn
 from torchrl.collectors import Collector
 from torchrl.record.loggers import generate_exp_name
 
-from torchrl_trpo.config.checks import check_settings, in_terms_of_settings
 from torchrl_trpo.config.schema import Recipe
+from torchrl_trpo.config.validation import check_settings, in_terms_of_settings
 from torchrl_trpo.envs import resolve_device
 from torchrl_trpo.envs.checks import EnvironmentFault, find_non_finite
 from torchrl_trpo.envs.normalization import observation_norm

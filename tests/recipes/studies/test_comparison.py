@@ -17,9 +17,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from torchrl_trpo.config.checks import check_settings
 from torchrl_trpo.config.overrides import check_overrides
 from torchrl_trpo.config.schema import RECIPES
+from torchrl_trpo.config.validation import check_settings
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.recipes.studies import comparison, jobs, sensitivity, tuning
 from torchrl_trpo.recipes.studies.report import Comparison, Curves, write_report
