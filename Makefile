@@ -1,6 +1,6 @@
 # make train   train HATRPO on VMAS; ALGO=itrpo|matrpo|hatrpo|happo|mappo|ippo|trpo, ARGS="seed=1 env=vmas/navigation" for other settings
 # make evaluate RUN=<folder>   plays the trained policy of a run and films it; ARGS="--episodes 500 --checkpoint best"
-# make test    the test suite, under 10 minutes on 2 cores
+# make test    the test suite, about 5 minutes on 2 cores
 # make check   format, lint, docstring rules and types
 # make docs    the documentation site; fails on a dead link and a public name without a page; make linkcheck asks for external links
 # make bench   what update, memory and sampling cost, as ratios, about 10 minutes; ARGS="--quick --only update,textbook"
