@@ -65,10 +65,7 @@ class Checkpoints:
     def save(self, progress: Mapping[str, Any], config: Mapping[str, Any], episode_return: float) -> None:
         """Writes a checkpoint and removes those that are not kept.
 
-        Args:
-            progress: numbers such as ``iteration`` and ``frames``.
-            config: the run's settings, with the algorithm and the packages' versions.
-            episode_return: the return that decides which checkpoint is the best; a non-finite one counts as the worst.
+        ``episode_return`` decides which checkpoint is the best; a non-finite one counts as the worst.
         """
         if self._ranks.size > 1:
             self._other_ranks.states = self._ranks.gather_objects(_to_bytes(_states(self._of_this_rank)))[1:]
@@ -87,16 +84,10 @@ class Checkpoints:
         self._rotation.save(checkpoint, step=progress["iteration"], metadata=record)
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Restores all that a checkpoint holds.
+        """Restores all that a checkpoint holds, and returns the progress that it was saved with.
 
-        If the number of processes has changed, the run begins new episodes, and a warning says so.
-
-        Args:
-            path: the checkpoint.
-
-        Returns:
-            The progress that it was saved with. A :class:`~torchrl_trpo.errors.SettingError` says if something in it
-            is missing, or cannot be read.
+        If the number of processes has changed, the run begins new episodes, and a warning says so. Raises SettingError
+        if something is missing, or cannot be read.
         """
         progress, same_size = agreed(lambda: self._load_first(path), self._ranks)
         if self._ranks.size > 1:
@@ -173,17 +164,9 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def find_checkpoint(folder: Path, which: str = "latest") -> Path:
-    """Finds a checkpoint of a run.
+    """The ``"latest"`` checkpoint of a run, or the ``"best"``: that with the highest episode return in its iteration.
 
-    Args:
-        folder: the run's folder.
-        which: ``"latest"``, or ``"best"``: the one with the highest episode return in its iteration.
-
-    Returns:
-        Where it is.
-
-    Raises:
-        SettingError: if there is none, or this version cannot read it.
+    Raises SettingError if there is none, or if this version cannot read it.
     """
     if which not in WHICH:
         raise SettingError(f"checkpoint: {which!r}. {nearest(which, WHICH)}")
@@ -200,16 +183,9 @@ def find_checkpoint(folder: Path, which: str = "latest") -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint's description: ``format_version``, ``progress``, ``config``, ``best_metric``.
+    """A checkpoint's description: ``format_version``, ``progress``, ``config``, ``best_metric``.
 
-    Args:
-        path: the checkpoint.
-
-    Returns:
-        The record.
-
-    Raises:
-        SettingError: if it is broken, or of another format.
+    Raises SettingError if it is broken, or of another format.
     """
     try:
         record = Checkpoint.manifest(path)["metadata"]
@@ -227,14 +203,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def load_components(path: Path, components: Mapping[str, Any]) -> None:
-    """Restores some components of a checkpoint.
+    """Restores some components of a checkpoint, objects with ``load_state_dict`` by name.
 
-    Args:
-        path: the checkpoint.
-        components: objects with ``load_state_dict``, by name.
-
-    Raises:
-        SettingError: if one is missing or cannot be read.
+    Raises SettingError if one is missing or cannot be read.
     """
     try:
         _checkpoint_of(components).load(path, map_location="cpu")

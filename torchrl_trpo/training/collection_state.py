@@ -48,11 +48,7 @@ class CollectionState:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores the state.
-
-        Args:
-            state_dict: what :meth:`state_dict` gave.
-        """
+        """Restores what :meth:`state_dict` returned."""
         env = self._collector.env
         env.transform.load_state_dict(state_dict["transforms"])
         if state_dict["simulator"]:

@@ -43,12 +43,7 @@ class Console:
         self.close()
 
     def start(self, frames: int, device: torch.device | None) -> None:
-        """Prints what is trained and where, and shows the progress bar.
-
-        Args:
-            frames: the frames done so far.
-            device: the environment's device; None for the CPU.
-        """
+        """Prints what is trained and where, and shows the progress bar."""
         self._bar = tqdm(
             total=self._cfg.train.total_frames,
             initial=frames,
@@ -67,12 +62,7 @@ class Console:
             )
 
     def update(self, row: Mapping[str, Any], n_regions: int) -> None:
-        """Moves the progress bar.
-
-        Args:
-            row: the iteration's metrics.
-            n_regions: the number of trust regions.
-        """
+        """Moves the progress bar."""
         if self._bar is None:
             return
         self._bar.update(row["frames"] - self._bar.n)
@@ -96,12 +86,6 @@ class Console:
         """Prints how to continue a run that an error or a signal has ended.
 
         The first rank prints it, and if that may be the lost one, the second rank prints it too.
-
-        Args:
-            error: what ended the run.
-            iteration: the last iteration that is done.
-            frames: the frames done so far.
-            saved_at: the iteration of the last checkpoint.
         """
         if self._ranks.rank > isinstance(error, RankLostError):
             return

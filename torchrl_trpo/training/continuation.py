@@ -41,15 +41,7 @@ _WITHOUT_EFFECT = ("output_dir", "resume", "versions", "film", "checkpoint", "lo
 
 
 def full_record(cfg: DictConfig, algorithm: str) -> dict[str, Any]:
-    """The settings of a run, resolved, with its algorithm and the versions of the packages.
-
-    Args:
-        cfg: the recipe's config.
-        algorithm: the algorithm's name.
-
-    Returns:
-        The record, of plain containers.
-    """
+    """The settings of a run, resolved, with its algorithm and the versions of the packages, as plain containers."""
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
@@ -63,16 +55,7 @@ def full_record(cfg: DictConfig, algorithm: str) -> dict[str, Any]:
 def check_continued(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
     """Compares the settings of a resumed run with those it had, and warns of what has changed.
 
-    Args:
-        before: the record of the run that is continued.
-        now: the record of this one.
-        folder: the run's folder, for the message.
-
-    Returns:
-        The settings, by dotted name, that have changed.
-
-    Raises:
-        SettingError: if the task, a network or the seed has changed.
+    Returns the dotted names of what has changed. Raises SettingError if the task, a network or the seed has.
     """
     old, new = OmegaConf.create(dict(before)), OmegaConf.create(dict(now))
     for name in _FIXED:
@@ -96,16 +79,7 @@ def check_continued(before: Mapping[str, Any], now: Mapping[str, Any], folder: P
 
 
 def check_unfinished(folder: Path, frames: int, now: Mapping[str, Any]) -> None:
-    """Refuses to continue a run that has done all its frames and has written its summary.
-
-    Args:
-        folder: the run's folder.
-        frames: the frames of its last checkpoint.
-        now: the record of the run that continues it.
-
-    Raises:
-        SettingError: if nothing is left to do.
-    """
+    """Raises SettingError if a run has done all its frames and has written its summary."""
     summary, train = folder / "summary.json", now["train"]
     has_summary = summary.exists() and json.loads(summary.read_text())["frames"] == frames
     if has_summary and frames >= train["total_frames"]:
@@ -119,15 +93,7 @@ def check_unfinished(folder: Path, frames: int, now: Mapping[str, Any]) -> None:
 def rows_before(metrics: Path, iteration: int) -> list[dict[str, str]]:
     """The rows of ``metrics.csv`` up to a checkpoint; later iterations will be done again.
 
-    Args:
-        metrics: the file; if it is gone, a warning says so and there are no rows.
-        iteration: the checkpoint's iteration.
-
-    Returns:
-        The rows.
-
-    Raises:
-        SettingError: if rows are missing in between.
+    If the file is gone, a warning says so and there are no rows. Raises SettingError if rows are missing in between.
     """
     if not metrics.exists():
         logger.warning(f"{metrics} is gone: it begins anew with iteration {iteration + 1}.")

@@ -46,13 +46,8 @@ class RunFolder:
     def take(self, record: Mapping[str, Any]) -> Start:
         """Locks the folder for a run, and finds out where the run starts.
 
-        A run goes on if ``resume`` asks for it, or if torchrun or a scheduler has started the same job again.
-
-        Args:
-            record: the settings of the run, see :func:`~torchrl_trpo.training.continuation.full_record`.
-
-        Returns:
-            Where it starts. A :class:`~torchrl_trpo.errors.SettingError` is raised if the run may not use the folder.
+        A run goes on if ``resume`` asks for it, or if torchrun or a scheduler has started the same job again. Raises
+        SettingError if the run may not use the folder.
         """
         if record["resume"] or self._belongs_to_this_job():
             return self._resume(record)
@@ -120,12 +115,7 @@ class RunFolder:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file in one step: a reader sees the old text or the new one, whenever the process is killed.
-
-    Args:
-        path: the file.
-        text: its new text.
-    """
+    """Writes a file in one step: a reader sees the old text or the new one, whenever the process is killed."""
     beside = path.with_name(f".{path.name}.new")
     with beside.open("w", newline="") as file:
         file.write(text)

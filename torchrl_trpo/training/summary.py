@@ -43,19 +43,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Evaluates and films the policy of a run that has done its frames, writes ``summary.json`` and prints it.
 
-    Args:
-        folder: the run's folder.
-        settings: the run's settings, with the algorithm.
-        progress: its ``frames``, ``wall_s``, ``cpu_s`` and ``best_return``.
-        returns: the episode return of each iteration, NaN where no episode ended.
-
-    Keyword Args:
-        env: the environment; its normaliser is frozen.
-        policy: the policy.
-        logger: gets the evaluation's return and the film.
-
-    Returns:
-        What ``summary.json`` holds.
+    ``returns`` are the episode returns of all iterations, NaN where no episode ended. The environment's normaliser is
+    frozen. Returns what ``summary.json`` holds.
     """
     recent = [value for value in returns if math.isfinite(value)][-5:] or [math.nan]
     if (norm := observation_norm(env)) is not None:
