@@ -336,6 +336,13 @@ def test_a_simulator_that_is_not_installed_is_no_misspelt_task(monkeypatch):
         check_overrides(["env=gym/Acrobot-v1"], CONFIG_DIR, "trpo")
 
 
+def test_flags_of_hydra_are_no_settings():
+    flags = ["--cfg", "job", "--config-dir=.", "~critic.lr"]
+    assert check_overrides(flags[:3], CONFIG_DIR, "hatrpo") == flags[:3]
+    with pytest.raises(SettingError, match=r"^critic\.lr is missing"):
+        check_overrides(flags, CONFIG_DIR, "hatrpo")
+
+
 def test_wrong_syntax_is_one_of_the_problems():
     with pytest.raises(SettingError, match=r"2 settings are wrong:.*\n  - env: 'vmas/balanc'.*\n  - .*gamma=\["):
         check_overrides(["gamma=[", "env=vmas/balanc"], CONFIG_DIR, "hatrpo")

@@ -69,10 +69,12 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
     if knows_env:
         for env in [env for name, value in map(_split, checked) if name == "env" for env in value.split(",")]:
             _register(env, config_dir)
-    for name, override in [(_split(each)[0], each) for each in checked if not each.startswith("-")]:
+    # Neither flags nor their values.
+    settings = [each for each in checked if each[:1] == "~" or ("=" in each and each[:1] != "-")]
+    for name, override in [(_split(each)[0], each) for each in settings]:
         if not problems.get(name) and (problem := _syntax_problem(override)):
             problems[name] = [problem]
-    right = [override for override in checked if not problems.get(_split(override)[0])]
+    right = [override for override in settings if not problems.get(_split(override)[0])]
     lines = [line for each in problems.values() for line in each]
     try:
         cfg = compose_settings(right, config_dir, config_name)
