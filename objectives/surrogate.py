@@ -23,18 +23,17 @@ from torchrl.objectives.utils import default_value_kwargs
 from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_trpo.arguments import plain_number
-from torchrl_trpo.distributions.divergence import has_exact_entropy, kl_if_exact, log_prob, sum_events
+from torchrl_trpo.distributions.divergence import has_exact_entropy, kl_if_exact, sum_events
 from torchrl_trpo.errors import nearest
 from torchrl_trpo.keys import entry
 from torchrl_trpo.numerics.statistics import effective_sample_size
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.collected import broadcast_advantage, collected_log_prob
 from torchrl_trpo.objectives.functional import parameters_restored
-from torchrl_trpo.objectives.policy_network import input_keys, is_composite
+from torchrl_trpo.objectives.policy_network import is_composite
 from torchrl_trpo.objectives.policy_update import (
     actor_parameters,
     collected_distribution,
-    current_distribution,
     current_estimator,
     estimated_advantage,
     estimator_mask_keys,
@@ -75,6 +74,7 @@ class SurrogateLoss(PPOLoss):
         super().__init__(actor_network, critic_network, entropy_coeff=plain_number(entropy_coeff), **kwargs)
         self.value_norm = value_norm
         self._norm_has_started = False
+        self._figures: dict[str, Tensor] = {}  # kl and ESS, from _log_weight to the end of forward
         self.ranks = Ranks(process_group)
         if self.ranks.size > 1 and self.advantage_norm is not None:
             raise ValueError(
@@ -128,22 +128,11 @@ class SurrogateLoss(PPOLoss):
         tensordict.set(keys.advantage, broadcast_advantage(advantage, log_prob_k, keys.advantage))
         if not isinstance(keys.sample_log_prob, list) and isinstance(tensordict.get(keys.sample_log_prob), Tensor):
             tensordict.set(keys.sample_log_prob, log_prob_k.squeeze(-1))  # of the joint action
-        collected = collected_distribution(self.actor_network, tensordict)
-        with parameters_restored(self.actor_network, self.critic_network):
-            out = super().forward(tensordict)
-        with torch.no_grad():
-            inputs = entry(tensordict, input_keys(self.actor_network), "the actor's in_keys")
-            dist = current_distribution(self, inputs)
-            log_ratio = log_prob(dist, entry(tensordict, keys.action, "action"), log_prob_k.ndim - 1).unsqueeze(-1)
-            log_ratio = log_ratio - log_prob_k
-            if self.max_importance_ratio is not None:
-                log_ratio = torch.minimum(log_ratio, self.max_importance_ratio.log())
-            out.set("ESS", effective_sample_size(log_ratio, row_mask(self, tensordict, log_ratio)))
-            kl = None if collected is None else kl_if_exact(collected, dist, log_ratio.ndim - 1)
-            kl = torch.full_like(log_ratio, torch.nan) if kl is None else kl.unsqueeze(-1)
-            # private: the mean over what the loss's masks let count has no public name
-            out.set("kl", self._reduce_loss(kl, tensordict, reduction="mean"))
-        return out
+        try:
+            with parameters_restored(self.actor_network, self.critic_network):
+                return super().forward(tensordict).update(self._figures)
+        finally:
+            self._figures = {}
 
     def make_value_estimator(self, value_type: ValueEstimators | type | Any = None, **hyperparams: Any) -> Self:
         """Makes the value estimator, as for any TorchRL loss; one that is given as a class gets the loss's keys too.
@@ -255,6 +244,21 @@ class SurrogateLoss(PPOLoss):
     def _standardize_advantage(self, advantage: Tensor, tensordict: TensorDictBase) -> Tensor:
         # Over the rows that count, of all ranks; PPOLoss knows one mask and one process.
         return standardized_advantage(self, advantage, tensordict, self.ranks)
+
+    def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> Any:
+        # The only place where PPOLoss has both the ratios and the distribution that its losses are computed from.
+        collected = collected_distribution(self.actor_network, tensordict)
+        log_weight, dist, kl_approx, log_is_weight = super()._log_weight(tensordict, adv_shape=adv_shape)
+        with torch.no_grad():
+            log_ratio = log_weight if log_is_weight is None else log_weight + log_is_weight
+            kl = None if collected is None else kl_if_exact(collected, dist, log_ratio.ndim - 1)
+            kl = torch.full_like(log_ratio, torch.nan) if kl is None else kl.unsqueeze(-1)
+            self._figures = {
+                # private: the mean over what the loss's masks let count has no public name
+                "kl": self._reduce_loss(kl, tensordict, reduction="mean"),
+                "ESS": effective_sample_size(log_ratio, row_mask(self, tensordict, log_ratio)),
+            }
+        return log_weight, dist, kl_approx, log_is_weight
 
     def _get_cur_log_prob(self, tensordict: TensorDictBase, params: TensorDictBase | None = None) -> Any:
         # A distribution that is not Independent has a log-probability for each entry of an action; PPOLoss would take
