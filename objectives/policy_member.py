@@ -22,7 +22,7 @@ from torchrl_trpo.objectives.policy_network import (
     stacked_prefixes,
 )
 from torchrl_trpo.objectives.policy_rows import PolicyRows
-from torchrl_trpo.objectives.policy_update import actor_parameters, exact_entropy
+from torchrl_trpo.objectives.policy_update import actor_parameters, exact_entropy, trained
 from torchrl_trpo.parallel.ranks import Ranks
 
 _COUNTS = "_counts"
@@ -97,8 +97,7 @@ class Member:
     ) -> Member:
         """A member with an optimiser of its own: an agent with its policy and parameters, or by default the group."""
         network, parameters = policy or (group_loss.actor_network, actor_parameters(group_loss))
-        trained = {id(leaf): leaf for leaf in parameters.values(True, True) if leaf.requires_grad}
-        optimizer = torch.optim.Adam(trained.values(), lr=lr, fused=True)
+        optimizer = torch.optim.Adam(trained(parameters), lr=lr, fused=True)
         return cls(group, index, network, parameters, MemberLoss(network, group_loss), optimizer)
 
     @property

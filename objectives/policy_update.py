@@ -80,6 +80,16 @@ def actor_parameters(loss: PPOLoss) -> TensorDictBase:
     return loss.actor_network_params if loss.functional else TensorDict.from_module(loss.actor_network)
 
 
+def critic_network_parameters(loss: PPOLoss) -> TensorDictBase:
+    """The parameters and buffers of a loss's critic, whether the loss is functional or not."""
+    return loss.critic_network_params if loss.functional else TensorDict.from_module(loss.critic_network)
+
+
+def trained(parameters: TensorDictBase) -> list[Tensor]:
+    """The parameters that require a gradient, each once."""
+    return list({id(leaf): leaf for leaf in parameters.values(True, True) if leaf.requires_grad}.values())
+
+
 def collected_distribution(
     network: ProbabilisticTensorDictSequential, tensordict: TensorDictBase
 ) -> D.Distribution | None:
@@ -188,6 +198,17 @@ def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
 # ------------------------------------------------------------------ advantages and entropies
 
 
+def run_value_estimator(loss: PPOLoss, tensordict: TensorDictBase) -> None:
+    """Writes values, advantages and value targets into the data ``[*B, T]``, with the loss's value estimator."""
+    params = loss.critic_network_params
+    with parameters_restored(loss.critic_network):
+        loss.value_estimator(
+            tensordict,
+            params=None if params is None else params.detach(),
+            target_params=None if params is None else loss.target_critic_network_params,
+        )
+
+
 def estimated_advantage(loss: PPOLoss, tensordict: TensorDictBase) -> tuple[Tensor, bool]:
     """The advantage ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``), and whether it was missing.
 
@@ -204,13 +225,7 @@ def estimated_advantage(loss: PPOLoss, tensordict: TensorDictBase) -> tuple[Tens
                 f"{type(loss).__name__} a critic_network, compute the advantage first, or name its key with "
                 f"set_keys(advantage=...). {nearest(key, tensordict.keys(True, True))}"
             )
-        params = loss.critic_network_params
-        with parameters_restored(loss.critic_network):
-            loss.value_estimator(
-                tensordict,
-                params=None if params is None else params.detach(),
-                target_params=None if params is None else loss.target_critic_network_params,
-            )
+        run_value_estimator(loss, tensordict)
         advantage = tensordict.get(key)
     if advantage.ndim <= tensordict.batch_dims or advantage.shape[-1] != 1:
         raise ValueError(

@@ -34,6 +34,7 @@ from torchrl_trpo.objectives.policy_network import is_composite
 from torchrl_trpo.objectives.policy_update import (
     actor_parameters,
     collected_distribution,
+    critic_network_parameters,
     current_estimator,
     estimated_advantage,
     estimator_mask_keys,
@@ -226,7 +227,7 @@ class SurrogateLoss(PPOLoss):
             self._norm_has_started = any(bool(buffer.any()) for buffer in norm.buffers())  # waits for the device
             if not self._norm_has_started:
                 return None
-        return self.critic_network_params if self.functional else TensorDict.from_module(self.critic_network)
+        return critic_network_parameters(self)
 
     def _critic_is_normalized(self) -> bool:
         """Whether the critic outputs normalised values: the estimator denormalises with the same statistics."""

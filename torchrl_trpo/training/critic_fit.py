@@ -16,6 +16,7 @@ from torchrl.objectives import PPOLoss
 from torchrl_trpo.arguments import positive_whole
 from torchrl_trpo.keys import finite_where_masked, non_finite, reads_init
 from torchrl_trpo.numerics.statistics import read, variance
+from torchrl_trpo.objectives.policy_update import critic_network_parameters, mask_keys, row_mask, trained
 from torchrl_trpo.parallel.minibatches import average_gradients, count_by_rank, draw_minibatches
 from torchrl_trpo.parallel.ranks import Ranks, check_same_length
 
@@ -164,8 +165,7 @@ def trained_parameters(loss: PPOLoss) -> list[Tensor]:
     Returns:
         The parameters, each once.
     """
-    parameters = loss.critic_network_params if loss.functional else TensorDict.from_module(loss.critic_network)
-    return list({id(leaf): leaf for leaf in parameters.values(True, True) if leaf.requires_grad}.values())
+    return trained(critic_network_parameters(loss))
 
 
 def _rows_of_fit(loss: PPOLoss, data: TensorDictBase) -> tuple[TensorDict, Tensor, bool]:
@@ -176,14 +176,11 @@ def _rows_of_fit(loss: PPOLoss, data: TensorDictBase) -> tuple[TensorDict, Tenso
     """
     keys = loss.tensor_keys
     recurrent = reads_init(loss.critic_network)
-    # TorchRL has no public name for the masks that a loss reads, nor for their broadcasting.
-    masks = {name: mask for name in loss._loss_mask_keys() if (mask := data.get(name, None)) is not None}
-    names = [*loss.critic_network.in_keys, keys.value_target, keys.value, *masks]
+    names = [*loss.critic_network.in_keys, keys.value_target, keys.value, *mask_keys(loss)]
     present = {name: value for name in names if (value := data.get(name, None)) is not None}
     rows = TensorDict(present, batch_size=data.batch_size)
     rows = rows.reshape(-1, data.batch_size[-1]) if recurrent else rows.reshape(-1)
     target = rows.get(keys.value_target)
-    counted = torch.ones_like(target, dtype=torch.bool)
-    for name in masks:
-        counted &= loss._expand_loss_mask(rows.get(name), target)
-    return rows, counted.reshape(*rows.batch_size, -1), bool(masks)
+    mask = row_mask(loss, rows, target)
+    counted = torch.ones_like(target, dtype=torch.bool) if mask is None else mask
+    return rows, counted.reshape(*rows.batch_size, -1), mask is not None

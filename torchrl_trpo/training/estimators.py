@@ -14,6 +14,7 @@ from torchrl.objectives import PPOLoss
 from torchrl_trpo.keys import GroupKeys, group_keys
 from torchrl_trpo.networks import make_central_critic, make_critic, make_value_norm
 from torchrl_trpo.objectives import AgentGAE, CentralCriticValueEstimator
+from torchrl_trpo.objectives.policy_update import run_value_estimator
 
 _Loss = TypeVar("_Loss", bound=PPOLoss)
 
@@ -148,7 +149,4 @@ def estimate_advantages(losses: Iterable[PPOLoss], data: TensorDictBase) -> None
         data: the batch, ``[*B, T]``.
     """
     for loss in losses:
-        params, targets = None, None  # the estimator's own network
-        if loss.functional:
-            params, targets = loss.critic_network_params, loss.target_critic_network_params
-        loss.value_estimator(data, params=params, target_params=targets)
+        run_value_estimator(loss, data)
