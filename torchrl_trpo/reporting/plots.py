@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torchrl._utils import logger
 
 from torchrl_trpo.reporting.diagnosis import Threshold
-from torchrl_trpo.reporting.record import RunRecord, read_run
+from torchrl_trpo.reporting.record import RunRecord, read_run, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,9 +111,8 @@ def _plot(record: RunRecord, panels: Sequence[_Panel], path: Path) -> Path:
         _draw(axis, record, *panel)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    beside = path.with_name(f".new_{path.name}")
-    figure.savefig(beside, dpi=100)
-    beside.replace(path)  # whoever looks while the run goes on sees a whole picture
+    with replacing(path) as file:  # whoever looks while the run goes on sees a whole picture
+        figure.savefig(file, dpi=100)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -89,6 +90,23 @@ class RunRecord:
     def episode_return(self) -> float:
         """The mean return of the last five iterations with finished episodes, as in ``summary.json``."""
         return finite_mean([value for value in self.column("episode_return") if math.isfinite(value)][-5:])
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside another, which it replaces in one step when the block has ended.
+
+    A reader sees the old file or the new one, whenever the process is killed.
+
+    Args:
+        path: the file to replace.
+
+    Yields:
+        The file to write, with the same suffix.
+    """
+    beside = path.with_name(f".new_{path.name}")
+    yield beside
+    beside.replace(path)
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

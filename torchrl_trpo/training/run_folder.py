@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from omegaconf import OmegaConf
 
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.parallel.torchrun import job_id
-from torchrl_trpo.reporting.record import STATE, WARNINGS
+from torchrl_trpo.reporting.record import STATE, WARNINGS, replacing
 from torchrl_trpo.training.checkpoints import find_checkpoint, has_checkpoint, read_record, remove_unfinished
 from torchrl_trpo.training.continuation import check_continued, check_unfinished, rows_before
 
@@ -115,8 +114,6 @@ class RunFolder:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file in one step: a reader sees the old text or the new one, whenever the process is killed."""
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", newline="") as file:
-        file.write(text)
-    os.replace(beside, path)
+    """Writes a file in one step, see :func:`~torchrl_trpo.reporting.record.replacing`."""
+    with replacing(path) as file:
+        file.write_text(text, newline="")
