@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 from tests.rank_processes import run_command
+from tests.recipes.test_recipes import CONFIG_DIR, RECIPES
 from torchrl_trpo.config.overrides import check_overrides
 from torchrl_trpo.config.schema import RECIPES as SETTINGS
 from torchrl_trpo.config.validation import check_settings
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.numerics.updater import TrustRegionUpdater
 from torchrl_trpo.objectives import HAPPOUpdater
-from torchrl_trpo.recipes import happo, hatrpo, ippo, itrpo, mappo, matrpo, trpo
-
-RECIPES = {
-    "itrpo": itrpo,
-    "matrpo": matrpo,
-    "hatrpo": hatrpo,
-    "happo": happo,
-    "mappo": mappo,
-    "ippo": ippo,
-    "trpo": trpo,
-}
-CONFIG_DIR = Path(hatrpo.__file__).parent / "config"
 
 
 def config(name, *overrides):
@@ -331,7 +319,7 @@ def test_the_command_line_says_it_all(tmp_path):
 
 
 def test_a_simulator_that_is_not_installed_is_no_misspelt_task(monkeypatch):
-    monkeypatch.setattr("torchrl_trpo.config.overrides.known_tasks", lambda library: [])
+    monkeypatch.setattr("torchrl_trpo.config.schema.known_tasks", lambda library: [])
     with pytest.raises(SettingError, match=r"not installed\. Use: pip install 'torchrl-trpo\[recipes,gym\]'"):
         check_overrides(["env=gym/Acrobot-v1"], CONFIG_DIR, "trpo")
 

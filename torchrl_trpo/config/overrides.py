@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from torchrl_trpo.config.schema import RECIPES
+from torchrl_trpo.config.schema import RECIPES, missing_simulator
 from torchrl_trpo.config.validation import find_problems, one_message, resolved, unknown_setting
 from torchrl_trpo.envs.tasks import LIBRARIES, known_tasks
 from torchrl_trpo.errors import SettingError, nearest
@@ -130,14 +130,10 @@ def environments(config_dir: Path) -> dict[str, list[str]]:
 
 
 def _env_problems(envs: Sequence[str], config_dir: Path) -> list[str]:
-    libraries = dict.fromkeys(env.partition("/")[0] for env in envs)
-    missing = [each for each in libraries if each in _ENV_DEFAULTS and not known_tasks(each)]
-    if missing:
-        extras = ",".join(["recipes", *missing])
-        return [f"env: {envs} needs a simulator that is not installed. Use: pip install 'torchrl-trpo[{extras}]'"]
-    unwritten = [env for env in envs if not (config_dir / "env" / f"{env}.yaml").exists()]
+    missing = {env: problem for env in envs if (problem := missing_simulator(env))}
+    unwritten = [env for env in envs if env not in missing and not (config_dir / "env" / f"{env}.yaml").exists()]
     known = [name for names in environments(config_dir).values() for name in names] if unwritten else []
-    return [f"env: {env!r}. {nearest(env, known)}" for env in unwritten if env not in known]
+    return [*missing.values(), *(f"env: {env!r}. {nearest(env, known)}" for env in unwritten if env not in known)]
 
 
 def _syntax_problem(override: str) -> str | None:
