@@ -8,14 +8,12 @@ Kuba et al. 2022, arXiv:2109.11251. Settings: config/hatrpo.yaml and config/base
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.config.cli import plain_errors, run_recipe
+from torchrl_trpo.config.cli import run_recipe
 from torchrl_trpo.config.schema import HATRPO
 from torchrl_trpo.config.validation import check_teams
 from torchrl_trpo.envs import make_env, resolve_device
@@ -119,12 +117,5 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         return run.finish()
 
 
-@hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="hatrpo")
-def main(cfg: DictConfig) -> None:
-    """Runs the recipe from the command line."""
-    with plain_errors():
-        train(cfg)
-
-
 if __name__ == "__main__":
-    run_recipe(main, __file__)
+    run_recipe(train, __file__)

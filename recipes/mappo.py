@@ -8,15 +8,13 @@ Yu et al. 2022, arXiv:2103.01955, with TorchRL's ``MAPPOLoss``. Settings: config
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from torchrl.objectives import MAPPOLoss
 
-from torchrl_trpo.config.cli import plain_errors, run_recipe
+from torchrl_trpo.config.cli import run_recipe
 from torchrl_trpo.config.schema import MAPPO
 from torchrl_trpo.config.validation import check_teams
 from torchrl_trpo.envs import make_env, resolve_device
@@ -113,12 +111,5 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         return run.finish()
 
 
-@hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="mappo")
-def main(cfg: DictConfig) -> None:
-    """Runs the recipe from the command line."""
-    with plain_errors():
-        train(cfg)
-
-
 if __name__ == "__main__":
-    run_recipe(main, __file__)
+    run_recipe(train, __file__)

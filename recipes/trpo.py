@@ -8,14 +8,12 @@ Schulman et al. 2015, arXiv:1502.05477. Settings: config/trpo.yaml and config/ba
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.config.cli import plain_errors, run_recipe
+from torchrl_trpo.config.cli import run_recipe
 from torchrl_trpo.config.schema import TRPO
 from torchrl_trpo.config.validation import check_single_agent
 from torchrl_trpo.envs import make_env, resolve_device
@@ -111,12 +109,5 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         return run.finish()
 
 
-@hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="trpo")
-def main(cfg: DictConfig) -> None:
-    """Runs the recipe from the command line."""
-    with plain_errors():
-        train(cfg)
-
-
 if __name__ == "__main__":
-    run_recipe(main, __file__)
+    run_recipe(train, __file__)

@@ -10,8 +10,9 @@ from pathlib import Path
 from textwrap import TextWrapper
 from typing import Any
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from torchrl_trpo.config.overrides import check_overrides, compose_settings, environments
 from torchrl_trpo.config.schema import RECIPES
@@ -23,10 +24,10 @@ from torchrl_trpo.parallel.torchrun import is_first
 _WIDTH = 100
 
 
-def run_recipe(main: Callable[[], Any], recipe: str) -> None:
+def run_recipe(train: Callable[[DictConfig], Any], recipe: str) -> None:
     """Runs a recipe from the command line, or shows its help or the environments.
 
-    ``main`` is its ``hydra.main`` function, ``recipe`` its file; ``config/<its name>.yaml`` beside it is its config.
+    ``train`` is its training function, ``recipe`` its file; ``config/<its name>.yaml`` beside it is its config.
     """
     path = Path(recipe).resolve()
     config_dir, arguments = path.parent / "config", sys.argv[1:]
@@ -39,7 +40,7 @@ def run_recipe(main: Callable[[], Any], recipe: str) -> None:
         print(help_text(str(sys.modules["__main__"].__doc__), overrides, config_dir, path.stem))
     else:
         sys.argv[1:] = overrides
-        main()
+        hydra.main(version_base=None, config_path=str(config_dir), config_name=path.stem)(plain_errors()(train))()
 
 
 @contextlib.contextmanager
