@@ -7,7 +7,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,32 @@ def read_rows(metrics: Path) -> list[dict[str, str]]:
         return [
             row for row in csv.DictReader(file) if (row.get("iteration") or "").isdigit() and None not in row.values()
         ]
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a CSV file.
+
+    Args:
+        path: the file.
+        columns: its columns.
+        rows: the rows by column; a missing number and a NaN are empty cells.
+    """
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
+
+
+def cell(value: Any) -> Any:
+    """What a cell of a CSV file holds.
+
+    Args:
+        value: the value.
+
+    Returns:
+        The value; an empty text for a NaN.
+    """
+    return "" if isinstance(value, float) and math.isnan(value) else value
 
 
 def read_run(folder: Path) -> RunRecord:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,43 +17,33 @@ from torchrl_trpo.parallel.ranks import RankLostError, Ranks
 class Console:
     """The terminal output of a run. The first rank prints.
 
+    It begins with what is trained and where, and shows the progress bar.
+
     Args:
         cfg: the recipe's config.
         algorithm: the algorithm's name.
         folder: the run's folder.
+        frames: the frames done so far.
+        device: the environment's device; None for the CPU.
         ranks: the processes of the run.
     """
 
-    def __init__(self, cfg: DictConfig, algorithm: str, folder: Path, ranks: Ranks) -> None:
-        self._cfg = cfg
-        self._algorithm = algorithm
+    def __init__(
+        self, cfg: DictConfig, algorithm: str, folder: Path, frames: int, device: torch.device | None, ranks: Ranks
+    ) -> None:
         self._folder = folder
         self._ranks = ranks
-        self._bar: tqdm | None = None
-
-    def __enter__(self) -> Console:
-        """The progress bar is closed on leaving."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Closes the progress bar."""
-        self.close()
-
-    def start(self, frames: int, device: torch.device | None) -> None:
-        """Prints what is trained and where, and shows the progress bar."""
         self._bar = tqdm(
-            total=self._cfg.train.total_frames,
+            total=cfg.train.total_frames,
             initial=frames,
             unit="frame",
-            desc=self._algorithm,
+            desc=algorithm,
             smoothing=0.1,
-            disable=not self._ranks.is_first,
+            disable=not ranks.is_first,
         )
-        processes = f" in {self._ranks.size} processes" if self._ranks.size > 1 else ""
-        self.print(f"Training {self._algorithm} on {self._cfg.env.name}{processes}; everything goes to {self._folder}")
-        asked, device = resolve_device(self._cfg.device), device or torch.device("cpu")
+        processes = f" in {ranks.size} processes" if ranks.size > 1 else ""
+        self.print(f"Training {algorithm} on {cfg.env.name}{processes}; everything goes to {folder}")
+        asked, device = resolve_device(cfg.device), device or torch.device("cpu")
         if device.type != asked.type:
             self.print(
                 f"device={asked}, but the environment is on {device}, and so is the training. A factory with an "
@@ -63,8 +52,6 @@ class Console:
 
     def update(self, row: Mapping[str, Any], n_regions: int) -> None:
         """Moves the progress bar."""
-        if self._bar is None:
-            return
         self._bar.update(row["frames"] - self._bar.n)
         postfix = {
             "return": f"{row['episode_return']:.2f}",
@@ -97,5 +84,4 @@ class Console:
 
     def close(self) -> None:
         """Closes the progress bar."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -21,8 +19,8 @@ from torchrl_trpo.distributions.divergence import entropy
 from torchrl_trpo.keys import GroupKeys
 from torchrl_trpo.numerics.statistics import read
 from torchrl_trpo.parallel.ranks import ALONE, Ranks
+from torchrl_trpo.reporting.record import cell, replacing, write_rows
 from torchrl_trpo.training.episodes import episode_statistics
-from torchrl_trpo.training.run_folder import replace_file
 
 COLUMNS = (
     "iteration",
@@ -68,7 +66,10 @@ class Metrics:
     All ranks compute a row together, and the first rank writes it.
 
     Args:
-        path: the file.
+        path: the file; it is written anew, with ``rows``.
+        rows: the rows of earlier iterations, by column; missing cells are left empty.
+
+    Keyword Args:
         groups: the groups of agents.
         policy: the policy of all groups.
         device: the device whose work the times include; None for the CPU.
@@ -81,6 +82,7 @@ class Metrics:
     def __init__(
         self,
         path: Path,
+        rows: Sequence[Mapping[str, Any]],
         *,
         groups: Sequence[GroupKeys],
         policy: TensorDictModuleBase,
@@ -89,37 +91,17 @@ class Metrics:
     ) -> None:
         returns_of_groups = [f"episode_return_{keys.group}" for keys in groups] if len(groups) > 1 else []
         self.columns = (*COLUMNS, *returns_of_groups)
-        self._path = path
         self._groups = groups
         self._actors = [module for module in policy.modules() if isinstance(module, ProbabilisticActor)]
         self._device = device
         self._ranks = ranks
-        self._file: IO[str] | None = None
+        self._file = None
+        if ranks.is_first:
+            with replacing(path) as new:
+                write_rows(new, self.columns, rows)
+            self._file = path.open("a", newline="")
         self._laps: dict[str, float] = {}
         self._last_lap = self._wall_start = self._cpu_start = self._cpu_before = 0.0
-
-    def __enter__(self) -> Metrics:
-        """The file is closed on leaving."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Closes the file."""
-        self.close()
-
-    def open(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes the file anew, with the rows of earlier iterations, and opens it for more.
-
-        Args:
-            rows: the rows, by column; missing cells are left empty.
-        """
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, self.columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        replace_file(self._path, table.getvalue())
-        self._file = self._path.open("a", newline="")
 
     def start_clocks(self, wall_s: float, cpu_s: float) -> None:
         """Starts to measure time.
@@ -182,13 +164,13 @@ class Metrics:
         }
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends a row to the file, if it is open here.
+        """Appends a row to the file, on the first rank.
 
         Args:
             row: from :meth:`row`.
         """
         if self._file is not None:
-            csv.DictWriter(self._file, self.columns).writerow({name: _cell(row[name]) for name in self.columns})
+            csv.DictWriter(self._file, self.columns).writerow({name: cell(row[name]) for name in self.columns})
             self._file.flush()
 
     def close(self) -> None:
@@ -214,7 +196,3 @@ def _statistics_of_update(stats: TensorDictBase) -> dict[str, Tensor]:
         last_agent = stats["order"][-1:]  # whose factor is the product over all agents before it
         numbers["factor_std"] = stats["factor_std"].float()[last_agent].squeeze(0)
     return {**numbers, "non_finite": (~stats["grad_norm"].isfinite()).float().sum()}
-
-
-def _cell(value: float) -> str | float:
-    return "" if isinstance(value, float) and math.isnan(value) else value

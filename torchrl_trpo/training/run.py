@@ -159,14 +159,9 @@ class Run:
         components |= {f"updater_{index}": updater for index, updater in enumerate(updaters)}
         self._checkpoints = Checkpoints(self.folder, collector, components, cfg.checkpoint.keep, ranks)
         self._files = RunFolder(self.folder)
-        self._metrics = Metrics(
-            self.folder / "metrics.csv", groups=self.groups, policy=policy, device=self.env.device, ranks=ranks
-        )
-        self._console = Console(cfg, algorithm, self.folder, ranks)
         self._pictures = Pictures(self.folder)
         self._logger = RunLogger(None, {}, folder=self.folder, name="")
         self._signals = StopSignals()
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
         """Begins the run, or continues it."""
@@ -177,14 +172,23 @@ class Run:
                 self._restore(start.checkpoint, start.changed)
             self._merge_observation_statistics()
             self._returns = [float(row["episode_return"] or "nan") for row in start.rows]
-            stack.enter_context(self._metrics)
             if self._ranks.is_first:
                 self._files.write_config(self._record)
-                self._metrics.open(start.rows)
+            self._metrics = Metrics(
+                self.folder / "metrics.csv",
+                start.rows,
+                groups=self.groups,
+                policy=self.policy,
+                device=self.env.device,
+                ranks=self._ranks,
+            )
+            stack.callback(self._metrics.close)
             agreed(self._open_logger, self._ranks)
             self._save()
-            stack.enter_context(self._signals)
-            stack.enter_context(self._console).start(self.frames, self.env.device)
+            self._signals.install()
+            stack.callback(self._signals.restore)
+            self._console = Console(self.cfg, self.algorithm, self.folder, self.frames, self.env.device, self._ranks)
+            stack.callback(self._console.close)
             self._metrics.start_clocks(self._progress["wall_s"], self._progress["cpu_s"])
             self._stack = stack.pop_all()  # from here on, __exit__ closes it
         self._write_state("running")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from torchrl_trpo.parallel.torchrun import is_first, is_job
@@ -28,19 +28,12 @@ class StopSignals:
         self.received: signal.Signals | None = None
         self._handlers_before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignals:
+    def install(self) -> None:
         """Installs the handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._handlers_before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Restores the handlers that were there before."""
-        self.restore()
 
     def restore(self) -> None:
         """Restores the handlers that were there before."""
