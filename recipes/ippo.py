@@ -17,7 +17,6 @@ from torchrl.objectives import IPPOLoss
 from torchrl_trpo.config.cli import run_recipe
 from torchrl_trpo.config.schema import IPPO
 from torchrl_trpo.config.validation import check_teams
-from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks.recurrent import carry_states
 from torchrl_trpo.objectives import ClippedUpdater
@@ -25,7 +24,7 @@ from torchrl_trpo.parallel.ranks import Ranks
 from torchrl_trpo.training.collector import make_collector
 from torchrl_trpo.training.critic_fit import critic_optimizer, fit_critics
 from torchrl_trpo.training.estimators import attach_estimator, estimate_advantages, own_critic_estimator
-from torchrl_trpo.training.policy import make_policy
+from torchrl_trpo.training.policy import make_policy, make_training_env
 from torchrl_trpo.training.run import Run, training_run
 
 
@@ -41,14 +40,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         The run's summary.
     """
     # Environment, and a policy for each of its groups of agents.
-    env = make_env(
-        **cfg.env,
-        seed=cfg.seed,
-        device=resolve_device(cfg.device),
-        one_group=cfg.actor.sharing == "all",
-        normalize_observations=cfg.normalize_observations,
-        ranks=ranks,
-    )
+    env = make_training_env(cfg, ranks)
     groups = check_teams(cfg, group_keys(env))
     policy = make_policy(env, groups, **cfg.actor)
     carry_states(env, policy)

@@ -16,7 +16,6 @@ from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.config.cli import run_recipe
 from torchrl_trpo.config.schema import TRPO
 from torchrl_trpo.config.validation import check_single_agent
-from torchrl_trpo.envs import make_env, resolve_device
 from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks.recurrent import carry_states
 from torchrl_trpo.objectives import TRPOLoss
@@ -24,7 +23,7 @@ from torchrl_trpo.parallel.ranks import Ranks
 from torchrl_trpo.training.collector import make_collector
 from torchrl_trpo.training.critic_fit import critic_optimizer, fit_critic
 from torchrl_trpo.training.estimators import attach_estimator, estimate_advantages, own_critic_estimator
-from torchrl_trpo.training.policy import make_policy
+from torchrl_trpo.training.policy import make_policy, make_training_env
 from torchrl_trpo.training.run import Run, training_run
 
 
@@ -39,14 +38,8 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
     Returns:
         The run's summary.
     """
-    # Environment, policy and critic.
-    env = make_env(
-        **cfg.env,
-        seed=cfg.seed,
-        device=resolve_device(cfg.device),
-        normalize_observations=cfg.normalize_observations,
-        ranks=ranks,
-    )
+    # Environment and policy.
+    env = make_training_env(cfg, ranks)
     keys = check_single_agent(cfg, group_keys(env))
     actor = make_policy(env, [keys], **cfg.actor)
     carry_states(env, actor)

@@ -33,7 +33,7 @@ def message(name, *overrides):
 @pytest.fixture(autouse=True)
 def _nothing_is_built(monkeypatch):
     for recipe in RECIPES.values():
-        monkeypatch.setattr(recipe, "make_env", lambda *_, **__: pytest.fail("an environment was built"))
+        monkeypatch.setattr(recipe, "make_training_env", lambda *_: pytest.fail("an environment was built"))
 
 
 VALUES = [

@@ -15,7 +15,7 @@ from tests.recipes.test_recipes import RECIPES, config
 from torchrl_trpo.envs import make_env
 from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks.recurrent import carry_states
-from torchrl_trpo.training.policy import make_policy
+from torchrl_trpo.training.policy import make_policy, make_training_env
 from torchrl_trpo.training.run import Run
 
 if missing := [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]:
@@ -137,11 +137,11 @@ def waits(recorder):
 def test_the_waits_of_an_iteration(name, masked, update, tmp_path, monkeypatch):
     """HATRPO's four agents once waited 30 times in an update, HAPPO's 153 times; each collected step waited 6 times."""
 
-    def make(*args, **settings):
-        env = make_env(*args, **{**settings, "device": torch.device("fake", 0)})
+    def make(cfg, ranks):
+        env = make_training_env({**cfg, "device": "fake:0"}, ranks)
         return env.append_transform(SomeAbsent()) if masked else env
 
-    monkeypatch.setattr(RECIPES[name], "make_env", make)
+    monkeypatch.setattr(RECIPES[name], "make_training_env", make)
     recorders = record_parts(monkeypatch)
     sizes = (f"train.frames_per_batch={12 * STEPS}", f"train.total_frames={36 * STEPS}")
     RECIPES[name].train(config(name, tmp_path, "env.num_envs=12", "env.max_steps=15", *sizes))

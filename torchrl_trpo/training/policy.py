@@ -1,4 +1,4 @@
-"""The policy of a run: making it, and loading a trained one from a checkpoint."""
+"""The environment and the policy of a run: making them, and loading a trained policy from a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torchrl_trpo.envs.normalization import TransformState, observation_norm
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.keys import GroupKeys, group_keys
 from torchrl_trpo.networks import make_actor
+from torchrl_trpo.parallel.ranks import Ranks
 from torchrl_trpo.seeding import untouched_generators
 from torchrl_trpo.training.checkpoints import find_checkpoint, load_components, read_record
 
@@ -48,6 +49,25 @@ def make_policy(
     return actors[0] if groups[0].group is None else TensorDictSequential(*actors)
 
 
+def make_training_env(cfg: Mapping[str, Any], ranks: Ranks) -> EnvBase:
+    """Makes the environment that a recipe trains in, with :func:`~torchrl_trpo.envs.make_env`.
+
+    Args:
+        cfg: the recipe's config.
+        ranks: the processes that the environments are spread over.
+
+    Returns:
+        The environment, batch size ``[num_envs]``, of several ranks this one's share of it.
+    """
+    return make_env(
+        **_env_settings(cfg),
+        seed=cfg["seed"],
+        device=resolve_device(cfg["device"]),
+        normalize_observations=cfg["normalize_observations"],
+        ranks=ranks,
+    )
+
+
 def make_run_env(
     config: Mapping[str, Any],
     *,
@@ -78,12 +98,10 @@ def make_run_env(
         SettingError: if it cannot be made.
     """
     settings = {
-        **config["env"],
+        **_env_settings(config),
         "parallel": parallel,
         "seed": seed,
         "device": device,
-        "one_group": config["actor"].get("sharing") == "all",
-        "state": config["critic"].get("inputs", "observations") != "observations",
         "render": render,
         "normalize_observations": normalize_observations,
     }
@@ -93,6 +111,15 @@ def make_run_env(
         if config["env"]["name"] != "custom":
             raise
     return make_env(**settings)
+
+
+def _env_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``make_env`` that decide on the environment's entries and dynamics."""
+    return {
+        **config["env"],
+        "one_group": config["actor"].get("sharing") == "all",
+        "state": config["critic"].get("inputs", "observations") != "observations",
+    }
 
 
 def load_policy(
