@@ -7,7 +7,6 @@ python -m torchrl_trpo.sweep outputs/hatrpo/2026-01-31_12-00-00_sweep
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import math
@@ -20,7 +19,7 @@ from textwrap import fill
 from typing import Any
 
 from torchrl_trpo.errors import SettingError
-from torchrl_trpo.reporting.record import RunRecord, find_runs, finite_mean, flat, read_run
+from torchrl_trpo.reporting.record import RunRecord, find_runs, finite_mean, flat, read_run, write_rows
 
 _OF_A_RUN = ("seed", "output_dir", "resume", "versions", "film", "checkpoint", "logger", "algorithm")
 """Settings that do not tell two settings of a sweep apart; the algorithm does, if it differs."""
@@ -113,10 +112,7 @@ def summarize(settings: Sequence[Setting], folder: Path) -> list[Path]:
     """
     rows = [setting.row() for setting in settings]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with (folder / "summary.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows([{name: "" if _is_nan(value) else value for name, value in row.items()} for row in rows])
+    write_rows(folder / "summary.csv", names, rows)
     lines = [" | ".join(_HEADINGS), "|".join("---" for _ in _HEADINGS)]
     lines += [" | ".join(_cells(setting)) for setting in settings]
     text = "".join(f"| {line} |\n" for line in lines)
@@ -133,7 +129,7 @@ def _cells(setting: Setting) -> Sequence[str]:
     row = setting.row()
     numbers = [("return_mean", ".2f"), ("return_min", ".2f"), ("return_max", ".2f"), ("cpu_s", ".0f")]
     numbers += [("accepted", ".2f"), ("kl_over_max_kl", ".2f")]
-    shown = ["–" if _is_nan(row[name]) else format(row[name], form) for name, form in numbers]
+    shown = ["–" if math.isnan(row[name]) else format(row[name], form) for name, form in numbers]
     return [setting.name, f"{row['finished']} of {row['runs']}", *shown]
 
 
@@ -214,10 +210,6 @@ def _key(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, bool | list) or value is None else value
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

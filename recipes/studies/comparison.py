@@ -9,11 +9,8 @@ row for each evaluation, comparison.md and the figures.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import functools
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +20,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs.utils import RandomPolicy
 
-from torchrl_trpo.recipes.studies.jobs import CONFIG, check_same, config, run_all, train
+from torchrl_trpo.recipes.studies.jobs import CONFIG, check_same, config, run_all, study_parser, train
 from torchrl_trpo.recipes.studies.report import write_report
+from torchrl_trpo.reporting.record import write_rows
 from torchrl_trpo.seeding import untouched_generators
 from torchrl_trpo.training.checkpoints import read_record
 from torchrl_trpo.training.episodes import play_episodes
@@ -116,13 +114,7 @@ def _evaluate(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
     plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "comparison.yaml"))
-    parser = argparse.ArgumentParser(
-        "python -m torchrl_trpo.recipes.studies.comparison",
-        description="Trains, evaluates and compares all algorithms.",
-    )
-    parser.add_argument("--output", type=Path, default=Path("outputs/comparison"), help="where the runs go")
-    parser.add_argument("--report", type=Path, help="where tables and figures go (docs/results; of a part: the output)")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each (default: 2)")
+    parser = study_parser("comparison", "Trains, evaluates and compares all algorithms.")
     for name in ("tasks", "algorithms"):
         parser.add_argument(f"--{name}", nargs="+", choices=plan[name], default=plan[name], metavar=name.upper())
     parser.add_argument("--seeds", nargs="+", type=int, default=plan["seeds"])
@@ -130,15 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part = {name: getattr(given, name) for name in ("tasks", "algorithms", "seeds")}
     whole = all(set(chosen) >= set(plan[name]) for name, chosen in part.items())
     job = functools.partial(run_cell, plan | part, given.output.absolute())
-    results, failed = run_all(job, cells(plan | part), workers=given.workers)
-    if failed:
-        sys.exit(f"error: {len(failed)} runs failed, see above and output.txt in their folders: {failed}")
+    results = run_all(job, cells(plan | part), workers=given.workers)
     report = given.report or (Path("docs/results") if whole else given.output)
     report.mkdir(parents=True, exist_ok=True)
-    with (report / "comparison.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(row for evaluations in results.values() for row in evaluations)
+    write_rows(report / "comparison.csv", COLUMNS, [row for rows in results.values() for row in rows])
     for path in write_report(report / "comparison.csv", report):
         print(f"  {path}")
 

@@ -7,7 +7,9 @@ import importlib
 import itertools
 import json
 import multiprocessing
+import sys
 import traceback
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -27,6 +29,15 @@ CONFIG = Path(__file__).parents[1] / "config"
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
+
+
+def study_parser(name: str, description: str) -> ArgumentParser:
+    """The command line of a study, with the options that all studies have."""
+    parser = ArgumentParser(f"python -m torchrl_trpo.recipes.studies.{name}", description=description)
+    parser.add_argument("--output", type=Path, default=Path("outputs") / name, help="where the runs go")
+    parser.add_argument("--report", type=Path, help="where tables and figures go (docs/results; of a part: the output)")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each (default: 2)")
+    return parser
 
 
 def train(recipe: str, cfg: DictConfig) -> None:
@@ -79,14 +90,12 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) 
         )
 
 
-def run_all(
-    function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, workers: int
-) -> tuple[dict[_Job, _Result], list[_Job]]:
-    """Runs jobs in other processes and continues when one fails. After an interrupt no further job begins.
+def run_all(function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, workers: int) -> dict[_Job, _Result]:
+    """Runs jobs in other processes; gives the results by job, in the order of the jobs.
 
-    It gives the results by job, in the order of the jobs, and the jobs that failed, whose errors are printed.
-    ``function`` is pickled, so a module must define it. It raises BrokenProcessPool if a process was killed, perhaps
-    for lack of memory.
+    When a job fails, its error is printed, the others go on, and the command ends after them. After an interrupt no
+    further job begins. ``function`` is pickled, so a module must define it. BrokenProcessPool is raised if a process
+    was killed, perhaps for lack of memory.
     """
     results: dict[_Job, _Result] = {}
     context, waiting = multiprocessing.get_context("spawn"), iter(jobs)
@@ -104,4 +113,6 @@ def run_all(
                     bar.write(f"{job} failed:\n{traceback.format_exc()}")
                 bar.update()
                 running |= {pool.submit(function, job): job for job in itertools.islice(waiting, 1)}
-    return {job: results[job] for job in jobs if job in results}, [job for job in jobs if job not in results]
+    if failed := [job for job in jobs if job not in results]:
+        sys.exit(f"error: {len(failed)} jobs failed, see above and output.txt in their folders: {failed}")
+    return {job: results[job] for job in jobs}

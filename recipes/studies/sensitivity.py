@@ -8,12 +8,9 @@ sensitivity.csv, a row for each run, and a figure for each sweep.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import functools
 import itertools
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +19,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from torchrl_trpo.recipes.studies.jobs import CONFIG, config, run_all, train
-from torchrl_trpo.reporting.record import read_run
+from torchrl_trpo.recipes.studies.jobs import CONFIG, config, run_all, study_parser, train
+from torchrl_trpo.reporting.record import read_run, write_rows
 
 MEASURED = ("evaluation_return", "cpu_s", "accepted", "kl_ratio", "explained_variance")
 """The results of a run: the deterministic policy's return at the end, the processor seconds, and means over the second
@@ -87,16 +84,11 @@ def write_report(plan: Mapping[str, Any], measured: Mapping[Trial, Mapping[str, 
     """Writes the data, and a figure for each sweep; gives the files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "sensitivity.csv"]
-    with paths[0].open("w", newline="") as file:
-        writer = csv.DictWriter(file, ("task", "changed", "seed", *MEASURED))
-        writer.writeheader()
-        for trial, values in measured.items():
-            writer.writerow({
-                "task": trial.task,
-                "changed": json.dumps(dict(trial.changed)),
-                "seed": trial.seed,
-                **values,
-            })
+    rows = (
+        {"task": trial.task, "changed": json.dumps(dict(trial.changed)), "seed": trial.seed, **values}
+        for trial, values in measured.items()
+    )
+    write_rows(paths[0], ("task", "changed", "seed", *MEASURED), rows)
     defaults = _defaults(plan)
     for name, space in plan["sweeps"].items():
         paths.append(folder / f"sensitivity_{name}.png")
@@ -150,20 +142,13 @@ def _plot(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
     plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "sensitivity.yaml"))
-    parser = argparse.ArgumentParser(
-        "python -m torchrl_trpo.recipes.studies.sensitivity", description="Measures what each setting does."
-    )
-    parser.add_argument("--output", type=Path, default=Path("outputs/sensitivity"), help="where the runs go")
-    parser.add_argument("--report", type=Path, help="where table and figures go (docs/results; of a part: the output)")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each (default: 2)")
+    parser = study_parser("sensitivity", "Measures what each setting does.")
     parser.add_argument("--sweeps", nargs="+", choices=plan["sweeps"], default=list(plan["sweeps"]))
     given = parser.parse_args(arguments)
     whole = set(given.sweeps) == set(plan["sweeps"])
     plan["sweeps"] = {name: plan["sweeps"][name] for name in given.sweeps}
     job = functools.partial(run_trial, plan, given.output.absolute())
-    measured, failed = run_all(job, trials(plan), workers=given.workers)
-    if failed:
-        sys.exit(f"error: {len(failed)} runs failed, see above and output.txt in their folders: {failed}")
+    measured = run_all(job, trials(plan), workers=given.workers)
     for path in write_report(plan, measured, given.report or (Path("docs/results") if whole else given.output)):
         print(f"  {path}")
 

@@ -8,8 +8,6 @@ writes the trials to docs/results/tuning.csv and tuning.md, and each task's best
 
 from __future__ import annotations
 
-import argparse
-import csv
 import functools
 import itertools
 import json
@@ -23,8 +21,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from torchrl_trpo.recipes.studies.jobs import CONFIG, check_same, run_all
-from torchrl_trpo.reporting.record import flat
+from torchrl_trpo.recipes.studies.jobs import CONFIG, check_same, run_all, study_parser
+from torchrl_trpo.reporting.record import flat, write_rows
 
 
 def trials(plan: Mapping[str, Any], algorithm: str) -> list[dict[str, Any]]:
@@ -82,10 +80,8 @@ def write_outcome(
     """
     report.mkdir(parents=True, exist_ok=True)
     paths = [report / "tuning.csv", report / "tuning.md"]
-    with paths[0].open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["task", "algorithm", "settings", "evaluation_return", "cpu_s"])
-        writer.writeheader()
-        writer.writerows({**trial, "settings": json.dumps(trial["settings"])} for trial in found)
+    columns = ("task", "algorithm", "settings", "evaluation_return", "cpu_s")
+    write_rows(paths[0], columns, ({**trial, "settings": json.dumps(trial["settings"])} for trial in found))
     best_trials = _best([trial for trial in found if choose.items() <= trial["settings"].items()])
     paths[1].write_text(_table(found, best_trials, choose))
     for (algorithm, task), best in best_trials.items():
@@ -163,20 +159,14 @@ def _hydra(value: Any) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
     plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "tuning.yaml"))
-    parser = argparse.ArgumentParser("python -m torchrl_trpo.recipes.studies.tuning", description="Searches settings.")
-    parser.add_argument("--output", type=Path, default=Path("outputs/tuning"), help="where the runs go")
-    parser.add_argument("--report", type=Path, default=Path("docs/results"), help="where tuning.csv and tuning.md go")
+    parser = study_parser("tuning", "Searches settings.")
     parser.add_argument("--config", type=Path, default=CONFIG / "hyperparameters" / "finetuned")
-    parser.add_argument("--workers", type=int, default=2, help="searches at a time (default: 2)")
     given = parser.parse_args(arguments)
     searches = list(itertools.product(plan["tasks"], plan["space"]))
-    results, failed = run_all(
-        functools.partial(run_search, plan, given.output.absolute()), searches, workers=given.workers
-    )
-    if failed:
-        sys.exit(f"error: {len(failed)} searches failed, see above and output.txt in their folders: {failed}")
+    job = functools.partial(run_search, plan, given.output.absolute())
+    results = run_all(job, searches, workers=given.workers)
     found = [trial for each in results.values() for trial in each]
-    for path in write_outcome(found, plan["choose"], given.report, given.config):
+    for path in write_outcome(found, plan["choose"], given.report or Path("docs/results"), given.config):
         print(f"  {path}")
 
 
