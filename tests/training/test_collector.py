@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from torchrl_trpo.config.validation import in_terms_of_settings
 from torchrl_trpo.envs import make_env
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.keys import group_keys
@@ -47,5 +48,8 @@ def test_a_compiled_policy_samples_the_same():
 
 
 def test_cuda_graphs_need_a_gpu():
-    with pytest.raises(SettingError, match=r"cudagraph_policy.*device=cuda.*cpu"):
+    with pytest.raises(SettingError, match=r"^cudagraph_policy=True needs .*CUDA device, got cpu\.") as refused:
         collect(cudagraph_policy=True)
+    message = in_terms_of_settings(str(refused.value))
+    assert message.startswith("collector.cudagraph_policy=true needs ")
+    assert message.endswith("Legal: collector.cudagraph_policy=false.")

@@ -19,12 +19,14 @@ from torchrl_trpo.errors import SettingError, nearest, nearest_multiples
 from torchrl_trpo.keys import GroupKeys
 from torchrl_trpo.reporting.loggers import logger_problem
 
-_ARGUMENTS = {  # of make_env, in its errors, and the settings that they come from
+_ARGUMENTS = {  # of make_env and make_collector, in their errors, and the settings that they come from
     r"(num_envs|max_steps|kwargs|factory)(?=[=:]| must)": r"env.\1",
     r"one_group=True": "actor.sharing=all",
     r"one_group=False": "actor.sharing=group or none",
     r"state=True": "critic.inputs",
     r"state=False": "critic.inputs=observations",
+    r"cudagraph_policy=True": "collector.cudagraph_policy=true",
+    r"cudagraph_policy=False": "collector.cudagraph_policy=false",
 }
 _RECORDED = ("algorithm", "versions")  # the config.yaml of a run has them too
 
@@ -271,7 +273,7 @@ _COMBINATIONS: Sequence[tuple[Sequence[str], Callable[..., str | None]]] = (
 
 
 def in_terms_of_settings(message: str) -> str:
-    """An error of ``make_env`` in the terms of a recipe: ``env.num_envs=5`` for ``num_envs=5``."""
+    """An error about arguments in the terms of a recipe: ``env.num_envs=5`` for ``num_envs=5``."""
     for argument, setting in _ARGUMENTS.items():
         message = re.sub(rf"(?<![\w.]){argument}", setting, message)
     return message

@@ -44,7 +44,10 @@ def make_collector(
         SettingError: if ``cudagraph_policy`` is set and the environment is not on a GPU.
     """
     if cudagraph_policy and (env.device is None or env.device.type != "cuda"):
-        raise SettingError(f"collector.cudagraph_policy=true needs device=cuda, got {env.device}. Legal: false.")
+        raise SettingError(
+            f"cudagraph_policy=True needs an environment on a CUDA device, got {env.device}. Legal: "
+            "cudagraph_policy=False."
+        )
     return Collector(
         env,
         policy,
