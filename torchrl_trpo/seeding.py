@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchrl._utils import logger
 from torchrl.checkpoint import GlobalRNGState
 
 
@@ -41,16 +42,32 @@ class GlobalGenerators(GlobalRNGState):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores the states."""
-        super().load_state_dict(state_dict)
+        """Restores the states; those of devices that this machine does not have are left out, with a warning."""
+        kept = dict(state_dict)
+        for entry in [entry for entry in kept if entry.startswith("torch_") and entry != "torch_cpu"]:
+            kind, states = entry.removeprefix("torch_"), kept[entry]
+            if (1 if isinstance(states, Tensor) else len(states)) > _device_count(kind):
+                del kept[entry]
+                logger.warning(
+                    f"The checkpoint is of a machine with more devices of the kind {kind}: their random numbers are "
+                    "not continued, and a resumed run is not the same to the bit."
+                )
+        super().load_state_dict(kept)
         if (device := _unknown_to_torchrl()) is not None:
-            for index, state in enumerate(state_dict.get(_entry(device), ())):
+            for index, state in enumerate(kept.get(_entry(device), ())):
                 set_device_state(torch.device(device.type, index), state)
 
 
 def _unknown_to_torchrl() -> torch.device | None:
     device = torch.accelerator.current_accelerator(check_available=True)
     return None if device is None or device.type in {"cuda", "xpu", "mps"} else device
+
+
+def _device_count(kind: str) -> int:
+    try:
+        return torch.get_device_module(kind).device_count()
+    except RuntimeError:  # this PyTorch does not have such devices
+        return 0
 
 
 def _entry(device: torch.device) -> str:

@@ -62,7 +62,7 @@ def test_a_run_that_has_written_nothing_for_long_is_silent(tmp_path):
     assert re.fullmatch(r"nothing new for \d+ s", record.reason)
 
 
-def test_a_run_of_an_older_version_has_no_state_and_fewer_columns(tmp_path):
+def test_a_run_without_a_state_is_unfinished_and_columns_may_be_missing(tmp_path):
     write_run(tmp_path, columns=COLUMNS[: COLUMNS.index("cpu_s") + 1])
     (tmp_path / "state.json").unlink()
     record = read_run(tmp_path)

@@ -221,8 +221,8 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
 
 
 def _state(folder: Path, columns: Mapping[str, list[float]]) -> tuple[str, str]:
-    if not (folder / STATE).exists():  # an older version did not write it
-        return "finished" if (folder / "summary.json").exists() else "unfinished", ""
+    if not (folder / STATE).exists():  # the run has not begun yet, or the disk was full
+        return "unfinished", ""
     written = json.loads((folder / STATE).read_text())
     if written["state"] == "running":
         walls = columns.get("wall_s", [])

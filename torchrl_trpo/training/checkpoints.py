@@ -55,7 +55,7 @@ class Checkpoints:
         self.folder = folder
         self._ranks = ranks
         self._collector = collector
-        self._of_this_rank = {"collection": CollectionState(collector), "generators": _Generators()}
+        self._of_this_rank = {"collection": CollectionState(collector), "generators": GlobalGenerators()}
         self._transforms = {"collection": TransformState(collector.env)}
         self._components = dict(components)
         self._other_ranks = _OtherRanks()
@@ -113,7 +113,7 @@ class Checkpoints:
     def _load_first(self, path: Path) -> tuple[dict[str, Any], bool]:
         """Restores the first rank; returns the progress, and whether the number of ranks is the same."""
         record = read_record(path)
-        before = record.get("ranks", 1)
+        before = record["ranks"]
         if before != self._ranks.size:
             logger.warning(
                 f"The checkpoint is of {before} processes, and now there are {self._ranks.size}: the run begins new "
@@ -140,22 +140,6 @@ class _OtherRanks:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.states = list(state_dict["states"])
-
-
-class _Generators(GlobalGenerators):
-    """The process's generators; on loading, those of devices that are gone are left out, with a warning."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        kept = dict(state_dict)
-        for entry in [entry for entry in kept if entry.startswith("torch_") and entry != "torch_cpu"]:
-            kind, states = entry.removeprefix("torch_"), kept[entry]
-            if (1 if isinstance(states, Tensor) else len(states)) > _device_count(kind):
-                del kept[entry]
-                logger.warning(
-                    f"The checkpoint is of a machine with more devices of the kind {kind}: their random numbers are "
-                    "not continued, and a resumed run is not the same to the bit."
-                )
-        super().load_state_dict(kept)
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -254,10 +238,3 @@ def _to_bytes(state: Any) -> Tensor:
 
 def _from_bytes(data: Tensor) -> Any:
     return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
-
-
-def _device_count(kind: str) -> int:
-    try:
-        return torch.get_device_module(kind).device_count()
-    except RuntimeError:  # this PyTorch does not have such devices
-        return 0

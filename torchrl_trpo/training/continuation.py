@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -57,23 +58,21 @@ def check_continued(before: Mapping[str, Any], now: Mapping[str, Any], folder: P
 
     Returns the dotted names of what has changed. Raises SettingError if the task, a network or the seed has.
     """
-    old, new = OmegaConf.create(dict(before)), OmegaConf.create(dict(now))
     for name in _FIXED:
-        was, is_now = OmegaConf.select(old, name), OmegaConf.select(new, name)
+        was, is_now = _value(before, name), _value(now, name)
         if was != is_now:
             advice = f"Use the recipe of {was}." if name == "algorithm" else f"Leave {name} out to continue it."
-            raise SettingError(
-                f"resume: the run in {str(folder)!r} has {name}={_plain(was)}, and now it is {_plain(is_now)}. {advice}"
-            )
+            raise SettingError(f"resume: the run in {str(folder)!r} has {name}={was}, and now it is {is_now}. {advice}")
     versions = {n: (v, now["versions"].get(n)) for n, v in before["versions"].items() if now["versions"].get(n) != v}
     if versions:
         listed = ", ".join(f"{name} {was} (now {is_now})" for name, (was, is_now) in versions.items())
         logger.warning(f"The run was made with {listed}: what follows may differ from what it would have been.")
     changed = []
-    for name in dict.fromkeys([*flat(before), *flat(now)]):
-        was, is_now = OmegaConf.select(old, name), OmegaConf.select(new, name)
+    old, new = flat(before), flat(now)
+    for name in old | new:
+        was, is_now = old.get(name), new.get(name)
         if was != is_now and name.partition(".")[0] not in _WITHOUT_EFFECT:
-            logger.warning(f"{name} was {_plain(was)} until now, and is {_plain(is_now)} from here on.")
+            logger.warning(f"{name} was {was} until now, and is {is_now} from here on.")
             changed.append(name)
     return changed
 
@@ -109,5 +108,5 @@ def rows_before(metrics: Path, iteration: int) -> list[dict[str, str]]:
     return rows
 
 
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+def _value(settings: Any, name: str) -> Any:
+    return functools.reduce(lambda section, part: section.get(part), name.split("."), settings)

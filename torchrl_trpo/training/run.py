@@ -150,7 +150,6 @@ class Run:
         self._ranks = ranks
         self._record = full_record(cfg, algorithm)
         self._progress: dict[str, Any] = {"iteration": 0, "frames": 0, "wall_s": 0.0, "cpu_s": 0.0, "best_return": None}
-        self._returns: list[float] = []  # of each iteration
         self._saved_at: int | None = None  # the iteration of the last checkpoint
         self._rejections = RejectionWatch(
             self.groups, max_kl=cfg.updater.get("max_kl"), damping=cfg.updater.get("damping"), ranks=ranks
@@ -171,7 +170,6 @@ class Run:
             if start.checkpoint is not None:
                 self._restore(start.checkpoint, start.changed)
             self._merge_observation_statistics()
-            self._returns = [float(row["episode_return"] or "nan") for row in start.rows]
             if self._ranks.is_first:
                 self._files.write_config(self._record)
             self._metrics = Metrics(
@@ -182,13 +180,13 @@ class Run:
                 device=self.env.device,
                 ranks=self._ranks,
             )
-            stack.callback(self._metrics.close)
+            stack.enter_context(contextlib.closing(self._metrics))
             agreed(self._open_logger, self._ranks)
-            self._save()
+            self._save(math.nan)
             self._signals.install()
             stack.callback(self._signals.restore)
             self._console = Console(self.cfg, self.algorithm, self.folder, self.frames, self.env.device, self._ranks)
-            stack.callback(self._console.close)
+            stack.enter_context(contextlib.closing(self._console))
             self._metrics.start_clocks(self._progress["wall_s"], self._progress["cpu_s"])
             self._stack = stack.pop_all()  # from here on, __exit__ closes it
         self._write_state("running")
@@ -272,15 +270,16 @@ class Run:
         row = self._metrics.row(data, stats, critic, self._progress)
         self._metrics.write(row)
         self._logger.log({name: row[name] for name in self._metrics.columns if name != "frames"}, self.frames)
-        self._returns.append(row["episode_return"])
-        self._progress["best_return"] = max(filter(math.isfinite, self._returns), default=None)
+        episode_return, best = row["episode_return"], self._progress["best_return"]
+        if math.isfinite(episode_return) and (best is None or episode_return > best):
+            self._progress["best_return"] = episode_return
         self._console.update(row, stats.numel())
         for report in self._rejections.update(data, stats):
             self._warn(report)
         is_last = self.frames >= self.cfg.train.total_frames
         signal = self._stop_signal()
         if is_last or signal or self._progress["iteration"] % self.cfg.checkpoint.every == 0:
-            self._save()
+            self._save(episode_return)
             if self._ranks.is_first and not is_last:  # finish() draws the last ones
                 self._pictures.draw_now_and_then()
         if signal and not is_last:
@@ -303,7 +302,6 @@ class Run:
             self.folder,
             self._record,
             self._progress,
-            self._returns,
             env=self.env,
             policy=self.policy,
             logger=self._logger,
@@ -330,11 +328,11 @@ class Run:
                 for updater in self._updaters:
                     setattr(updater, setting, self.cfg.updater[setting])
 
-    def _save(self) -> None:
-        """Writes a checkpoint, unless this iteration has one."""
+    def _save(self, episode_return: float) -> None:
+        """Writes a checkpoint, unless this iteration has one; ``episode_return`` is the iteration's."""
         if self._saved_at != self._progress["iteration"]:
             check_same_bits([*self.policy.parameters(), *self._losses.parameters()], self._ranks)
-            self._checkpoints.save(self._progress, self._record, self._returns[-1] if self._returns else math.nan)
+            self._checkpoints.save(self._progress, self._record, episode_return)
             self._saved_at = self._progress["iteration"]
 
     def _merge_observation_statistics(self) -> None:

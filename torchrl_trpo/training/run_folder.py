@@ -73,7 +73,7 @@ class RunFolder:
     def _belongs_to_this_job(self) -> bool:
         if not has_checkpoint(self.path):
             return False
-        job = read_record(find_checkpoint(self.path)).get("job")
+        job = read_record(find_checkpoint(self.path))["job"]
         return job is not None and job == job_id()
 
     def _begin(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ def summarize(
     folder: Path,
     settings: Mapping[str, Any],
     progress: Mapping[str, Any],
-    returns: Sequence[float],
     *,
     env: EnvBase,
     policy: TensorDictModuleBase,
@@ -43,10 +42,9 @@ def summarize(
 ) -> dict[str, Any]:
     """Evaluates and films the policy of a run that has done its frames, writes ``summary.json`` and prints it.
 
-    ``returns`` are the episode returns of all iterations, NaN where no episode ended. The environment's normaliser is
-    frozen. Returns what ``summary.json`` holds.
+    The environment's normaliser is frozen. Returns what ``summary.json`` holds.
     """
-    recent = [value for value in returns if math.isfinite(value)][-5:] or [math.nan]
+    record = read_run(folder)
     if (norm := observation_norm(env)) is not None:
         norm.freeze()
     evaluation = evaluate(env, policy, max_steps=settings["env"]["max_steps"])
@@ -59,7 +57,7 @@ def summarize(
         "wall_s": wall_s,
         "cpu_s": progress["cpu_s"],
         "frames_per_s": frames / wall_s,
-        "episode_return": sum(recent) / len(recent),
+        "episode_return": record.episode_return,
         "best_return": progress["best_return"],
         "evaluation_return": float(evaluation.mean()),
         "evaluation_episodes": evaluation.numel(),
@@ -70,11 +68,12 @@ def summarize(
         if film is not None:
             logger.log_film(film, frames)
     logger.log({"evaluation_return": summary["evaluation_return"]}, frames)
-    finite = {name: _finite(value) for name, value in summary.items()}
-    replace_file(folder / "summary.json", json.dumps(finite, indent=2) + "\n")  # last: it marks the run as finished
-    record = read_run(folder)
+    unknown = {name: None for name, value in summary.items() if isinstance(value, float) and not math.isfinite(value)}
+    text = json.dumps(summary | unknown, indent=2) + "\n"
+    replace_file(folder / "summary.json", text)  # last: it marks the run as finished
+    n_recent = min(5, sum(map(math.isfinite, record.column("episode_return"))))
     print(
-        f"{record.title}: episode return {summary['episode_return']:.1f} (mean of the last {len(recent)} iterations "
+        f"{record.title}: episode return {summary['episode_return']:.1f} (mean of the last {n_recent} iterations "
         f"with finished episodes), {summary['evaluation_return']:.1f} acting deterministically, {frames} frames in "
         f"{wall_s:.0f} s."
     )
@@ -84,7 +83,3 @@ def summarize(
     for symptom in find_symptoms(record):
         print(f"  {symptom.name}: {symptom.figures} See docs/not-learning.md.")
     return summary
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
