@@ -59,6 +59,9 @@ class Checkpoints:
         self._transforms = {"collection": TransformState(collector.env)}
         self._components = dict(components)
         self._other_ranks = _OtherRanks()
+        self._all = self._of_this_rank | self._components
+        if ranks.size > 1:
+            self._all["other_ranks"] = self._other_ranks
         directory = folder / _DIRECTORY
         self._rotation = CheckpointRotation(directory, keep_last=keep, keep_best=("best_metric", "max"))
 
@@ -68,7 +71,7 @@ class Checkpoints:
         ``episode_return`` decides which checkpoint is the best; a non-finite one counts as the worst.
         """
         if self._ranks.size > 1:
-            self._other_ranks.states = self._ranks.gather_objects(_to_bytes(_states(self._of_this_rank)))[1:]
+            self._other_ranks.states = self._ranks.gather_objects(_pack(self._of_this_rank))[1:]
             if not self._ranks.is_first:
                 return
         metric = episode_return if math.isfinite(episode_return) else -1e300  # the manifest needs a finite number
@@ -80,8 +83,7 @@ class Checkpoints:
             "ranks": self._ranks.size,
             "job": job_id(),
         }
-        checkpoint = _checkpoint_of(self._all_components(self._ranks.size))
-        self._rotation.save(checkpoint, step=progress["iteration"], metadata=record)
+        self._rotation.save(_checkpoint_of(self._all), step=progress["iteration"], metadata=record)
 
     def load(self, path: Path) -> dict[str, Any]:
         """Restores all that a checkpoint holds, and returns the progress that it was saved with.
@@ -92,13 +94,13 @@ class Checkpoints:
         progress, same_size = agreed(lambda: self._load_first(path), self._ranks)
         if self._ranks.size > 1:
             shared = self._components | self._transforms
-            shared_state = self._ranks.scatter_objects([_to_bytes(_states(shared))] * self._ranks.size)
+            shared_state = self._ranks.scatter_objects([_pack(shared)] * self._ranks.size)
             states = [None, *self._other_ranks.states] if same_size else [None] * self._ranks.size
             own_state = self._ranks.scatter_objects(states)
             if not self._ranks.is_first:
-                _restore(shared, _from_bytes(shared_state))
+                _unpack(shared_state, shared)
             if own_state is not None:
-                _restore(self._of_this_rank, _from_bytes(own_state))
+                _unpack(own_state, self._of_this_rank)
         if not same_size:
             self._begin_episodes(progress)
         return progress
@@ -113,20 +115,14 @@ class Checkpoints:
     def _load_first(self, path: Path) -> tuple[dict[str, Any], bool]:
         """Restores the first rank; returns the progress, and whether the number of ranks is the same."""
         record = read_record(path)
-        before = record["ranks"]
-        if before != self._ranks.size:
+        same_size = record["ranks"] == self._ranks.size
+        if not same_size:
             logger.warning(
-                f"The checkpoint is of {before} processes, and now there are {self._ranks.size}: the run begins new "
-                "episodes, with new random numbers, and is not the same to the bit."
+                f"The checkpoint is of {record['ranks']} processes, and now there are {self._ranks.size}: the run "
+                "begins new episodes, with new random numbers, and is not the same to the bit."
             )
-            load_components(path, self._components | self._transforms)
-            return record["progress"], False
-        load_components(path, self._all_components(before))
-        return record["progress"], True
-
-    def _all_components(self, size: int) -> dict[str, Any]:
-        other_ranks = {"other_ranks": self._other_ranks} if size > 1 else {}
-        return {**self._of_this_rank, **self._components, **other_ranks}
+        load_components(path, self._all if same_size else self._components | self._transforms)
+        return record["progress"], same_size
 
 
 class _OtherRanks:
@@ -220,21 +216,15 @@ def _unreadable(path: Path, error: Exception) -> str:
     return f"the checkpoint {path} cannot be read ({str(error).splitlines()[0]}). {advice}"
 
 
-def _states(components: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: component.state_dict() for name, component in components.items()}
-
-
-def _restore(components: Mapping[str, Any], states: Mapping[str, Any]) -> None:
-    for name, component in components.items():
-        component.load_state_dict(states[name])
-
-
-def _to_bytes(state: Any) -> Tensor:
-    """Encodes a state for another rank, whose devices may have other names."""
+def _pack(components: Mapping[str, Any]) -> Tensor:
+    """Encodes the states of components for another rank, whose devices may have other names."""
     file = io.BytesIO()
-    torch.save(state, file)
+    torch.save({name: component.state_dict() for name, component in components.items()}, file)
     return torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
 
 
-def _from_bytes(data: Tensor) -> Any:
-    return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
+def _unpack(packed: Tensor, components: Mapping[str, Any]) -> None:
+    """Restores the states that :func:`_pack` encoded."""
+    states = torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)
+    for name, component in components.items():
+        component.load_state_dict(states[name])
