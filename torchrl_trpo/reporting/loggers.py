@@ -80,7 +80,8 @@ class RunLogger:
         """
         if self._logger is None or self.continues:
             return
-        plain = {name: value if _is_plain(value) else str(value) for name, value in flat(record).items()}
+        settings = flat(record).items()
+        plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings}
         with untouched_generators():
             self._logger.log_hparams(plain)
 
@@ -130,7 +131,8 @@ class RunLogger:
             elif self._backend == "tensorboard":
                 self._logger.shutdown()
             else:
-                _close_files(self._logger)
+                for file in self._logger.experiment.files.values():
+                    file.close()
         self._logger = None
 
 
@@ -237,12 +239,3 @@ def _add_animation(writer: Any, path: Path, frames: int) -> None:
     height, width, _ = pictures[0].shape
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue())
     writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="film", image=image)]), frames)
-
-
-def _close_files(logger: Logger) -> None:
-    for file in logger.experiment.files.values():
-        file.close()
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, bool | int | float | str)
