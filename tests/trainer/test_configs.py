@@ -62,7 +62,7 @@ def keywords(*callables):
 
 
 def fields(config):
-    return {name for name in config.__dataclass_fields__ if name not in {"_target_", "_partial_"}}
+    return {name for name in config.__dataclass_fields__ if name not in {"_target_", "_partial_", "_convert_"}}
 
 
 def logged_at(folder, column):

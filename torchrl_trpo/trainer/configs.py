@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
-from omegaconf import MISSING, ListConfig
+from omegaconf import MISSING
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.envs import EnvBase
@@ -54,6 +54,7 @@ class _Base(ConfigBase):
     """What all configs are: other configs of TorchRL only take a ``ConfigBase``."""
 
     _partial_: bool = False
+    _convert_: str = "all"  # lists and dicts rather than OmegaConf's
 
     def __post_init__(self) -> None:
         """Does nothing; ``ConfigBase`` asks for it."""
@@ -122,13 +123,7 @@ class HATRPOLossConfig(_Base):
     ``losses`` is the config of a TRPO loss, or a mapping from groups to such.
     """
 
-    _target_: str = f"{_HERE}._make_hatrpo_loss"
-
-
-def _make_hatrpo_loss(losses: TRPOLoss | Mapping[str, TRPOLoss], agent_order: Any) -> HATRPOSequentialObjective:
-    groups = losses if isinstance(losses, TRPOLoss) else dict(losses.items())
-    order: Any = agent_order if isinstance(agent_order, str) else list(agent_order)
-    return HATRPOSequentialObjective(groups, agent_order=order)
+    _target_: str = "torchrl_trpo.objectives.HATRPOSequentialObjective"
 
 
 @_keywords_of(AgentGAE, MultiAgentGAE, GAE)
@@ -163,7 +158,7 @@ def _make_central_critic(**kwargs: Any) -> CentralCriticValueEstimator:
 
 def _plain_key(key: Any) -> Any:
     """A key as TorchRL takes it: a list of YAML becomes a tuple, or its one entry."""
-    if not isinstance(key, (list, ListConfig)):
+    if not isinstance(key, list):
         return key
     return key[0] if len(key) == 1 else tuple(key)
 
@@ -263,16 +258,15 @@ class MultiAgentMLPConfig(_Base):
     _target_: str = f"{_HERE}._make_multi_agent_mlp"
 
 
-def _make_multi_agent_mlp(*, activation_class: str, num_cells: Any, **kwargs: Any) -> MultiAgentMLP:
-    cells = num_cells if num_cells is None or isinstance(num_cells, int) else list(num_cells)
-    return MultiAgentMLP(**kwargs, num_cells=cells, activation_class=get_class(activation_class))
+def _make_multi_agent_mlp(*, activation_class: str, **kwargs: Any) -> MultiAgentMLP:
+    return MultiAgentMLP(**kwargs, activation_class=get_class(activation_class))
 
 
 def _make_agent_policy(
     env: EnvBase, group: str | None = None, sharing: str = "group", hidden: Sequence[int] = (128, 128)
 ) -> TensorDictModuleBase:
     groups = [keys for keys in group_keys(env) if group in (None, keys.group)]
-    policy = make_policy(env, groups, sharing=sharing, hidden=list(hidden))
+    policy = make_policy(env, groups, sharing=sharing, hidden=hidden)
     return policy[0] if len(groups) == 1 and groups[0].group is not None else policy
 
 
@@ -299,14 +293,14 @@ def _make_agent_critic(
     if len(found) != 1:
         raise ValueError(f"group: {group!r}. Legal: one of {[keys.group for keys in group_keys(env)]}.")
     if inputs == "own":
-        return make_critic(env, found[0], share_params=share_params, hidden=list(hidden))
+        return make_critic(env, found[0], share_params=share_params, hidden=hidden)
     return make_central_critic(
         env,
         found[0],
         inputs=inputs,
         agent_one_hot=agent_one_hot,
         others_actions=others_actions,
-        hidden=list(hidden),
+        hidden=hidden,
     )
 
 

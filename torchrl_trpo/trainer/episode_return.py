@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from tensordict import NestedKey, TensorDictBase
-from torchrl.trainers import Trainer, TrainerHookBase
+from torchrl.trainers import LogScalar
 
-from torchrl_trpo.keys import path
+from torchrl_trpo.keys import next_key
 
 
-class LogEpisodeReturn(TrainerHookBase):
+class LogEpisodeReturn(LogScalar):
     """Logs the mean return of the episodes that ended in a batch, over episodes and agents.
 
     It reads the running return that ``RewardSum`` or :func:`~torchrl_trpo.envs.make_env` writes. It logs nothing if the
@@ -32,9 +31,8 @@ class LogEpisodeReturn(TrainerHookBase):
         done_key: NestedKey = "done",
         logname: str = "episode_return",
     ) -> None:
-        self.key = path(key)
-        self.done_key = path(done_key)
-        self.logname = logname
+        super().__init__(next_key(key), logname, log_pbar=True, include_std=False)
+        self.done_key = next_key(done_key)
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Any] | None:
         """Computes the entry of the log.
@@ -45,31 +43,10 @@ class LogEpisodeReturn(TrainerHookBase):
         Returns:
             The mean return under the hook's name, or None.
         """
-        returns = batch.get(("next", *self.key), None)
+        returns = batch.get(self.key, None)
         if returns is None:
             return None
-        done = batch.get(("next", *self.done_key)).flatten(batch.batch_dims)  # [*B, T, n_agents] or [*B, T, 1]
+        done = batch.get(self.done_key).flatten(batch.batch_dims)  # [*B, T, n_agents] or [*B, T, 1]
         returns = returns.flatten(batch.batch_dims)
         ended = returns[done.expand_as(returns)]
-        return {self.logname: ended.mean().item(), "log_pbar": True} if ended.numel() else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """An empty dict: the hook has no state."""
-        return {}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Does nothing: the hook has no state.
-
-        Args:
-            state_dict: is not read.
-        """
-
-    def register(self, trainer: Trainer, name: str | None = None) -> None:
-        """Registers the hook before the optimisation steps.
-
-        Args:
-            trainer: the trainer.
-            name: the name in the checkpoint. Default: after the hook's name in the log.
-        """
-        trainer.register_op("pre_steps_log", self)
-        trainer.register_module(name or f"log_{self.logname}", self)
+        return {self.logname: ended.mean().item(), "log_pbar": self.log_pbar} if ended.numel() else None
