@@ -319,7 +319,7 @@ def test_the_command_line_says_it_all(tmp_path):
 
 
 def test_a_simulator_that_is_not_installed_is_no_misspelt_task(monkeypatch):
-    monkeypatch.setattr("torchrl_trpo.config.schema.known_tasks", lambda library: [])
+    monkeypatch.setattr("torchrl_trpo.envs.tasks.known_tasks", lambda library: [])
     with pytest.raises(SettingError, match=r"not installed\. Use: pip install 'torchrl-trpo\[recipes,gym\]'"):
         check_overrides(["env=gym/Acrobot-v1"], CONFIG_DIR, "trpo")
 

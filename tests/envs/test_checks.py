@@ -185,10 +185,14 @@ def test_one_read_where_all_is_finite():
     [
         ("vmas/balance", {"n_agents": 1}, r"'vmas/balance' cannot be .*\{'n_agents': 1\}: AssertionError: assert self"),
         ("mamujoco/HalfCheetah", {"agent_conf": "7x9"}, r"cannot be made with kwargs=.*UNKNOWN partitioning"),
-        ("mamujoco/HalfCheetah", {}, r"'mamujoco/HalfCheetah': missing a required argument: 'agent_conf'\. Legal: ag"),
+        ("mamujoco/HalfCheetah", {}, r"'mamujoco/HalfCheetah': missing a required argument: 'agent_conf'\. Legal: 'ag"),
         ("gym/CartPole-v1", {"pole": 1}, r"cannot be made with kwargs=\{'pole': 1\}: TypeError: .*'pole'"),
         ("pettingzoo/simple_spread_v3", {"N": "3"}, r"cannot be made with kwargs=\{'N': '3'\}: TypeError"),
-        ("custom", {"kinds": 1}, r"kwargs=\{'kinds': 1\} of 'custom': got an unexpected.* Legal: kind, death\."),
+        (
+            "custom",
+            {"kinds": 1},
+            r"kwargs=\{'kinds': 1\} of 'custom': got an unexpected.* Did you mean 'kind'\? Legal: 'kind', 'death'\.",
+        ),
     ],
 )
 def test_what_a_simulator_refuses_names_the_settings(name, kwargs, message):

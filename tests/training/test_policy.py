@@ -250,7 +250,9 @@ except ImportError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert done.stdout == "VMAS is not installed. Use: pip install torchrl-trpo[vmas,recipes].\n"
+    assert done.stdout == (
+        "env: 'vmas/balance' needs a simulator that is not installed. Use: pip install 'torchrl-trpo[recipes,vmas]'\n"
+    )
     assert "load_policy" in torchrl_trpo.__all__
     with pytest.raises(AttributeError, match="no attribute 'load_polic'"):
         torchrl_trpo.load_polic  # noqa: B018

@@ -15,9 +15,9 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from torchrl_trpo.config.schema import RECIPES, missing_simulator
+from torchrl_trpo.config.schema import RECIPES
 from torchrl_trpo.config.validation import find_problems, one_message, resolved, unknown_setting
-from torchrl_trpo.envs.tasks import LIBRARIES, known_tasks
+from torchrl_trpo.envs.tasks import LIBRARIES, SimulatorError, check_name, known_tasks
 from torchrl_trpo.errors import SettingError, nearest
 
 _ENV_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
     given = dict(_split(override) for override in overrides)
     envs = given["env"].split(",") if "env" in given else []
     folder = Path(given["resume"]) if given.get("resume", "null") not in {"", "null"} else None
-    problems: dict[str, list[str]] = {"env": _env_problems(envs, config_dir)}
+    problems: dict[str, list[str]] = {"env": list(_env_problems(envs, config_dir))}
     if folder is not None:
         problems["resume"] = _resume_problems(folder, config_name)
     knows_env = not any(problems.values())
@@ -129,11 +129,16 @@ def environments(config_dir: Path) -> dict[str, list[str]]:
     return names
 
 
-def _env_problems(envs: Sequence[str], config_dir: Path) -> list[str]:
-    missing = {env: problem for env in envs if (problem := missing_simulator(env))}
-    unwritten = [env for env in envs if env not in missing and not (config_dir / "env" / f"{env}.yaml").exists()]
-    known = [name for names in environments(config_dir).values() for name in names] if unwritten else []
-    return [*missing.values(), *(f"env: {env!r}. {nearest(env, known)}" for env in unwritten if env not in known)]
+def _env_problems(envs: Sequence[str], config_dir: Path) -> Iterator[str]:
+    for env in envs:
+        try:
+            check_name(env)
+        except SimulatorError as error:
+            yield str(error)
+        except SettingError:
+            known = [name for names in environments(config_dir).values() for name in names]
+            if env not in known:
+                yield f"env: {env!r}. {nearest(env, known)}"
 
 
 def _syntax_problem(override: str) -> str | None:

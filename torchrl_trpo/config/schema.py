@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from torchrl_trpo.envs import resolve_device
-from torchrl_trpo.envs.tasks import LIBRARIES, known_tasks
-from torchrl_trpo.errors import SettingError, nearest
+from torchrl_trpo.envs.tasks import check_name
 from torchrl_trpo.numerics.updater import TrustRegionUpdater
 from torchrl_trpo.parallel.minibatches import ADAM_RANGES
 
@@ -45,25 +44,8 @@ def _check_device(name: Any) -> Any:
     return name
 
 
-def missing_simulator(env: str) -> str | None:
-    """The problem with an environment whose library has tasks, but is not installed."""
-    library = env.partition("/")[0]
-    if library not in LIBRARIES or known_tasks(library):
-        return None
-    return f"env: {env!r} needs a simulator that is not installed. Use: pip install 'torchrl-trpo[recipes,{library}]'"
-
-
 def _check_environment(name: Any) -> Any:
-    library, _, task = str(name).partition("/")
-    if library not in ENVIRONMENTS:
-        raise SettingError(f"env: {name!r}. {nearest(name, ENVIRONMENTS)}")
-    if library == "custom":
-        return name
-    if problem := missing_simulator(name):
-        raise SettingError(problem)
-    tasks = known_tasks(library)
-    if task not in tasks:
-        raise SettingError(f"env: {name!r}. {nearest(name, [f'{library}/{other}' for other in tasks])}")
+    check_name(str(name))
     return name
 
 

@@ -24,7 +24,8 @@ from torchrl_trpo.envs.checks import check_specs
 from torchrl_trpo.envs.normalization import ObservationNorm
 from torchrl_trpo.envs.parallel_env import RestorableParallelEnv
 from torchrl_trpo.envs.simulators import SIMULATORS, named_construction
-from torchrl_trpo.errors import SettingError, nearest, nearest_multiples
+from torchrl_trpo.envs.tasks import check_name
+from torchrl_trpo.errors import SettingError, nearest_multiples
 from torchrl_trpo.keys import agent_groups, group_keys, return_key
 from torchrl_trpo.parallel.ranks import ALONE, Ranks
 from torchrl_trpo.seeding import rank_seed
@@ -92,9 +93,8 @@ def make_env(
         SettingError: if the name or an argument is unknown, the simulator refuses its arguments, a size is not
             positive, or there is no such state.
     """
-    library = name.partition("/")[0]
-    if library not in SIMULATORS:
-        raise SettingError(f"env: {name!r}. {nearest(library, SIMULATORS)}")
+    check_name(name)
+    library, _, task = name.partition("/")
     for argument, value in {"num_envs": num_envs, "max_steps": max_steps}.items():
         if value < 1:
             raise SettingError(f"{argument} must be at least 1, got {value}.")
@@ -111,6 +111,7 @@ def make_env(
     with named_construction(name, kwargs):
         construct = SIMULATORS[library](
             name,
+            task=task,
             num_envs=num_envs,
             kwargs=dict(kwargs),
             seed=seed,

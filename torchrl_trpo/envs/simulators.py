@@ -16,7 +16,6 @@ import torch
 from torchrl.envs import EnvBase
 
 from torchrl_trpo.envs.replay import ReplayedGymEnv, ReplayedPettingZooWrapper
-from torchrl_trpo.envs.tasks import known_tasks
 from torchrl_trpo.envs.vmas import BatchedResetVmasEnv
 from torchrl_trpo.errors import SettingError, nearest
 
@@ -51,6 +50,7 @@ def group_agents(spaces: Mapping[str, Any], one_group: bool = False) -> dict[str
 def _vmas(
     name: str,
     *,
+    task: str,
     num_envs: int,
     kwargs: dict,
     seed: int,
@@ -60,7 +60,6 @@ def _vmas(
     **unused: Any,
 ) -> Callable[[], EnvBase]:
     """A scenario of VMAS, vectorised. TorchRL counts its steps (max_steps=None), as VMAS terminates at time limits."""
-    scenario = _known_task(name, "vmas", "VMAS is", "vmas")
     settings: dict[str, Any] = {
         "num_envs": num_envs,
         "device": device,
@@ -71,7 +70,7 @@ def _vmas(
     }
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        env = BatchedResetVmasEnv(scenario, **settings)
+        env = BatchedResetVmasEnv(task, **settings)
     for warning in caught:
         if "not used by the scenario" not in str(warning.message):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
@@ -85,36 +84,41 @@ def _vmas(
     groups = group_agents({a.name: kind for a, kind in zip(simulator.agents, spaces, strict=True)}, one_group)
     if groups == env.group_map:
         return lambda: env
-    return functools.partial(BatchedResetVmasEnv, scenario, **settings, group_map=groups)
+    return functools.partial(BatchedResetVmasEnv, task, **settings, group_map=groups)
 
 
 def _pettingzoo(
-    name: str, *, kwargs: dict, continuous: bool | None, one_group: bool, state: bool, render: bool, **unused: Any
+    name: str,
+    *,
+    task: str,
+    kwargs: dict,
+    continuous: bool | None,
+    one_group: bool,
+    state: bool,
+    render: bool,
+    **unused: Any,
 ) -> Callable[[], EnvBase]:
     """The multi-agent particle environments, from the package ``mpe2``."""
-    task = _known_task(name, "pettingzoo", "mpe2, PettingZoo's particle environments, is", "pettingzoo")
-    constructor = importlib.import_module(f"mpe2.{task}").parallel_env
+    module = importlib.import_module(f"mpe2.{task}")
+    _check_arguments(name, module.raw_env, kwargs)  # parallel_env, which calls it, takes anything
     kwargs = {"continuous_actions": bool(continuous), "max_cycles": 2**31 - 1, **kwargs}
     kwargs |= {"render_mode": "rgb_array"} if render else {}
-    _check_arguments(name, constructor, getattr(importlib.import_module(f"mpe2.{task}"), "raw_env", None), kwargs)
-    make = functools.partial(constructor, **kwargs)
+    make = functools.partial(module.parallel_env, **kwargs)
     return functools.partial(_wrap_pettingzoo, make, _pettingzoo_groups(make(), one_group), state)
 
 
 def _mamujoco(
-    name: str, *, kwargs: dict, one_group: bool, state: bool, render: bool, **unused: Any
+    name: str, *, task: str, kwargs: dict, one_group: bool, state: bool, render: bool, **unused: Any
 ) -> Callable[[], EnvBase]:
     """Multi-agent MuJoCo, from Gymnasium-Robotics: ``kwargs["agent_conf"]`` says how the robot is divided."""
-    robot = _known_task(name, "mamujoco", "Gymnasium-Robotics is", "mamujoco")
     kwargs |= {"render_mode": "rgb_array"} if render else {}
-    _check_call(name, importlib.import_module("gymnasium_robotics").mamujoco_v1.parallel_env, kwargs, "scenario")
-    make = functools.partial(_silent_mamujoco, robot, **kwargs)
+    _check_arguments(name, importlib.import_module("gymnasium_robotics").mamujoco_v1.parallel_env, kwargs, "scenario")
+    make = functools.partial(_silent_mamujoco, task, **kwargs)
     return functools.partial(_wrap_pettingzoo, make, _pettingzoo_groups(make(), one_group), state)
 
 
-def _gym(name: str, *, kwargs: dict, render: bool, **unused: Any) -> Callable[[], EnvBase]:
+def _gym(name: str, *, task: str, kwargs: dict, render: bool, **unused: Any) -> Callable[[], EnvBase]:
     """A single-agent task of Gymnasium."""
-    task = _known_task(name, "gym", "Gymnasium is", "gym")
     kwargs |= {"render_mode": "rgb_array"} if render else {}
     # TorchRL counts the steps; a time limit inside the task would end episodes earlier.
     return functools.partial(
@@ -137,7 +141,7 @@ def _custom(
     known = {"num_envs": num_envs, "device": device, "seed": seed}
     taken = inspect.signature(make).parameters
     known = {argument: value for argument, value in known.items() if argument in taken and argument not in kwargs}
-    _check_call(name, make, kwargs, *known)
+    _check_arguments(name, make, kwargs, *known)
     return functools.partial(make, **known, **kwargs)
 
 
@@ -174,32 +178,15 @@ def named_construction(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _known_task(name: str, library: str, package: str, extra: str) -> str:
-    known = known_tasks(library)
-    task = name.partition("/")[2]
-    if not known:
-        raise ImportError(f"{package} not installed. Use: pip install torchrl-trpo[{extra},recipes].")
-    if task not in known:
-        raise SettingError(f"env: {name!r}. {nearest(name, [f'{library}/{other}' for other in known])}")
-    return task
-
-
-def _check_arguments(name: str, constructor: Any, raw: Any, kwargs: Mapping[str, Any]) -> None:
-    """Refuses unknown arguments. PettingZoo's constructors take anything; the class behind them does not."""
-    known = [*inspect.signature(raw.__init__ if raw is not None else constructor).parameters][1:]
-    for argument in kwargs:
-        if argument not in known:
-            raise SettingError(f"kwargs: {argument!r} is no argument of {name!r}. {nearest(argument, known)}")
-
-
-def _check_call(name: str, constructor: Any, kwargs: Mapping[str, Any], *given: str) -> None:
+def _check_arguments(name: str, constructor: Callable[..., Any], kwargs: Mapping[str, Any], *given: str) -> None:
     """Refuses arguments with which a constructor cannot be called, beside the given ones."""
     signature = inspect.signature(constructor)
     try:
         signature.bind(**dict.fromkeys(given), **kwargs)
     except TypeError as error:
         legal = [argument for argument in signature.parameters if argument not in given]
-        raise SettingError(f"kwargs={dict(kwargs)} of {name!r}: {error}. Legal: {', '.join(legal)}.") from error
+        unknown = next((argument for argument in kwargs if argument not in legal), "")
+        raise SettingError(f"kwargs={dict(kwargs)} of {name!r}: {error}. {nearest(unknown, legal)}") from error
 
 
 def _pettingzoo_groups(env: Any, one_group: bool) -> dict[str, list[str]]:

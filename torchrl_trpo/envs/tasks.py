@@ -8,8 +8,30 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from torchrl_trpo.errors import SettingError, nearest
+
 _ROBOTS = ["Ant", "CoupledHalfCheetah", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup"]
 _ROBOTS += ["Pusher", "Reacher", "Swimmer", "Walker2d"]
+
+
+class SimulatorError(SettingError, ImportError):
+    """An environment whose simulator is not installed."""
+
+
+def check_name(name: str) -> None:
+    """Refuses an environment's name whose library or task does not exist, or is not installed."""
+    library, _, task = name.partition("/")
+    if library == "custom":
+        return
+    if library not in LIBRARIES:
+        raise SettingError(f"env: {name!r}. {nearest(library, [*LIBRARIES, 'custom'])}")
+    known = known_tasks(library)
+    if not known:
+        raise SimulatorError(
+            f"env: {name!r} needs a simulator that is not installed. Use: pip install 'torchrl-trpo[recipes,{library}]'"
+        )
+    if task not in known:
+        raise SettingError(f"env: {name!r}. {nearest(name, [f'{library}/{other}' for other in known])}")
 
 
 def known_tasks(library: str) -> list[str]:
