@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from torchrl_trpo.config.schema import RECIPES
-from torchrl_trpo.config.validation import find_problems, one_message, resolved, unknown_setting
+from torchrl_trpo.config.validation import find_problems, one_message
 from torchrl_trpo.envs.tasks import LIBRARIES, SimulatorError, check_name, known_tasks
 from torchrl_trpo.errors import SettingError, nearest
 
@@ -46,17 +45,14 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
     Raises:
         SettingError: if settings or environments are unknown, missing or invalid; it lists all of them.
     """
-    given = dict(_split(override) for override in overrides)
+    given = dict(map(_split, overrides))
     envs = given["env"].split(",") if "env" in given else []
     folder = Path(given["resume"]) if given.get("resume", "null") not in {"", "null"} else None
-    problems: dict[str, list[str]] = {"env": list(_env_problems(envs, config_dir))}
+    problems = {"env": list(_env_problems(envs, config_dir))}
     if folder is not None:
         problems["resume"] = _resume_problems(folder, config_name)
     knows_env = not any(problems.values())
     has_levels = _has_levels(config_dir, config_name)
-    groups = {path.name for path in config_dir.iterdir() if path.is_dir()}  # Hydra's, each for some recipes
-    for name in groups.difference({"env"}, {"hyperparameters"} if has_levels else {}).intersection(given):
-        problems[name] = [unknown_setting(name, RECIPES[config_name])]
     if has_levels and "hyperparameters" in given:
         problems["hyperparameters"] = [
             problem
@@ -64,24 +60,23 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
             for problem in _level_problems(level, config_dir, config_name, envs, folder)
         ]
     checked = [_forced(override, has_levels) for override in overrides]
-    if folder is not None and knows_env:
-        checked = [*_resumed_overrides(folder, given), *checked]
     if knows_env:
-        for env in [env for name, value in map(_split, checked) if name == "env" for env in value.split(",")]:
+        if folder is not None:
+            checked = [*_resumed_overrides(folder, given), *checked]
+        for env in dict(map(_split, checked)).get("env", "").split(","):
             _register(env, config_dir)
-    # Neither flags nor their values.
-    settings = [each for each in checked if each[:1] == "~" or ("=" in each and each[:1] != "-")]
-    for name, override in [(_split(each)[0], each) for each in settings]:
+    for override in filter(_is_setting, checked):
+        name, _ = _split(override)
         if not problems.get(name) and (problem := _syntax_problem(override)):
             problems[name] = [problem]
-    right = [override for override in settings if not problems.get(_split(override)[0])]
     lines = [line for each in problems.values() for line in each]
     try:
+        right = [override for override in checked if not problems.get(_split(override)[0])]
         cfg = compose_settings(right, config_dir, config_name)
     except HydraException as error:
         lines.append(str(error).splitlines()[0])
     else:
-        lines += find_problems(resolved(cfg), RECIPES[config_name], knows_env=knows_env)
+        lines += find_problems(cfg, RECIPES[config_name], knows_env=knows_env)
     if lines:
         raise SettingError(one_message(lines))
     return checked
@@ -99,14 +94,14 @@ def compose_settings(overrides: Sequence[str], config_dir: Path, config_name: st
         The config; of a sweep, with its first values.
     """
     parser = OverridesParser.create()
-    parsed = parser.parse_overrides([each for each in overrides if not each.startswith(("-", "hydra.", "hydra/"))])
+    parsed = parser.parse_overrides([each for each in overrides if _is_setting(each)])
     parsed = [parser.parse_override(_first(each)) for each in parsed if not each.is_interval_sweep()]
-    # Hydra refuses a list in place of a section, and so the schema could not say what is legal.
-    collections = [each for each in parsed if not each.is_delete() and isinstance(each.value(), (list, dict))]
-    lines = ["++output_dir=.", *[str(each.input_line) for each in parsed if each not in collections]]
+    settings = [each for each in parsed if each.is_force_add()]
+    choices = [str(each.input_line) for each in parsed if each not in settings]
     with initialize_config_dir(str(config_dir), version_base=None):
-        cfg = compose(config_name, lines)
-    for override in collections:
+        cfg = compose(config_name, ["++output_dir=.", *choices])
+    # Hydra itself refuses a list in place of a section, and so the schema could not say what is legal.
+    for override in settings:
         name, value = override.key_or_group, override.value()
         merge = isinstance(value, dict) and OmegaConf.is_dict(OmegaConf.select(cfg, name))
         OmegaConf.update(cfg, name, value, merge=merge, force_add=True)
@@ -161,7 +156,6 @@ def _resume_problems(folder: Path, config_name: str) -> list[str]:
     return [f"resume: the run in {str(folder)!r} has algorithm={algorithm}. Use the recipe of {algorithm}."]
 
 
-@functools.cache
 def _register(env: str, config_dir: Path) -> None:
     """Makes an environment without a YAML file a choice of Hydra's."""
     library, _, task = env.partition("/")
@@ -176,12 +170,18 @@ def _split(override: str) -> tuple[str, str]:
     return name.lstrip("+"), value
 
 
+def _is_setting(override: str) -> bool:
+    """Whether an argument is a recipe's setting, rather than a flag, the value of a flag, or a setting of Hydra's."""
+    return override[:1] == "~" or ("=" in override and not override.lstrip("+").startswith(("-", "hydra.", "hydra/")))
+
+
 def _forced(override: str, has_levels: bool) -> str:
     """The override with ``++``, so that Hydra takes any name and the schema alone judges names."""
-    name, equals, _ = override.lstrip("+").partition("=")
+    name, _ = _split(override)
     is_group = name == "env" or (name == "hyperparameters" and has_levels)
-    is_setting = equals and not is_group and not name.startswith(("-", "~", "hydra.", "hydra/"))
-    return f"++{override.lstrip('+')}" if is_setting else override
+    if is_group or override[:1] == "~" or not _is_setting(override):
+        return override
+    return f"++{override.lstrip('+')}"
 
 
 def _resumed_overrides(folder: Path, given: Mapping[str, str]) -> list[str]:

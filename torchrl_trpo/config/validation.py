@@ -41,56 +41,26 @@ def check_settings(cfg: DictConfig, recipe: type[Recipe]) -> None:
     Raises:
         SettingError: if settings are unknown, missing or invalid, alone or together; it lists all of them.
     """
-    if problems := find_problems(resolved(cfg), recipe):
+    if problems := find_problems(cfg, recipe):
         raise SettingError(one_message(problems))
 
 
 def one_message(problems: Sequence[str]) -> str:
-    """One message for all problems.
-
-    Args:
-        problems: a line for each, at least one.
-
-    Returns:
-        The message.
-    """
+    """One message for all problems, of which there is at least one."""
     first = [f"{len(problems)} settings are wrong:"] if len(problems) > 1 else []
     return "\n  - ".join([*first, *problems])
 
 
-def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """The settings of a config as plain containers.
+def find_problems(cfg: DictConfig, recipe: type[Recipe], *, knows_env: bool = True) -> list[str]:
+    """Finds what is wrong with settings, a line for each problem.
 
-    Args:
-        cfg: the config.
-
-    Returns:
-        The settings, with interpolations replaced by their values.
-
-    Raises:
-        SettingError: if a value is missing (``???``) or an interpolation fails.
+    Where the environment is not known, the section ``env`` may hold anything.
     """
     try:
         record: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise SettingError(f"{error.full_key}: {str(error).splitlines()[0]}. Legal: a value.") from error
-    return record
-
-
-def find_problems(settings: Mapping[str, Any], recipe: type[Recipe], *, knows_env: bool = True) -> list[str]:
-    """What is wrong with settings.
-
-    Args:
-        settings: the settings, in sections.
-        recipe: the recipe's settings.
-
-    Keyword Args:
-        knows_env: whether the environment is known; if not, the section ``env`` may hold anything.
-
-    Returns:
-        A line for each problem.
-    """
-    settings = {name: value for name, value in settings.items() if name not in _RECORDED}
+        return [f"{error.full_key}: {str(error).splitlines()[0]}. Legal: a value."]
+    settings = {name: value for name, value in record.items() if name not in _RECORDED}
     env = settings.get("env") if knows_env else settings.pop("env", None)
     library = str(env.get("name") if isinstance(env, Mapping) else env).partition("/")[0] if knows_env else None
     model = recipe.of_library(library)
@@ -104,7 +74,7 @@ def find_problems(settings: Mapping[str, Any], recipe: type[Recipe], *, knows_en
             if isinstance(cause, SettingError):
                 problems[name] = str(cause)
             elif detail["type"] == "extra_forbidden":
-                problems[name] = unknown_setting(name, model)
+                problems[name] = f"setting {name!r} does not exist. {nearest(name, dict(fields(model)))}"
             elif detail["type"] == "missing":
                 problems[name] = f"{name} is missing. {_legal(name, field)}"
             else:
@@ -117,29 +87,8 @@ def find_problems(settings: Mapping[str, Any], recipe: type[Recipe], *, knows_en
     return list(problems.values())
 
 
-def unknown_setting(name: str, model: type[BaseModel]) -> str:
-    """The problem with a name that is none of a model's settings.
-
-    Args:
-        name: the name.
-        model: the model.
-
-    Returns:
-        The line.
-    """
-    return f"setting {name!r} does not exist. {nearest(name, dict(fields(model)))}"
-
-
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """The settings of a model.
-
-    Args:
-        model: the model.
-        prefix: what its names begin with.
-
-    Yields:
-        Each setting's dotted name, and its field.
-    """
+    """Yields the dotted name and the field of each setting of a model."""
     for name, field in model.model_fields.items():
         if section := _section(field):
             yield from fields(section, f"{prefix}{name}.")
@@ -148,14 +97,7 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fiel
 
 
 def choices(field: FieldInfo) -> list[str]:
-    """The legal values of a setting that is a choice; none for any other.
-
-    Args:
-        field: the setting.
-
-    Returns:
-        The values as they are typed on the command line.
-    """
+    """The legal values of a setting that is a choice, as they are typed on the command line; none for any other."""
     if field.title:
         return []
     members = get_args(field.annotation) if get_origin(field.annotation) is not Literal else [field.annotation]
