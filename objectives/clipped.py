@@ -91,7 +91,7 @@ class ClippedUpdater(RangedSettings):
         (torch.Size([1]), True)
     """
 
-    _RANGES = ADAM_RANGES
+    RANGES = ADAM_RANGES
 
     def __init__(
         self,

@@ -36,15 +36,15 @@ class RangedSettings:
     Numbers of NumPy and of tensors are converted to Python's.
     """
 
-    _RANGES: ClassVar[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {}
+    RANGES: ClassVar[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._RANGES:
+        if name in self.RANGES:
             value = self._checked(name, value)
         super().__setattr__(name, value)
 
     def _checked(self, name: str, value: Any) -> float:
-        legal, is_legal = self._RANGES[name]
+        legal, is_legal = self.RANGES[name]
         number = plain_number(value)
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise TypeError(f"{name} must be {legal}, got {value!r} of type {type(value).__name__}.")
@@ -54,7 +54,7 @@ class RangedSettings:
 
     def state_dict(self) -> dict[str, Any]:
         """The settings by name."""
-        return {name: getattr(self, name) for name in self._RANGES}
+        return {name: getattr(self, name) for name in self.RANGES}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads settings saved by :meth:`state_dict`, all or none.
@@ -66,9 +66,9 @@ class RangedSettings:
             PlainKeyError: if a setting is missing or unknown.
         """
         for name in state_dict:
-            if name not in self._RANGES:
-                raise PlainKeyError(f"{name!r} is not a setting of the updater. {nearest(name, self._RANGES)}")
-        for name in self._RANGES:
+            if name not in self.RANGES:
+                raise PlainKeyError(f"{name!r} is not a setting of the updater. {nearest(name, self.RANGES)}")
+        for name in self.RANGES:
             if name not in state_dict:
                 raise PlainKeyError(f"the setting {name!r} is missing from the state_dict, which has {[*state_dict]}.")
             self._checked(name, state_dict[name])

@@ -17,92 +17,40 @@ from torchrl_trpo.errors import PlainKeyError, SettingError, nearest
 
 
 def path(key: NestedKey) -> tuple[str, ...]:
-    """A key as a tuple.
-
-    Args:
-        key: the key.
-
-    Returns:
-        Its parts.
-    """
+    """A key as a tuple of its parts."""
     return key if isinstance(key, tuple) else (key,)
 
 
 def key_list(keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
-    """One key or several as a list. A tuple of strings is one nested key, as everywhere in TorchRL.
-
-    Args:
-        keys: the keys.
-
-    Returns:
-        The keys, each a string or a tuple of strings.
-    """
+    """One key or several as a list. A tuple of strings is one nested key, as everywhere in TorchRL."""
     one = isinstance(keys, str) or (isinstance(keys, tuple) and all(isinstance(part, str) for part in keys) and keys)
     return [unravel_key(key) for key in ([keys] if one else keys)]
 
 
 def next_key(key: NestedKey) -> NestedKey:
-    """The key of an entry at ``t+1``.
-
-    Args:
-        key: the entry's key at ``t``.
-
-    Returns:
-        The key.
-    """
+    """The key of an entry at ``t+1``, from its key at ``t``."""
     return ("next", *path(key))
 
 
 def in_group(group: str | None, name: str) -> NestedKey:
-    """The key of an entry of a group, or of an environment without groups.
-
-    Args:
-        group: the group, or None.
-        name: the entry's name.
-
-    Returns:
-        The key.
-    """
+    """The key of an entry of a group, or of an environment without groups."""
     return name if group is None else (group, name)
 
 
 def group_of(key: NestedKey | None) -> str | None:
-    """The group of an entry: "agents" for ("agents", "observation"), None for an entry at the root.
-
-    Args:
-        key: the entry's key.
-
-    Returns:
-        The group.
-    """
+    """The group of an entry: ``"agents"`` for ``("agents", "observation")``, None for an entry at the root."""
     return key[0] if isinstance(key, tuple) and len(key) > 1 else None
 
 
 def reads_init(network: TensorDictModuleBase) -> bool:
-    """Whether a network is recurrent: like TorchRL's recurrent modules it reads ``"is_init"``, the starts of episodes.
-
-    Args:
-        network: a policy or a critic.
-
-    Returns:
-        True if it is recurrent.
-    """
+    """Whether a network is recurrent: as TorchRL's recurrent modules do, it reads ``"is_init"``, where episodes begin."""
     return any(path(key)[-1] == "is_init" for key in network.in_keys)
 
 
 def entry(tensordict: TensorDictBase, key: NestedKey | list[NestedKey], role: str) -> Any:
     """A required entry; for a list of keys, a TensorDict of them.
 
-    Args:
-        tensordict: the data.
-        key: the entry's key, or keys.
-        role: the name of the setting that holds the key, for the message.
-
-    Returns:
-        The entry.
-
-    Raises:
-        PlainKeyError: if it is missing.
+    If it is missing, a PlainKeyError names the entries that there are, and ``role``, the setting that holds the key.
     """
     for name in key if isinstance(key, list) else [key]:
         if tensordict.get(name, None) is None:
@@ -116,16 +64,9 @@ def entry(tensordict: TensorDictBase, key: NestedKey | list[NestedKey], role: st
 def finite_where_masked(value: Tensor, mask: Tensor, *, per_agent: bool = True) -> Tensor:
     """Replaces what is not finite by 0 in entries that do not count.
 
-    Args:
-        value: the entry, ``[*R, n_agents, ...]``, or one of all agents, ``[*R, ...]``.
-        mask: which agents count, bool ``[*R, n_agents]``, or ``[*R, 1]`` for all of them.
-
-    Keyword Args:
-        per_agent: whether the entry belongs to the same group of agents as the mask. An entry of all agents, which is
-            any other and one without an agent dimension, counts where any agent does.
-
-    Returns:
-        The entry.
+    ``value`` is ``[*R, n_agents, ...]``, or an entry of all agents, ``[*R, ...]``. ``mask`` says which agents count,
+    bool ``[*R, n_agents]``, or ``[*R, 1]`` for all of them. ``per_agent`` says whether both belong to the same group
+    of agents. An entry of another group, or without an agent dimension, counts where any agent does.
     """
     has_agents = value.ndim > mask.ndim and value.shape[mask.ndim - 1] == mask.shape[-1]
     keep = mask if per_agent and has_agents else mask.any(-1)
@@ -133,27 +74,15 @@ def finite_where_masked(value: Tensor, mask: Tensor, *, per_agent: bool = True) 
 
 
 def non_finite(value: Tensor, row_dims: int) -> Tensor:
-    """NaN where a row has a non-finite value, or a sum beyond the range of its type, else 0; the rows are not copied.
+    """NaN for each row of ``[*R, ...]`` that has a non-finite value or overflows when summed, else 0: ``[*R]``.
 
-    Args:
-        value: the rows, ``[*R, ...]``.
-        row_dims: the number of dimensions in ``*R``.
-
-    Returns:
-        A number for each row, ``[*R]``.
+    The rows are not copied.
     """
     return 0 * value.reshape(*value.shape[:row_dims], -1).sum(-1)
 
 
 def return_key(reward: NestedKey) -> NestedKey:
-    """The key of the running return of an episode, beside the reward.
-
-    Args:
-        reward: the reward's key.
-
-    Returns:
-        The key.
-    """
+    """The key of the running return of an episode, beside the reward."""
     return (*path(reward)[:-1], "episode_reward")
 
 

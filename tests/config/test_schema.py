@@ -304,7 +304,7 @@ def test_the_settings_of_an_updater_have_its_ranges():
         titles = {
             name: field.title for name, field in SETTINGS[name].model_fields["updater"].annotation.model_fields.items()
         }
-        assert titles == {name: legal for name, (legal, _) in updater._RANGES.items()}
+        assert titles == {name: legal for name, (legal, _) in updater.RANGES.items()}
         assert set(config(name).updater) == set(titles)
 
 

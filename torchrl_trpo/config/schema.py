@@ -223,21 +223,21 @@ class Logger(Section):
 class TrustRegionUpdate(Section):
     """The trust-region step of the policy."""
 
-    max_kl: Annotated[float, *_in_range(TrustRegionUpdater._RANGES, "max_kl")]
+    max_kl: Annotated[float, *_in_range(TrustRegionUpdater.RANGES, "max_kl")]
     """δ, the trust region's radius: mean KL of an agent's joint action, in nats."""
-    damping: Annotated[float, *_in_range(TrustRegionUpdater._RANGES, "damping")]
+    damping: Annotated[float, *_in_range(TrustRegionUpdater.RANGES, "damping")]
     """λ, added to the diagonal of the Fisher matrix."""
-    cg_iters: Annotated[int, *_in_range(TrustRegionUpdater._RANGES, "cg_iters")]
+    cg_iters: Annotated[int, *_in_range(TrustRegionUpdater.RANGES, "cg_iters")]
     """Steps of conjugate gradient."""
-    cg_tol: Annotated[float, *_in_range(TrustRegionUpdater._RANGES, "cg_tol")]
+    cg_tol: Annotated[float, *_in_range(TrustRegionUpdater.RANGES, "cg_tol")]
     """Relative residual at which conjugate gradient stops."""
-    backtrack_coeff: Annotated[float, *_in_range(TrustRegionUpdater._RANGES, "backtrack_coeff")]
+    backtrack_coeff: Annotated[float, *_in_range(TrustRegionUpdater.RANGES, "backtrack_coeff")]
     """α, factor between tries of the line search."""
-    max_backtracks: Annotated[int, *_in_range(TrustRegionUpdater._RANGES, "max_backtracks")]
+    max_backtracks: Annotated[int, *_in_range(TrustRegionUpdater.RANGES, "max_backtracks")]
     """Tries of the line search after the first."""
-    accept_ratio: Annotated[float, *_in_range(TrustRegionUpdater._RANGES, "accept_ratio")]
+    accept_ratio: Annotated[float, *_in_range(TrustRegionUpdater.RANGES, "accept_ratio")]
     """κ, share of the predicted improvement that a step must reach."""
-    fisher_subsample: Annotated[float, *_in_range(TrustRegionUpdater._RANGES, "fisher_subsample")]
+    fisher_subsample: Annotated[float, *_in_range(TrustRegionUpdater.RANGES, "fisher_subsample")]
     """Share of the rows on which the Fisher matrix is estimated."""
 
 

@@ -97,7 +97,7 @@ class TrustRegionUpdater(RangedSettings):
         ValueError: if a setting is outside its range.
     """
 
-    _RANGES: ClassVar[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
+    RANGES: ClassVar[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
         "max_kl": ("a positive number", lambda v: 0 < v < math.inf),
         "damping": ("a number of at least 0", lambda v: 0 <= v < math.inf),
         "cg_iters": ("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1),
