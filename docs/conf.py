@@ -59,7 +59,7 @@ nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(
 # sphinx.ext.coverage compares. A module that is on no page and not internal fails the build until it is decided.
 INTERNAL = (
     r"torchrl_trpo\.(arguments|keys|seeding|(numerics|distributions|objectives|envs|networks|trainer|recipes\.studies)(\..*)?|"
-    r"parallel(\.(minibatches|torchrun))?|reporting|config(\.(cli|schema|validation))?|"
+    r"parallel(\.(minibatches|torchrun))?|reporting|config(\..*)?|"
     r"training(\.(checkpoints|collection_state|console|continuation|run_folder|signals|summary))?)"
 )
 coverage_ignore_functions = ["main"]

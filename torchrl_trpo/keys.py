@@ -43,7 +43,7 @@ def group_of(key: NestedKey | None) -> str | None:
 
 
 def reads_init(network: TensorDictModuleBase) -> bool:
-    """Whether a network is recurrent: as TorchRL's recurrent modules do, it reads ``"is_init"``, where episodes begin."""
+    """Whether a network is recurrent: as TorchRL's recurrent modules, it reads ``"is_init"``, where episodes start."""
     return any(path(key)[-1] == "is_init" for key in network.in_keys)
 
 

@@ -32,7 +32,7 @@ _NOT_RESUMED = ("resume", "output_dir", "algorithm", "versions")
 def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str) -> list[str]:
     """Checks the settings of a command line: names, values, and the settings against each other.
 
-    Of a sweep, the first value of each setting is checked.
+    In a sweep, only the first value of each setting is checked.
 
     Args:
         overrides: the arguments of the command line, such as ``["updater.max_kl=0.02"]``.
@@ -83,16 +83,7 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
 
 
 def compose_settings(overrides: Sequence[str], config_dir: Path, config_name: str) -> DictConfig:
-    """Composes a recipe's config.
-
-    Args:
-        overrides: the settings, as from :func:`check_overrides`.
-        config_dir: the folder of the configs.
-        config_name: the recipe's config.
-
-    Returns:
-        The config; of a sweep, with its first values.
-    """
+    """Composes a recipe's config from what :func:`check_overrides` returns; a sweep has its first values."""
     parser = OverridesParser.create()
     parsed = parser.parse_overrides([each for each in overrides if _is_setting(each)])
     parsed = [parser.parse_override(_first(each)) for each in parsed if not each.is_interval_sweep()]
@@ -109,13 +100,9 @@ def compose_settings(overrides: Sequence[str], config_dir: Path, config_name: st
 
 
 def environments(config_dir: Path) -> dict[str, list[str]]:
-    """The environments that can be chosen: those with a YAML file, and the tasks of all installed simulators.
+    """The environments that can be chosen, by library: those with a YAML file, and those of installed simulators.
 
-    Args:
-        config_dir: the folder of the configs.
-
-    Returns:
-        The names by library; those that have no task beside the name under ``""``.
+    Names without a task, such as ``custom``, are under ``""``.
     """
     names = {"": sorted(path.stem for path in (config_dir / "env").glob("*.yaml"))}
     for library in LIBRARIES:

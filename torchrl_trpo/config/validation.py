@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
@@ -61,25 +61,33 @@ def find_problems(cfg: DictConfig, recipe: type[Recipe], *, knows_env: bool = Tr
     except OmegaConfBaseException as error:
         return [f"{error.full_key}: {str(error).splitlines()[0]}. Legal: a value."]
     settings = {name: value for name, value in record.items() if name not in _RECORDED}
-    env = settings.get("env") if knows_env else settings.pop("env", None)
-    library = str(env.get("name") if isinstance(env, Mapping) else env).partition("/")[0] if knows_env else None
+    library = None
+    if knows_env:
+        env = settings.get("env")
+        library = str(env.get("name") if isinstance(env, Mapping) else env).partition("/")[0]
+    else:
+        settings.pop("env", None)
     model = recipe.of_library(library)
+    known = dict(fields(model))
     problems: dict[str, str] = {}
     try:
         model.model_validate(settings)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            name, field = _place(model, detail["loc"])
+            name = ".".join(map(str, detail["loc"]))
+            if detail["type"] == "extra_forbidden":
+                problems[name] = f"setting {name!r} does not exist. {nearest(name, known)}"
+                continue
+            while name not in known and not _parts(name, known):  # pydantic's place may go on inside the value
+                name = name.rpartition(".")[0]
             cause = detail.get("ctx", {}).get("error")
             if isinstance(cause, SettingError):
                 problems[name] = str(cause)
-            elif detail["type"] == "extra_forbidden":
-                problems[name] = f"setting {name!r} does not exist. {nearest(name, dict(fields(model)))}"
             elif detail["type"] == "missing":
-                problems[name] = f"{name} is missing. {_legal(name, field)}"
+                problems[name] = f"{name} is missing. {_legal(name, known)}"
             else:
-                problems[name] = _wrong_value(name, field, _value(settings, name))
-    usable = {name: _value(settings, name) for name, _ in fields(model) if not _has_problem(name, problems)}
+                problems[name] = _wrong_value(name, known, _value(settings, name))
+    usable = {name: _value(settings, name) for name in known if not _has_problem(name, problems)}
     for names, check in _COMBINATIONS:
         if usable.keys() >= set(names) and (problem := check(*(usable[name] for name in names))):
             problems[names[0]] = problem
@@ -90,8 +98,9 @@ def find_problems(cfg: DictConfig, recipe: type[Recipe], *, knows_env: bool = Tr
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Yields the dotted name and the field of each setting of a model."""
     for name, field in model.model_fields.items():
-        if section := _section(field):
-            yield from fields(section, f"{prefix}{name}.")
+        kind: Any = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from fields(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
 
@@ -105,24 +114,9 @@ def choices(field: FieldInfo) -> list[str]:
     return [*values, "null"] if type(None) in members else values
 
 
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """The model of a field that is a section."""
-    kind: Any = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-
-
-def _place(model: type[BaseModel], path: Sequence[int | str]) -> tuple[str, FieldInfo | None]:
-    """The dotted name of the setting or section at a path of pydantic's, which goes on inside values, and its field."""
-    names: list[str] = []
-    field = None
-    for part in path:
-        names.append(str(part))
-        field = model.model_fields.get(str(part))
-        section = _section(field) if field is not None else None
-        if section is None:
-            break
-        model = section
-    return ".".join(names), field
+def _parts(section: str, known: Iterable[str]) -> list[str]:
+    """The settings in a section; none if there is no such section."""
+    return [name for name in known if name.startswith(f"{section}.")]
 
 
 def _value(settings: Any, name: str) -> Any:
@@ -133,20 +127,18 @@ def _has_problem(name: str, problems: Mapping[str, str]) -> bool:
     return any(f"{name}.".startswith(f"{place}.") for place in problems)
 
 
-def _wrong_value(name: str, field: FieldInfo | None, value: object) -> str:
+def _wrong_value(name: str, known: Mapping[str, FieldInfo], value: object) -> str:
     shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    if field is not None and field.title:
-        return f"{name} must be {field.title}, got {shown}."
-    return f"{name}: {shown}. {_legal(name, field, value)}"
+    if name in known and known[name].title:
+        return f"{name} must be {known[name].title}, got {shown}."
+    return f"{name}: {shown}. {_legal(name, known, value)}"
 
 
-def _legal(name: str, field: FieldInfo | None, value: object = "") -> str:
+def _legal(name: str, known: Mapping[str, FieldInfo], value: object = "") -> str:
     """What a setting or a section may be, as a sentence."""
-    if field is None:
-        return ""
-    if section := _section(field):
-        return f"Legal: a section with {', '.join(each for each, _ in fields(section, f'{name}.'))}."
-    return f"Legal: {field.title}." if field.title else nearest(value, choices(field))
+    if name not in known:
+        return f"Legal: a section with {', '.join(_parts(name, known))}."
+    return f"Legal: {known[name].title}." if known[name].title else nearest(value, choices(known[name]))
 
 
 def _frames_of_each_environment(frames: int, num_envs: int) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -120,8 +121,7 @@ class Replayed(EnvBase):
 
 
 def _same(value: Tensor, other: Tensor) -> bool:
-    value, other = value.cpu(), other.cpu()
-    return value.shape == other.shape and bool(((value == other) | ((value != value) & (other != other))).all())
+    return np.array_equal(value.cpu(), other.cpu(), equal_nan=True)
 
 
 class ReplayedGymEnv(Replayed, GymEnv):
