@@ -90,8 +90,8 @@ def make_env(
         The environment, batch size ``[num_envs]``, of several ranks this one's share of it.
 
     Raises:
-        SettingError: if the name or an argument is unknown, the simulator refuses its arguments, a size is not
-            positive, or there is no such state.
+        SettingError: if the name or an argument is unknown, the simulator is not installed or refuses its arguments, a
+            size is not positive, or there is no such state.
     """
     check_name(name)
     library, _, task = name.partition("/")

@@ -25,6 +25,7 @@ _CONTAINERS: dict[str, tuple[type, ...]] = {
     "set": (set,),
     "function": (types.FunctionType, types.MethodType, functools.partial),
 }
+_KINDS: dict[type, str] = {}  # a cache of kind_of
 
 Place = tuple[Any, Any]
 """Where a value is: the place of the object that holds it, and its name there. A root has ``(None, name)``."""
@@ -34,19 +35,17 @@ class InexactError(Exception):
     """A change that cannot be undone for some environments of a batch only, or a state that cannot be saved."""
 
 
-@functools.cache
 def kind_of(cls: type) -> str:
     """Sorts types by how their values are copied, compared and written.
 
     The kind is one of ``_CONTAINERS``, ``"object"`` (its parts are its attributes), or ``"leaf"`` for a value without
     parts.
     """
-    if issubclass(cls, _LEAVES):
-        return "leaf"
-    for kind, classes in _CONTAINERS.items():
-        if issubclass(cls, classes):
-            return kind
-    return "object" if getattr(cls, "__dictoffset__", False) else "leaf"
+    if cls not in _KINDS:
+        kinds = [kind for kind, classes in _CONTAINERS.items() if issubclass(cls, classes)]
+        kinds += ["object"] if getattr(cls, "__dictoffset__", False) else []
+        _KINDS[cls] = kinds[0] if kinds and not issubclass(cls, _LEAVES) else "leaf"
+    return _KINDS[cls]
 
 
 def parts_of(value: Any) -> Any:

@@ -75,7 +75,7 @@ def make_actor(
         parameters["mask"] = keys.action_mask
     return ProbabilisticActor(
         module,
-        in_keys=parameters if keys.action_mask is not None else outputs,
+        in_keys=parameters,
         out_keys=[keys.action],
         spec=Composite({keys.action: spec}),
         distribution_class=distribution,
