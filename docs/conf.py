@@ -58,7 +58,7 @@ nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(
 # What is public: the names that the two packages export, and what the modules on the pages hold, which
 # sphinx.ext.coverage compares. A module that is on no page and not internal fails the build until it is decided.
 INTERNAL = (
-    r"torchrl_trpo\.(arguments|keys|seeding|(numerics|distributions|objectives|envs|networks|trainer|recipes\.studies)(\..*)?|"
+    r"torchrl_trpo\.(arguments|keys|seeding|(numerics|distributions|objectives|envs|kernels|networks|trainer|recipes\.studies)(\..*)?|"
     r"parallel(\.(minibatches|torchrun))?|reporting|config(\..*)?|"
     r"training(\.(checkpoints|collection_state|console|continuation|run_folder|signals|summary))?)"
 )

@@ -13,6 +13,7 @@ PARTS = (
     "seeding",
     "parallel",
     "numerics",
+    "kernels",
     "distributions",
     "objectives",
     "envs",

@@ -1,4 +1,4 @@
-"""Sampling from VMAS: TorchRL as it comes, ours, and the simulator alone."""
+"""Sampling from VMAS: TorchRL as it comes, ours, ours compiled, and the simulator alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import Compose, EnvBase, InitTracker, RewardSum, StepCounter, Transform, TransformedEnv, VmasEnv
 
 from tests.benchmarks.timing import medians
-from torchrl_trpo.envs import make_env
+from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledVmasEnv, make_env
 from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks import make_actor
 from torchrl_trpo.training.collector import make_collector
@@ -27,7 +27,7 @@ STEPS, N_AGENTS = 100, 4
 
 
 def bench(repetitions: int, quick: bool) -> dict[str, float]:
-    """Frames per second of all three, and what ours spends its time on.
+    """Frames per second of all, and what ours spends its time on.
 
     Args:
         repetitions: of each task, fewer for the large ones.
@@ -44,7 +44,13 @@ def bench(repetitions: int, quick: bool) -> dict[str, float]:
         stock = _stock(num_envs, policy)
         ours = iter(make_collector(env, policy, frames_per_batch=num_envs * STEPS, total_frames=-1))
         stock_tasks = {"stock": lambda stock=stock: next(stock)}
-        our_tasks = {"ours": lambda ours=ours: next(ours), "floor": _floor(num_envs)}
+        compiled = _compiled(num_envs, policy)
+        our_tasks = {
+            "ours": lambda ours=ours: next(ours),
+            "compiled": lambda compiled=compiled: next(compiled),
+            "floor": _floor(num_envs),
+            **_steps(num_envs),
+        }
         if num_envs > 1000:  # the first takes a minute or more
             cost = {**medians(stock_tasks, 1, warm_up=False), **medians(our_tasks, min(repetitions, 3))}
         else:
@@ -53,9 +59,12 @@ def bench(repetitions: int, quick: bool) -> dict[str, float]:
         figures = {
             "TorchRL as it comes [frames/s]": frames / cost["stock"],
             "ours [frames/s]": frames / cost["ours"],
+            "ours, compiled [frames/s]": frames / cost["compiled"],
             "the simulator alone [frames/s]": frames / cost["floor"],
             "time, TorchRL as it comes / ours": cost["stock"] / cost["ours"],
+            "time, TorchRL as it comes / ours, compiled": cost["stock"] / cost["compiled"],
             "time, ours / the simulator alone": cost["ours"] / cost["floor"],
+            "time, a step of VMAS / compiled": cost["VMAS"] / cost["compiled step"],
             **_parts(env, policy, ours),
         }
         results |= {f"{num_envs} environments: {label}": value for label, value in figures.items()}
@@ -72,11 +81,12 @@ class Stagger(Transform):
         return tensordict_reset
 
 
-def our_env(num_envs: int) -> EnvBase:
+def our_env(num_envs: int, compiled: bool = False) -> EnvBase:
     """The recipes' environment.
 
     Args:
         num_envs: the number of environments.
+        compiled: whether the simulator is compiled.
 
     Returns:
         The environment, its episodes staggered.
@@ -88,8 +98,29 @@ def our_env(num_envs: int) -> EnvBase:
         kwargs={"n_agents": N_AGENTS},
         seed=0,
         device=torch.device("cpu"),
+        compiled=compiled,
     )
     return env.append_transform(Stagger())
+
+
+def _compiled(num_envs: int, policy: nn.Module) -> Iterator[TensorDictBase]:
+    env = our_env(num_envs, compiled=True)
+    return iter(make_collector(env, policy, frames_per_batch=num_envs * STEPS, total_frames=-1))
+
+
+def _steps(num_envs: int) -> dict[str, Callable[[], None]]:
+    """Steps of the simulator alone, by VMAS and compiled."""
+    tasks = {}
+    for name, env_class in (("VMAS", BatchedResetVmasEnv), ("compiled step", CompiledVmasEnv)):
+        env = env_class("balance", num_envs=num_envs, seed=0, n_agents=N_AGENTS)
+        data = env.rand_action(env.reset())
+
+        def steps(env: Any = env, data: TensorDictBase = data) -> None:
+            for _ in range(STEPS):
+                env._step(data)
+
+        tasks[name] = steps
+    return tasks
 
 
 def _stock(num_envs: int, policy: nn.Module) -> Iterator[TensorDictBase]:
@@ -136,7 +167,7 @@ def _parts(env: EnvBase, policy: nn.Module, collector: Iterator[TensorDictBase])
     base: Any = env.base_env
     spent: dict[str, float] = defaultdict(float)
     _time(base, "_step", spent)
-    _time(base._env, "step", spent)
+    _time(base, "_advance", spent)
     _time(base, "_reset", spent)
     _time(policy, "forward", spent)
     start = time.perf_counter()
@@ -144,7 +175,7 @@ def _parts(env: EnvBase, policy: nn.Module, collector: Iterator[TensorDictBase])
     total = time.perf_counter() - start
     shares = {
         "step of the environment": spent["_step"] / total,
-        "step of the simulator, within that": spent["step"] / total,
+        "step of the simulator, within that": spent["_advance"] / total,
         "policy": spent["forward"] / total,
         "resets": spent["_reset"] / total,
         "storage and the rest": 1 - (spent["_step"] + spent["forward"] + spent["_reset"]) / total,

@@ -79,6 +79,8 @@ class Vmas(Environment, extra="forbid"):
 
     continuous_actions: Switch = True
     """Whether actions are continuous; false for a Categorical policy."""
+    compiled: Switch = False
+    """Whether the simulator is compiled, with a C++ compiler; a warning says if a scenario cannot be."""
 
 
 class Gym(Environment, extra="forbid"):

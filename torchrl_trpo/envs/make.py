@@ -40,6 +40,7 @@ def make_env(
     seed: int,
     device: torch.device,
     continuous_actions: bool | None = None,
+    compiled: bool = False,
     factory: str | None = None,
     parallel: bool = False,
     one_group: bool = False,
@@ -74,6 +75,7 @@ def make_env(
             time, and their data are moved; a factory's batch is where the factory makes it, ``env.device``.
         continuous_actions: whether actions are continuous, where the simulator offers both; discrete ones are
             categorical.
+        compiled: whether VMAS's simulator is compiled, see :class:`~torchrl_trpo.envs.CompiledVmasEnv`.
         factory: for ``"custom"``: where the function is that makes the environment, ``"package.module.function"``. It
             is called with ``kwargs``, and with ``num_envs``, ``device`` and ``seed`` if it takes them, and gives one
             environment or a batch of ``num_envs``.
@@ -117,6 +119,7 @@ def make_env(
             seed=seed,
             device=device,
             continuous=continuous_actions,
+            compiled=compiled,
             factory=factory,
             one_group=one_group,
             state=state,

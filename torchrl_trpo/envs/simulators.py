@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torchrl.envs import EnvBase
 
+from torchrl_trpo.envs.compiled_vmas import CompiledVmasEnv
 from torchrl_trpo.envs.replay import ReplayedGymEnv, ReplayedPettingZooWrapper
 from torchrl_trpo.envs.vmas import BatchedResetVmasEnv
 from torchrl_trpo.errors import SettingError, nearest
@@ -56,6 +57,7 @@ def _vmas(
     seed: int,
     device: torch.device,
     continuous: bool | None,
+    compiled: bool,
     one_group: bool,
     **unused: Any,
 ) -> Callable[[], EnvBase]:
@@ -82,9 +84,10 @@ def _vmas(
     simulator = env._env  # TorchRL's wrappers have no public name for what they wrap
     spaces = zip(simulator.observation_space, simulator.action_space, strict=True)
     groups = group_agents({a.name: kind for a, kind in zip(simulator.agents, spaces, strict=True)}, one_group)
-    if groups == env.group_map:
+    if groups == env.group_map and not compiled:
         return lambda: env
-    return functools.partial(BatchedResetVmasEnv, task, **settings, group_map=groups)
+    env_class = CompiledVmasEnv if compiled else BatchedResetVmasEnv
+    return functools.partial(env_class, task, **settings, group_map=groups)
 
 
 def _pettingzoo(

@@ -35,7 +35,7 @@ class ObjectSnapshot:
             if not first or kind == "leaf":
                 continue
             if kind == "tensor":
-                self._saved[id(value)] = (value, (value.clone(), _version(value)))
+                self._saved[id(value)] = (value, (value.clone(), n_writes(value)))
             else:
                 self._saved[id(value)] = (value, value.copy() if kind == "array" else parts_of(value))
 
@@ -62,7 +62,7 @@ class ObjectSnapshot:
             kind = kind_of(type(value))
             if kind == "tensor":
                 clone, version = saved
-                if _version(value) != version:
+                if n_writes(value) != version:
                     value.copy_(clone)
             elif kind == "array":
                 value[...] = saved
@@ -93,7 +93,7 @@ class ObjectSnapshot:
         self._merged[pair] = new
         if kind == "tensor":
             self._merged[pair] = merged = self._merge_tensor(old, new, rows, place)
-            self._held.append((merged, _version(merged)))
+            self._held.append((merged, n_writes(merged)))
             return merged
         saved = self._saved[id(old)][1]
         if kind == "array":
@@ -127,9 +127,9 @@ class ObjectSnapshot:
 
     def _merge_tensor(self, old: Tensor, new: Tensor, rows: Tensor, place: Place) -> Tensor:
         clone, version = self._saved[id(old)][1]
-        if new is old and _version(new) == version:
+        if new is old and n_writes(new) == version:
             return new
-        if id(new) in self._kept and _version(new) == self._kept[id(new)][1]:
+        if id(new) in self._kept and n_writes(new) == self._kept[id(new)][1]:
             return new
         if new.shape != clone.shape or new.dtype != clone.dtype:
             raise InexactError(
@@ -145,7 +145,7 @@ class ObjectSnapshot:
             if any(size > 1 and stride == 0 for size, stride in zip(new.shape, new.stride(), strict=True)):
                 raise InexactError(f"{path_of(place)} is expanded, and was written to")
             merged = new.copy_(merged)
-        self._kept[id(merged)] = (merged, _version(merged))
+        self._kept[id(merged)] = (merged, n_writes(merged))
         return merged
 
 
@@ -153,7 +153,7 @@ def _is_unchanged(value: Any, held: Any) -> bool:
     """Whether a tensor has the same version, or a container the same parts; unknown for an array."""
     kind = kind_of(type(value))
     if kind == "tensor":
-        return _version(value) == held
+        return n_writes(value) == held
     if kind == "array":
         return False
     parts = _flat(parts_of(value))
@@ -165,6 +165,6 @@ def _flat(parts: Any) -> list:
     return [*parts, *(parts.values() if isinstance(parts, dict) else ())]
 
 
-def _version(tensor: Tensor) -> object:
+def n_writes(tensor: Tensor) -> object:
     """Counts the writes to a tensor. One made in inference mode has no count; its version equals no other."""
     return object() if tensor.is_inference() else tensor._version

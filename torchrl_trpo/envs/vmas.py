@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import inspect
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from torchrl_trpo.envs.object_graph import InexactError, tensors_in
 from torchrl_trpo.envs.saved_state import ObjectState
 from torchrl_trpo.envs.snapshot import ObjectSnapshot
 from torchrl_trpo.errors import SettingError
-from torchrl_trpo.seeding import device_state, set_device_state, untouched_generators
+from torchrl_trpo.seeding import GlobalGenerators, device_state, set_device_state, untouched_generators
 
 
 class BatchedResetVmasEnv(VmasEnv):
@@ -66,6 +68,7 @@ class BatchedResetVmasEnv(VmasEnv):
     ) -> Any:
         untouched = copy.deepcopy(scenario)  # a scenario object can be built only once
         self._time_limit = max_steps
+        self.continuous_actions = continuous_actions  # VmasEnv asks the simulator for it at each step, which is slow
         shared = self.lib.simulator.environment.Environment.vmas_random_state
         if seed is None:
             seed = _draw_seed(shared)
@@ -76,8 +79,10 @@ class BatchedResetVmasEnv(VmasEnv):
                 warnings.simplefilter("ignore")  # the first environment has warned
                 size = 2 if num_envs > 2 else 3
                 own = {name: scenario_kwargs[name] for name in scenario_kwargs.keys() - {"from_pixels", "pixels_only"}}
-                twin = self.lib.make_env(untouched, size, env.device, continuous_actions, seed=seed, **own)
-                self._shared = _shared_tensors(env, twin)
+                self._make_twin = lambda n: self.lib.make_env(
+                    copy.deepcopy(untouched), n, env.device, continuous_actions, seed=seed, **own
+                )
+                self._shared = _shared_tensors(env, self._make_twin(size))
             self._random_state = _generators(env)
         self._why_slowly = "gradients are to pass through them" if env.grad_enabled else ""
         roots = {f"{type(each).__name__} {each.name}": each for each in (*env.world.agents, *env.world.landmarks)}
@@ -148,45 +153,61 @@ class BatchedResetVmasEnv(VmasEnv):
             super()._set_seed(seed)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        with self._own_random_state(self._env):
-            action: dict[int, Tensor] = {}
-            for group, names in self.group_map.items():
-                of_agents = self.read_action(tensordict.get((group, "action")), group=group)
-                for name, of_agent in zip(names, of_agents, strict=True):
-                    action[self.agent_names_to_indices_map[name]] = of_agent
-            return self._data(*self._env.step([action[index] for index in sorted(action)]))
+        actions = self._actions(tensordict)
+        with self._drawing():
+            return self._wrap(self._advance(self._env, *actions))
+
+    def _actions(self, tensordict: TensorDictBase) -> list[Tensor]:
+        """The actions of the agents, in VMAS's order, ``[num_envs, action size]``."""
+        actions: dict[str, Tensor] = {}
+        for group, names in self.group_map.items():
+            of_agents = self.read_action(tensordict.get((group, "action")), group=group)
+            actions |= {name: action.reshape(len(action), -1) for name, action in zip(names, of_agents, strict=True)}
+        return [actions[agent.name] for agent in self._env.agents]
+
+    def _advance(self, simulator: Any, *actions: Tensor) -> dict[str, Any]:
+        """Takes a step of a simulator; the entries of its data."""
+        return self._entries(simulator, *undecorated(simulator, "step")(list(actions)))
+
+    def _reset_all(self) -> None:
+        with self._drawing():
+            undecorated(self._env, "reset")(return_observations=False)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
-        with self._own_random_state(self._env):
-            ended = None if tensordict is None else tensordict.get("_reset", None)
-            if ended is None:
-                self._env.reset(return_observations=False)
-            else:
-                ended = ended.squeeze(-1)
-                data = self._reset_together(ended)
-                if data is not None:
-                    return data
-                for index in ended.nonzero().squeeze(-1).tolist():
-                    self._env.reset_at(index, return_observations=False)
-            return self._read()
+        ended = None if tensordict is None else tensordict.get("_reset", None)
+        if ended is None:
+            self._reset_all()
+            with self._drawing():
+                return self._wrap(self._read(self._env))
+        return self._wrap(self._reset_some(ended.squeeze(-1)))
 
-    def _reset_together(self, ended: Tensor) -> TensorDictBase | None:
+    def _reset_some(self, ended: Tensor) -> dict[str, Any]:
+        """Resets the ended environments, bool ``[num_envs]``; the entries of all."""
+        with self._drawing():
+            entries = self._reset_together(ended)
+            if entries is None:
+                for index in ended.nonzero().squeeze(-1).tolist():
+                    undecorated(self._env, "reset_at")(index, return_observations=False)
+                entries = self._read(self._env)
+            return entries
+
+    def _reset_together(self, ended: Tensor) -> dict[str, Any] | None:
         """Resets the ended environments at once. If that cannot be exact, changes nothing and returns None."""
         if self._why_slowly:
             return None
         env = self._env
         snapshot = ObjectSnapshot((env.scenario, env.world), env.num_envs, self._shared)
-        steps, drawn = env.steps, _generators(env)
-        env.reset(return_observations=False)
+        steps, drawn = env.steps, GlobalGenerators().state_dict()
+        undecorated(env, "reset")(return_observations=False)
         env.steps = torch.where(ended, env.steps, steps)
         try:
             snapshot.keep(~ended)
-            data = self._read()
+            entries = self._read(env)
             snapshot.keep(~ended)  # computing observations may change the scenario
         except InexactError as error:
             snapshot.restore()
             env.steps = steps
-            _set_generators(env, drawn)
+            GlobalGenerators().load_state_dict(drawn)
             self._why_slowly = str(error)
             warnings.warn(
                 f"{self.scenario_name}: ended environments are reset one by one, which is slow when there are many. A "
@@ -194,44 +215,46 @@ class BatchedResetVmasEnv(VmasEnv):
                 stacklevel=2,
             )
             return None
-        return data
+        return entries
 
-    def _read(self) -> TensorDictBase:
-        observations, dones, infos = self._env.get_from_scenario(
+    def _read(self, simulator: Any) -> dict[str, Any]:
+        """The entries of a reset."""
+        observations, dones, infos = undecorated(simulator, "get_from_scenario")(
             get_observations=True, get_rewards=False, get_infos=True, get_dones=True
         )
-        return self._data(observations, None, dones, infos)
+        return self._entries(simulator, observations, None, dones, infos)
 
-    def _data(self, observations: list, rewards: list | None, dones: Tensor, infos: list) -> TensorDictBase:
-        """Stacks each group's agents at once; VmasEnv makes a TensorDict for each agent."""
-        terminated = self.read_done(dones)
-        data: dict[str, Any] = {"done": terminated, "terminated": terminated.clone()}
+    def _entries(
+        self, simulator: Any, observations: list, rewards: list | None, dones: Tensor, infos: list
+    ) -> dict[str, Any]:
+        """The entries of the data, by group; of agents that are alike, stacked to ``[num_envs, n_agents, ...]``."""
+        terminated = dones.unsqueeze(-1)
+        entries: dict[str, Any] = {"done": terminated, "terminated": terminated.clone()}
         if self._time_limit is not None:
-            truncated = (self._env.steps >= self._time_limit).unsqueeze(-1)
-            data |= {"done": terminated | truncated, "truncated": truncated}
+            truncated = (simulator.steps >= self._time_limit).unsqueeze(-1)
+            entries |= {"done": terminated | truncated, "truncated": truncated}
         for group, names in self.group_map.items():
             agents = [self.agent_names_to_indices_map[name] for name in names]
-            entries: dict[str, list] = {"observation": [observations[agent] for agent in agents]}
+            of_agents: dict[str, list] = {"observation": [observations[agent] for agent in agents]}
             if rewards is not None:
-                entries["reward"] = [rewards[agent] for agent in agents]
+                of_agents["reward"] = [rewards[agent] for agent in agents]
             info = [{name: value.float() for name, value in infos[agent].items()} for agent in agents]
             if all(info):
-                entries["info"] = info
-            data[group] = (self._stack_lazily if self.het_specs_map[group] else self._stack)(entries)
-        return TensorDict(data, batch_size=self.batch_size, device=self.device)
+                of_agents["info"] = info
+            entries[group] = of_agents if self.het_specs_map[group] else _stacked(of_agents)
+        return entries
 
-    def _stack(self, entries: Mapping[str, list]) -> TensorDictBase:
-        """Stacks the entries of equal agents, lists of tensors or of dicts, to ``[num_envs, n_agents, ...]``."""
-        stacked: dict[str, Any] = {}
-        for name, values in entries.items():
-            if isinstance(values[0], Tensor):
-                value = torch.stack(values, 1)
-                stacked[name] = value.unsqueeze(-1) if value.ndim == 2 else value
+    def _wrap(self, entries: Mapping[str, Any]) -> TensorDictBase:
+        """The entries as a TensorDict; VmasEnv makes one for each agent."""
+        data: dict[str, Any] = {}
+        for name, value in entries.items():
+            if name not in self.group_map:
+                data[name] = value
+            elif self.het_specs_map[name]:
+                data[name] = self._stack_lazily(value)
             else:
-                common = [key for key in values[0] if all(key in other for other in values)]
-                stacked[name] = self._stack({key: [value[key] for value in values] for key in common})
-        n_agents = len(next(iter(entries.values())))
-        return TensorDict(stacked, batch_size=(*self.batch_size, n_agents), device=self.device)
+                data[name] = TensorDict(value, (*self.batch_size, len(self.group_map[name])), device=self.device)
+        return TensorDict(data, batch_size=self.batch_size, device=self.device)
 
     def _stack_lazily(self, entries: Mapping[str, list]) -> TensorDictBase:
         """Stacks the entries of agents whose observations or actions differ, as TorchRL does."""
@@ -242,6 +265,13 @@ class BatchedResetVmasEnv(VmasEnv):
             for values in zip(*entries.values(), strict=True)
         ]
         return LazyStackedTensorDict.maybe_dense_stack(agents, dim=1).to(self.device)
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Makes the global generators this object's inside the context, for functions of VMAS that are undecorated."""
+        local_seed = self.lib.simulator.environment.environment.local_seed
+        with self._own_random_state(self._env), local_seed(self._env.vmas_random_state):
+            yield
 
     @contextlib.contextmanager
     def _own_random_state(self, env: Any) -> Iterator[None]:
@@ -259,6 +289,24 @@ class BatchedResetVmasEnv(VmasEnv):
         finally:
             self._random_state = _generators(env)
             _set_generators(env, shared)
+
+
+def _stacked(entries: Mapping[str, list]) -> dict[str, Any]:
+    """Stacks the entries of equal agents, lists of tensors or of dicts, to ``[num_envs, n_agents, ...]``."""
+    stacked: dict[str, Any] = {}
+    for name, values in entries.items():
+        if isinstance(values[0], Tensor):
+            value = torch.stack(values, 1)
+            stacked[name] = value.unsqueeze(-1) if value.ndim == 2 else value
+        else:
+            common = [key for key in values[0] if all(key in other for other in values)]
+            stacked[name] = _stacked({key: [value[key] for value in values] for key in common})
+    return stacked
+
+
+def undecorated(simulator: Any, method: str) -> Callable[..., Any]:
+    """A method of VMAS's environment without the decorator that gives it VMAS's random numbers."""
+    return functools.partial(inspect.unwrap(getattr(type(simulator), method)), simulator)
 
 
 def _generators(env: Any) -> list[Any]:

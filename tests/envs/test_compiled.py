@@ -1,0 +1,271 @@
+"""A compiled VMAS environment against VMAS itself."""
+
+import io
+import warnings
+
+import pytest
+import torch
+from vmas.simulator.core import Agent, Landmark, Sphere, World
+from vmas.simulator.scenario import BaseScenario
+
+from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledVmasEnv
+
+N = 20
+
+
+class Push(BaseScenario):
+    """Two agents, a ball, and whatever of ``traits`` makes it hard to compile."""
+
+    def make_world(self, batch_dim, device, traits=(), **kwargs):
+        self.traits = traits
+        world = World(batch_dim, device)
+        for index in range(2):
+            noise = 0.1 if "noise" in traits else 0.0
+            world.add_agent(Agent(name=f"agent_{index}", u_noise=noise, u_range=0.8))
+        self.ball = Landmark(name="ball", movable=True, shape=Sphere(0.1), mass=0.5)
+        world.add_landmark(self.ball)
+        self.bonus, self.n_steps = 1.0, 0
+        self.calls = torch.zeros(batch_dim, device=device)
+        return world
+
+    def reset_world_at(self, env_index=None):
+        for entity in self.world.entities:
+            position = torch.rand(1 if env_index is not None else self.world.batch_dim, 2) - 0.5
+            entity.set_pos(position if env_index is None else position[0], batch_index=env_index)
+        if env_index is None:
+            self.calls = torch.zeros(self.world.batch_dim)
+        else:
+            self.calls[env_index] = 0
+
+    def reward(self, agent):
+        distance = torch.linalg.vector_norm(agent.state.pos - self.ball.state.pos, dim=-1)
+        reward = -distance
+        reward[distance < 0.3] += self.bonus
+        if "branch" in self.traits and (distance > 0.9).any():
+            reward = reward * 2
+        if "batch" in self.traits:
+            reward = reward - reward.mean()
+        if "counter" in self.traits:
+            self.n_steps += 1
+        return reward
+
+    def observation(self, agent):
+        if "memory" in self.traits:
+            self.calls = self.calls + 1
+        return torch.cat([agent.state.pos, agent.state.vel, self.ball.state.pos, self.calls.unsqueeze(-1)], -1)
+
+    def info(self, agent):
+        return {"speed": torch.linalg.vector_norm(agent.state.vel, dim=-1)}
+
+    def done(self):
+        return self.ball.state.pos[:, 0] > 0.45
+
+
+def make(scenario=None, *, compiled=True, seed=0, n=N, **kwargs):
+    scenario = Push() if scenario is None else scenario
+    return (CompiledVmasEnv if compiled else BatchedResetVmasEnv)(scenario, num_envs=n, seed=seed, **kwargs)
+
+
+def both(*args, **kwargs):
+    return make(*args, **kwargs), make(*args, compiled=False, **kwargs)
+
+
+def is_compiled(env):
+    return env.why_not_compiled is None
+
+
+def assert_same(ours, theirs):
+    assert set(ours.keys(True, True)) == set(theirs.keys(True, True))
+    for key in theirs.keys(True, True):
+        scale = max(1.0, theirs[key].double().abs().max().item())
+        torch.testing.assert_close(
+            ours[key], theirs[key], rtol=1e-4, atol=2e-5 * scale, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+def go_on(ours, theirs, steps, change=lambda env, step: None):
+    """Steps of both from a reset, until an environment ends; what both gave is the same."""
+    data = theirs.reset()
+    assert_same(ours.reset(), data)
+    for step in range(steps):
+        for env in (ours, theirs):
+            change(env._env, step)
+        data = theirs.rand_action(data)
+        result = theirs.step(data.clone())
+        assert_same(ours.step(data.clone())["next"], result["next"])
+        data = result["next"].exclude("reward")
+    return data
+
+
+SCENARIOS = ["simple_spread", "transport", "balance", "dropout", "wheel"]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "continuous"),
+    [
+        ("simple_spread", True),
+        ("transport", False),
+        *(pytest.param(s, c, marks=pytest.mark.slow) for s in SCENARIOS for c in (True, False)),
+    ],
+)
+def test_it_gives_what_vmas_gives(scenario, continuous):
+    ours, theirs = both(scenario, continuous_actions=continuous, max_steps=50)
+    assert is_compiled(ours)
+    go_on(ours, theirs, 15)
+
+
+@pytest.mark.parametrize("traits", [(), ("memory",), ("noise",), ("branch",)])
+def test_traits_that_compile(traits):
+    """Branches on data, which go either way here, noise of the actions, and observations that change the scenario."""
+    ours, theirs = both(traits=traits)
+    assert is_compiled(ours)
+    go_on(ours, theirs, 40)
+
+
+@pytest.mark.parametrize(
+    ("traits", "reason"),
+    [
+        (("batch",), "rows"),
+        (("counter",), "n_steps changes from"),
+        (("gradients",), "gradients are to pass through it"),
+    ],
+)
+def test_traits_that_do_not(traits, reason):
+    kwargs = {"traits": traits, "grad_enabled": "gradients" in traits}
+    with pytest.warns(UserWarning, match=f"is stepped by VMAS, not compiled: .*{reason}"):
+        ours = make(**kwargs)
+    assert not is_compiled(ours)
+    go_on(ours, make(compiled=False, **kwargs), 5)
+
+
+def test_what_someone_changes_counts():
+    """Constants, tensors that are replaced, and tensors that are written to."""
+
+    def change(simulator, step):
+        if step == 3:
+            simulator.scenario.bonus = 5.0
+        if step == 5:
+            simulator.scenario.bonus = 1.0
+        if step == 8:
+            simulator.agents[0].set_pos(torch.full((N, 2), 0.2), batch_index=None)
+        if step == 10:
+            simulator.world.landmarks[0].state.pos[3] = -0.4
+        if step == 13:
+            simulator.agents[1].shape.some_note = "new"
+
+    ours, theirs = both()
+    go_on(ours, theirs, 15, change)
+
+
+def test_a_change_that_lasts_is_told():
+    ours, theirs = both()
+    ours._env.scenario.bonus = theirs._env.scenario.bonus = 3.0
+    with pytest.warns(UserWarning, match="VMAS takes the steps.*bonus changes from 1.0 to 3.0"):
+        go_on(ours, theirs, 4)
+
+
+def test_what_someone_holds_stays():
+    env = make()
+    data = env.reset()
+    held = env._env.agents[0].state.pos
+    before = held.clone()
+    results = [env.step(env.rand_action(data))["next"]]
+    observed = results[0]["agents", "observation"].clone()
+    for _ in range(3):
+        results.append(env.step(env.rand_action(data))["next"])
+    assert torch.equal(held, before)
+    assert torch.equal(results[0]["agents", "observation"], observed)
+    assert torch.equal(env._env.agents[0].state.pos, results[-1]["agents", "observation"][:, 0, :2])
+
+
+def test_vmas_raises_its_own_errors():
+    ours, theirs = both()
+    data = go_on(ours, theirs, 3)
+    state = ours._env.agents[0].state.pos.clone()
+    for wrong in (float("nan"), 0.9):
+        bad = ours.rand_action(data.clone())
+        bad["agents", "action"][7, 1, 0] = wrong
+        messages = []
+        for env in (ours, theirs):
+            with pytest.raises(AssertionError) as error:
+                env.step(bad.clone())
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
+    assert torch.equal(ours._env.agents[0].state.pos, state)
+
+
+@pytest.mark.parametrize("traits", [(), ("memory",)])
+def test_ended_environments_take_fresh_ones(traits):
+    """Those of VMAS's own next reset, one after the other; those that go on keep their bits."""
+    ours, theirs = both(traits=traits)
+    data = go_on(ours, theirs, 3)
+    theirs.reset()
+    fresh = [entity.state.pos.clone() for entity in theirs._env.world.entities]
+    used = 0
+    for ended in ([2, 5], [7], list(range(10))):
+        going = [entity.state.pos.clone() for entity in ours._env.world.entities]
+        calls = ours._env.scenario.calls.clone()
+        reset = torch.zeros(N, 1, dtype=torch.bool)
+        reset[ended] = True
+        after = ours.reset(data.clone().set("_reset", reset))
+        for entity, before, new in zip(ours._env.world.entities, going, fresh, strict=True):
+            expected = before.clone()
+            expected[ended] = new[used : used + len(ended)]
+            assert torch.equal(entity.state.pos, expected)
+        used += len(ended)
+        if "memory" in traits:
+            expected_calls = calls.clone()
+            expected_calls[ended] = 2
+            assert torch.equal(ours._env.scenario.calls, expected_calls)
+        position = ours._env.agents[0].state.pos
+        assert torch.equal(after["agents", "observation"][ended, 0, :2], position[ended])
+        assert not after["done"][ended].any() or (ours._env.world.landmarks[0].state.pos[ended, 0] > 0.45).any()
+
+
+def test_more_environments_end_than_wait():
+    env = make()
+    data = env.reset()
+    seen = set()
+    for _ in range(5):
+        reset = torch.zeros(N, 1, dtype=torch.bool)
+        reset[:13] = True
+        data = env.reset(data.set("_reset", reset))
+        seen |= {tuple(row.tolist()) for row in env._env.agents[0].state.pos[:13]}
+    assert len(seen) == 5 * 13, "each fresh environment is used once"
+
+
+def through_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("traits", [(), ("noise", "memory")])
+def test_a_saved_one_goes_on_to_the_bit(traits):
+    env, other = (make(traits=traits, max_steps=12, seed=seed) for seed in (0, 5))
+    torch.manual_seed(0)
+    data = env.reset()
+    for _ in range(30):
+        _, data = env.step_and_maybe_reset(env.rand_action(data))
+    other.load_state_dict(through_file(env.state_dict()))
+    results = []
+    for each in (env, other):
+        torch.manual_seed(1)
+        steps, now = [], data.clone()
+        for _ in range(30):
+            step, now = each.step_and_maybe_reset(each.rand_action(now))
+            steps.append(step)
+        results.append(torch.stack(steps))
+    assert results[0]["next", "done"].any()
+    for key in results[0].keys(True, True):
+        assert torch.equal(results[0][key], results[1][key]), key
+
+
+def test_a_rollout_of_torchrl():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = make("simple_spread", max_steps=7)
+        data = env.rollout(20, break_when_any_done=False)
+    assert data["next", "truncated"].sum() == 2 * N
+    assert torch.equal(data["next", "truncated"], data["next", "done"])

@@ -1,0 +1,229 @@
+"""A function of a VMAS simulator, compiled: one loop over the environments, on the tensors that the objects hold."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from torchrl_trpo.envs.flat_state import DTYPES, Buffers, FlatState, NotCompiled, Slot
+from torchrl_trpo.envs.snapshot import ObjectSnapshot
+from torchrl_trpo.envs.tracing import Places, Untraceable, trace
+from torchrl_trpo.kernels.aten import Lowered, lower
+from torchrl_trpo.kernels.cpp import CompilerError, Guard, Store, build, source
+from torchrl_trpo.kernels.lanes import Lanes, Unsupported
+
+
+class CompiledFunction:
+    """A function of a simulator and some tensors, compiled.
+
+    It is traced on a twin, which is the same simulator with another number of environments. A call reads the tensors
+    that the simulator's objects hold, and makes them hold new ones. If a value on which the function branched is
+    another than in the trace, or if anything but tensors has changed in the objects, a call does nothing and says so.
+
+    Args:
+        state: the simulator's tensors.
+        twin: the twin.
+        function: of a simulator and the arguments.
+        arguments: for the twin, tensors with its number of environments first.
+
+    Attributes:
+        draws: the random tensors that a call draws from PyTorch's global generator.
+
+    Raises:
+        NotCompiled: if the function cannot be compiled, with the reason.
+    """
+
+    def __init__(
+        self, state: FlatState, twin: Any, function: Callable[..., Any], arguments: Sequence[Tensor] = ()
+    ) -> None:
+        self._state = state
+        self._result = Buffers(state.layout.n)
+        try:
+            traced = trace(twin, lambda *arguments: function(twin, *arguments), arguments)
+            before = traced.before
+            inputs = [
+                (path, tensor, None if slot is None else 0)
+                for path, tensor, slot in zip(before.paths, before.tensors, state.slots, strict=True)
+            ]
+            inputs += [(f"argument{number}", tensor, 0) for number, tensor in enumerate(arguments)]
+            lowered = lower(traced.graph, inputs, twin.num_envs)
+            n_places, n_guards = len(before.paths), len(traced.expected)
+            n_results = len(lowered.outputs) - n_places - n_guards
+            stores = self._stores(lowered, n_places, n_results)
+            guards = []
+            for lanes, expected in zip(lowered.outputs[n_places + n_results :], traced.expected, strict=True):
+                kind = "b" if isinstance(expected, bool) else lanes.kind
+                value = lowered.statements.convert(lanes.values.reshape(-1)[0], kind)
+                guards.append(Guard(value, lanes.reduction, expected))
+            names = [name for name, *_ in inputs[n_places:]]
+            names += [f"draw{number}" for number in range(len(lowered.draws))]
+            buffers = {
+                path: (len(DTYPES) + number, 0) if slot is None else (list(DTYPES).index(slot.kind), slot.lane)
+                for number, (path, slot) in enumerate(zip(before.paths, state.slots, strict=True))
+            }
+            buffers |= {name: (len(DTYPES) + n_places + number, 0) for number, name in enumerate(names)}
+            self._run = build(source(lowered.statements.all, buffers, stores, guards))
+        except (Untraceable, Unsupported, CompilerError) as error:
+            raise NotCompiled(str(error)) from error
+        self._structure = traced.results
+        self.draws = lowered.draws
+        self._arguments = [self._column(tensor.shape[1:], tensor.dtype) for tensor in arguments]
+        self._drawn = [self._column(shape[1:], torch.float32) for shape, *_ in self.draws]
+        self._inputs = np.zeros(len(state.addresses) + len(names), np.uint64)
+        for number, buffer in enumerate([*self._arguments, *self._drawn], len(state.addresses)):
+            self._inputs[number] = buffer.data_ptr()
+        self._outputs = np.zeros(2 * len(DTYPES), np.uint64)
+
+    def _stores(self, lowered: Lowered, n_places: int, n_results: int) -> list[Store]:
+        """What the function writes: the state, and its results."""
+        state, stores = self._state, []
+
+        def store(path: str, lanes: Lanes, slot: Slot | None, first_buffer: int) -> Slot:
+            values = lanes.of_rows()
+            if values is None:
+                raise NotCompiled(f"{path} has no row for each environment")
+            slot = slot or self._result.add(lanes.kind, values.shape[1:])
+            if slot.kind != lanes.kind or slot.shape != values.shape[1:]:
+                raise NotCompiled(f"{path} changes its type or its shape")
+            buffer = first_buffer + list(DTYPES).index(slot.kind)
+            for lane, value in enumerate(values.flat):
+                stores.append(Store(lowered.statements.convert(value, slot.kind), slot.kind, buffer, slot.lane + lane))
+            return slot
+
+        for number, (path, slot) in enumerate(zip(state.reference.paths, state.slots, strict=True)):
+            before, after = lowered.inputs[number], lowered.outputs[number]
+            if not before.is_same(after) and (slot is None or state.reference.holders[number] is None):
+                raise NotCompiled(f"{path} changes, and is shared by all environments or cannot be replaced")
+            if slot is not None and state.same[number] == number:
+                store(path, after, slot, 0)
+        results = lowered.outputs[n_places : n_places + n_results]
+        self._results = [store("a result", lanes, None, len(DTYPES)) for lanes in results]
+        return stores
+
+    def _column(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A buffer for one tensor."""
+        if dtype not in DTYPES.values():
+            raise NotCompiled(f"an argument is of {dtype}")
+        return torch.zeros(math.prod(shape), self._state.layout.padded, dtype=dtype)
+
+    def __call__(self, *arguments: Tensor, rows: Tensor | None = None) -> Any:
+        """Calls the function.
+
+        Args:
+            *arguments: tensors with the number of environments first.
+            rows: the environments whose tensors change, bool ``[n]``; those of others stay. Default: all.
+
+        Returns:
+            Its results; None, and no change, if the compiled one does not stand for the function now.
+        """
+        state = self._state
+        if not state.attach():
+            return None
+        n = state.layout.n
+        for buffer, argument in zip(self._arguments, arguments, strict=True):
+            buffer[:, :n] = argument.reshape(n, -1).T
+        generator = torch.get_rng_state() if self.draws else None
+        for buffer, (shape, method, parameters) in zip(self._drawn, self.draws, strict=True):
+            buffer[:, :n] = getattr(torch.empty((n, *shape[1:])), method)(*parameters).reshape(n, -1).T
+        after, results = state.layout.empty(), self._result.empty()
+        self._inputs[: len(state.addresses)] = state.addresses
+        self._outputs[:] = [buffer.data_ptr() for buffer in (*after.values(), *results.values())]
+        if not self._run(n, state.layout.padded, self._inputs.ctypes.data, self._outputs.ctypes.data):
+            if generator is not None:
+                torch.set_rng_state(generator)
+            return None
+        if rows is not None:
+            is_changed = torch.zeros(state.layout.padded, dtype=torch.bool)
+            is_changed[:n] = rows
+            after = {kind: torch.where(is_changed, after[kind], state.buffers[kind]) for kind in after}
+        state.hold(after)
+        return tree_unflatten([self._result.view(results, slot) for slot in self._results], self._structure)
+
+    def compare(self, draw: Callable[[], Sequence[Tensor]], function: Callable[..., Any], n_calls: int = 5) -> None:
+        """Compares calls with those of the function itself, each from the same state with the same random numbers.
+
+        A simulator may decide by the last bit of a number: in VMAS, which way a joint of two points at one place pulls.
+        So the results may differ by as much as those of the function do when its tensors change in the last bit.
+
+        Args:
+            draw: draws arguments.
+            function: the function.
+            n_calls: how many calls.
+
+        Raises:
+            NotCompiled: if the results differ by more, or nearly all calls are not like the traced one.
+        """
+        simulator, n_other = self._state.simulator, 0
+
+        def results_of(call: Callable[[], Any], change: float = 0.0) -> list[Tensor]:
+            """What a call leaves and returns; nothing if it returns None. Afterwards all is as it was."""
+            snapshot = ObjectSnapshot((simulator.scenario, simulator.world), self._state.layout.n)
+            steps, generator = simulator.steps, torch.get_rng_state()
+            if change:
+                places = Places(simulator)
+                places.put([_changed(tensor, change) for tensor in places.tensors])
+            returned = call()
+            left: list[Tensor] = []
+            if returned is not None:
+                left = [tensor.clone() for tensor in (*Places(simulator).tensors, *tree_leaves(returned))]
+            snapshot.restore()
+            simulator.steps = steps
+            torch.set_rng_state(generator)
+            return left
+
+        for _ in range(n_calls):
+            arguments = draw()
+            ours = results_of(functools.partial(self, *arguments))
+            if ours:
+                call = functools.partial(function, simulator, *arguments)
+                exact, *others = (results_of(call, change) for change in (0.0, 2.0**-23, -(2.0**-23)))
+                names = [*Places(simulator).paths, *(f"result {number}" for number in range(len(self._results)))]
+                check_equal(names, ours, exact, others)
+            else:
+                n_other += 1
+            function(simulator, *arguments)  # to another state
+        if n_other > n_calls / 2:
+            reason = self._state.problem or "they branch otherwise"
+            raise NotCompiled(f"of {n_calls} calls, {n_other} are not like the traced one: {reason}")
+
+
+def _changed(tensor: Tensor, change: float) -> Tensor:
+    """A tensor whose numbers are changed by a share of themselves, every other one in the other direction."""
+    if not tensor.is_floating_point():
+        return tensor
+    signs = 1.0 - 2.0 * (torch.arange(tensor.numel()) % 2).reshape(tensor.shape)
+    return tensor * (1.0 + change * signs.to(tensor.dtype))
+
+
+def check_equal(
+    names: Sequence[str], tensors: Sequence[Tensor], exact: Sequence[Tensor], others: Sequence[Sequence[Tensor]] = ()
+) -> None:
+    """Checks that tensors are equal up to rounding, relative to the largest number in each.
+
+    Args:
+        names: their names.
+        tensors: the tensors.
+        exact: what they should be.
+        others: what they may be as well: a tensor may be as far from what it should be as four times these.
+
+    Raises:
+        NotCompiled: if they are not.
+    """
+    for number, (name, tensor, right) in enumerate(zip(names, tensors, exact, strict=True)):
+        is_equal = tensor.shape == right.shape and tensor.dtype == right.dtype
+        if is_equal and right.numel():
+            found, expected = tensor.double().nan_to_num(), right.double().nan_to_num()
+            spread = max(
+                ((other[number].double().nan_to_num() - expected).abs().max().item() for other in others), default=0.0
+            )
+            bound = 1e-4 * max(1.0, expected.abs().max().item()) * right.is_floating_point() + 4 * spread
+            is_equal = bool(((found - expected).abs() <= bound).all()) and torch.equal(tensor.isnan(), right.isnan())
+        if not is_equal:
+            raise NotCompiled(f"{name} is not what it should be")

@@ -1,0 +1,157 @@
+"""VMAS with a compiled simulator."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from torchrl_trpo.envs.compiled import CompiledFunction
+from torchrl_trpo.envs.flat_state import FlatState, NotCompiled
+from torchrl_trpo.envs.reset_pool import ResetPool
+from torchrl_trpo.envs.snapshot import ObjectSnapshot
+from torchrl_trpo.envs.vmas import BatchedResetVmasEnv, undecorated
+
+_ENVS_OF_TWIN = (7, 9)  # one of them is not the number of environments, and neither is usual as another size
+
+_STEPS_UNTIL_WARNING = 3  # the first step of a simulator makes attributes
+
+
+class CompiledVmasEnv(BatchedResetVmasEnv):
+    """TorchRL's ``VmasEnv`` with a simulator that is compiled for the CPU, when the environment is made.
+
+    A step of VMAS is hundreds of small operations on tensors. Here they are one loop over the environments, which VMAS
+    itself has written: it takes a step while PyTorch traces it, and a C++ compiler compiles the trace. The numbers are
+    those of VMAS up to rounding. Everything that VMAS decides by numbers is checked at each step. If it would decide
+    otherwise, or if anything but tensors has changed in its objects, VMAS takes the step, and raises its own errors.
+    VMAS's objects hold the state at any time, and may be read and written as ever.
+
+    Environments that end are replaced by ones that VMAS has reset together beforehand, each of which is used once.
+
+    Compiled code is kept in ``~/.cache/torchrl_trpo``, or in ``$TORCHRL_TRPO_CACHE``. A warning says so if a scenario
+    cannot be compiled, and why; then the environment is a :class:`~torchrl_trpo.envs.vmas.BatchedResetVmasEnv`.
+
+    Args:
+        *args: as of :class:`~torchrl.envs.VmasEnv`.
+
+    Keyword Args:
+        **kwargs: as of :class:`~torchrl.envs.VmasEnv`.
+
+    Attributes:
+        why_not_compiled: why the step is not compiled; None if it is.
+
+    Examples:
+        >>> from torchrl_trpo.envs import CompiledVmasEnv
+        >>> env = CompiledVmasEnv("simple", num_envs=32, max_steps=100, seed=0)
+        >>> env.rollout(5).batch_size
+        torch.Size([32, 5])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._compiled_step: CompiledFunction | None = None
+        self._compiled_read: CompiledFunction | None = None
+        self._pool: ResetPool | None = None
+        self._n_left_to_vmas = 0  # steps in a row, because of a change in VMAS's objects
+        self.why_not_compiled: str | None = None
+        super().__init__(*args, **kwargs)
+        try:
+            self._compile()
+        except NotCompiled as error:
+            self.why_not_compiled = str(error)
+            warnings.warn(f"{self.scenario_name} is stepped by VMAS, not compiled: {error}.", stacklevel=2)
+
+    def _compile(self) -> None:
+        env = self._env
+        if env.grad_enabled or env.device.type != "cpu":
+            raise NotCompiled("gradients are to pass through it" if env.grad_enabled else f"it is on {env.device}")
+        drawn, steps = list(self._random_state), env.steps
+        snapshot = ObjectSnapshot((env.scenario, env.world), env.num_envs)
+        try:
+            with self._drawing():
+                twin = self._make_twin(next(n for n in _ENVS_OF_TWIN if n != env.num_envs))
+                for simulator in (env, twin):
+                    for _ in range(2):  # the first steps make attributes
+                        self._advance(simulator, *_random_actions(simulator))
+                state = FlatState(env, twin)
+                step = CompiledFunction(state, twin, self._advance, _random_actions(twin))
+                step.compare(lambda: _random_actions(env), self._advance)
+            self._compiled_step, self._state = step, state
+            with contextlib.suppress(NotCompiled):  # then environments are reset as ever
+                with self._drawing():
+                    read = CompiledFunction(state, twin, self._read)
+                    read.compare(list, self._read)
+                pool = ResetPool(env, state, self._reset_all)
+                self._random_state = list(drawn)
+                pool.check(lambda: self._rewind(drawn))
+                self._compiled_read, self._pool = read, pool
+        finally:
+            snapshot.restore()
+            env.steps = steps
+            self._random_state = drawn
+
+    def _rewind(self, drawn: list[Any]) -> None:
+        """Takes a step, and the random numbers back to what they were."""
+        with self._drawing():
+            self._advance(self._env, *_random_actions(self._env))
+        self._random_state = list(drawn)
+
+    def _call(self, compiled: CompiledFunction | None, *arguments: Tensor, rows: Tensor | None = None) -> Any:
+        """The results of a compiled function, if there is one and it stands for the function now."""
+        if compiled is None:
+            return None
+        with self._drawing() if compiled.draws else contextlib.nullcontext():
+            return compiled(*arguments, rows=rows)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        entries = self._call(self._compiled_step, *self._actions(tensordict))
+        if entries is not None:
+            self._n_left_to_vmas = 0
+            return self._wrap(entries)
+        if self._compiled_step is not None and self._state.problem is not None:
+            self._n_left_to_vmas += 1
+            if self._n_left_to_vmas == _STEPS_UNTIL_WARNING:
+                warnings.warn(
+                    f"{self.scenario_name}: VMAS takes the steps, and not the compiled simulator, because something "
+                    f"in its objects has changed: {self._state.problem}.",
+                    stacklevel=2,
+                )
+        return super()._step(tensordict)
+
+    def _reset_some(self, ended: Tensor) -> dict[str, Any]:
+        if self._pool is None or not self._pool.take(ended):
+            return super()._reset_some(ended)
+        entries = self._call(self._compiled_read, rows=ended)
+        if entries is None:
+            snapshot = ObjectSnapshot((self._env.scenario, self._env.world), self.num_envs, self._shared)
+            with self._drawing():
+                entries = self._read(self._env)
+            snapshot.keep(~ended)  # computing observations may change the scenario
+        return entries
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Returns the simulator's state, as of the base class, and the environments that wait for others to end.
+
+        Returns:
+            The state, made of dicts, lists, tensors, numbers and strings.
+        """
+        return {**super().get_extra_state(), "pool": None if self._pool is None else self._pool.state_dict()}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Loads a saved state into the simulator, also one of a ``BatchedResetVmasEnv``.
+
+        Args:
+            state: from :meth:`get_extra_state`.
+        """
+        super().set_extra_state(state)
+        if self._pool is not None and state.get("pool") is not None:
+            self._pool.load_state_dict(state["pool"])
+
+
+def _random_actions(simulator: Any) -> list[Tensor]:
+    """Random actions of the agents, ``[num_envs, action size]``."""
+    draw = undecorated(simulator, "get_random_action")
+    return [action.reshape(len(action), -1) for action in map(draw, simulator.agents)]

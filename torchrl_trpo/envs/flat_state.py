@@ -1,0 +1,189 @@
+"""The tensors that a VMAS simulator's objects hold, as lanes in a few buffers, for compiled functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchrl_trpo.envs.tracing import Places
+from torchrl_trpo.kernels.cpp import ROWS_AT_A_TIME
+from torchrl_trpo.kernels.lanes import KINDS
+
+DTYPES = {"f": torch.float32, "b": torch.bool, "i": torch.int64}
+"""By kind, the dtypes of the tensors that are computed with."""
+
+
+class NotCompiled(Exception):
+    """A function that stays as it is, with the reason."""
+
+
+class Slot(NamedTuple):
+    """Where a tensor with a row for each environment is in the buffers.
+
+    Attributes:
+        kind: the kind of its numbers, and so the buffer.
+        lane: the first of its lanes in the buffer.
+        shape: its shape without the environments.
+    """
+
+    kind: str
+    lane: int
+    shape: tuple[int, ...]
+
+
+class Buffers:
+    """Tensors with a row for each environment, as lanes: one buffer ``[lanes, padded]`` for each kind of numbers.
+
+    Args:
+        n: the number of environments.
+
+    Attributes:
+        kinds: the kinds of numbers.
+        padded: the number of environments that a buffer has room for.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.kinds = tuple(DTYPES)
+        self.padded = math.ceil(n / ROWS_AT_A_TIME) * ROWS_AT_A_TIME
+        self.slots: list[Slot] = []
+        self._n_lanes = dict.fromkeys(DTYPES, 0)
+
+    def add(self, kind: str, shape: Sequence[int]) -> Slot:
+        """Makes room for a tensor ``[n, *shape]``."""
+        slot = Slot(kind, self._n_lanes[kind], tuple(shape))
+        self._n_lanes[kind] += math.prod(shape)
+        self.slots.append(slot)
+        return slot
+
+    def empty(self) -> dict[str, Tensor]:
+        """New buffers."""
+        return {kind: torch.empty(self._n_lanes[kind], self.padded, dtype=DTYPES[kind]) for kind in DTYPES}
+
+    def view(self, buffers: dict[str, Tensor], slot: Slot) -> Tensor:
+        """The tensor in a slot, ``[n, *shape]``, which shares the memory of the buffers."""
+        strides = [self.padded * math.prod(slot.shape[dim + 1 :]) for dim in range(len(slot.shape))]
+        return buffers[slot.kind].as_strided((self.n, *slot.shape), (1, *strides), slot.lane * self.padded)
+
+
+class FlatState:
+    """The tensors that a simulator's objects hold: those with a row for each environment are in buffers.
+
+    The objects hold views of the buffers, so that both are always the same. What the objects hold besides must stay as
+    it is, since the compiled functions have it in their code.
+
+    Args:
+        simulator: the simulator.
+        twin: the same simulator with another number of environments, which tells tensors with a row for each from
+            others.
+
+    Attributes:
+        simulator: the simulator.
+        layout: where the tensors are in the buffers.
+        reference: the places of the tensors, as they were at first.
+        same: for each place the first one with the same tensor.
+        slots: for each place its slot; None for a tensor that all environments share.
+        buffers: the buffers.
+        addresses: of the buffers, by kind, and then for each place of the tensor that all environments share.
+        problem: what has changed since, if :meth:`attach` has found something.
+
+    Raises:
+        NotCompiled: if the two simulators differ in more than the number of environments.
+    """
+
+    def __init__(self, simulator: Any, twin: Any) -> None:
+        self.simulator = simulator
+        self.layout = Buffers(simulator.num_envs)
+        self.reference = Places(simulator)
+        self.same = self.reference.same()
+        self.slots: list[Slot | None] = []
+        self.addresses = np.zeros(len(DTYPES) + len(self.reference.paths), np.uint64)
+        self.problem: str | None = None
+        self._tensors: list[Tensor] = []
+        places = Places(twin)
+        if difference := places.difference(self.reference, (twin.num_envs, simulator.num_envs)):
+            raise NotCompiled(f"with another number of environments, {difference}")
+        for number, (path, tensor) in enumerate(zip(places.paths, places.tensors, strict=True)):
+            ours = self.reference.tensors[number]
+            if self.same[number] != number:
+                self.slots.append(self.slots[self.same[number]])
+            elif tensor.shape[:1] == (twin.num_envs,) and ours.shape == (simulator.num_envs, *tensor.shape[1:]):
+                if tensor.dtype not in DTYPES.values():
+                    raise NotCompiled(f"{path} is of {tensor.dtype}")
+                self.slots.append(self.layout.add(KINDS[tensor.dtype], tensor.shape[1:]))
+            elif tensor.shape == ours.shape:
+                self.slots.append(None)
+            else:
+                raise NotCompiled(
+                    f"{path} is {tuple(ours.shape)}, and for {twin.num_envs} environments {tuple(tensor.shape)}"
+                )
+
+    def attach(self) -> bool:
+        """Takes over the tensors that the objects hold, if they are others than :meth:`hold` left there.
+
+        Returns:
+            Whether everything else is as it was.
+        """
+        if self._is_attached():
+            return True
+        places = Places(self.simulator)
+        self.problem = self.reference.difference(places)
+        if self.problem is not None:
+            return False
+        self._holders, self._tensors = places.holders, list(places.tensors)
+        self._watched = [_watch(holder) for holder in places.containers]
+        buffers = self.layout.empty()
+        for buffer in buffers.values():
+            buffer[:, self.layout.n :] = 0
+        for number, (slot, tensor) in enumerate(zip(self.slots, places.tensors, strict=True)):
+            if slot is not None:
+                self.layout.view(buffers, slot).copy_(tensor)
+                continue
+            holder, tensor = places.holders[number], tensor.contiguous()
+            if holder is not None:
+                holder[0][holder[1]] = tensor
+            self._tensors[number] = tensor
+            self.addresses[len(DTYPES) + number] = tensor.data_ptr()
+        self.hold(buffers)
+        return True
+
+    def hold(self, buffers: dict[str, Tensor]) -> None:
+        """Makes the objects hold the tensors in other buffers.
+
+        Args:
+            buffers: the buffers.
+        """
+        self.buffers = buffers
+        self.addresses[: len(DTYPES)] = [buffer.data_ptr() for buffer in buffers.values()]
+        views: dict[Slot, Tensor] = {}
+        for number, (slot, holder) in enumerate(zip(self.slots, self._holders, strict=True)):
+            if slot is not None and holder is not None:
+                if slot not in views:
+                    views[slot] = self.layout.view(buffers, slot)
+                self._tensors[number] = holder[0][holder[1]] = views[slot]
+
+    def _is_attached(self) -> bool:
+        """Whether the objects hold what was left there."""
+        if not self._tensors:
+            return False
+        try:
+            for holder, tensor in zip(self._holders, self._tensors, strict=True):
+                if holder is not None and holder[0][holder[1]] is not tensor:
+                    return False
+            return all(len(holder) == size and values(holder) == held for holder, values, held, size in self._watched)
+        except (LookupError, TypeError, ValueError):  # an entry is gone, or is no longer what can be compared
+            return False
+
+
+def _watch(holder: Any) -> tuple[Any, Any, Any, int]:
+    """A container, what reads its entries that are no tensors, what that gives now, and its size."""
+    items = holder.items() if isinstance(holder, dict) else enumerate(holder)
+    keys = [key for key, value in items if not isinstance(value, Tensor)]
+    values = itemgetter(*keys) if keys else len
+    return holder, values, values(holder), len(holder)

@@ -1,0 +1,1 @@
+"""Functions of many independent rows, compiled into one loop over the rows."""

@@ -1,0 +1,332 @@
+"""PyTorch's operations on tensors of lanes: a traced graph becomes statements for one row of the batch."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from torchrl_trpo.kernels.lanes import (
+    KINDS,
+    OTHER_KIND,
+    Lanes,
+    Statements,
+    Unsupported,
+    constant_tensor,
+)
+from torchrl_trpo.kernels.views import Views, dims_of, without
+
+_ELEMENTWISE = {  # operation of aten: the statement's operation; the result has the kind of the arguments
+    "neg": "neg",
+    "abs": "abs",
+    "sqrt": "sqrt",
+    "sin": "sin",
+    "cos": "cos",
+    "tan": "tan",
+    "exp": "exp",
+    "log": "log",
+    "reciprocal": "reciprocal",
+    "sign": "sign",
+    "atan2": "atan2",
+    "logaddexp": "logaddexp",
+    "minimum": "min",
+    "maximum": "max",
+    "floor_divide": "floordiv",
+    "remainder": "mod",
+    "bitwise_and": "and",
+    "bitwise_or": "or",
+    "bitwise_xor": "xor",
+    "bitwise_not": "not",
+}
+_LOGICAL = {"logical_and": "and", "logical_or": "or", "logical_xor": "xor", "logical_not": "not"}
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+_SAME = ("detach", "alias", "lift_fresh_copy", "clone", "contiguous")
+
+
+class Lowered(NamedTuple):
+    """A graph as statements for one row.
+
+    Attributes:
+        inputs: the inputs of the graph.
+        outputs: the outputs of the graph.
+        statements: the statements that compute them.
+        draws: the random tensors: for each its shape, with the batch first, and the method of ``Tensor`` that fills
+            one, with its arguments. They are the inputs ``draw0``, ``draw1``, ... of the statements.
+    """
+
+    inputs: list[Lanes]
+    outputs: list[Any]
+    statements: Statements
+    draws: list[tuple[tuple[int, ...], str, tuple[float, ...]]]
+
+
+def lower(graph: fx.GraphModule, inputs: Sequence[tuple[str, Tensor, int | None]], n_rows: int) -> Lowered:
+    """Lowers a graph to statements for one row.
+
+    Args:
+        graph: a graph of ``make_fx`` for a batch, without mutations.
+        inputs: for each placeholder a name, a tensor like it, and its batch dimension; None if all rows share it.
+        n_rows: the size of the batch.
+
+    Returns:
+        The statements, and what they compute. :class:`~torchrl_trpo.kernels.lanes.Unsupported` is raised if the graph
+        combines rows, or has an operation or a dtype that is not known here.
+    """
+    operations = Operations(graph, n_rows)
+    lanes = []
+    for name, tensor, axis in inputs:
+        shape = [1 if dim == axis else size for dim, size in enumerate(tensor.shape)]
+        lanes.append(operations.statements.inputs(name, shape, axis, n_rows, KINDS.get(tensor.dtype, OTHER_KIND)))
+    return Lowered(lanes, operations.run(lanes), operations.statements, operations.draws)
+
+
+class Operations(Views):
+    """The operations of ``torch.ops.aten``, as methods with their names and arguments.
+
+    Args:
+        graph: the graph.
+        n_rows: the size of the batch.
+    """
+
+    def __init__(self, graph: fx.GraphModule, n_rows: int) -> None:
+        super().__init__(n_rows)
+        self._graph = graph
+        self.draws: list[tuple[tuple[int, ...], str, tuple[float, ...]]] = []
+
+    def run(self, inputs: Sequence[Lanes]) -> list[Any]:
+        values: dict[fx.Node, Any] = {}
+        remaining = iter(inputs)
+        for node in self._graph.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(remaining)
+            elif node.op == "get_attr":
+                values[node] = constant_tensor(getattr(self._graph, node.target), self._n_rows)
+            elif node.op == "output":
+                return list(fx.node.map_arg(node.args[0], values.__getitem__))
+            else:
+                arguments, keywords = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = self._call(node, arguments, keywords)
+        raise AssertionError("a graph has an output")
+
+    def _call(self, node: fx.Node, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
+        if node.target is operator.getitem:
+            return arguments[0][arguments[1]]
+        name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+        result = node.meta.get("val", node.meta.get("tensor_meta"))
+        dtype = getattr(result, "dtype", None)
+        if dtype is not None and dtype not in KINDS:
+            raise Unsupported(f"{name} of {dtype}")
+        self._kind = "" if dtype is None else KINDS[dtype]
+        if name in _ELEMENTWISE:
+            return self._elementwise(_ELEMENTWISE[name], *arguments)
+        if name in _LOGICAL:
+            return self._elementwise(_LOGICAL[name], *arguments, of="b")
+        if name in _COMPARISONS:
+            return self._compare(name, *arguments)
+        if name in _SAME:
+            return arguments[0]
+        method = getattr(self, name, None)
+        if method is None:
+            raise Unsupported(f"the operation {name}")
+        return method(*arguments, **keywords)
+
+    # Arithmetic
+
+    def _elementwise(self, operation: str, *tensors: Any, kind: str = "", of: str = "") -> Lanes:
+        kind = kind or self._kind
+        apply = functools.partial(self.statements.apply, operation, kind, of or kind)
+        return self.statements.elementwise(apply, kind, *tensors)
+
+    def _compare(self, operation: str, tensor: Any, other: Any) -> Lanes:
+        kinds = {
+            each.kind if isinstance(each, Lanes) else "f" if isinstance(each, float) else "i"
+            for each in (tensor, other)
+        }
+        return self._elementwise(operation, tensor, other, kind="b", of="f" if "f" in kinds else "i")
+
+    def add(self, tensor: Any, other: Any, alpha: Any = 1) -> Lanes:
+        if self._kind == "b":
+            return self._elementwise("or", tensor, other)
+        return self._elementwise("add", tensor, other if alpha == 1 else self._elementwise("mul", other, alpha))
+
+    def sub(self, tensor: Any, other: Any, alpha: Any = 1) -> Lanes:
+        return self._elementwise("sub", tensor, other if alpha == 1 else self._elementwise("mul", other, alpha))
+
+    def rsub(self, tensor: Any, other: Any, alpha: Any = 1) -> Lanes:
+        return self.sub(other, tensor, alpha)
+
+    def mul(self, tensor: Any, other: Any) -> Lanes:
+        return self._elementwise("and" if self._kind == "b" else "mul", tensor, other)
+
+    def div(self, tensor: Any, other: Any, rounding_mode: str | None = None) -> Lanes:
+        if rounding_mode not in (None, "floor"):
+            raise Unsupported(f"div with rounding_mode={rounding_mode!r}")
+        return self._elementwise("div" if rounding_mode is None else "floordiv", tensor, other)
+
+    def pow(self, tensor: Lanes, exponent: Any) -> Lanes:
+        if exponent in (2, 3):
+            square = self._elementwise("mul", tensor, tensor)
+            return square if exponent == 2 else self._elementwise("mul", square, tensor)
+        return self._elementwise("sqrt", tensor) if exponent == 0.5 else self._elementwise("pow", tensor, exponent)
+
+    def clamp(self, tensor: Lanes, low: Any = None, high: Any = None) -> Lanes:
+        tensor = tensor if low is None else self._elementwise("max", tensor, low)
+        return tensor if high is None else self._elementwise("min", tensor, high)
+
+    def isnan(self, tensor: Lanes) -> Lanes:
+        return self._elementwise("isnan", tensor, kind="b", of="f")
+
+    def nan_to_num(self, tensor: Lanes, nan: Any = None, posinf: Any = None, neginf: Any = None) -> Lanes:
+        largest = torch.finfo(torch.float32).max
+        for special, value, default in ((math.inf, posinf, largest), (-math.inf, neginf, -largest)):
+            is_special = self._compare("eq", tensor, special)
+            tensor = self._where(is_special, default if value is None else value, tensor, tensor.kind)
+        return self._where(self.isnan(tensor), 0.0 if nan is None else nan, tensor, tensor.kind)
+
+    def where(self, condition: Any, tensor: Any, other: Any) -> Lanes:
+        return self._where(condition, tensor, other, self._kind)
+
+    def _where(self, condition: Any, tensor: Any, other: Any, kind: str) -> Lanes:
+        return self.statements.elementwise(
+            functools.partial(self.statements.where, kind=kind), kind, condition, tensor, other
+        )
+
+    # New tensors
+
+    def full(self, size: Sequence[int], value: Any, **_: Any) -> Lanes:
+        return self._full(size, value, self._kind)
+
+    def full_like(self, tensor: Lanes, value: Any, **_: Any) -> Lanes:
+        return self._full(tensor.shape, value, self._kind)
+
+    def zeros(self, size: Sequence[int], **_: Any) -> Lanes:
+        return self._full(size, 0, self._kind)
+
+    empty = new_zeros = zeros
+
+    def ones(self, size: Sequence[int], **_: Any) -> Lanes:
+        return self._full(size, 1, self._kind)
+
+    def zeros_like(self, tensor: Lanes, **_: Any) -> Lanes:
+        return self._full(tensor.shape, 0, self._kind)
+
+    empty_like = zeros_like
+
+    def ones_like(self, tensor: Lanes, **_: Any) -> Lanes:
+        return self._full(tensor.shape, 1, self._kind)
+
+    def scalar_tensor(self, value: Any, **_: Any) -> Lanes:
+        return self._full((), value, self._kind)
+
+    def arange(self, *arguments: Any, **_: Any) -> Lanes:
+        return constant_tensor(torch.arange(*arguments), self._n_rows)
+
+    def _draw(self, size: Sequence[int], method: str, *arguments: float) -> Lanes:
+        if tuple(size[:1]) != (self._n_rows,):
+            raise Unsupported("random numbers that all rows share")
+        self.draws.append((tuple(size), method, arguments))
+        return self.statements.inputs(f"draw{len(self.draws) - 1}", (1, *size[1:]), 0, self._n_rows, self._kind)
+
+    def uniform(self, tensor: Lanes, low: float = 0.0, high: float = 1.0, **_: Any) -> Lanes:
+        return self._draw(tensor.shape, "uniform_", low, high)
+
+    def rand(self, size: Sequence[int], **_: Any) -> Lanes:
+        return self._draw(size, "uniform_", 0.0, 1.0)
+
+    def randn(self, size: Sequence[int], **_: Any) -> Lanes:
+        return self._draw(size, "normal_", 0.0, 1.0)
+
+    # Reductions
+
+    def _reduce(self, tensor: Lanes, dim: Any, keepdim: bool, operation: str, kind: str) -> Lanes:
+        dims = dims_of(dim, tensor.ndim)
+        if tensor.axis in dims:
+            raise Unsupported(f"{operation} over rows")
+        combine = functools.partial(self.statements.apply, operation, kind, kind)
+        moved = np.moveaxis(tensor.values, dims, range(len(dims)))
+        values = np.empty(moved.shape[len(dims) :], object)
+        for place in np.ndindex(*values.shape):
+            parts = [self.statements.convert(part, kind) for part in moved[(slice(None),) * len(dims) + place].flat]
+            values[place] = functools.reduce(combine, parts)
+        axis = without(tensor.axis, dims)
+        if keepdim:
+            values, axis = np.expand_dims(values, tuple(dims)), tensor.axis
+        return Lanes(values, axis, self._n_rows, kind)
+
+    def sum(self, tensor: Lanes, dim: Any = None, keepdim: bool = False, **_: Any) -> Lanes:
+        return self._reduce(tensor, dim, keepdim, "add", self._kind)
+
+    def mean(self, tensor: Lanes, dim: Any = None, keepdim: bool = False, **_: Any) -> Lanes:
+        count = math.prod(tensor.shape[d] for d in dims_of(dim, tensor.ndim))
+        return self._elementwise("div", self._reduce(tensor, dim, keepdim, "add", self._kind), count)
+
+    def linalg_vector_norm(
+        self, tensor: Lanes, ord: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any
+    ) -> Lanes:
+        if ord != 2:
+            raise Unsupported(f"a norm with ord={ord}")
+        squares = self._elementwise("mul", tensor, tensor)
+        return self._elementwise("sqrt", self._reduce(squares, dim, keepdim, "add", self._kind))
+
+    def any(self, tensor: Lanes, dim: Any = None, keepdim: bool = False) -> Lanes:
+        return self._any_or_all(tensor, dim, keepdim, "any", "or")
+
+    def all(self, tensor: Lanes, dim: Any = None, keepdim: bool = False) -> Lanes:
+        return self._any_or_all(tensor, dim, keepdim, "all", "and")
+
+    def _any_or_all(self, tensor: Lanes, dim: Any, keepdim: bool, name: str, operation: str) -> Lanes:
+        if tensor.axis is None or tensor.axis not in dims_of(dim, tensor.ndim):
+            return self._reduce(tensor, dim, keepdim, operation, "b")
+        if dim is not None:
+            raise Unsupported(f"{name} over rows")
+        others = [d for d in range(tensor.ndim) if d != tensor.axis]
+        of_row = self._reduce(tensor, others, False, operation, "b") if others else tensor
+        return Lanes(of_row.values.reshape(()), None, self._n_rows, "b", name)
+
+    def min(self, tensor: Lanes, dim: Any = None, keepdim: bool = False) -> Any:
+        return self._extremum(tensor, dim, keepdim, "min", "lt")
+
+    def max(self, tensor: Lanes, dim: Any = None, keepdim: bool = False) -> Any:
+        return self._extremum(tensor, dim, keepdim, "max", "gt")
+
+    def _extremum(self, tensor: Lanes, dim: Any, keepdim: bool, operation: str, better: str) -> Any:
+        if dim is None:
+            return self._reduce(tensor, None, False, operation, tensor.kind)
+        best, *others = self.unbind(tensor, dim)
+        index = self._full(best.shape, 0, "i")
+        for position, other in enumerate(others, 1):
+            is_better = self._compare(better, other, best)
+            if tensor.kind == "f":  # the first NaN is the result, as PyTorch has it
+                is_nan = self._elementwise(
+                    "and", self.isnan(other), self._elementwise("not", self.isnan(best), kind="b"), kind="b"
+                )
+                is_better = self._elementwise("or", is_better, is_nan, kind="b")
+            best = self._where(is_better, other, best, tensor.kind)
+            index = self._where(is_better, position, index, "i")
+        return tuple(self.unsqueeze(each, dim % tensor.ndim) if keepdim else each for each in (best, index))
+
+    def scatter(self, tensor: Lanes, dim: int, index: Lanes, value: Any) -> Lanes:
+        dim %= tensor.ndim
+        if index.shape[dim] != 1 or isinstance(value, Lanes):
+            raise Unsupported("scatter of several entries")
+        parts = []
+        for position in range(tensor.shape[dim]):
+            hit = self._compare("eq", self._drop(index, dim), position)
+            parts.append(self._where(hit, value, self.select(tensor, dim, position), tensor.kind))
+        return self.stack(parts, dim)
+
+    # Products
+
+    def bmm(self, tensor: Lanes, other: Lanes) -> Lanes:
+        products = self._elementwise("mul", self.unsqueeze(tensor, 3), self.unsqueeze(other, 1))
+        return self._reduce(products, 2, False, "add", self._kind)
+
+    def _cdist_forward(self, tensor: Lanes, other: Lanes, p: float, compute_mode: Any) -> Lanes:
+        differences = self._elementwise("sub", self.unsqueeze(tensor, -2), self.unsqueeze(other, -3))
+        return self.linalg_vector_norm(differences, p, -1)

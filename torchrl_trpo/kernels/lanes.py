@@ -1,0 +1,247 @@
+"""Tensors with a batch dimension as arrays of lanes, and the statements that compute them for one row of the batch.
+
+A lane is one number of each row. A tensor ``[n, 3, 2]`` of a batch of ``n`` rows has six lanes. Reshaping, stacking and
+indexing tensors moves lanes about and costs nothing at run time; arithmetic becomes statements on lanes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KINDS: dict[torch.dtype, str] = {torch.float32: "f", torch.bool: "b", torch.int64: "i", torch.int32: "i"}
+"""The kind of a lane by dtype: ``f`` float32, ``b`` bool, ``i`` a whole number, which is computed in float32."""
+OTHER_KIND = "?"
+"""The kind of the lanes of other dtypes, with which nothing can be computed."""
+
+
+class Unsupported(Exception):
+    """A function that cannot be computed row by row, with the reason."""
+
+
+class Lane(NamedTuple):
+    """A number of each row that is known at run time; others are Python numbers."""
+
+    number: int
+    kind: str
+
+
+class Statement(NamedTuple):
+    """An operation, the kind of its result, and its arguments: lanes and constants."""
+
+    operation: str
+    kind: str
+    arguments: tuple[Any, ...]
+
+
+class Lanes:
+    """A tensor as an object array of lanes and constants.
+
+    Args:
+        values: the lanes, in the tensor's shape, with size 1 along the batch dimension.
+        axis: the batch dimension; None if all rows have the same values.
+        n_rows: the size of the batch.
+        kind: the kind of the lanes.
+        reduction: ``"any"`` or ``"all"`` if the tensor is that of its lane over all rows; it is known after the loop.
+    """
+
+    def __init__(
+        self, values: np.ndarray, axis: int | None, n_rows: int, kind: str, reduction: str | None = None
+    ) -> None:
+        self.values = values
+        self.axis = axis
+        self.n_rows = n_rows
+        self.kind = kind
+        self.reduction = reduction
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape, with the batch dimension."""
+        return tuple(self.n_rows if d == self.axis else size for d, size in enumerate(self.values.shape))
+
+    def of_rows(self) -> np.ndarray | None:
+        """The lanes of a tensor with the batch as its first dimension; None if it has no such dimension."""
+        if self.axis == 0:
+            return self.values
+        if self.axis is not None or self.values.shape[:1] != (self.n_rows,):
+            return None
+        return _of_one_row(self, -self.ndim)
+
+    def is_same(self, other: Lanes) -> bool:
+        """Whether two tensors are equal because they are the same lanes."""
+        ours, theirs = self.values, other.values
+        if (self.axis, ours.shape) != (other.axis, theirs.shape):
+            return False
+        return all(a == b and type(a) is type(b) for a, b in zip(ours.flat, theirs.flat, strict=True))
+
+    @property
+    def ndim(self) -> int:
+        """The number of the tensor's dimensions."""
+        return self.values.ndim
+
+
+class Statements:
+    """The statements of a function of one row. Equal ones are there once, and those of constants are computed here."""
+
+    def __init__(self) -> None:
+        self.all: list[Statement] = []
+        self._lanes: dict[Any, Lane] = {}
+
+    def add(self, operation: str, kind: str, *arguments: Any) -> Lane:
+        """The lane of a statement, which is added unless it is there."""
+        key = (operation, kind, *((type(argument), repr(argument)) for argument in arguments))
+        if key not in self._lanes:
+            self._lanes[key] = Lane(len(self.all), kind)
+            self.all.append(Statement(operation, kind, arguments))
+        return self._lanes[key]
+
+    def convert(self, value: Any, kind: str) -> Any:
+        """A lane or constant as another kind."""
+        if not isinstance(value, Lane):
+            return float(np.float32(value)) if kind == "f" else bool(value) if kind == "b" else int(value)
+        if value.kind == kind:
+            return value
+        if value.kind == OTHER_KIND:
+            raise Unsupported("a number that is neither float32 nor bool nor int64")
+        if kind == "b":
+            return self.add("nonzero", "b", value)
+        if value.kind == "b":
+            return self.add("one", kind, value)
+        return self.add("trunc" if kind == "i" else "same", kind, value)
+
+    def apply(self, operation: str, kind: str, of: str, *arguments: Any) -> Any:
+        """The result of an operation on arguments that are first converted to the kind ``of``."""
+        converted = [self.convert(argument, of) for argument in arguments]
+        if any(isinstance(argument, Lane) for argument in converted):
+            return self.add(operation, kind, *converted)
+        plain = [np.float32(argument) if of == "f" else argument for argument in converted]
+        with np.errstate(all="ignore"):
+            return self.convert(_CONSTANT[operation](*plain), kind)
+
+    def where(self, condition: Any, value: Any, other: Any, kind: str) -> Any:
+        """``value`` where the condition holds, else ``other``."""
+        condition = self.convert(condition, "b")
+        value, other = self.convert(value, kind), self.convert(other, kind)
+        if not isinstance(condition, Lane):
+            return value if condition else other
+        return (
+            value if value == other and type(value) is type(other) else self.add("where", kind, condition, value, other)
+        )
+
+    def inputs(self, name: str, shape: Sequence[int], axis: int | None, n_rows: int, kind: str) -> Lanes:
+        """An input of the function: with a batch dimension, or the same for all rows. ``shape`` has 1 for the batch."""
+        values = np.empty(tuple(shape), object)
+        operation = "shared" if axis is None else "load"
+        for lane, place in enumerate(np.ndindex(*values.shape)):
+            values[place] = self.add(operation, kind, name, lane)
+        return Lanes(values, axis, n_rows, kind)
+
+    def elementwise(self, function: Callable[..., Any], kind: str, *tensors: Any) -> Lanes:
+        """A function of the lanes of tensors and numbers, broadcast against each other."""
+        arrays, axis, n_rows = aligned(*tensors)
+        broadcast = np.broadcast_arrays(*arrays)
+        values = np.empty(broadcast[0].shape, object)
+        for place in np.ndindex(*values.shape):
+            values[place] = function(*(array[place] for array in broadcast))
+        return Lanes(values, None if axis is None else values.ndim + axis, n_rows, kind)
+
+
+def constant(value: Any, kind: str, n_rows: int) -> Lanes:
+    """A number as a tensor without dimensions."""
+    values = np.empty((), object)
+    values[()] = value
+    return Lanes(values, None, n_rows, kind)
+
+
+def constant_tensor(tensor: Tensor, n_rows: int) -> Lanes:
+    """A tensor whose numbers are known, and the same for all rows."""
+    if tensor.dtype not in KINDS:
+        raise Unsupported(f"a tensor of {tensor.dtype}")
+    values = np.empty(tuple(tensor.shape), object)
+    numbers = tensor.detach().cpu().numpy()
+    for place in np.ndindex(*values.shape):
+        values[place] = numbers[place].item()
+    return Lanes(values, None, n_rows, KINDS[tensor.dtype])
+
+
+def aligned(*tensors: Any) -> tuple[list[np.ndarray], int | None, int]:
+    """The lanes of tensors and numbers, for broadcasting: all have size 1 along the batch dimension.
+
+    Returns the arrays, the batch dimension counted from the last one, and the size of the batch.
+    """
+    n_rows = next(tensor.n_rows for tensor in tensors if isinstance(tensor, Lanes))
+    found = [tensor if isinstance(tensor, Lanes) else constant(tensor, "", n_rows) for tensor in tensors]
+    if any(tensor.reduction for tensor in found):
+        raise Unsupported("a number that depends on all rows is computed with")
+    axes = {tensor.axis - tensor.ndim for tensor in found if tensor.axis is not None}
+    if len(axes) > 1:
+        raise Unsupported("rows are combined with other rows")
+    axis = next(iter(axes), None)
+    return [_of_one_row(tensor, axis) for tensor in found], axis, n_rows
+
+
+def _of_one_row(tensor: Lanes, axis: int | None) -> np.ndarray:
+    """The lanes, with size 1 along a batch dimension counted from the last one, also of a constant tensor."""
+    values = tensor.values
+    if axis is None or tensor.axis is not None or values.ndim < -axis or values.shape[axis] == 1:
+        return values
+    first = np.take(values, [0], axis)
+    if values.strides[axis] != 0:  # otherwise it was expanded from one row
+        for value, of_first in zip(values.flat, np.broadcast_to(first, values.shape).flat, strict=True):
+            if value != of_first or type(value) is not type(of_first):
+                raise Unsupported("a constant differs from row to row")
+    return first
+
+
+def _by_torch(function: Callable[..., Tensor]) -> Callable[..., float]:
+    return lambda *numbers: function(*(torch.tensor(float(number)) for number in numbers)).item()
+
+
+_CONSTANT: dict[str, Callable[..., Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": np.divide,
+    "min": np.minimum,
+    "max": np.maximum,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "not": operator.not_,
+    "neg": operator.neg,
+    "abs": abs,
+    "sign": np.sign,
+    "isnan": math.isnan,
+    "floordiv": _by_torch(torch.floor_divide),
+    "mod": _by_torch(torch.remainder),
+    "pow": _by_torch(torch.pow),
+    **{
+        name: _by_torch(getattr(torch, name))
+        for name in (
+            "sqrt",
+            "sin",
+            "cos",
+            "tan",
+            "exp",
+            "log",
+            "floor",
+            "reciprocal",
+            "atan2",
+            "logaddexp",
+            "nan_to_num",
+        )
+    },
+}
+"""The operations on constants."""
