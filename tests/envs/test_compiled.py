@@ -1,6 +1,7 @@
 """A compiled VMAS environment against VMAS itself."""
 
 import io
+import shutil
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from vmas.simulator.scenario import BaseScenario
 
 from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledVmasEnv
 
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 N = 20
 
 
@@ -25,6 +27,9 @@ class Push(BaseScenario):
         self.ball = Landmark(name="ball", movable=True, shape=Sphere(0.1), mass=0.5)
         world.add_landmark(self.ball)
         self.bonus, self.n_steps = 1.0, 0
+        self.offset = torch.zeros(batch_dim, device=device)
+        if "tuple" in traits:
+            self.offset = (self.offset,)
         self.calls = torch.zeros(batch_dim, device=device)
         return world
 
@@ -39,7 +44,7 @@ class Push(BaseScenario):
 
     def reward(self, agent):
         distance = torch.linalg.vector_norm(agent.state.pos - self.ball.state.pos, dim=-1)
-        reward = -distance
+        reward = (self.offset[0] if "tuple" in self.traits else self.offset) - distance
         reward[distance < 0.3] += self.bonus
         if "branch" in self.traits and (distance > 0.9).any():
             reward = reward * 2
@@ -126,6 +131,7 @@ def test_traits_that_compile(traits):
     ("traits", "reason"),
     [
         (("batch",), "rows"),
+        (("tuple",), "offset.0 changes, and is shared by all environments"),
         (("counter",), "n_steps changes from"),
         (("gradients",), "gradients are to pass through it"),
     ],
@@ -150,6 +156,8 @@ def test_what_someone_changes_counts():
             simulator.agents[0].set_pos(torch.full((N, 2), 0.2), batch_index=None)
         if step == 10:
             simulator.world.landmarks[0].state.pos[3] = -0.4
+        if step == 11:
+            simulator.scenario.offset[2] = 0.5
         if step == 13:
             simulator.agents[1].shape.some_note = "new"
 

@@ -1,6 +1,7 @@
 """Functions of rows, compiled into one loop, against PyTorch on the whole batch."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torchrl_trpo.kernels import cpp
 from torchrl_trpo.kernels.aten import lower
 from torchrl_trpo.kernels.lanes import KINDS, Unsupported
 
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 N_TRACED, N = 5, 37
 PADDED = 48
 DTYPES = {"f": torch.float32, "b": torch.bool, "i": torch.int64}
@@ -202,6 +204,13 @@ def test_code_that_does_not_compile(tmp_path, monkeypatch):
     with pytest.raises(cpp.CompilerError, match="failed"):
         cpp.build("no code")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHRL_TRPO_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(cpp.CompilerError, match="cannot be written or loaded"):
+        cpp.build("int run();")
 
 
 def test_kinds():

@@ -72,7 +72,7 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         snapshot = ObjectSnapshot((env.scenario, env.world), env.num_envs)
         try:
             with self._drawing():
-                twin = self._make_twin(next(n for n in _ENVS_OF_TWIN if n != env.num_envs))
+                twin = self._make_twin(env, next(n for n in _ENVS_OF_TWIN if n != env.num_envs))
                 for simulator in (env, twin):
                     for _ in range(2):  # the first steps make attributes
                         self._advance(simulator, *_random_actions(simulator))

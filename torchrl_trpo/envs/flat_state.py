@@ -52,14 +52,12 @@ class Buffers:
         self.n = n
         self.kinds = tuple(DTYPES)
         self.padded = math.ceil(n / ROWS_AT_A_TIME) * ROWS_AT_A_TIME
-        self.slots: list[Slot] = []
         self._n_lanes = dict.fromkeys(DTYPES, 0)
 
     def add(self, kind: str, shape: Sequence[int]) -> Slot:
         """Makes room for a tensor ``[n, *shape]``."""
         slot = Slot(kind, self._n_lanes[kind], tuple(shape))
         self._n_lanes[kind] += math.prod(shape)
-        self.slots.append(slot)
         return slot
 
     def empty(self) -> dict[str, Tensor]:

@@ -79,16 +79,20 @@ class BatchedResetVmasEnv(VmasEnv):
                 warnings.simplefilter("ignore")  # the first environment has warned
                 size = 2 if num_envs > 2 else 3
                 own = {name: scenario_kwargs[name] for name in scenario_kwargs.keys() - {"from_pixels", "pixels_only"}}
-                self._make_twin = lambda n: self.lib.make_env(
-                    copy.deepcopy(untouched), n, env.device, continuous_actions, seed=seed, **own
-                )
-                self._shared = _shared_tensors(env, self._make_twin(size))
+                self._arguments_of_twin = (untouched, {**own, "seed": seed})
+                self._shared = _shared_tensors(env, self._make_twin(env, size))
             self._random_state = _generators(env)
         self._why_slowly = "gradients are to pass through them" if env.grad_enabled else ""
         roots = {f"{type(each).__name__} {each.name}": each for each in (*env.world.agents, *env.world.landmarks)}
         roots |= {"scenario": env.scenario, "world": env.world, "agents": env.agents}
         self._object_state = ObjectState(roots, env.device)
         return env
+
+    def _make_twin(self, simulator: Any, num_envs: int) -> Any:
+        """The same simulator with another number of environments."""
+        untouched, settings = self._arguments_of_twin
+        device, is_continuous = simulator.device, simulator.continuous_actions
+        return self.lib.make_env(copy.deepcopy(untouched), num_envs, device, is_continuous, **settings)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Returns the simulator's state, down to its next random numbers, for ``state_dict()``.

@@ -293,28 +293,35 @@ def build(code: str) -> Any:
         The function, of ``ctypes``.
 
     Raises:
-        CompilerError: if there is no C++ compiler, or it fails.
+        CompilerError: if there is no C++ compiler, it fails, or the libraries' folder cannot be written.
     """
     command = [*_compiler(), *_FLAGS]
     key = hashlib.sha256("\n".join([code, *command, torch.__version__]).encode()).hexdigest()[:32]
     folder = Path(os.environ.get("TORCHRL_TRPO_CACHE") or Path.home() / ".cache" / "torchrl_trpo")
     library = folder / f"{key}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            file = Path(scratch, "kernel.cpp")
-            file.write_text(code)
-            include = [f"-I{path}" for path in cpp_extension.include_paths()]
-            libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
-            arguments = [*command, *include, str(file), "-o", str(file.with_suffix(".so")), *libraries]
-            result = subprocess.run(arguments, capture_output=True, text=True, check=False)
-            if result.returncode:
-                raise CompilerError(f"{command[0]} failed: {result.stderr.strip()[:500]}")
-            file.with_suffix(".so").replace(library)  # whole, whoever else builds it
-    function = ctypes.CDLL(str(library)).run
+    try:
+        if not library.exists():
+            _compile(code, command, library)
+        function = ctypes.CDLL(str(library)).run
+    except OSError as error:
+        raise CompilerError(f"{library} cannot be written or loaded: {error}") from error
     function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
     function.restype = ctypes.c_int
     return function
+
+
+def _compile(code: str, command: Sequence[str], library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        file = Path(scratch, "kernel.cpp")
+        file.write_text(code)
+        include = [f"-I{path}" for path in cpp_extension.include_paths()]
+        libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+        arguments = [*command, *include, str(file), "-o", str(file.with_suffix(".so")), *libraries]
+        result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise CompilerError(f"{command[0]} failed: {result.stderr.strip()[:500]}")
+        file.with_suffix(".so").replace(library)  # whole, whoever else builds it
 
 
 @functools.cache
