@@ -79,16 +79,18 @@ def is_compiled(env):
     return env.why_not_compiled is None
 
 
-def assert_same(ours, theirs):
+def assert_same(ours, theirs, size=1.0):
+    """Up to rounding of numbers of a size: a reward may be the difference of two large ones."""
+    rounding = 4 * torch.finfo(torch.float32).eps * size
     assert set(ours.keys(True, True)) == set(theirs.keys(True, True))
     for key in theirs.keys(True, True):
         scale = max(1.0, theirs[key].double().abs().max().item())
         torch.testing.assert_close(
-            ours[key], theirs[key], rtol=1e-4, atol=2e-5 * scale, msg=lambda m, k=key: f"{k}: {m}"
+            ours[key], theirs[key], rtol=1e-4, atol=max(2e-5 * scale, rounding), msg=lambda m, k=key: f"{k}: {m}"
         )
 
 
-def go_on(ours, theirs, steps, change=lambda env, step: None):
+def go_on(ours, theirs, steps, change=lambda env, step: None, size=1.0):
     """Steps of both from a reset, until an environment ends; what both gave is the same."""
     data = theirs.reset()
     assert_same(ours.reset(), data)
@@ -97,7 +99,7 @@ def go_on(ours, theirs, steps, change=lambda env, step: None):
             change(env._env, step)
         data = theirs.rand_action(data)
         result = theirs.step(data.clone())
-        assert_same(ours.step(data.clone())["next"], result["next"])
+        assert_same(ours.step(data.clone())["next"], result["next"], size)
         data = result["next"].exclude("reward")
     return data
 
@@ -116,7 +118,7 @@ SCENARIOS = ["simple_spread", "transport", "balance", "dropout", "wheel"]
 def test_it_gives_what_vmas_gives(scenario, continuous):
     ours, theirs = both(scenario, continuous_actions=continuous, max_steps=50)
     assert is_compiled(ours)
-    go_on(ours, theirs, 15)
+    go_on(ours, theirs, 15, size=150.0 if scenario == "balance" else 1.0)  # its reward subtracts 100 times distances
 
 
 @pytest.mark.parametrize("traits", [(), ("memory",), ("noise",), ("branch",)])
