@@ -104,6 +104,7 @@ def make_run_env(
         "device": device,
         "render": render,
         "normalize_observations": normalize_observations,
+        "compiled": False,  # which takes longer than the steps of an evaluation
     }
     try:
         return make_env(**{**settings, "num_envs": num_envs})
