@@ -11,12 +11,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchrl_trpo.kernels import cpp
 from torchrl_trpo.kernels.aten import lower
-from torchrl_trpo.kernels.lanes import KINDS, Unsupported
+from torchrl_trpo.kernels.lanes import DTYPES, KINDS, Unsupported
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 N_TRACED, N = 5, 37
 PADDED = 48
-DTYPES = {"f": torch.float32, "b": torch.bool, "i": torch.int64}
 
 
 def inputs_of(n):

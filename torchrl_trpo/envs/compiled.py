@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from torchrl_trpo.envs.flat_state import DTYPES, Buffers, FlatState, NotCompiled, Slot
-from torchrl_trpo.envs.snapshot import ObjectSnapshot
-from torchrl_trpo.envs.tracing import Places, Untraceable, trace
+from torchrl_trpo.envs.flat_state import Buffers, FlatState, NotCompiled, Slot
+from torchrl_trpo.envs.tracing import Places, Untraceable, left_as_it_is, trace
 from torchrl_trpo.kernels.aten import Lowered, lower
 from torchrl_trpo.kernels.cpp import CompilerError, Guard, Store, build, source
-from torchrl_trpo.kernels.lanes import Lanes, Unsupported
+from torchrl_trpo.kernels.lanes import DTYPES, Lanes, Unsupported
 
 
 class CompiledFunction:
@@ -65,7 +64,7 @@ class CompiledFunction:
             names = [name for name, *_ in inputs[n_places:]]
             names += [f"draw{number}" for number in range(len(lowered.draws))]
             buffers = {
-                path: (len(DTYPES) + number, 0) if slot is None else (list(DTYPES).index(slot.kind), slot.lane)
+                path: (len(DTYPES) + number, 0) if slot is None else (slot.buffer, slot.lane)
                 for number, (path, slot) in enumerate(zip(before.paths, state.slots, strict=True))
             }
             buffers |= {name: (len(DTYPES) + n_places + number, 0) for number, name in enumerate(names)}
@@ -92,9 +91,9 @@ class CompiledFunction:
             slot = slot or self._result.add(lanes.kind, values.shape[1:])
             if slot.kind != lanes.kind or slot.shape != values.shape[1:]:
                 raise NotCompiled(f"{path} changes its type or its shape")
-            buffer = first_buffer + list(DTYPES).index(slot.kind)
-            for lane, value in enumerate(values.flat):
-                stores.append(Store(lowered.statements.convert(value, slot.kind), slot.kind, buffer, slot.lane + lane))
+            for lane, value in zip(slot.lanes, values.flat, strict=True):
+                value = lowered.statements.convert(value, slot.kind)
+                stores.append(Store(value, slot.kind, first_buffer + slot.buffer, lane))
             return slot
 
         for number, (path, slot) in enumerate(zip(state.reference.paths, state.slots, strict=True)):
@@ -164,19 +163,13 @@ class CompiledFunction:
 
         def results_of(call: Callable[[], Any], change: float = 0.0) -> list[Tensor]:
             """What a call leaves and returns; nothing if it returns None. Afterwards all is as it was."""
-            snapshot = ObjectSnapshot((simulator.scenario, simulator.world), self._state.layout.n)
-            steps, generator = simulator.steps, torch.get_rng_state()
-            if change:
-                places = Places(simulator)
-                places.put([_changed(tensor, change) for tensor in places.tensors])
-            returned = call()
-            left: list[Tensor] = []
-            if returned is not None:
-                left = [tensor.clone() for tensor in (*Places(simulator).tensors, *tree_leaves(returned))]
-            snapshot.restore()
-            simulator.steps = steps
-            torch.set_rng_state(generator)
-            return left
+            with left_as_it_is(simulator), torch.random.fork_rng(devices=[]):
+                if change:
+                    places = Places(simulator)
+                    places.put([_changed(tensor, change) for tensor in places.tensors])
+                if (returned := call()) is None:
+                    return []
+                return [tensor.clone() for tensor in (*Places(simulator).tensors, *tree_leaves(returned))]
 
         for _ in range(n_calls):
             arguments = draw()

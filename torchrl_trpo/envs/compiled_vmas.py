@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensordict import TensorDictBase
 from torch import Tensor
 
 from torchrl_trpo.envs.compiled import CompiledFunction
 from torchrl_trpo.envs.flat_state import FlatState, NotCompiled
 from torchrl_trpo.envs.reset_pool import ResetPool
 from torchrl_trpo.envs.snapshot import ObjectSnapshot
+from torchrl_trpo.envs.tracing import left_as_it_is
 from torchrl_trpo.envs.vmas import BatchedResetVmasEnv, undecorated
 
 _ENVS_OF_TWIN = (7, 9)  # one of them is not the number of environments, and neither is usual as another size
-
 _STEPS_UNTIL_WARNING = 3  # the first step of a simulator makes attributes
 
 
@@ -68,30 +67,33 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         env = self._env
         if env.grad_enabled or env.device.type != "cpu":
             raise NotCompiled("gradients are to pass through it" if env.grad_enabled else f"it is on {env.device}")
-        drawn, steps = list(self._random_state), env.steps
-        snapshot = ObjectSnapshot((env.scenario, env.world), env.num_envs)
+        drawn = list(self._random_state)
         try:
-            with self._drawing():
-                twin = self._make_twin(env, next(n for n in _ENVS_OF_TWIN if n != env.num_envs))
-                for simulator in (env, twin):
-                    for _ in range(2):  # the first steps make attributes
-                        self._advance(simulator, *_random_actions(simulator))
-                state = FlatState(env, twin)
-                step = CompiledFunction(state, twin, self._advance, _random_actions(twin))
-                step.compare(lambda: _random_actions(env), self._advance)
-            self._compiled_step, self._state = step, state
-            with contextlib.suppress(NotCompiled):  # then environments are reset as ever
-                with self._drawing():
-                    read = CompiledFunction(state, twin, self._read)
-                    read.compare(list, self._read)
-                pool = ResetPool(env, state, self._reset_all)
-                self._random_state = list(drawn)
-                pool.check(lambda: self._rewind(drawn))
-                self._compiled_read, self._pool = read, pool
+            with left_as_it_is(env):
+                self._compile_from(drawn)
         finally:
-            snapshot.restore()
-            env.steps = steps
             self._random_state = drawn
+
+    def _compile_from(self, drawn: list[Any]) -> None:
+        """Compiles step and reset, with the simulator's random numbers as they are; ``drawn`` are their states."""
+        env = self._env
+        with self._drawing():
+            twin = self._make_twin(env, next(n for n in _ENVS_OF_TWIN if n != env.num_envs))
+            for simulator in (env, twin):
+                for _ in range(2):  # the first steps make attributes
+                    self._advance(simulator, *_random_actions(simulator))
+            state = FlatState(env, twin)
+            step = CompiledFunction(state, twin, self._advance, _random_actions(twin))
+            step.compare(lambda: _random_actions(env), self._advance)
+        self._compiled_step, self._state = step, state
+        with contextlib.suppress(NotCompiled):  # then environments are reset as ever
+            with self._drawing():
+                read = CompiledFunction(state, twin, self._read)
+                read.compare(list, self._read)
+            pool = ResetPool(state, self._reset_all)
+            self._random_state = list(drawn)
+            pool.check(lambda: self._rewind(drawn))
+            self._compiled_read, self._pool = read, pool
 
     def _rewind(self, drawn: list[Any]) -> None:
         """Takes a step, and the random numbers back to what they were."""
@@ -106,11 +108,11 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         with self._drawing() if compiled.draws else contextlib.nullcontext():
             return compiled(*arguments, rows=rows)
 
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        entries = self._call(self._compiled_step, *self._actions(tensordict))
+    def _take_step(self, actions: Sequence[Tensor]) -> dict[str, Any]:
+        entries = self._call(self._compiled_step, *actions)
         if entries is not None:
             self._n_left_to_vmas = 0
-            return self._wrap(entries)
+            return entries
         if self._compiled_step is not None and self._state.problem is not None:
             self._n_left_to_vmas += 1
             if self._n_left_to_vmas == _STEPS_UNTIL_WARNING:
@@ -119,7 +121,7 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
                     f"in its objects has changed: {self._state.problem}.",
                     stacklevel=2,
                 )
-        return super()._step(tensordict)
+        return super()._take_step(actions)
 
     def _reset_some(self, ended: Tensor) -> dict[str, Any]:
         if self._pool is None or not self._pool.take(ended):

@@ -13,10 +13,7 @@ from torch import Tensor
 
 from torchrl_trpo.envs.tracing import Places
 from torchrl_trpo.kernels.cpp import ROWS_AT_A_TIME
-from torchrl_trpo.kernels.lanes import KINDS
-
-DTYPES = {"f": torch.float32, "b": torch.bool, "i": torch.int64}
-"""By kind, the dtypes of the tensors that are computed with."""
+from torchrl_trpo.kernels.lanes import DTYPES, KINDS
 
 
 class NotCompiled(Exception):
@@ -30,11 +27,23 @@ class Slot(NamedTuple):
         kind: the kind of its numbers, and so the buffer.
         lane: the first of its lanes in the buffer.
         shape: its shape without the environments.
+        strides: its strides, with the environments.
     """
 
     kind: str
     lane: int
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def buffer(self) -> int:
+        """The number of the buffer."""
+        return list(DTYPES).index(self.kind)
+
+    @property
+    def lanes(self) -> range:
+        """The tensor's lanes in the buffer."""
+        return range(self.lane, self.lane + math.prod(self.shape))
 
 
 class Buffers:
@@ -44,19 +53,18 @@ class Buffers:
         n: the number of environments.
 
     Attributes:
-        kinds: the kinds of numbers.
         padded: the number of environments that a buffer has room for.
     """
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self.kinds = tuple(DTYPES)
         self.padded = math.ceil(n / ROWS_AT_A_TIME) * ROWS_AT_A_TIME
         self._n_lanes = dict.fromkeys(DTYPES, 0)
 
     def add(self, kind: str, shape: Sequence[int]) -> Slot:
         """Makes room for a tensor ``[n, *shape]``."""
-        slot = Slot(kind, self._n_lanes[kind], tuple(shape))
+        strides = (1, *(self.padded * math.prod(shape[dim + 1 :]) for dim in range(len(shape))))
+        slot = Slot(kind, self._n_lanes[kind], tuple(shape), strides)
         self._n_lanes[kind] += math.prod(shape)
         return slot
 
@@ -66,8 +74,7 @@ class Buffers:
 
     def view(self, buffers: dict[str, Tensor], slot: Slot) -> Tensor:
         """The tensor in a slot, ``[n, *shape]``, which shares the memory of the buffers."""
-        strides = [self.padded * math.prod(slot.shape[dim + 1 :]) for dim in range(len(slot.shape))]
-        return buffers[slot.kind].as_strided((self.n, *slot.shape), (1, *strides), slot.lane * self.padded)
+        return buffers[slot.kind].as_strided((self.n, *slot.shape), slot.strides, slot.lane * self.padded)
 
 
 class FlatState:

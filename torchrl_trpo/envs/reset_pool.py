@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from torchrl_trpo.envs.compiled import check_equal
 from torchrl_trpo.envs.flat_state import FlatState, NotCompiled
-from torchrl_trpo.envs.snapshot import ObjectSnapshot, n_writes
-from torchrl_trpo.envs.tracing import Places
+from torchrl_trpo.envs.snapshot import n_writes
+from torchrl_trpo.envs.tracing import Places, left_as_it_is
 
 
 class ResetPool:
@@ -23,21 +22,19 @@ class ResetPool:
     environment keeps its own rows.
 
     Args:
-        simulator: the simulator.
-        state: its tensors.
+        state: the simulator's tensors.
         reset: resets all environments of the simulator.
 
     Raises:
         NotCompiled: if what a reset leaves depends on what was there before, or is not a row for each environment.
     """
 
-    def __init__(self, simulator: Any, state: FlatState, reset: Callable[[], None]) -> None:
-        self._simulator = simulator
+    def __init__(self, state: FlatState, reset: Callable[[], None]) -> None:
         self._state = state
         self._reset = reset
         self._lanes: dict[str, Tensor] = {}  # by kind, the lanes of the simulator's buffers that a reset writes
         self._fresh: dict[str, Tensor] = {}  # by kind, these lanes of the environments in the pool, [lanes, num_envs]
-        self._next = simulator.num_envs  # of the environments in the pool; it is empty
+        self._next = state.layout.n  # of the environments in the pool; it is empty
 
     def check(self, rewind: Callable[[], None]) -> None:
         """Checks that a reset depends on random numbers alone, by two resets from different states.
@@ -51,7 +48,7 @@ class ResetPool:
             left.append([*self._lanes.values(), *self._fresh.values()])
             rewind()
         check_equal(["what a reset leaves"] * len(left[0]), left[0], left[1])
-        self._next = self._simulator.num_envs
+        self._next = self._state.layout.n
 
     def state_dict(self) -> dict[str, Any]:
         """The environments in the pool."""
@@ -88,20 +85,19 @@ class ResetPool:
 
     def _fill(self) -> None:
         """Resets all environments, keeps them, and puts those in use back."""
-        simulator, flat = self._simulator, self._state
-        snapshot = ObjectSnapshot((simulator.scenario, simulator.world), simulator.num_envs)
-        before, steps = Places(simulator), simulator.steps
-        # The tensors get memory of their own: writes to those that share it are counted together.
-        own = {id(tensor): tensor.clone() for tensor in before.tensors}
-        before.put([own[id(tensor)] for tensor in before.tensors])
-        held = [(tensor, n_writes(tensor), tensor.clone()) for tensor in Places(simulator).tensors]
-        try:
+        flat, simulator = self._state, self._state.simulator
+        with left_as_it_is(simulator):
+            # The tensors get memory of their own: writes to those that share it are counted together.
+            before = Places(simulator)
+            own = {id(tensor): tensor.clone() for tensor in before.tensors}
+            before.put([own[id(tensor)] for tensor in before.tensors])
+            held = [(tensor, n_writes(tensor), tensor.clone()) for tensor in Places(simulator).tensors]
             self._reset()
             after = Places(simulator)
             if difference := before.difference(after):
                 raise NotCompiled(f"a reset does more than to write tensors: {difference}")
             buffers = flat.layout.empty()
-            lanes: dict[str, list[int]] = {kind: [] for kind in flat.layout.kinds}
+            lanes: dict[str, list[int]] = {kind: [] for kind in buffers}
             for number, ((old, writes, values), new) in enumerate(zip(held, after.tensors, strict=True)):
                 if new is old and n_writes(new) == writes:
                     continue
@@ -109,10 +105,7 @@ class ResetPool:
                     check_equal([f"{before.paths[number]}, which all environments share,"], [values], [new])
                 else:
                     flat.layout.view(buffers, slot).copy_(new)
-                    lanes[slot.kind] += range(slot.lane, slot.lane + math.prod(slot.shape))
-            self._lanes = {kind: torch.tensor(sorted({*numbers}), dtype=torch.long) for kind, numbers in lanes.items()}
-            self._fresh = {kind: buffers[kind][self._lanes[kind], : flat.layout.n] for kind in lanes}
-            self._next = 0
-        finally:
-            snapshot.restore()
-            simulator.steps = steps
+                    lanes[slot.kind] += slot.lanes
+        self._lanes = {kind: torch.tensor(sorted({*numbers}), dtype=torch.long) for kind, numbers in lanes.items()}
+        self._fresh = {kind: buffers[kind][self._lanes[kind], : flat.layout.n] for kind in lanes}
+        self._next = 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,15 +56,15 @@ class Places:
                 self._add(value, kind, path)
 
     def _add(self, value: Any, kind: str, path: str) -> None:
-        holder = vars(value) if kind == "object" else value
-        if kind in {"object", "dict", "list"}:
+        holder = vars(value) if kind == "object" else value if kind in {"dict", "list"} else None
+        if holder is not None:
             self.containers.append(holder)
-        parts = holder if kind in {"object", "dict", "list"} else parts_of(value)
+        parts = parts_of(value) if holder is None else holder
         items = parts.items() if isinstance(parts, dict) else enumerate(parts)
         for position, (key, part) in enumerate(items):
             if isinstance(part, Tensor):
                 self.paths.append(f"{path}.{key if isinstance(key, str) else position}")
-                self.holders.append((holder, key) if kind in {"object", "dict", "list"} else None)
+                self.holders.append(None if holder is None else (holder, key))
                 self.tensors.append(part)
 
     def same(self) -> list[int]:
@@ -99,6 +100,17 @@ def _described(value: Any, kind: str) -> Any:
         return value.tobytes()
     cls = value if isinstance(value, type) else type(value)
     return value if kind == "leaf" and cls is not value else f"{cls.__module__}.{cls.__qualname__}"
+
+
+@contextlib.contextmanager
+def left_as_it_is(simulator: Any) -> Iterator[None]:
+    """Restores what a simulator's objects hold, whatever happens to it inside the context."""
+    snapshot, steps = ObjectSnapshot((simulator.scenario, simulator.world), simulator.num_envs), simulator.steps
+    try:
+        yield
+    finally:
+        snapshot.restore()
+        simulator.steps = steps
 
 
 class Trace(NamedTuple):
@@ -138,15 +150,12 @@ def trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Tens
             numbers that are not PyTorch's.
     """
     before = Places(simulator)
-    snapshot = ObjectSnapshot((simulator.scenario, simulator.world), simulator.num_envs)
-    steps, generators = simulator.steps, _numpys_and_pythons_generator()
-    torchs_generator = torch.get_rng_state()
+    generators = _numpys_and_pythons_generator()
     found: dict[str, Any] = {}
 
     def run(tensors: Sequence[Tensor], arguments: Sequence[Tensor], reads: _Reads) -> list[Tensor]:
         before.put(tensors)
-        collides = simulator.world.collides
-        simulator.world.collides = reads.as_broad_phase(collides)
+        simulator.world.collides = reads.as_broad_phase(simulator.world.collides)
         with reads:
             results = function(*arguments)
             del simulator.world.collides
@@ -161,27 +170,19 @@ def trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Tens
         cloned = {id(tensor): tensor.clone() for tensor in before.tensors}
         return [cloned[id(tensor)] for tensor in before.tensors], [tensor.clone() for tensor in arguments]
 
-    def restore() -> None:
-        vars(simulator.world).pop("collides", None)
-        snapshot.restore()
-        simulator.steps = steps
-        torch.set_rng_state(torchs_generator)
+    def replay(tensors: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
+        return run(tensors, arguments, _Reads(record.values))
 
+    record = _Reads()
     try:
-        record = _Reads()
-        run(*copies(), record)
+        with left_as_it_is(simulator), torch.random.fork_rng(devices=[]):
+            run(*copies(), record)
         if _numpys_and_pythons_generator() != generators:
             raise Untraceable("it draws random numbers from NumPy or Python")
-        restore()
-
-        def replay(tensors: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
-            return run(tensors, arguments, _Reads(record.values))
-
-        graph = make_fx(functionalize(replay, remove="mutations"), tracing_mode="real")(*copies())
+        with left_as_it_is(simulator), torch.random.fork_rng(devices=[]):
+            graph = make_fx(functionalize(replay, remove="mutations"), tracing_mode="real")(*copies())
     except RuntimeError as error:  # a value was read in a way that the tracer refuses
         raise Untraceable(str(error).splitlines()[0]) from error
-    finally:
-        restore()
     _drop_writes_to_inputs(graph, before)
     return Trace(graph, before, found["results"], found["expected"])
 

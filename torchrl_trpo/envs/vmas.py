@@ -8,7 +8,7 @@ import functools
 import inspect
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -157,9 +157,12 @@ class BatchedResetVmasEnv(VmasEnv):
             super()._set_seed(seed)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        actions = self._actions(tensordict)
+        return self._wrap(self._take_step(self._actions(tensordict)))
+
+    def _take_step(self, actions: Sequence[Tensor]) -> dict[str, Any]:
+        """Takes a step; the entries of its data."""
         with self._drawing():
-            return self._wrap(self._advance(self._env, *actions))
+            return self._advance(self._env, *actions)
 
     def _actions(self, tensordict: TensorDictBase) -> list[Tensor]:
         """The actions of the agents, in VMAS's order, ``[num_envs, action size]``."""

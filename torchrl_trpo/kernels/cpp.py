@@ -70,6 +70,7 @@ _CODE = {
     "trunc": "{}.trunc()",
     "same": "{}",
 }
+_C_TYPES = {"f": "float", "b": "uint8_t", "i": "int64_t"}  # of the buffers
 _LOAD = {"f": "V::loadu((const float*){})", "b": "load_bool((const uint8_t*){})", "i": "load_int((const int64_t*){})"}
 _LOAD_SHARED = {"f": "V(*((const float*){}))", "b": "(*((const uint8_t*){}) ? TRUE : V(0.0f))"}
 _LOAD_SHARED["i"] = "V((float)*((const int64_t*){}))"
@@ -180,16 +181,14 @@ def source(
             name, lane = arguments
             buffer, row = inputs[name]
             pattern, place = (_LOAD, f"{row + lane} * P + i") if operation == "load" else (_LOAD_SHARED, row + lane)
-            cast = {"f": "float", "b": "uint8_t", "i": "int64_t"}[kind]
-            lines.append((index, pattern[kind].format(f"(({cast}*)in[{buffer}] + {place})"), []))
+            lines.append((index, pattern[kind].format(f"(({_C_TYPES[kind]}*)in[{buffer}] + {place})"), []))
         else:
             code = _CODE[operation].format(*(_term(argument) for argument in arguments))
             lines.append((index, code, [argument.number for argument in arguments if isinstance(argument, Lane)]))
         if kind == "i" and operation != "where":
             lines.append((None, f"fail = fail | (v{index}.abs() > V({_LARGEST_INT}.0f))", [index]))
     for value, kind, buffer, row in stores:
-        cast = {"f": "float", "b": "uint8_t", "i": "int64_t"}[kind]
-        code = _STORE[kind].format(f"(({cast}*)out[{buffer}] + {row} * P + i)", _term(value))
+        code = _STORE[kind].format(f"(({_C_TYPES[kind]}*)out[{buffer}] + {row} * P + i)", _term(value))
         lines.append((None, code, [value.number] if isinstance(value, Lane) else []))
     n_hits = 0
     for value, reduction, expected in guards:

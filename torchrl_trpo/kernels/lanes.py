@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KINDS: dict[torch.dtype, str] = {torch.float32: "f", torch.bool: "b", torch.int64: "i", torch.int32: "i"}
-"""The kind of a lane by dtype: ``f`` float32, ``b`` bool, ``i`` a whole number, which is computed in float32."""
+DTYPES: dict[str, torch.dtype] = {"f": torch.float32, "b": torch.bool, "i": torch.int64}
+"""The dtypes of tensors by the kind of their lanes; ``i`` are whole numbers, which are computed in float32."""
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()} | {torch.int32: "i"}
+"""The kinds by dtype."""
 OTHER_KIND = "?"
 """The kind of the lanes of other dtypes, with which nothing can be computed."""
 
@@ -130,9 +132,9 @@ class Statements:
         value, other = self.convert(value, kind), self.convert(other, kind)
         if not isinstance(condition, Lane):
             return value if condition else other
-        return (
-            value if value == other and type(value) is type(other) else self.add("where", kind, condition, value, other)
-        )
+        if value == other and type(value) is type(other):
+            return value
+        return self.add("where", kind, condition, value, other)
 
     def inputs(self, name: str, shape: Sequence[int], axis: int | None, n_rows: int, kind: str) -> Lanes:
         """An input of the function: with a batch dimension, or the same for all rows. ``shape`` has 1 for the batch."""
@@ -229,19 +231,7 @@ _CONSTANT: dict[str, Callable[..., Any]] = {
     "pow": _by_torch(torch.pow),
     **{
         name: _by_torch(getattr(torch, name))
-        for name in (
-            "sqrt",
-            "sin",
-            "cos",
-            "tan",
-            "exp",
-            "log",
-            "floor",
-            "reciprocal",
-            "atan2",
-            "logaddexp",
-            "nan_to_num",
-        )
+        for name in ("sqrt", "sin", "cos", "tan", "exp", "log", "reciprocal", "atan2", "logaddexp")
     },
 }
 """The operations on constants."""
