@@ -206,11 +206,13 @@ def test_vmas_raises_its_own_errors():
 
 @pytest.mark.parametrize("traits", [(), ("memory",)])
 def test_ended_environments_take_fresh_ones(traits):
-    """Those of VMAS's own next reset, one after the other; those that go on keep their bits."""
+    """Those of a reset of many by VMAS, one after the other; those that go on keep their bits."""
     ours, theirs = both(traits=traits)
     data = go_on(ours, theirs, 3)
-    theirs.reset()
-    fresh = [entity.state.pos.clone() for entity in theirs._env.world.entities]
+    many = make(traits=traits, compiled=False, n=N * (512 // N))
+    many._random_state = list(ours._random_state)
+    many.reset()
+    fresh = [entity.state.pos.clone() for entity in many._env.world.entities]
     used = 0
     for ended in ([2, 5], [7], list(range(10))):
         going = [entity.state.pos.clone() for entity in ours._env.world.entities]
@@ -236,12 +238,13 @@ def test_more_environments_end_than_wait():
     env = make()
     data = env.reset()
     seen = set()
-    for _ in range(5):
+    n_ended = N - 1
+    for _ in range(512 // n_ended + 3):
         reset = torch.zeros(N, 1, dtype=torch.bool)
-        reset[:13] = True
+        reset[:n_ended] = True
         data = env.reset(data.set("_reset", reset))
-        seen |= {tuple(row.tolist()) for row in env._env.agents[0].state.pos[:13]}
-    assert len(seen) == 5 * 13, "each fresh environment is used once"
+        seen |= {tuple(row.tolist()) for row in env._env.agents[0].state.pos[:n_ended]}
+    assert len(seen) == (512 // n_ended + 3) * n_ended, "each fresh environment is used once"
 
 
 def through_file(state):

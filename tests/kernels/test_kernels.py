@@ -9,8 +9,8 @@ import torch
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchrl_trpo.kernels import cpp
-from torchrl_trpo.kernels.aten import lower
+from torchrl_trpo.kernels import compiler, cpp
+from torchrl_trpo.kernels.aten import Operations
 from torchrl_trpo.kernels.lanes import DTYPES, KINDS, Unsupported
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
@@ -30,7 +30,8 @@ def lowered(function, inputs=None):
     inputs = inputs or inputs_of(N_TRACED)
     graph = make_fx(functionalize(function, remove="mutations"))(*inputs)
     axes = [0 if tensor.shape[0] == N_TRACED else None for tensor in inputs]
-    return lower(graph, [(f"input{k}", *pair) for k, pair in enumerate(zip(inputs, axes, strict=True))], N_TRACED)
+    named = [(f"input{k}", *pair) for k, pair in enumerate(zip(inputs, axes, strict=True))]
+    return Operations(graph, N_TRACED).lower(named)
 
 
 def compiled(function, inputs, guards=()):
@@ -48,7 +49,7 @@ def compiled(function, inputs, guards=()):
         for lanes, expected in zip(low.outputs[len(results) :], guards, strict=True)
     ]
     names = {f"input{number}": (number, 0) for number in range(len(inputs))}
-    run = cpp.build(cpp.source(low.statements.all, names, stores, checks))
+    run = compiler.build(cpp.source(low.statements.all, names, stores, checks))
     columns = []
     for tensor in inputs:
         column = tensor.clone()
@@ -58,7 +59,8 @@ def compiled(function, inputs, guards=()):
         columns.append(column)
     written = [torch.zeros(max(1, math.prod(shape)), PADDED, dtype=DTYPES[kind]) for kind, shape in shapes]
     addresses = [np.array([t.data_ptr() for t in each], np.uint64) for each in (columns, written)]
-    holds = run(N, PADDED, *(each.ctypes.data for each in addresses))
+    holds = run(N, PADDED, *(each.ctypes.data for each in addresses), 0)
+    assert not any(tensor[:, N:].any() for tensor in written), "what is behind the rows is zero"
     return [t[:, :N].T.reshape(N, *shape) for t, (_, shape) in zip(written, shapes, strict=True)], bool(holds)
 
 
@@ -191,25 +193,25 @@ def test_constants_are_computed_beforehand():
 
 
 def test_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(cpp.shutil, "which", lambda name: None)
-    cpp._compiler.cache_clear()
-    with pytest.raises(cpp.CompilerError, match="Install g"):
-        cpp.build("int run();")
-    cpp._compiler.cache_clear()
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    compiler._compiler.cache_clear()
+    with pytest.raises(compiler.CompilerError, match="Install g"):
+        compiler.build("int run();")
+    compiler._compiler.cache_clear()
 
 
 def test_code_that_does_not_compile(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHRL_TRPO_CACHE", str(tmp_path))
-    with pytest.raises(cpp.CompilerError, match="failed"):
-        cpp.build("no code")
+    with pytest.raises(compiler.CompilerError, match="failed"):
+        compiler.build("no code")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCHRL_TRPO_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(cpp.CompilerError, match="cannot be written or loaded"):
-        cpp.build("int run();")
+    with pytest.raises(compiler.CompilerError, match="cannot be written or loaded"):
+        compiler.build("int run();")
 
 
 def test_kinds():

@@ -20,7 +20,7 @@ from torchrl_trpo.envs.tasks import LIBRARIES, SimulatorError, check_name, known
 from torchrl_trpo.errors import SettingError, nearest
 
 _ENV_DEFAULTS: dict[str, dict[str, Any]] = {
-    "vmas": {"num_envs": 60, "max_steps": 100, "continuous_actions": True, "compiled": False, "kwargs": {}},
+    "vmas": {"num_envs": 60, "max_steps": 100, "continuous_actions": True, "compiled": "auto", "kwargs": {}},
     "pettingzoo": {"num_envs": 20, "max_steps": 25, "continuous_actions": False, "parallel": False, "kwargs": {}},
     "mamujoco": {"num_envs": 10, "max_steps": 1000, "parallel": False, "kwargs": {"agent_conf": "2x3"}},
     "gym": {"num_envs": 10, "max_steps": 1000, "parallel": False, "kwargs": {}},

@@ -79,8 +79,8 @@ class Vmas(Environment, extra="forbid"):
 
     continuous_actions: Switch = True
     """Whether actions are continuous; false for a Categorical policy."""
-    compiled: Switch = False
-    """Whether the simulator is compiled, with a C++ compiler; a warning says if a scenario cannot be."""
+    compiled: Annotated[bool | Literal["auto"], Field(title="auto, true or false")] = "auto"
+    """Whether simulator and rollouts are compiled, with a C++ compiler; auto: if the run is long enough."""
 
 
 class Gym(Environment, extra="forbid"):

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from torchrl_trpo.envs.flat_state import Buffers, FlatState, NotCompiled, Slot
 from torchrl_trpo.envs.tracing import Places, Untraceable, left_as_it_is, trace
-from torchrl_trpo.kernels.aten import Lowered, lower
-from torchrl_trpo.kernels.cpp import CompilerError, Guard, Store, build, source
+from torchrl_trpo.kernels.aten import Lowered, Operations
+from torchrl_trpo.kernels.compiler import CompilerError, build
+from torchrl_trpo.kernels.cpp import Guard, Store, source
 from torchrl_trpo.kernels.lanes import DTYPES, Lanes, Unsupported
 
 
@@ -34,6 +35,9 @@ class CompiledFunction:
 
     Attributes:
         draws: the random tensors that a call draws from PyTorch's global generator.
+        results: the layout of buffers for the results.
+        slots: where they are in such buffers.
+        structure: the structure of what the function returns.
 
     Raises:
         NotCompiled: if the function cannot be compiled, with the reason.
@@ -43,7 +47,7 @@ class CompiledFunction:
         self, state: FlatState, twin: Any, function: Callable[..., Any], arguments: Sequence[Tensor] = ()
     ) -> None:
         self._state = state
-        self._result = Buffers(state.layout.n)
+        self.results = Buffers(state.layout.n)
         try:
             traced = trace(twin, lambda *arguments: function(twin, *arguments), arguments)
             before = traced.before
@@ -52,15 +56,12 @@ class CompiledFunction:
                 for path, tensor, slot in zip(before.paths, before.tensors, state.slots, strict=True)
             ]
             inputs += [(f"argument{number}", tensor, 0) for number, tensor in enumerate(arguments)]
-            lowered = lower(traced.graph, inputs, twin.num_envs)
+            lowered = Operations(traced.graph, twin.num_envs).lower(inputs)
             n_places, n_guards = len(before.paths), len(traced.expected)
             n_results = len(lowered.outputs) - n_places - n_guards
             stores = self._stores(lowered, n_places, n_results)
-            guards = []
-            for lanes, expected in zip(lowered.outputs[n_places + n_results :], traced.expected, strict=True):
-                kind = "b" if isinstance(expected, bool) else lanes.kind
-                value = lowered.statements.convert(lanes.values.reshape(-1)[0], kind)
-                guards.append(Guard(value, lanes.reduction, expected))
+            branches = zip(lowered.outputs[n_places + n_results :], traced.expected, strict=True)
+            guards = [Guard.of(lowered.statements, lanes, expected) for lanes, expected in branches]
             names = [name for name, *_ in inputs[n_places:]]
             names += [f"draw{number}" for number in range(len(lowered.draws))]
             buffers = {
@@ -71,13 +72,12 @@ class CompiledFunction:
             self._run = build(source(lowered.statements.all, buffers, stores, guards))
         except (Untraceable, Unsupported, CompilerError) as error:
             raise NotCompiled(str(error)) from error
-        self._structure = traced.results
+        self.structure = traced.results
         self.draws = lowered.draws
         self._arguments = [self._column(tensor.shape[1:], tensor.dtype) for tensor in arguments]
         self._drawn = [self._column(shape[1:], torch.float32) for shape, *_ in self.draws]
         self._inputs = np.zeros(len(state.addresses) + len(names), np.uint64)
-        for number, buffer in enumerate([*self._arguments, *self._drawn], len(state.addresses)):
-            self._inputs[number] = buffer.data_ptr()
+        self._inputs[len(self._inputs) - len(self._drawn) :] = [buffer.data_ptr() for buffer in self._drawn]
         self._outputs = np.zeros(2 * len(DTYPES), np.uint64)
 
     def _stores(self, lowered: Lowered, n_places: int, n_results: int) -> list[Store]:
@@ -88,7 +88,7 @@ class CompiledFunction:
             values = lanes.of_rows()
             if values is None:
                 raise NotCompiled(f"{path} has no row for each environment")
-            slot = slot or self._result.add(lanes.kind, values.shape[1:])
+            slot = slot or self.results.add(lanes.kind, values.shape[1:])
             if slot.kind != lanes.kind or slot.shape != values.shape[1:]:
                 raise NotCompiled(f"{path} changes its type or its shape")
             for lane, value in zip(slot.lanes, values.flat, strict=True):
@@ -103,7 +103,7 @@ class CompiledFunction:
             if slot is not None and state.same[number] == number:
                 store(path, after, slot, 0)
         results = lowered.outputs[n_places : n_places + n_results]
-        self._results = [store("a result", lanes, None, len(DTYPES)) for lanes in results]
+        self.slots = [store("a result", lanes, None, len(DTYPES)) for lanes in results]
         return stores
 
     def _column(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -125,25 +125,50 @@ class CompiledFunction:
         state = self._state
         if not state.attach():
             return None
-        n = state.layout.n
         for buffer, argument in zip(self._arguments, arguments, strict=True):
-            buffer[:, :n] = argument.reshape(n, -1).T
+            buffer[:, : state.layout.n] = argument.reshape(state.layout.n, -1).T
+        after, results = state.layout.empty(), self.results.empty()
+        if not self.run([buffer.data_ptr() for buffer in self._arguments], after, results, rows):
+            return None
+        state.hold(after)
+        return tree_unflatten([self.results.view(results, slot) for slot in self.slots], self.structure)
+
+    def run(
+        self,
+        arguments: Sequence[int] | np.ndarray,
+        after: dict[str, Tensor],
+        results: dict[str, Tensor],
+        rows: Tensor | None = None,
+    ) -> bool:
+        """Calls the function on buffers alone: what VMAS's objects hold stays as it is.
+
+        Args:
+            arguments: where the lanes of the arguments are.
+            after: buffers of the state's layout, to be written.
+            results: buffers of the results' layout, to be written.
+            rows: as above.
+
+        Returns:
+            Whether the function stands for the simulator's now; otherwise the buffers hold nothing of use.
+        """
+        state, n = self._state, self._state.layout.n
         generator = torch.get_rng_state() if self.draws else None
         for buffer, (shape, method, parameters) in zip(self._drawn, self.draws, strict=True):
             buffer[:, :n] = getattr(torch.empty((n, *shape[1:])), method)(*parameters).reshape(n, -1).T
-        after, results = state.layout.empty(), self._result.empty()
-        self._inputs[: len(state.addresses)] = state.addresses
+        n_state, n_arguments = len(state.addresses), len(self._arguments)
+        self._inputs[:n_state] = state.addresses
+        self._inputs[n_state : n_state + n_arguments] = arguments
         self._outputs[:] = [buffer.data_ptr() for buffer in (*after.values(), *results.values())]
-        if not self._run(n, state.layout.padded, self._inputs.ctypes.data, self._outputs.ctypes.data):
+        if not self._run(n, state.layout.padded, self._inputs.ctypes.data, self._outputs.ctypes.data, 0):
             if generator is not None:
                 torch.set_rng_state(generator)
-            return None
+            return False
         if rows is not None:
             is_changed = torch.zeros(state.layout.padded, dtype=torch.bool)
             is_changed[:n] = rows
-            after = {kind: torch.where(is_changed, after[kind], state.buffers[kind]) for kind in after}
-        state.hold(after)
-        return tree_unflatten([self._result.view(results, slot) for slot in self._results], self._structure)
+            for kind, buffer in after.items():
+                torch.where(is_changed, buffer, state.buffers[kind], out=buffer)
+        return True
 
     def compare(self, draw: Callable[[], Sequence[Tensor]], function: Callable[..., Any], n_calls: int = 5) -> None:
         """Compares calls with those of the function itself, each from the same state with the same random numbers.
@@ -177,7 +202,7 @@ class CompiledFunction:
             if ours:
                 call = functools.partial(function, simulator, *arguments)
                 exact, *others = (results_of(call, change) for change in (0.0, 2.0**-23, -(2.0**-23)))
-                names = [*Places(simulator).paths, *(f"result {number}" for number in range(len(self._results)))]
+                names = [*Places(simulator).paths, *(f"result {number}" for number in range(len(self.slots)))]
                 check_equal(names, ours, exact, others)
             else:
                 n_other += 1

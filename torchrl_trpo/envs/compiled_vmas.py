@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torchrl_trpo.envs.tracing import left_as_it_is
 from torchrl_trpo.envs.vmas import BatchedResetVmasEnv, undecorated
 
 _ENVS_OF_TWIN = (7, 9)  # one of them is not the number of environments, and neither is usual as another size
+_RESET_TOGETHER = 512  # which takes VMAS hardly longer than one environment
 _STEPS_UNTIL_WARNING = 3  # the first step of a simulator makes attributes
 
 
@@ -51,10 +53,11 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._compiled_step: CompiledFunction | None = None
-        self._compiled_read: CompiledFunction | None = None
-        self._pool: ResetPool | None = None
-        self._n_left_to_vmas = 0  # steps in a row, because of a change in VMAS's objects
+        self._made_with = kwargs
+        self.compiled_step: CompiledFunction | None = None
+        self.compiled_read: CompiledFunction | None = None
+        self.pool: ResetPool | None = None
+        self.n_left_to_vmas = 0  # steps in a row, because of a change in VMAS's objects
         self.why_not_compiled: str | None = None
         super().__init__(*args, **kwargs)
         try:
@@ -77,29 +80,40 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
     def _compile_from(self, drawn: list[Any]) -> None:
         """Compiles step and reset, with the simulator's random numbers as they are; ``drawn`` are their states."""
         env = self._env
+        n_together = env.num_envs * max(1, _RESET_TOGETHER // env.num_envs)
         with self._drawing():
             twin = self._make_twin(env, next(n for n in _ENVS_OF_TWIN if n != env.num_envs))
-            for simulator in (env, twin):
+            spare = self._make_twin(env, n_together)
+            for simulator in (env, twin, spare):
                 for _ in range(2):  # the first steps make attributes
                     self._advance(simulator, *_random_actions(simulator))
             state = FlatState(env, twin)
             step = CompiledFunction(state, twin, self._advance, _random_actions(twin))
             step.compare(lambda: _random_actions(env), self._advance)
-        self._compiled_step, self._state = step, state
+        self.compiled_step, self.state = step, state
+
+        def reset() -> None:
+            with self._drawing():
+                undecorated(spare, "reset")(return_observations=False)
+
+        def rewind() -> None:
+            with self._drawing():
+                self._advance(spare, *_random_actions(spare))
+            self._random_state = list(drawn)
+
         with contextlib.suppress(NotCompiled):  # then environments are reset as ever
             with self._drawing():
                 read = CompiledFunction(state, twin, self._read)
                 read.compare(list, self._read)
-            pool = ResetPool(state, self._reset_all)
+            pool = ResetPool(state, spare, reset)
             self._random_state = list(drawn)
-            pool.check(lambda: self._rewind(drawn))
-            self._compiled_read, self._pool = read, pool
+            pool.check(rewind)
+            self.compiled_read, self.pool = read, pool
 
-    def _rewind(self, drawn: list[Any]) -> None:
-        """Takes a step, and the random numbers back to what they were."""
-        with self._drawing():
-            self._advance(self._env, *_random_actions(self._env))
-        self._random_state = list(drawn)
+    def make_twin_env(self, num_envs: int) -> BatchedResetVmasEnv:
+        """The same environment with another number of environments, which is not compiled."""
+        settings = {**self._made_with, "num_envs": num_envs, "scenario": copy.deepcopy(self._arguments_of_twin[0])}
+        return BatchedResetVmasEnv(**settings)
 
     def _call(self, compiled: CompiledFunction | None, *arguments: Tensor, rows: Tensor | None = None) -> Any:
         """The results of a compiled function, if there is one and it stands for the function now."""
@@ -109,29 +123,32 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             return compiled(*arguments, rows=rows)
 
     def _take_step(self, actions: Sequence[Tensor]) -> dict[str, Any]:
-        entries = self._call(self._compiled_step, *actions)
+        entries = self._call(self.compiled_step, *actions)
         if entries is not None:
-            self._n_left_to_vmas = 0
+            self.n_left_to_vmas = 0
             return entries
-        if self._compiled_step is not None and self._state.problem is not None:
-            self._n_left_to_vmas += 1
-            if self._n_left_to_vmas == _STEPS_UNTIL_WARNING:
+        if self.compiled_step is not None and self.state.problem is not None:
+            self.n_left_to_vmas += 1
+            if self.n_left_to_vmas == _STEPS_UNTIL_WARNING:
                 warnings.warn(
                     f"{self.scenario_name}: VMAS takes the steps, and not the compiled simulator, because something "
-                    f"in its objects has changed: {self._state.problem}.",
+                    f"in its objects has changed: {self.state.problem}.",
                     stacklevel=2,
                 )
         return super()._take_step(actions)
 
     def _reset_some(self, ended: Tensor) -> dict[str, Any]:
-        if self._pool is None or not self._pool.take(ended):
+        if self.pool is None or not self.pool.take(ended):
             return super()._reset_some(ended)
-        entries = self._call(self._compiled_read, rows=ended)
-        if entries is None:
-            snapshot = ObjectSnapshot((self._env.scenario, self._env.world), self.num_envs, self._shared)
-            with self._drawing():
-                entries = self._read(self._env)
-            snapshot.keep(~ended)  # computing observations may change the scenario
+        entries = self._call(self.compiled_read, rows=ended)
+        return self.read_ended(ended) if entries is None else entries
+
+    def read_ended(self, ended: Tensor) -> dict[str, Any]:
+        """The entries of all environments, of which the ended ones, bool ``[num_envs]``, have been reset."""
+        snapshot = ObjectSnapshot((self._env.scenario, self._env.world), self.num_envs, self._shared)
+        with self._drawing():
+            entries = self._read(self._env)
+        snapshot.keep(~ended)  # computing observations may change the scenario
         return entries
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -140,7 +157,7 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         Returns:
             The state, made of dicts, lists, tensors, numbers and strings.
         """
-        return {**super().get_extra_state(), "pool": None if self._pool is None else self._pool.state_dict()}
+        return {**super().get_extra_state(), "pool": None if self.pool is None else self.pool.state_dict()}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Loads a saved state into the simulator, also one of a ``BatchedResetVmasEnv``.
@@ -149,8 +166,8 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             state: from :meth:`get_extra_state`.
         """
         super().set_extra_state(state)
-        if self._pool is not None and state.get("pool") is not None:
-            self._pool.load_state_dict(state["pool"])
+        if self.pool is not None and state.get("pool") is not None:
+            self.pool.load_state_dict(state["pool"])
 
 
 def _random_actions(simulator: Any) -> list[Tensor]:

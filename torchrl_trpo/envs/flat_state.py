@@ -96,6 +96,7 @@ class FlatState:
         slots: for each place its slot; None for a tensor that all environments share.
         buffers: the buffers.
         addresses: of the buffers, by kind, and then for each place of the tensor that all environments share.
+        tensors: what the objects hold at each place, as of the last :meth:`attach` or :meth:`hold`.
         problem: what has changed since, if :meth:`attach` has found something.
 
     Raises:
@@ -110,7 +111,8 @@ class FlatState:
         self.slots: list[Slot | None] = []
         self.addresses = np.zeros(len(DTYPES) + len(self.reference.paths), np.uint64)
         self.problem: str | None = None
-        self._tensors: list[Tensor] = []
+        self.tensors = list(self.reference.tensors)
+        self._holders: list[tuple[Any, Any] | None] = []
         places = Places(twin)
         if difference := places.difference(self.reference, (twin.num_envs, simulator.num_envs)):
             raise NotCompiled(f"with another number of environments, {difference}")
@@ -141,7 +143,7 @@ class FlatState:
         self.problem = self.reference.difference(places)
         if self.problem is not None:
             return False
-        self._holders, self._tensors = places.holders, list(places.tensors)
+        self._holders, self.tensors = places.holders, list(places.tensors)
         self._watched = [_watch(holder) for holder in places.containers]
         buffers = self.layout.empty()
         for buffer in buffers.values():
@@ -153,7 +155,7 @@ class FlatState:
             holder, tensor = places.holders[number], tensor.contiguous()
             if holder is not None:
                 holder[0][holder[1]] = tensor
-            self._tensors[number] = tensor
+            self.tensors[number] = tensor
             self.addresses[len(DTYPES) + number] = tensor.data_ptr()
         self.hold(buffers)
         return True
@@ -164,21 +166,25 @@ class FlatState:
         Args:
             buffers: the buffers.
         """
-        self.buffers = buffers
-        self.addresses[: len(DTYPES)] = [buffer.data_ptr() for buffer in buffers.values()]
+        self.move(buffers)
         views: dict[Slot, Tensor] = {}
         for number, (slot, holder) in enumerate(zip(self.slots, self._holders, strict=True)):
             if slot is not None and holder is not None:
                 if slot not in views:
                     views[slot] = self.layout.view(buffers, slot)
-                self._tensors[number] = holder[0][holder[1]] = views[slot]
+                self.tensors[number] = holder[0][holder[1]] = views[slot]
+
+    def move(self, buffers: dict[str, Tensor]) -> None:
+        """Takes other buffers, of which the objects learn nothing until :meth:`hold`."""
+        self.buffers = buffers
+        self.addresses[: len(DTYPES)] = [buffer.data_ptr() for buffer in buffers.values()]
 
     def _is_attached(self) -> bool:
         """Whether the objects hold what was left there."""
-        if not self._tensors:
+        if not self._holders:
             return False
         try:
-            for holder, tensor in zip(self._holders, self._tensors, strict=True):
+            for holder, tensor in zip(self._holders, self.tensors, strict=True):
                 if holder is not None and holder[0][holder[1]] is not tensor:
                     return False
             return all(len(holder) == size and values(holder) == held for holder, values, held, size in self._watched)

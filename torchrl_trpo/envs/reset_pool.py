@@ -2,45 +2,71 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchrl_trpo.envs.compiled import check_equal
 from torchrl_trpo.envs.flat_state import FlatState, NotCompiled
 from torchrl_trpo.envs.snapshot import n_writes
-from torchrl_trpo.envs.tracing import Places, left_as_it_is
+from torchrl_trpo.envs.tracing import Places
+from torchrl_trpo.kernels.compiler import build
+from torchrl_trpo.kernels.lanes import DTYPES
+
+_PUT = r"""
+#include <cstdint>
+#include <cstring>
+extern "C" int run(int64_t n_lanes, int64_t, const void* const* in, void* const* out, const int64_t* sizes) {
+  const bool* ended = (const bool*)in[0];
+  const int64_t* lanes = (const int64_t*)in[1];
+  const auto [n, first, last, n_fresh, n_padded, size] = *(const int64_t(*)[6])sizes;
+  for (int64_t row = 0, number = 0; row < n; row++) {
+    if (!ended[row]) continue;
+    if (number >= first && number < last)
+      for (int64_t lane = 0; lane < n_lanes; lane++)
+        memcpy((char*)out[0] + (lanes[lane] * n_padded + row) * size,
+               (const char*)in[2] + (lane * n_fresh + number - first) * size, size);
+    number++;
+  }
+  return 0;
+}
+"""
 
 
 class ResetPool:
-    """Environments that a simulator has reset, for those that end one after the other.
+    """Environments that have been reset together, for those that end one after the other.
 
-    A reset of all environments costs as much as one of a single environment. So all are reset at once, apart from the
-    ones in use, and each that ends takes the next: every one is used once. Of a tensor that resets do not write, an
-    environment keeps its own rows.
+    A reset of hundreds of environments costs as much as one of a single environment. So a twin of the simulator resets
+    many at once, and each environment that ends takes the next one: every one is used once. Of a tensor that resets do
+    not write, an environment keeps its own rows.
 
     Args:
         state: the simulator's tensors.
-        reset: resets all environments of the simulator.
+        twin: the same simulator, with as many environments as are to be reset together.
+        reset: resets all environments of the twin.
 
     Raises:
         NotCompiled: if what a reset leaves depends on what was there before, or is not a row for each environment.
     """
 
-    def __init__(self, state: FlatState, reset: Callable[[], None]) -> None:
+    def __init__(self, state: FlatState, twin: Any, reset: Callable[[], None]) -> None:
         self._state = state
+        self._twin = twin
+        self._n = twin.num_envs
         self._reset = reset
         self._lanes: dict[str, Tensor] = {}  # by kind, the lanes of the simulator's buffers that a reset writes
-        self._fresh: dict[str, Tensor] = {}  # by kind, these lanes of the environments in the pool, [lanes, num_envs]
-        self._next = state.layout.n  # of the environments in the pool; it is empty
+        self._fresh: dict[str, Tensor] = {}  # by kind, these lanes of the environments in the pool, [lanes, ...]
+        self._next = twin.num_envs  # of the environments in the pool; it is empty
 
     def check(self, rewind: Callable[[], None]) -> None:
         """Checks that a reset depends on random numbers alone, by two resets from different states.
 
         Args:
-            rewind: takes the random numbers back to what they are now, and the simulator to another state.
+            rewind: takes the random numbers back to what they are now, and the twin to another state.
         """
         left = []
         for _ in range(2):
@@ -48,7 +74,7 @@ class ResetPool:
             left.append([*self._lanes.values(), *self._fresh.values()])
             rewind()
         check_equal(["what a reset leaves"] * len(left[0]), left[0], left[1])
-        self._next = self._state.layout.n
+        self._next = self._n
 
     def state_dict(self) -> dict[str, Any]:
         """The environments in the pool."""
@@ -70,42 +96,63 @@ class ResetPool:
         """
         if not self._state.attach():
             return False
-        places = ended.nonzero().squeeze(-1)
-        while len(places):
-            if self._next == len(ended):
-                self._fill()
-                self._state.attach()
-            n_now = min(len(places), len(ended) - self._next)
-            now, places = places[:n_now], places[n_now:]
-            fresh = slice(self._next, self._next + n_now)
-            self._next += n_now
-            for kind, lanes in self._lanes.items():
-                self._state.buffers[kind][lanes[:, None], now] = self._fresh[kind][:, fresh]
+        self.put(ended)
         return True
 
+    def put(self, ended: Tensor) -> None:
+        """Puts fresh environments in the place of ended ones, in the state's buffers."""
+        n_ended, n_done = int(ended.sum()), 0
+        while n_done < n_ended:
+            if self._next == self._n:
+                self._fill()
+            n_now = min(n_ended - n_done, self._n - self._next)
+            for kind, lanes in self._lanes.items():
+                fresh, buffer = self._fresh[kind], self._state.buffers[kind]
+                _put(ended, n_done, n_now, fresh[:, self._next :], lanes, buffer)
+            self._next += n_now
+            n_done += n_now
+
     def _fill(self) -> None:
-        """Resets all environments, keeps them, and puts those in use back."""
-        flat, simulator = self._state, self._state.simulator
-        with left_as_it_is(simulator):
-            # The tensors get memory of their own: writes to those that share it are counted together.
-            before = Places(simulator)
-            own = {id(tensor): tensor.clone() for tensor in before.tensors}
-            before.put([own[id(tensor)] for tensor in before.tensors])
-            held = [(tensor, n_writes(tensor), tensor.clone()) for tensor in Places(simulator).tensors]
-            self._reset()
-            after = Places(simulator)
-            if difference := before.difference(after):
-                raise NotCompiled(f"a reset does more than to write tensors: {difference}")
-            buffers = flat.layout.empty()
-            lanes: dict[str, list[int]] = {kind: [] for kind in buffers}
-            for number, ((old, writes, values), new) in enumerate(zip(held, after.tensors, strict=True)):
-                if new is old and n_writes(new) == writes:
-                    continue
-                if (slot := flat.slots[number]) is None:
-                    check_equal([f"{before.paths[number]}, which all environments share,"], [values], [new])
-                else:
-                    flat.layout.view(buffers, slot).copy_(new)
-                    lanes[slot.kind] += slot.lanes
-        self._lanes = {kind: torch.tensor(sorted({*numbers}), dtype=torch.long) for kind, numbers in lanes.items()}
-        self._fresh = {kind: buffers[kind][self._lanes[kind], : flat.layout.n] for kind in lanes}
+        """Resets all environments of the twin."""
+        before = Places(self._twin)
+        # The tensors get memory of their own: writes to those that share it are counted together.
+        own = {id(tensor): tensor.clone() for tensor in before.tensors}
+        before.put([own[id(tensor)] for tensor in before.tensors])
+        held = [(tensor, n_writes(tensor), tensor.clone()) for tensor in Places(self._twin).tensors]
+        for mine, tensor, slot in zip(before.tensors, self._state.tensors, self._state.slots, strict=True):
+            if slot is None:
+                own[id(mine)].copy_(tensor)
+        self._reset()
+        after = Places(self._twin)
+        if difference := before.difference(after):
+            raise NotCompiled(f"a reset does more than to write tensors: {difference}")
+        lanes: dict[str, list[int]] = {kind: [] for kind in DTYPES}
+        fresh: dict[str, list[Tensor]] = {kind: [torch.empty(0, self._n, dtype=DTYPES[kind])] for kind in DTYPES}
+        for number, ((old, writes, values), new) in enumerate(zip(held, after.tensors, strict=True)):
+            slot = self._state.slots[number]
+            if (new is old and n_writes(new) == writes) or self._state.same[number] != number:
+                continue
+            if slot is None:
+                check_equal([f"{before.paths[number]}, which all environments share,"], [values], [new])
+                continue
+            if new.shape != (self._n, *slot.shape) or new.dtype != DTYPES[slot.kind]:
+                raise NotCompiled(f"a reset changes the shape or type of {before.paths[number]}")
+            lanes[slot.kind] += slot.lanes
+            fresh[slot.kind].append(new.reshape(self._n, -1).T)
+        self._lanes = {kind: torch.tensor(numbers, dtype=torch.long) for kind, numbers in lanes.items()}
+        self._fresh = {kind: torch.cat(parts) for kind, parts in fresh.items()}
         self._next = 0
+
+
+def _put(ended: Tensor, first: int, count: int, fresh: Tensor, lanes: Tensor, buffer: Tensor) -> None:
+    """Copies rows of ``fresh`` ``[lanes, ...]`` to ``count`` of the ended rows of a buffer, from the ``first`` on."""
+    ended = ended.contiguous()
+    sizes = [len(ended), first, first + count, fresh.stride(0), buffer.stride(0), buffer.element_size()]
+    read = np.array([ended.data_ptr(), lanes.data_ptr(), fresh.data_ptr()], np.uint64)
+    written, numbers = np.array([buffer.data_ptr()], np.uint64), np.array(sizes)
+    _put_function()(len(lanes), 0, read.ctypes.data, written.ctypes.data, numbers.ctypes.data)
+
+
+@functools.cache
+def _put_function() -> Any:
+    return build(_PUT)

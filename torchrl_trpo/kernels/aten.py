@@ -31,6 +31,10 @@ _ELEMENTWISE = {  # operation of aten: the statement's operation; the result has
     "tan": "tan",
     "exp": "exp",
     "log": "log",
+    "log1p": "log1p",
+    "expm1": "expm1",
+    "tanh": "tanh",
+    "atanh": "atanh",
     "reciprocal": "reciprocal",
     "sign": "sign",
     "atan2": "atan2",
@@ -66,31 +70,11 @@ class Lowered(NamedTuple):
     draws: list[tuple[tuple[int, ...], str, tuple[float, ...]]]
 
 
-def lower(graph: fx.GraphModule, inputs: Sequence[tuple[str, Tensor, int | None]], n_rows: int) -> Lowered:
-    """Lowers a graph to statements for one row.
-
-    Args:
-        graph: a graph of ``make_fx`` for a batch, without mutations.
-        inputs: for each placeholder a name, a tensor like it, and its batch dimension; None if all rows share it.
-        n_rows: the size of the batch.
-
-    Returns:
-        The statements, and what they compute. :class:`~torchrl_trpo.kernels.lanes.Unsupported` is raised if the graph
-        combines rows, or has an operation or a dtype that is not known here.
-    """
-    operations = Operations(graph, n_rows)
-    lanes = []
-    for name, tensor, axis in inputs:
-        shape = [1 if dim == axis else size for dim, size in enumerate(tensor.shape)]
-        lanes.append(operations.statements.inputs(name, shape, axis, n_rows, KINDS.get(tensor.dtype, OTHER_KIND)))
-    return Lowered(lanes, operations.run(lanes), operations.statements, operations.draws)
-
-
 class Operations(Views):
     """The operations of ``torch.ops.aten``, as methods with their names and arguments.
 
     Args:
-        graph: the graph.
+        graph: a graph of ``make_fx`` for a batch, without mutations.
         n_rows: the size of the batch.
     """
 
@@ -99,20 +83,41 @@ class Operations(Views):
         self._graph = graph
         self.draws: list[tuple[tuple[int, ...], str, tuple[float, ...]]] = []
 
-    def run(self, inputs: Sequence[Lanes]) -> list[Any]:
+    def lower(self, inputs: Sequence[tuple[str, Tensor, int | None]]) -> Lowered:
+        """Lowers the graph to statements for one row.
+
+        Args:
+            inputs: for each placeholder a name, a tensor like it, and its batch dimension; None if all rows share it.
+
+        Returns:
+            The statements, and what they compute. :class:`~torchrl_trpo.kernels.lanes.Unsupported` is raised if the
+            graph combines rows, or has an operation or a dtype that is not known here.
+        """
+        lanes = []
+        for name, tensor, axis in inputs:
+            shape = [1 if dim == axis else size for dim, size in enumerate(tensor.shape)]
+            kind = KINDS.get(tensor.dtype, OTHER_KIND)
+            lanes.append(self.statements.inputs(name, shape, axis, self._n_rows, kind))
+        return Lowered(lanes, self._run(lanes), self.statements, self.draws)
+
+    def _run(self, inputs: Sequence[Lanes]) -> list[Any]:
         values: dict[fx.Node, Any] = {}
         remaining = iter(inputs)
         for node in self._graph.graph.nodes:
             if node.op == "placeholder":
                 values[node] = next(remaining)
             elif node.op == "get_attr":
-                values[node] = constant_tensor(getattr(self._graph, node.target), self._n_rows)
+                values[node] = self.attribute(getattr(self._graph, node.target))
             elif node.op == "output":
                 return list(fx.node.map_arg(node.args[0], values.__getitem__))
             else:
                 arguments, keywords = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = self._call(node, arguments, keywords)
         raise AssertionError("a graph has an output")
+
+    def attribute(self, tensor: Tensor) -> Lanes:
+        """A tensor that the graph holds."""
+        return constant_tensor(tensor, self._n_rows)
 
     def _call(self, node: fx.Node, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
         if node.target is operator.getitem:
@@ -178,6 +183,12 @@ class Operations(Views):
     def clamp(self, tensor: Lanes, low: Any = None, high: Any = None) -> Lanes:
         tensor = tensor if low is None else self._elementwise("max", tensor, low)
         return tensor if high is None else self._elementwise("min", tensor, high)
+
+    def clamp_min(self, tensor: Lanes, low: Any) -> Lanes:
+        return self.clamp(tensor, low)
+
+    def clamp_max(self, tensor: Lanes, high: Any) -> Lanes:
+        return self.clamp(tensor, None, high)
 
     def isnan(self, tensor: Lanes) -> Lanes:
         return self._elementwise("isnan", tensor, kind="b", of="f")

@@ -1,4 +1,4 @@
-"""Statements for one row as a C++ function of a batch, built by the machine's compiler, once for each code.
+"""Statements for one row as a C++ function of a batch.
 
 The loop takes as many rows at a time as a vector register of the processor holds. It uses PyTorch's own vector
 functions, so that results are those of PyTorch's operations up to rounding.
@@ -6,31 +6,15 @@ functions, so that results are those of PyTorch's operations up to rounding.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import hashlib
 import math
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch.utils import cpp_extension
-
-from torchrl_trpo.kernels.lanes import Lane, Statement
+from torchrl_trpo.kernels.lanes import InMemory, Items, Lane, Lanes, Statement, Statements
 
 ROWS_AT_A_TIME = 16
 """Buffers have a multiple of as many rows, the most that a register holds."""
 _STATEMENTS_OF_A_PART = 1000  # a compiler's time grows faster than the length of a function
-_ISA = {
-    "AVX2": ("-mavx2", "-mfma"),
-    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
-}
-_FLAGS = ("-O1", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w")
 _CODE = {
     "add": "{} + {}",
     "sub": "{} - {}",
@@ -57,6 +41,10 @@ _CODE = {
     "tan": "{}.tan()",
     "exp": "{}.exp()",
     "log": "{}.log()",
+    "log1p": "{}.log1p()",
+    "expm1": "{}.expm1()",
+    "tanh": "tanh_of({})",
+    "atanh": "{}.atanh()",
     "reciprocal": "V(1.0f) / {}",
     "atan2": "{}.atan2({})",
     "pow": "{}.pow({})",
@@ -104,6 +92,39 @@ static inline void store_int(int64_t* p, V v) {
   v.store(t);
   for (int k = 0; k < W; k++) p[k] = (int64_t)t[k];
 }
+template <typename T> static inline void store_rows(T* p, int64_t stride, int64_t n, V v) {
+  float t[W];
+  v.store(t);
+  for (int k = 0; k < W && k < n; k++) p[k * stride] = std::is_same_v<T, bool> ? (((uint32_t*)t)[k] != 0) : (T)t[k];
+}
+// y = x w for W rows at once: y[j] is the sum over k of x[k] w[k * SK + j * SN]
+template <int K, int SK, int SN, int B> static inline void some_columns(const V* x, const float* w, V* y) {
+  V sums[B];
+#pragma GCC unroll 16
+  for (int j = 0; j < B; j++) sums[j] = V(0.0f);
+  for (int k = 0; k < K; k++) {
+    const V each = x[k];
+#pragma GCC unroll 16
+    for (int j = 0; j < B; j++) sums[j] = at::vec::fmadd(each, V(w[k * SK + j * SN]), sums[j]);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < B; j++) y[j] = sums[j];
+}
+template <int K, int SK, int SN, int N>
+static __attribute__((noinline)) void linear(const V* x, const float* w, V* y) {
+  int j = 0;
+  for (; j + W <= N; j += W) some_columns<K, SK, SN, W>(x, w + j * SN, y + j);
+  for (; j < N; j++) some_columns<K, SK, SN, 1>(x, w + j * SN, y + j);
+}
+// the polynomial is the best of its degree for tanh(a) / a, with an error of 4e-9
+static inline V tanh_of(V a) {
+  using at::vec::fmadd;
+  const V z = a * a;
+  V p = fmadd(z, V(-0.005717033f), V(0.020650575f));
+  p = fmadd(z, fmadd(z, fmadd(z, p, V(-0.053743493f)), V(0.13331491f)), V(-0.33333284f));
+  const V far = (V(1.0f) - V(2.0f) / ((a.abs() * V(2.0f)).exp() + V(1.0f))).copysign(a);
+  return where(a.abs() < V(0.625f), fmadd(p * z, a, a), far);
+}
 static inline V sign(V a) { return where(a > V(0.0f), V(1.0f), where(a < V(0.0f), V(-1.0f), V(0.0f))); }
 static inline V logaddexp(V a, V b) {
   V sum = at::vec::maximum(a, b) + (a - b).abs().neg().exp().log1p();
@@ -122,6 +143,10 @@ static inline V floordiv(V a, V b) {
   return where(b == V(0.0f), a / b, where(q == V(0.0f), V(0.0f), f));
 }
 """
+_PARAMETERS = (
+    "int64_t i, int64_t n, int64_t P, const void* const* in, void* const* out, const int64_t* S, "
+    "V* kept, V* scratch, V& fail, V* hit, V valid"
+)
 _LARGEST_INT = 2**23  # up to which float32 holds whole numbers, with room for one addition
 
 
@@ -133,12 +158,14 @@ class Store(NamedTuple):
         kind: its kind.
         buffer: the number of the output buffer.
         row: the row of the buffer.
+        by_row: whether the buffer is ``[n_rows, ...]`` with a stride of its own, and ``row`` the place in a row.
     """
 
     value: Any
     kind: str
     buffer: int
     row: int
+    by_row: bool = False
 
 
 class Guard(NamedTuple):
@@ -153,6 +180,14 @@ class Guard(NamedTuple):
     value: Any
     reduction: str | None
     expected: Any
+
+    @classmethod
+    def of(cls, statements: Statements, lanes: Lanes, expected: Any) -> Guard:
+        """The guard of a tensor without dimensions."""
+        value = lanes.values.reshape(-1)[0]
+        return cls(
+            statements.convert(value, "b" if isinstance(expected, bool) else lanes.kind), lanes.reduction, expected
+        )
 
 
 def source(
@@ -170,53 +205,56 @@ def source(
         guards: what must hold.
 
     Returns:
-        C++ code with ``int run(int64_t n_rows, int64_t n_padded, const void* const* inputs, void* const* outputs)``.
-        The buffers are ``[lanes, n_padded]``, those of shared inputs ``[lanes]``. It returns whether the guards hold.
+        C++ code with ``int run(int64_t n_rows, int64_t n_padded, const void* const* inputs, void* const* outputs, const
+        int64_t* strides)``. The buffers are ``[lanes, n_padded]``, those of shared inputs ``[lanes]``. ``strides`` are
+        those of the outputs that are stored by row. Behind the rows, outputs are zero: vector functions may choose
+        their way by all numbers of a register. The function returns whether the guards hold.
     """
-    lines: list[tuple[int | None, str, list[int]]] = []  # the lane that a line makes, the line, and the lanes it reads
-    reads = [value for value, *_ in (*stores, *guards) if isinstance(value, Lane)]
-    for index in _needed(statements, reads):
+    lines = []
+    scratch = _Scratch(statements)
+    for index in _needed(statements, [value for value, *_ in (*stores, *guards) if isinstance(value, Lane)]):
         operation, kind, arguments = statements[index]
-        if operation in {"load", "shared"}:
-            name, lane = arguments
-            buffer, row = inputs[name]
-            pattern, place = (_LOAD, f"{row + lane} * P + i") if operation == "load" else (_LOAD_SHARED, row + lane)
-            lines.append((index, pattern[kind].format(f"(({_C_TYPES[kind]}*)in[{buffer}] + {place})"), []))
+        if operation in {"linear", "map"}:
+            lines.append(Line(None, getattr(scratch, operation)(index, arguments, inputs), _lanes(arguments)))
+            continue
+        if operation == "item":
+            lines.append(Line(index, scratch.item(*arguments), []))
+        elif operation in {"load", "shared"}:
+            lines.append(Line(index, _load(statements[index], inputs), []))
         else:
-            code = _CODE[operation].format(*(_term(argument) for argument in arguments))
-            lines.append((index, code, [argument.number for argument in arguments if isinstance(argument, Lane)]))
+            lines.append(Line(index, _CODE[operation].format(*map(_term, arguments)), _lanes(arguments)))
         if kind == "i" and operation != "where":
-            lines.append((None, f"fail = fail | (v{index}.abs() > V({_LARGEST_INT}.0f))", [index]))
-    for value, kind, buffer, row in stores:
-        code = _STORE[kind].format(f"(({_C_TYPES[kind]}*)out[{buffer}] + {row} * P + i)", _term(value))
-        lines.append((None, code, [value.number] if isinstance(value, Lane) else []))
+            lines.append(Line(None, f"fail = fail | (v{index}.abs() > V({_LARGEST_INT}.0f))", [index]))
+    for store in stores:
+        lines.append(Line(None, _store(store), _lanes([store.value])))
     n_hits = 0
     for value, reduction, expected in guards:
-        lane = [value.number] if isinstance(value, Lane) else []
+        lane = _lanes([value])
         if reduction is None:
             wrong = f"({_term(value)} {'^' if isinstance(expected, bool) else '!='} {_term(expected)})"
-            lines.append((None, f"fail = fail | {wrong}", lane))
+            lines.append(Line(None, f"fail = fail | {wrong}", lane))
             continue
         is_hit = _term(value) if reduction == "any" else f"({_term(value)} ^ TRUE)"
         if (reduction == "any") == expected:  # some row must have it
-            lines.append((None, f"hit[{n_hits}] = hit[{n_hits}] | ({is_hit} & valid)", lane))
+            lines.append(Line(None, f"hit[{n_hits}] = hit[{n_hits}] | ({is_hit} & valid)", lane))
             n_hits += 1
         else:
-            lines.append((None, f"fail = fail | {is_hit}", lane))
+            lines.append(Line(None, f"fail = fail | {is_hit}", lane))
     parts, n_kept = _parts(lines)
-    signature = "int64_t i, int64_t P, const void* const* in, void* const* out, V* kept, V& fail, V* hit, V valid"
     functions = "\n".join(
-        f"static __attribute__((noinline)) void part{number}({signature}) {{\n{code}\n}}"
+        f"static __attribute__((noinline)) void part{number}({_PARAMETERS}) {{\n{code}\n}}"
         for number, code in enumerate(parts)
     )
-    calls = " ".join(f"part{number}(i, P, in, out, kept, fail, hit, valid);" for number in range(len(parts)))
+    calls = " ".join(
+        f"part{number}(i, n, P, in, out, S, kept, scratch, fail, hit, valid);" for number in range(len(parts))
+    )
     return f"""{_HEAD}
 {functions}
-extern "C" int run(int64_t n_rows, int64_t P, const void* const* in, void* const* out) {{
-  V kept[{max(1, n_kept)}], hit[{max(1, n_hits)}], wrong(0.0f);
+extern "C" int run(int64_t n, int64_t P, const void* const* in, void* const* out, const int64_t* S) {{
+  V kept[{max(1, n_kept)}], scratch[{max(1, scratch.size)}], hit[{max(1, n_hits)}], wrong(0.0f);
   for (auto& each : hit) each = V(0.0f);
-  for (int64_t i = 0; i < n_rows; i += W) {{
-    const V valid = i + W <= n_rows ? TRUE : V::arange(0.0f, 1.0f) < V((float)(n_rows - i));
+  for (int64_t i = 0; i < n; i += W) {{
+    const V valid = i + W <= n ? TRUE : V::arange(0.0f, 1.0f) < V((float)(n - i));
     V fail(0.0f);
     {calls}
     wrong = wrong | (fail & valid);
@@ -228,6 +266,80 @@ extern "C" int run(int64_t n_rows, int64_t P, const void* const* in, void* const
 """
 
 
+class Line(NamedTuple):
+    """A line of code, the lane that it makes, and the lanes that it reads."""
+
+    lane: int | None
+    code: str
+    reads: list[int]
+
+
+class _Scratch:
+    """Memory for the results of statements that have several: numbers that are next to each other."""
+
+    def __init__(self, statements: Sequence[Statement]) -> None:
+        self.size = max((len(each.arguments) for each in statements if each.operation == "linear"), default=0)
+        self._first: dict[int, int] = {}
+
+    def linear(self, index: int, arguments: Sequence[Any], inputs: Mapping[str, tuple[int, int]]) -> str:
+        """A product of a vector and a matrix in memory."""
+        name, first, *steps, n_outputs = arguments[:5]
+        terms, code, vector = arguments[5:], "", "scratch"
+        if isinstance(terms[0], Items):
+            vector = f"scratch + {self._first[terms[0].block] + terms[0].first}"
+            n_inputs = terms[0].length
+        else:
+            code = " ".join(f"scratch[{number}] = {_term(term)};" for number, term in enumerate(terms))
+            n_inputs = len(terms)
+        buffer, row = inputs[name]
+        template = ", ".join(map(str, (n_inputs, *steps, n_outputs)))
+        place = f"(const float*)in[{buffer}] + {row + first}"
+        return f"{code} linear<{template}>({vector}, {place}, scratch + {self._take(index, n_outputs)})"
+
+    def map(self, index: int, arguments: Sequence[Any], inputs: Mapping[str, tuple[int, int]]) -> str:
+        """An operation on each number of vectors."""
+        operation, length, *operands = arguments
+        terms = []
+        for operand in operands:
+            if isinstance(operand, Items):
+                terms.append(f"scratch[{self._first[operand.block] + operand.first} + j]")
+            elif isinstance(operand, InMemory):
+                buffer, row = inputs[operand.name]
+                terms.append(f"V(((const float*)in[{buffer}])[{row + operand.first} + j * {operand.step}])")
+            else:
+                terms.append(_term(operand))
+        first = self._take(index, length)
+        return f"for (int j = 0; j < {length}; j++) scratch[{first} + j] = {_CODE[operation].format(*terms)}"
+
+    def item(self, items: Items) -> str:
+        return f"scratch[{self._first[items.block] + items.first}]"
+
+    def _take(self, index: int, length: int) -> int:
+        self._first[index] = self.size
+        self.size += length
+        return self._first[index]
+
+
+def _load(statement: Statement, inputs: Mapping[str, tuple[int, int]]) -> str:
+    operation, kind, (name, lane) = statement
+    buffer, row = inputs[name]
+    pattern, place = (_LOAD, f"{row + lane} * P + i") if operation == "load" else (_LOAD_SHARED, row + lane)
+    return pattern[kind].format(f"(({_C_TYPES[kind]}*)in[{buffer}] + {place})")
+
+
+def _store(store: Store) -> str:
+    value, kind, buffer, row, by_row = store
+    if by_row:
+        c_type = "bool" if kind == "b" else _C_TYPES[kind]
+        return f"store_rows(({c_type}*)out[{buffer}] + {row} + i * S[{buffer}], S[{buffer}], n - i, {_term(value)})"
+    return _STORE[kind].format(f"(({_C_TYPES[kind]}*)out[{buffer}] + {row} * P + i)", f"{_term(value)} & valid")
+
+
+def _lanes(arguments: Sequence[Any]) -> list[int]:
+    """The lanes that arguments read. Results of statements that have several are in memory."""
+    return [argument.number for argument in arguments if isinstance(argument, Lane)]
+
+
 def _needed(statements: Sequence[Statement], reads: Sequence[Lane]) -> list[int]:
     """The statements whose results are used, in order."""
     needed: set[int] = set()
@@ -236,11 +348,12 @@ def _needed(statements: Sequence[Statement], reads: Sequence[Lane]) -> list[int]
         index = pending.pop()
         if index not in needed:
             needed.add(index)
-            pending += [each.number for each in statements[index].arguments if isinstance(each, Lane)]
+            arguments = statements[index].arguments
+            pending += [*_lanes(arguments), *(each.block for each in arguments if isinstance(each, Items))]
     return sorted(needed)
 
 
-def _parts(lines: Sequence[tuple[int | None, str, list[int]]]) -> tuple[list[str], int]:
+def _parts(lines: Sequence[Line]) -> tuple[list[str], int]:
     """The lines in functions of bounded length; what a later one reads is kept in an array. Returns its length too."""
     size = _STATEMENTS_OF_A_PART
     part_of = {lane: number // size for number, (lane, *_) in enumerate(lines) if lane is not None}
@@ -274,61 +387,3 @@ def _term(value: Any) -> str:
     if math.isinf(value):
         return "V(INFINITY)" if value > 0 else "V(-INFINITY)"
     return "V(NAN)" if math.isnan(value) else f"V({float(value)!r}f)"
-
-
-class CompilerError(Exception):
-    """There is no compiler, or it refuses the code."""
-
-
-def build(code: str) -> Any:
-    """Compiles a function of :func:`source` and loads it; code that has been compiled before is only loaded.
-
-    The libraries are in ``$TORCHRL_TRPO_CACHE``, by default ``~/.cache/torchrl_trpo``, by code, PyTorch and processor.
-
-    Args:
-        code: the code.
-
-    Returns:
-        The function, of ``ctypes``.
-
-    Raises:
-        CompilerError: if there is no C++ compiler, it fails, or the libraries' folder cannot be written.
-    """
-    command = [*_compiler(), *_FLAGS]
-    key = hashlib.sha256("\n".join([code, *command, torch.__version__]).encode()).hexdigest()[:32]
-    folder = Path(os.environ.get("TORCHRL_TRPO_CACHE") or Path.home() / ".cache" / "torchrl_trpo")
-    library = folder / f"{key}.so"
-    try:
-        if not library.exists():
-            _compile(code, command, library)
-        function = ctypes.CDLL(str(library)).run
-    except OSError as error:
-        raise CompilerError(f"{library} cannot be written or loaded: {error}") from error
-    function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
-
-
-def _compile(code: str, command: Sequence[str], library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        file = Path(scratch, "kernel.cpp")
-        file.write_text(code)
-        include = [f"-I{path}" for path in cpp_extension.include_paths()]
-        libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
-        arguments = [*command, *include, str(file), "-o", str(file.with_suffix(".so")), *libraries]
-        result = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise CompilerError(f"{command[0]} failed: {result.stderr.strip()[:500]}")
-        file.with_suffix(".so").replace(library)  # whole, whoever else builds it
-
-
-@functools.cache
-def _compiler() -> tuple[str, ...]:
-    """The compiler, with the flags of this processor."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
-    if compiler is None:
-        raise CompilerError("there is no C++ compiler. Install g++, or set CXX to one")
-    capability = torch.backends.cpu.get_cpu_capability()
-    defines = f"-DCPU_CAPABILITY_{capability}", f"-DCPU_CAPABILITY={capability}"
-    return (compiler, *defines, *_ISA.get(capability, ()))

@@ -42,6 +42,22 @@ class Statement(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+class Items(NamedTuple):
+    """Some of the results of a statement that has several, which are next to each other."""
+
+    block: int
+    first: int
+    length: int = 1
+
+
+class InMemory(NamedTuple):
+    """Numbers of an input that all rows share, at equal distances."""
+
+    name: str
+    first: int
+    step: int
+
+
 class Lanes:
     """A tensor as an object array of lanes and constants.
 
@@ -231,7 +247,21 @@ _CONSTANT: dict[str, Callable[..., Any]] = {
     "pow": _by_torch(torch.pow),
     **{
         name: _by_torch(getattr(torch, name))
-        for name in ("sqrt", "sin", "cos", "tan", "exp", "log", "reciprocal", "atan2", "logaddexp")
+        for name in (
+            "sqrt",
+            "sin",
+            "cos",
+            "tan",
+            "tanh",
+            "atanh",
+            "exp",
+            "expm1",
+            "log",
+            "log1p",
+            "reciprocal",
+            "atan2",
+            "logaddexp",
+        )
     },
 }
 """The operations on constants."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, TransformedEnv
 
+from torchrl_trpo.envs import CompiledCollector, CompiledVmasEnv
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.parallel.ranks import ALONE, Ranks
 
@@ -38,7 +39,8 @@ def make_collector(
         ranks: the processes that share the frames of a batch. Default: this one alone.
 
     Returns:
-        The collector, which yields batches ``[num_envs, frames_per_batch / num_envs]``.
+        The collector, which yields batches ``[num_envs, frames_per_batch / num_envs]``. In a
+        :class:`~torchrl_trpo.envs.CompiledVmasEnv` it is a :class:`~torchrl_trpo.envs.CompiledCollector`.
 
     Raises:
         SettingError: if ``cudagraph_policy`` is set and the environment is not on a GPU.
@@ -48,7 +50,9 @@ def make_collector(
             f"cudagraph_policy=True needs an environment on a CUDA device, got {env.device}. Legal: "
             "cudagraph_policy=False."
         )
-    return Collector(
+    simulator = env.base_env if isinstance(env, TransformedEnv) else env
+    is_compiled = isinstance(simulator, CompiledVmasEnv) and simulator.why_not_compiled is None
+    return (CompiledCollector if is_compiled else Collector)(
         env,
         policy,
         frames_per_batch=frames_per_batch // ranks.size,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torchrl.envs import Compose, DTypeCastTransform, EnvBase, Transform
@@ -47,6 +48,28 @@ def make_policy(
     settings: dict[str, Any] = {"share_params": sharing != "none", "hidden": hidden, "network": network}
     actors = [make_actor(env, keys, **settings) for keys in groups]
     return actors[0] if groups[0].group is None else TensorDictSequential(*actors)
+
+
+_STEPS_THAT_PAY = 1000
+"""From how many steps of the vectorised environment on compiling takes less time than it saves."""
+
+
+def settle_compilation(cfg: DictConfig) -> DictConfig:
+    """Decides whether a run is compiled, where its settings leave it open.
+
+    A run that is resumed has the decision in its settings, so that it goes on as it began.
+
+    Args:
+        cfg: the recipe's config.
+
+    Returns:
+        The config, with ``env.compiled`` true or false in the place of ``auto``.
+    """
+    if cfg.env.get("compiled") != "auto":
+        return cfg
+    n_steps = cfg.train.total_frames // cfg.env.num_envs
+    pays = n_steps >= _STEPS_THAT_PAY and resolve_device(cfg.device).type == "cpu"
+    return cast(DictConfig, OmegaConf.merge(cfg, {"env": {"compiled": pays}}))
 
 
 def make_training_env(cfg: Mapping[str, Any], ranks: Ranks) -> EnvBase:

@@ -36,6 +36,7 @@ from torchrl_trpo.training.checkpoints import Checkpoints
 from torchrl_trpo.training.console import Console
 from torchrl_trpo.training.continuation import full_record
 from torchrl_trpo.training.metrics import Metrics
+from torchrl_trpo.training.policy import settle_compilation
 from torchrl_trpo.training.run_folder import RunFolder
 from torchrl_trpo.training.signals import StopSignals
 from torchrl_trpo.training.summary import summarize
@@ -71,6 +72,7 @@ def training_run(
         @functools.wraps(train)
         def run(cfg: DictConfig) -> _Result:
             check_settings(cfg, settings)
+            cfg = settle_compilation(cfg)
             if not _ONE_AT_A_TIME.acquire(blocking=False):
                 raise RuntimeError(
                     "another training is running in this process, and both would draw from the same random numbers. "

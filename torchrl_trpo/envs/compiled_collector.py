@@ -1,0 +1,109 @@
+"""TorchRL's collector with compiled rollouts."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.collectors import Collector
+from torchrl.envs import set_exploration_type
+
+from torchrl_trpo.envs.flat_state import NotCompiled
+from torchrl_trpo.envs.fused_rollout import FusedRollout
+
+
+class CompiledCollector(Collector):
+    """TorchRL's ``Collector``, whose rollouts in a :class:`~torchrl_trpo.envs.CompiledVmasEnv` are compiled.
+
+    Policy, transforms, simulator and resets are compiled into loops over the environments, which write the batch
+    themselves. What comes out is what ``Collector`` gives, up to rounding: the random numbers are the same. The
+    parameters of the policy are read where they are, so that an update needs no compilation. A policy that cannot be
+    compiled is called at each step. If rollouts cannot be compiled at all, a warning says why, and they are those of
+    ``Collector``.
+
+    Args:
+        *args: as of :class:`~torchrl.collectors.Collector`.
+
+    Keyword Args:
+        **kwargs: as of :class:`~torchrl.collectors.Collector`.
+
+    Attributes:
+        why_not_compiled: why rollouts are not compiled; None if they are.
+
+    Examples:
+        >>> from torchrl_trpo.envs import CompiledCollector, CompiledVmasEnv
+        >>> env = CompiledVmasEnv("simple", num_envs=32, seed=0)
+        >>> collector = CompiledCollector(env, frames_per_batch=160, total_frames=320)
+        >>> [batch.shape for batch in collector]
+        [torch.Size([32, 5]), torch.Size([32, 5])]
+    """
+
+    _carrier: TensorDictBase
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._fused: FusedRollout | None = None
+        self._returns_same_td: bool = self.return_same_td
+        self.why_not_compiled: str | None = None
+        self._compile()
+
+    def _compile(self) -> None:
+        try:
+            if reason := self._reason_against():
+                raise NotCompiled(reason)
+            with set_exploration_type(self.exploration_type):
+                self._fused = FusedRollout(self.env, self._wrapped_policy, self._carried)
+        except NotCompiled as error:
+            self._fused, self.why_not_compiled = None, str(error)
+            warnings.warn(f"Rollouts are not compiled: {error}.", stacklevel=3)
+        # a batch of a compiled rollout has memory of its own, and needs no copy
+        self.return_same_td = self._returns_same_td or self._fused is not None
+
+    def _reason_against(self) -> str | None:
+        """Which argument asks for something that compiled rollouts do not do."""
+        devices = {self.policy_device, self.env_device, self.storing_device} - {None, torch.device("cpu")}
+        asked = {
+            "a replay buffer is written at each step": self.replay_buffer is not None and not self.extend_buffer,
+            "random frames come first": bool(self.init_random_frames),
+            "compact_obs leaves entries out": bool(self._compact_next_keys),
+            "another process may interrupt them": self.interruptor is not None,
+            "the policy is compiled already": self.compiled_policy or self.cudagraphed_policy,
+            "there is no buffer for a batch": not self._use_buffers,
+            f"the devices are {devices}": bool(devices),
+        }
+        return next((reason for reason, holds in asked.items() if holds), None)
+
+    @property
+    def _carried(self) -> TensorDictBase:
+        """The data that the policy acts on next, without the ids of trajectories."""
+        return self._carrier.exclude("collector")
+
+    def rollout(self) -> TensorDictBase:
+        """Collects a batch.
+
+        Returns:
+            The batch, ``[*env.batch_size, frames_per_batch / num_envs]``.
+        """
+        with set_exploration_type(self.exploration_type):
+            if self._fused is not None and not self._fused.is_current():
+                self._compile()
+        if self._fused is None:
+            return super().rollout()
+        if self.pre_collect_hook is not None:
+            self.pre_collect_hook()
+        if self.reset_at_each_iter:
+            self._carrier.update(self.env.reset())
+            self._start_new_trajectories()
+        batch = self._final_rollout.apply(lambda leaf: leaf.new_empty(leaf.shape))
+        with set_exploration_type(self.exploration_type):
+            following = self._fused.collect(self._carried, batch)
+        ids = self._carrier.get("collector") if self.track_traj_ids else None
+        self._carrier = following
+        if ids is not None:
+            self._carrier.set("collector", ids)
+            for time in range(batch.shape[-1]):
+                batch.get(("collector", "traj_ids"))[:, time] = self._carrier.get(("collector", "traj_ids"))
+                self._update_traj_ids(batch[:, time])
+        return self._maybe_set_truncated(batch)

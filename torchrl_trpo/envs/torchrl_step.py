@@ -1,0 +1,171 @@
+"""What TorchRL does at a step and a reset of an environment, as functions of tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_unflatten
+from torchrl.envs import EnvBase, TransformedEnv
+
+from torchrl_trpo.envs.compiled_vmas import CompiledVmasEnv
+from torchrl_trpo.envs.flat_state import NotCompiled
+
+Policy = Callable[[TensorDictBase], TensorDictBase]
+
+
+class TorchRLStep:
+    """What TorchRL does before and after the simulator's part of a step, and after that of a reset.
+
+    Each method takes the environment, or one with another number of environments, data of its batch size, and the
+    leaves that are put into the data.
+
+    Args:
+        carried_keys: the entries that one step leaves to the next.
+        chosen_keys: the entries that the policy writes.
+        step_structure: the structure of what the simulator's part of a step gives.
+        read_structure: the structure of what the simulator's part of a reset gives; None if that is not compiled.
+    """
+
+    def __init__(
+        self,
+        carried_keys: Iterable[NestedKey],
+        chosen_keys: Iterable[NestedKey],
+        step_structure: TreeSpec,
+        read_structure: Any,
+    ) -> None:
+        self.carried_keys = list(carried_keys)
+        self.chosen_keys = list(chosen_keys)
+        self._step_structure = step_structure
+        self._read_structure = read_structure
+
+    def choose(
+        self, env: EnvBase, data: TensorDictBase, leaves: Sequence[Tensor], policy: Policy | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What the policy writes, and the actions of the simulator. Without a policy, the leaves have the former."""
+        keys = self.carried_keys if policy is not None else [*self.carried_keys, *self.chosen_keys]
+        acted = filled(data, keys, leaves)
+        if policy is not None:
+            acted.update(policy(acted))
+
+        def stop(actions: list[Tensor]) -> Any:
+            raise _Actions(actions)
+
+        try:
+            with _simulated(env, stop):
+                env.step(acted.copy())
+        except _Actions as taken:
+            return [acted.get(key) for key in self.chosen_keys], taken.actions
+        raise AssertionError("a step takes a step of the simulator")
+
+    def finish(
+        self, env: EnvBase, data: TensorDictBase, leaves: Sequence[Tensor]
+    ) -> tuple[dict[NestedKey, Tensor], list[Tensor]]:
+        """The data of a step, and what the next one has; ``leaves`` are before, chosen, and of the simulator."""
+        keys = [*self.carried_keys, *self.chosen_keys]
+        entries = tree_unflatten(leaves[len(keys) :], self._step_structure)
+        with _simulated(env, lambda actions: entries):
+            data = env.step(filled(data, keys, leaves[: len(keys)]))
+        following = env._step_mdp(data)
+        if env._post_step_mdp_hooks is not None:
+            data, following = env._post_step_mdp_hooks(data, following)
+        return leaves_of(data), [following.get(key) for key in self.carried_keys]
+
+    def reset(self, env: EnvBase, data: TensorDictBase, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """What the next step has; ``leaves`` are after the step, which have ended, and of the simulator."""
+        n_carried = len(self.carried_keys)
+        entries = tree_unflatten(leaves[n_carried + 1 :], self._read_structure)
+        data = filled(data, [*self.carried_keys, "_reset"], leaves[: n_carried + 1])
+        with _simulated(env, lambda ended: entries):
+            data = env.reset(data, select_reset_only=True)
+        return [data.get(key) for key in self.carried_keys]
+
+
+class _Actions(Exception):
+    """The actions that the simulator is given."""
+
+    def __init__(self, actions: list[Tensor]) -> None:
+        super().__init__()
+        self.actions = actions
+
+
+def base_of(env: EnvBase) -> Any:
+    """The environment inside all transforms."""
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    return env
+
+
+def twin_of(env: EnvBase, num_envs: int) -> EnvBase:
+    """The same environment and transforms with another number of environments."""
+    if isinstance(env, TransformedEnv):
+        return TransformedEnv(twin_of(env.base_env, num_envs), env.transform.clone(), auto_unwrap=False)
+    if not isinstance(env, CompiledVmasEnv):
+        raise NotCompiled(f"the environment is a {type(env).__name__}, and no CompiledVmasEnv")
+    return env.make_twin_env(num_envs)
+
+
+@contextlib.contextmanager
+def _simulated(env: EnvBase, function: Callable[[Any], Any]) -> Iterator[None]:
+    """Replaces the simulator's step and reset inside the context; the function gives their entries."""
+    base = base_of(env)
+    base._take_step = base._reset_some = function
+    try:
+        yield
+    finally:
+        del base._take_step, base._reset_some
+
+
+def leaves_of(data: TensorDictBase) -> dict[NestedKey, Tensor]:
+    """The tensors of data by their keys."""
+    parts = [data, *(value for value in data.values(True) if isinstance(value, TensorDictBase))]
+    if any(isinstance(part, LazyStackedTensorDict) for part in parts):
+        raise NotCompiled("the agents of a group have other observations or actions")
+    return dict(data.items(True, True))
+
+
+def filled(data: TensorDictBase, keys: Sequence[NestedKey], leaves: Sequence[Tensor]) -> TensorDictBase:
+    """Data with other leaves."""
+    data = data.copy()
+    for key, leaf in zip(keys, leaves, strict=True):
+        data.set(key, leaf)
+    return data
+
+
+def _modules_of(root: Any) -> list[tuple[str, nn.Module]]:
+    roots = []
+    while isinstance(root, TransformedEnv):
+        roots.append(root.transform)
+        root = root.base_env
+    if not roots and isinstance(root, nn.Module) and not isinstance(root, EnvBase):
+        roots = [root]
+    return [(f"{number}.{name}", module) for number, each in enumerate(roots) for name, module in each.named_modules()]
+
+
+def parameters_of(env: EnvBase, policy: Policy) -> dict[str, Tensor]:
+    """The tensors of policy and transforms whose numbers may change between rollouts."""
+    found: dict[str, Tensor] = {}
+    for owner, root in (("policy", policy), ("env", env)):
+        for name, module in _modules_of(root):
+            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            found |= {f"{owner}.{name}.{key}": tensor for key, tensor in tensors}
+    for name, tensor in found.items():
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise NotCompiled(f"{name} is not contiguous, or not on the CPU")
+    return found
+
+
+def settings_of(root: Any) -> list[Any]:
+    """What modules have besides their tensors."""
+    found: list[Any] = []
+    for name, module in _modules_of(root):
+        found.append((name, type(module)))
+        for key, value in vars(module).items():
+            if isinstance(value, (bool, int, float, str)) or value is None:
+                found.append((key, value))
+            elif isinstance(value, Tensor):
+                found.append((key, id(value), value._version))
+    return found

@@ -1,0 +1,81 @@
+"""Builds C++ functions with the machine's compiler, once for each code."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import cpp_extension
+
+_ISA = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
+}
+_FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w")
+
+
+class CompilerError(Exception):
+    """There is no compiler, or it refuses the code."""
+
+
+def build(code: str) -> Any:
+    """Compiles a function of :func:`source` and loads it; code that has been compiled before is only loaded.
+
+    The libraries are in ``$TORCHRL_TRPO_CACHE``, by default ``~/.cache/torchrl_trpo``, by code, PyTorch and processor.
+
+    Args:
+        code: the code.
+
+    Returns:
+        The function, of ``ctypes``.
+
+    Raises:
+        CompilerError: if there is no C++ compiler, it fails, or the libraries' folder cannot be written.
+    """
+    command = [*_compiler(), *_FLAGS]
+    key = hashlib.sha256("\n".join([code, *command, torch.__version__]).encode()).hexdigest()[:32]
+    folder = Path(os.environ.get("TORCHRL_TRPO_CACHE") or Path.home() / ".cache" / "torchrl_trpo")
+    library = folder / f"{key}.so"
+    try:
+        if not library.exists():
+            _compile(code, command, library)
+        function = ctypes.CDLL(str(library)).run
+    except OSError as error:
+        raise CompilerError(f"{library} cannot be written or loaded: {error}") from error
+    function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    return function
+
+
+def _compile(code: str, command: Sequence[str], library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        file = Path(scratch, "kernel.cpp")
+        file.write_text(code)
+        include = [f"-I{path}" for path in cpp_extension.include_paths()]
+        libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+        arguments = [*command, *include, str(file), "-o", str(file.with_suffix(".so")), *libraries]
+        result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise CompilerError(f"{command[0]} failed: {result.stderr.strip()[:500]}")
+        file.with_suffix(".so").replace(library)  # whole, whoever else builds it
+
+
+@functools.cache
+def _compiler() -> tuple[str, ...]:
+    """The compiler, with the flags of this processor."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    if compiler is None:
+        raise CompilerError("there is no C++ compiler. Install g++, or set CXX to one")
+    capability = torch.backends.cpu.get_cpu_capability()
+    defines = f"-DCPU_CAPABILITY_{capability}", f"-DCPU_CAPABILITY={capability}"
+    return (compiler, *defines, *_ISA.get(capability, ()))

@@ -1,0 +1,235 @@
+"""The operations of networks and distributions: layers with weights that are known at run time, activations, draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from torchrl_trpo.kernels.aten import Operations
+from torchrl_trpo.kernels.lanes import KINDS, InMemory, Items, Lane, Lanes, Unsupported, aligned
+from torchrl_trpo.kernels.views import dims_of
+
+_LONG = 16
+"""From how many entries on one statement stands for all of them."""
+
+
+class Joined(NamedTuple):
+    """A tensor ``[n * ..., K]``: one ``[n, ..., K]`` whose dimensions but the last have been made one."""
+
+    lanes: Lanes
+
+
+class NetworkOperations(Operations):
+    """The operations of ``torch.ops.aten`` in a network and its distribution, as methods.
+
+    Args:
+        graph: the graph.
+        n_rows: the size of the batch.
+        parameters: the tensors of the graph that may have other values in each call, by name. Others are constants.
+    """
+
+    def __init__(self, graph: fx.GraphModule, n_rows: int, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__(graph, n_rows)
+        self._parameters = parameters
+
+    def attribute(self, tensor: Tensor) -> Lanes:
+        for name, parameter in self._parameters.items():
+            first = tensor.storage_offset() - parameter.storage_offset()
+            is_part = 0 <= first < parameter.numel()
+            if is_part and tensor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
+                lanes = self.statements.inputs(name, (parameter.numel(),), None, self._n_rows, KINDS[tensor.dtype])
+                places = torch.arange(parameter.numel()).as_strided(tensor.shape, tensor.stride(), first)
+                values = np.empty(tuple(tensor.shape), object)
+                for place in np.ndindex(*values.shape):
+                    values[place] = lanes.values[places[place]]
+                return Lanes(values, None, self._n_rows, KINDS[tensor.dtype])
+        return super().attribute(tensor)
+
+    def _call(self, node: fx.Node, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
+        name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+        if any(isinstance(each, Joined) for each in arguments) and name not in _OF_JOINED:
+            raise Unsupported(f"{name} of rows that are joined with another dimension")
+        if name.endswith("_") and len(node.all_input_nodes[0].users) > 1:
+            raise Unsupported(f"{name} of a tensor that is read besides")
+        return super()._call(node, arguments, keywords)
+
+    def view(self, tensor: Any, size: Sequence[int]) -> Any:
+        lanes = tensor.lanes if isinstance(tensor, Joined) else tensor
+        if lanes.axis == 0 and lanes.ndim > 2 and len(size) == 2:
+            joined = math.prod(lanes.shape[:-1]), lanes.shape[-1]
+            if joined[0] != self._n_rows and list(size) in ([*joined], [-1, joined[1]], [joined[0], -1]):
+                return Joined(lanes)
+        return super().view(lanes, size)
+
+    reshape = _unsafe_view = view
+
+    def permute(self, tensor: Any, dims: Sequence[int]) -> Any:
+        if not isinstance(tensor, Joined):
+            return super().permute(tensor, dims)
+        if tensor.lanes.shape[-1] != 1:
+            raise Unsupported("a permutation of rows that are joined with another dimension")
+        return tensor  # [n * ..., 1] as [1, n * ...]: only a view can follow, for which it is the same
+
+    # Layers
+
+    def mm(self, tensor: Any, weights: Lanes) -> Any:
+        if isinstance(tensor, Joined):
+            return Joined(self.mm(tensor.lanes, weights))
+        if tensor.axis != 0 or weights.axis is not None or tensor.shape[-1] != weights.shape[0]:
+            raise Unsupported("a product of rows")
+        values = np.empty((*tensor.values.shape[:-1], weights.shape[1]), object)
+        for place in np.ndindex(*values.shape[:-1]):
+            values[place] = self._linear(tensor.values[place], weights.values)
+        return Lanes(values, 0, self._n_rows, "f")
+
+    def addmm(self, bias: Lanes, tensor: Any, weights: Lanes, beta: Any = 1, alpha: Any = 1) -> Any:
+        if (beta, alpha) != (1, 1):
+            raise Unsupported("a product that is scaled")
+        product = self.mm(tensor, weights)
+        lanes = product.lanes if isinstance(product, Joined) else product
+        total = self._elementwise("add", lanes, bias)
+        return Joined(total) if isinstance(product, Joined) else total
+
+    def bmm(self, tensor: Lanes, weights: Lanes) -> Lanes:
+        if tensor.axis != 1 or weights.axis is not None:
+            return super().bmm(tensor, weights)
+        values = np.empty((tensor.shape[0], 1, weights.shape[2]), object)
+        for number, (inputs, each) in enumerate(zip(tensor.values, weights.values, strict=True)):
+            values[number, 0] = self._linear(inputs[0], each)
+        return Lanes(values, 1, self._n_rows, "f")
+
+    def _linear(self, inputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """A product of ``[K]`` and ``[K, N]``, as one statement; the weights are in memory, at equal distances."""
+        columns = [self._vector(column) for column in weights.T]
+        if not all(isinstance(column, InMemory) for column in columns):
+            raise Unsupported("a product with weights that are computed")
+        name, first, step = next(iter(columns))
+        to_next = columns[1].first - first if len(columns) > 1 else 0
+        if columns != [InMemory(name, first + number * to_next, step) for number in range(len(columns))]:
+            raise Unsupported("a product with weights that are not at equal distances in memory")
+        vector = self._vector(inputs)
+        terms = [vector] if isinstance(vector, Items) else [self.statements.convert(value, "f") for value in inputs]
+        return self._block("linear", len(columns), name, first, step, to_next, len(columns), *terms)
+
+    def _elementwise(self, operation: str, *tensors: Any, kind: str = "", of: str = "") -> Lanes:
+        """As of the base class. Where the last dimension is long, one statement stands for all of its entries."""
+        if (kind or self._kind) == "f" and of in ("", "f"):
+            arrays, axis, n_rows = aligned(*tensors)
+            broadcast = np.broadcast_arrays(*arrays)
+            *shape, length = broadcast[0].shape or (1,)
+            if length >= _LONG:
+                values = np.empty((*shape, length), object)
+                places = list(np.ndindex(*shape))
+                vectors = [[self._vector(array[place]) for array in broadcast] for place in places]
+                if all(vector is not None for each in vectors for vector in each):
+                    for place, each in zip(places, vectors, strict=True):
+                        values[place] = self._block("map", length, operation, length, *each)
+                    return Lanes(values, None if axis is None else values.ndim + axis, n_rows, "f")
+        return super()._elementwise(operation, *tensors, kind=kind, of=of)
+
+    def _vector(self, values: np.ndarray) -> Any:
+        """Values that are next to each other in memory, or one value that all are; None if they are neither."""
+        first = values[0]
+        if all(value is first or (value == first and type(value) is type(first)) for value in values):
+            return first if isinstance(first, Lane) and first.kind == "f" else self.statements.convert(first, "f")
+        if not all(isinstance(value, Lane) and value.kind == "f" for value in values):
+            return None
+        found = [self.statements.all[value.number] for value in values]
+        if all(each.operation == "item" for each in found):
+            items = [each.arguments[0] for each in found]
+            first = items[0]._replace(length=len(items))
+            return first if items == [Items(first.block, first.first + n) for n in range(len(items))] else None
+        if all(each.operation == "shared" for each in found):
+            places = [InMemory(each.arguments[0], each.arguments[1], 0) for each in found]
+            first = places[0]._replace(step=places[1].first - places[0].first)
+            expected = [places[0]._replace(first=first.first + n * first.step) for n in range(len(places))]
+            return first if places == expected else None
+        return None
+
+    def _block(self, operation: str, length: int, *arguments: Any) -> np.ndarray:
+        """The results of a statement that has several."""
+        block = self.statements.add(operation, "f", *arguments)
+        items = np.empty(length, object)
+        for number in range(length):
+            items[number] = self.statements.add("item", "f", Items(block.number, number))
+        return items
+
+    # Activations
+
+    def relu(self, tensor: Lanes) -> Lanes:
+        return self._elementwise("max", tensor, 0)
+
+    def sigmoid(self, tensor: Lanes) -> Lanes:
+        exponential = self._elementwise("exp", self._elementwise("neg", tensor))
+        return self._elementwise("reciprocal", self._elementwise("add", exponential, 1))
+
+    def silu(self, tensor: Lanes) -> Lanes:
+        return self._elementwise("mul", tensor, self.sigmoid(tensor))
+
+    def elu(self, tensor: Lanes, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Lanes:
+        grown = self._elementwise("expm1", self._elementwise("mul", tensor, input_scale))
+        below = self._elementwise("mul", grown, alpha * scale)
+        return self._where(self._compare("gt", tensor, 0.0), self._elementwise("mul", tensor, scale), below, "f")
+
+    def leaky_relu(self, tensor: Lanes, negative_slope: Any = 0.01) -> Lanes:
+        below = self._elementwise("mul", tensor, negative_slope)
+        return self._where(self._compare("gt", tensor, 0.0), tensor, below, "f")
+
+    def softplus(self, tensor: Lanes, beta: Any = 1, threshold: Any = 20) -> Lanes:
+        scaled = self._elementwise("mul", tensor, beta)
+        smooth = self._elementwise("div", self._elementwise("log1p", self._elementwise("exp", scaled)), beta)
+        return self._where(self._compare("gt", scaled, float(threshold)), tensor, smooth, "f")
+
+    # Distributions
+
+    def normal_(self, tensor: Lanes, mean: float = 0.0, std: float = 1.0, **_: Any) -> Lanes:
+        return self._draw(tensor.shape, "normal_", mean, std)
+
+    def normal(self, mean: Any, std: Any, **_: Any) -> Lanes:
+        size = mean.shape if isinstance(mean, Lanes) else std.shape
+        return self.add(self._elementwise("mul", self._draw(size, "normal_", 0.0, 1.0), std), mean)
+
+    def logsumexp(self, tensor: Lanes, dim: Any, keepdim: bool = False) -> Lanes:
+        largest = self._reduce(tensor, dim, True, "max", "f")
+        exponentials = self._elementwise("exp", self._elementwise("sub", tensor, largest))
+        total = self._elementwise("add", self._elementwise("log", self.sum(exponentials, dim, True)), largest)
+        return total if keepdim else self.squeeze(total, dim)
+
+    def _log_softmax(self, tensor: Lanes, dim: int, half_to_float: bool = False) -> Lanes:
+        return self._elementwise("sub", tensor, self.logsumexp(tensor, [dim], True))
+
+    def _softmax(self, tensor: Lanes, dim: int, half_to_float: bool = False) -> Lanes:
+        largest = self._reduce(tensor, dim, True, "max", "f")
+        exponentials = self._elementwise("exp", self._elementwise("sub", tensor, largest))
+        return self._elementwise("div", exponentials, self.sum(exponentials, dim, True))
+
+    def multinomial(self, tensor: Any, num_samples: int, replacement: bool = False, **_: Any) -> Any:
+        """PyTorch draws one sample as the largest of the quotients of probabilities and exponential numbers."""
+        if num_samples != 1:
+            raise Unsupported("several samples of a multinomial distribution")
+        lanes = tensor.lanes if isinstance(tensor, Joined) else tensor
+        kind, self._kind = self._kind, "f"
+        quotients = self._elementwise("div", lanes, self._draw(lanes.shape, "exponential_", 1.0))
+        self._kind = kind
+        drawn = self.argmax(quotients, -1, True)
+        return Joined(drawn) if isinstance(tensor, Joined) else drawn
+
+    def argmax(self, tensor: Lanes, dim: int, keepdim: bool = False) -> Lanes:
+        return self.max(tensor, dim, keepdim)[1]
+
+    def gather(self, tensor: Lanes, dim: int, index: Lanes, **_: Any) -> Lanes:
+        (dim,) = dims_of(dim, tensor.ndim)
+        if dim == tensor.axis or index.shape[dim] != 1:
+            raise Unsupported("gather of several entries")
+        result, *others = (self.unsqueeze(part, dim) for part in self.unbind(tensor, dim))
+        for position, other in enumerate(others, 1):
+            result = self._where(self._compare("eq", index, position), other, result, tensor.kind)
+        return result
+
+
+_OF_JOINED = {"view", "reshape", "_unsafe_view", "mm", "addmm", "multinomial", "permute"}
