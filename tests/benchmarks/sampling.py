@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import vmas
 from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, EnvBase, InitTracker, RewardSum, StepCounter, Transform, TransformedEnv, VmasEnv
 
@@ -26,49 +23,67 @@ STEPS, N_AGENTS = 100, 4
 """Steps in a batch, which are also an episode's limit; agents."""
 
 
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "balance": {"n_agents": N_AGENTS},
+    "navigation": {},
+    "simple_spread": {},
+    "transport": {},
+}
+"""The scenarios with their arguments; of the first, everything is measured."""
+
+
 def bench(repetitions: int, quick: bool) -> dict[str, float]:
     """Frames per second of all, and what ours spends its time on.
 
     Args:
         repetitions: of each task, fewer for the large ones.
-        quick: whether the largest number of environments is left out.
+        quick: whether only the first scenario is measured, without the largest number of environments.
 
     Returns:
         Figures by label.
     """
     results = {}
-    for num_envs in (60, 600) if quick else (60, 600, 6000):
-        env = our_env(num_envs)
-        (keys,) = group_keys(env)
-        policy = make_actor(env, keys, share_params=False)
-        stock = _stock(num_envs, policy)
-        ours = iter(make_collector(env, policy, frames_per_batch=num_envs * STEPS, total_frames=-1))
-        stock_tasks = {"stock": lambda stock=stock: next(stock)}
-        compiled = _compiled(num_envs, policy)
-        our_tasks = {
-            "ours": lambda ours=ours: next(ours),
-            "compiled": lambda compiled=compiled: next(compiled),
-            "floor": _floor(num_envs),
-            **_steps(num_envs),
-        }
-        if num_envs > 1000:  # the first takes a minute or more
-            cost = {**medians(stock_tasks, 1, warm_up=False), **medians(our_tasks, min(repetitions, 3))}
-        else:
-            cost = medians({**stock_tasks, **our_tasks}, repetitions)
-        frames = num_envs * STEPS
-        figures = {
-            "TorchRL as it comes [frames/s]": frames / cost["stock"],
-            "ours [frames/s]": frames / cost["ours"],
-            "ours, compiled [frames/s]": frames / cost["compiled"],
-            "the simulator alone [frames/s]": frames / cost["floor"],
-            "time, TorchRL as it comes / ours": cost["stock"] / cost["ours"],
-            "time, TorchRL as it comes / ours, compiled": cost["stock"] / cost["compiled"],
-            "time, ours / the simulator alone": cost["ours"] / cost["floor"],
-            "time, a step of VMAS / compiled": cost["VMAS"] / cost["compiled step"],
-            **_parts(env, policy, ours),
-        }
-        results |= {f"{num_envs} environments: {label}": value for label, value in figures.items()}
+    for scenario in list(SCENARIOS)[: 1 if quick else None]:
+        for num_envs in (60, 600) if quick else (60, 600, 6000):
+            figures = _of_scenario(scenario, num_envs, repetitions if num_envs < 1000 else min(repetitions, 3))
+            results |= {f"{scenario}, {num_envs} environments: {label}": value for label, value in figures.items()}
     return results
+
+
+def _of_scenario(scenario: str, num_envs: int, repetitions: int) -> dict[str, float]:
+    env = our_env(num_envs, scenario=scenario)
+    policy = make_actor(env, group_keys(env)[0], share_params=False)
+    eager = iter(make_collector(env, policy, frames_per_batch=num_envs * STEPS, total_frames=-1))
+    compiled_env = our_env(num_envs, compiled=True, scenario=scenario)
+    collector: Any = make_collector(compiled_env, policy, frames_per_batch=num_envs * STEPS, total_frames=-1)
+    compiled = iter(collector)
+    tasks: dict[str, Callable[[], Any]] = {
+        "eager": lambda: next(eager),
+        "compiled": lambda: next(compiled),
+        "matrix products": _matrix_products(policy, num_envs),
+        **_steps(scenario, num_envs, collector),
+    }
+    stock = _stock(scenario, num_envs, policy)
+    if num_envs > 1000:  # TorchRL's takes a minute or more
+        cost = {**medians({"stock": lambda: next(stock)}, 1, warm_up=False), **medians(tasks, repetitions)}
+    else:
+        cost = medians({"stock": lambda: next(stock), **tasks}, repetitions)
+    frames = num_envs * STEPS
+    limit = cost["compiled step alone"] + cost["matrix products"]
+    figures = {
+        "TorchRL as it comes [frames/s]": frames / cost["stock"],
+        "ours [frames/s]": frames / cost["eager"],
+        "ours, compiled [frames/s]": frames / cost["compiled"],
+        "the compiled step alone [frames/s]": frames / cost["compiled step alone"],
+        "time, TorchRL as it comes / ours": cost["stock"] / cost["eager"],
+        "time, TorchRL as it comes / ours, compiled": cost["stock"] / cost["compiled"],
+        "time, ours, compiled / the compiled step alone and the policy's matrix products": cost["compiled"] / limit,
+        "time, a step of VMAS / compiled, in TorchRL's environment": cost["VMAS"] / cost["compiled step"],
+        "time, a step of VMAS / the compiled step alone": cost["VMAS"] / cost["compiled step alone"],
+    }
+    if scenario == next(iter(SCENARIOS)):
+        figures |= _parts(env, policy, eager)
+    return figures
 
 
 class Stagger(Transform):
@@ -81,21 +96,22 @@ class Stagger(Transform):
         return tensordict_reset
 
 
-def our_env(num_envs: int, compiled: bool = False) -> EnvBase:
+def our_env(num_envs: int, compiled: bool = False, scenario: str = "balance") -> EnvBase:
     """The recipes' environment.
 
     Args:
         num_envs: the number of environments.
         compiled: whether the simulator is compiled.
+        scenario: one of :data:`SCENARIOS`.
 
     Returns:
         The environment, its episodes staggered.
     """
     env = make_env(
-        "vmas/balance",
+        f"vmas/{scenario}",
         num_envs=num_envs,
         max_steps=STEPS,
-        kwargs={"n_agents": N_AGENTS},
+        kwargs=SCENARIOS[scenario],
         seed=0,
         device=torch.device("cpu"),
         compiled=compiled,
@@ -103,16 +119,11 @@ def our_env(num_envs: int, compiled: bool = False) -> EnvBase:
     return env.append_transform(Stagger())
 
 
-def _compiled(num_envs: int, policy: nn.Module) -> Iterator[TensorDictBase]:
-    env = our_env(num_envs, compiled=True)
-    return iter(make_collector(env, policy, frames_per_batch=num_envs * STEPS, total_frames=-1))
-
-
-def _steps(num_envs: int) -> dict[str, Callable[[], None]]:
-    """Steps of the simulator alone, by VMAS and compiled."""
-    tasks = {}
+def _steps(scenario: str, num_envs: int, collector: Any) -> dict[str, Callable[[], None]]:
+    """Steps of the simulator alone: by VMAS, compiled, and compiled without TorchRL's environment."""
+    tasks: dict[str, Callable[[], None]] = {}
     for name, env_class in (("VMAS", BatchedResetVmasEnv), ("compiled step", CompiledVmasEnv)):
-        env = env_class("balance", num_envs=num_envs, seed=0, n_agents=N_AGENTS)
+        env = env_class(scenario, num_envs=num_envs, seed=0, **SCENARIOS[scenario])
         data = env.rand_action(env.reset())
 
         def steps(env: Any = env, data: TensorDictBase = data) -> None:
@@ -120,46 +131,33 @@ def _steps(num_envs: int) -> dict[str, Callable[[], None]]:
                 env._step(data)
 
         tasks[name] = steps
-    return tasks
+
+    def alone() -> None:
+        for _ in range(STEPS):
+            collector._fused._simulate()
+
+    return {**tasks, "compiled step alone": alone}
 
 
-def _stock(num_envs: int, policy: nn.Module) -> Iterator[TensorDictBase]:
-    env = VmasEnv("balance", num_envs=num_envs, max_steps=None, device="cpu", seed=0, n_agents=N_AGENTS)
+def _stock(scenario: str, num_envs: int, policy: nn.Module) -> Iterator[TensorDictBase]:
+    env = VmasEnv(scenario, num_envs=num_envs, max_steps=None, device="cpu", seed=0, **SCENARIOS[scenario])
     returns = RewardSum(in_keys=env.reward_keys, out_keys=[("agents", "episode_reward")])
     env = TransformedEnv(env, Compose(InitTracker(), StepCounter(STEPS), returns, Stagger()))
     return iter(Collector(env, policy, frames_per_batch=num_envs * STEPS, total_frames=-1))
 
 
-def _floor(num_envs: int) -> Callable[[], None]:
-    """A step, a forward pass and a reset of all environments at once, of plain PyTorch and VMAS."""
-    settings: dict[str, Any] = {"num_envs": num_envs, "device": "cpu", "continuous_actions": True, "seed": 0}
-    simulator, spare = (vmas.make_env("balance", **settings, n_agents=N_AGENTS) for _ in range(2))
-    observations = simulator.reset()
-    sizes = [observations[0].shape[-1], 128, 128]
-    policies = []
-    for _ in range(N_AGENTS):
-        hidden = [layer for n, m in itertools.pairwise(sizes) for layer in (nn.Linear(n, m), nn.Tanh())]
-        policies.append(nn.Sequential(*hidden, nn.Linear(128, 4)))
+def _matrix_products(policy: nn.Module, num_envs: int) -> Callable[[], None]:
+    """The products of the policy's forward passes, with nothing between them."""
+    weights = [p for name, p in policy.named_parameters() if name.endswith("weight")]  # [n_agents, outputs, inputs]
+    inputs = [torch.randn(weight.shape[0], num_envs, weight.shape[2]) for weight in weights]
 
     @torch.no_grad()
-    def task() -> None:
-        nonlocal observations
+    def products() -> None:
         for _ in range(STEPS):
-            drawn = [_draw(policy, seen) for policy, seen in zip(policies, observations, strict=True)]
-            observations, *_ = simulator.step([action for action, _ in drawn])
-            spare.reset()  # another's, so that the first one's states stay those of running episodes
+            for weight, each in zip(weights, inputs, strict=True):
+                torch.bmm(each, weight.mT)
 
-    return task
-
-
-def _draw(policy: nn.Module, observation: Tensor) -> tuple[Tensor, Tensor]:
-    """An action within (-1, 1) and its log-probability."""
-    loc, raw = policy(observation).chunk(2, -1)
-    scale = nn.functional.softplus(raw)
-    noise = torch.randn_like(loc)
-    action = (loc + scale * noise).tanh()
-    log_prob = -noise.square() / 2 - scale.log() - math.log(2 * math.pi) / 2 - (1 - action.square() + 1e-6).log()
-    return action, log_prob.sum(-1)
+    return products
 
 
 def _parts(env: EnvBase, policy: nn.Module, collector: Iterator[TensorDictBase]) -> dict[str, float]:

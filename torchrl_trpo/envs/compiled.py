@@ -35,6 +35,7 @@ class CompiledFunction:
 
     Attributes:
         draws: the random tensors that a call draws from PyTorch's global generator.
+        changes_state: whether it changes what the simulator's objects hold.
         results: the layout of buffers for the results.
         slots: where they are in such buffers.
         structure: the structure of what the function returns.
@@ -96,12 +97,17 @@ class CompiledFunction:
                 stores.append(Store(value, slot.kind, first_buffer + slot.buffer, lane))
             return slot
 
+        self.changes_state = False
         for number, (path, slot) in enumerate(zip(state.reference.paths, state.slots, strict=True)):
             before, after = lowered.inputs[number], lowered.outputs[number]
-            if not before.is_same(after) and (slot is None or state.reference.holders[number] is None):
+            changes = not before.is_same(after)
+            self.changes_state |= changes
+            if changes and (slot is None or state.reference.holders[number] is None):
                 raise NotCompiled(f"{path} changes, and is shared by all environments or cannot be replaced")
             if slot is not None and state.same[number] == number:
                 store(path, after, slot, 0)
+        if not self.changes_state:
+            stores.clear()
         results = lowered.outputs[n_places : n_places + n_results]
         self.slots = [store("a result", lanes, None, len(DTYPES)) for lanes in results]
         return stores
@@ -127,10 +133,12 @@ class CompiledFunction:
             return None
         for buffer, argument in zip(self._arguments, arguments, strict=True):
             buffer[:, : state.layout.n] = argument.reshape(state.layout.n, -1).T
-        after, results = state.layout.empty(), self.results.empty()
+        after = state.layout.empty() if self.changes_state else state.buffers
+        results = self.results.empty()
         if not self.run([buffer.data_ptr() for buffer in self._arguments], after, results, rows):
             return None
-        state.hold(after)
+        if self.changes_state:
+            state.hold(after)
         return tree_unflatten([self.results.view(results, slot) for slot in self.slots], self.structure)
 
     def run(
@@ -144,7 +152,7 @@ class CompiledFunction:
 
         Args:
             arguments: where the lanes of the arguments are.
-            after: buffers of the state's layout, to be written.
+            after: buffers of the state's layout, to be written if the function changes the state.
             results: buffers of the results' layout, to be written.
             rows: as above.
 
@@ -163,7 +171,7 @@ class CompiledFunction:
             if generator is not None:
                 torch.set_rng_state(generator)
             return False
-        if rows is not None:
+        if rows is not None and self.changes_state:
             is_changed = torch.zeros(state.layout.padded, dtype=torch.bool)
             is_changed[:n] = rows
             for kind, buffer in after.items():

@@ -310,14 +310,18 @@ class FusedRollout:
     ) -> bool:
         """Calls a function of the simulator on the buffers; whether it stands for the simulator's now."""
         state = self._state
-        after = self._spares.pop() if self._spares else state.layout.empty()
+        after = state.buffers
+        if function.changes_state:
+            after = self._spares.pop() if self._spares else state.layout.empty()
         with self._base._drawing() if function.draws else contextlib.nullcontext():
             holds = function.run(arguments, after, results, rows)
-        if holds:
-            after, before = state.buffers, after
-            state.move(before)
-        if after is not self._held:
-            self._spares.append(after)
+        if function.changes_state:
+            before = state.buffers
+            if holds:
+                state.move(after)
+            unused = before if holds else after
+            if unused is not self._held:
+                self._spares.append(unused)
         return holds
 
     def _by_vmas(self, function: Callable[[], Any]) -> Any:

@@ -108,7 +108,8 @@ class ResetPool:
             n_now = min(n_ended - n_done, self._n - self._next)
             for kind, lanes in self._lanes.items():
                 fresh, buffer = self._fresh[kind], self._state.buffers[kind]
-                _put(ended, n_done, n_now, fresh[:, self._next :], lanes, buffer)
+                if len(lanes):
+                    _put(ended, n_done, n_now, fresh[:, self._next :], lanes, buffer)
             self._next += n_now
             n_done += n_now
 

@@ -114,7 +114,7 @@ template <int K, int SK, int SN, int N>
 static __attribute__((noinline)) void linear(const V* x, const float* w, V* y) {
   int j = 0;
   for (; j + W <= N; j += W) some_columns<K, SK, SN, W>(x, w + j * SN, y + j);
-  for (; j < N; j++) some_columns<K, SK, SN, 1>(x, w + j * SN, y + j);
+  if constexpr (N % W) some_columns<K, SK, SN, N % W>(x, w + j * SN, y + j);
 }
 // the polynomial is the best of its degree for tanh(a) / a, with an error of 4e-9
 static inline V tanh_of(V a) {

@@ -157,7 +157,8 @@ class Statements:
         values = np.empty(tuple(shape), object)
         operation = "shared" if axis is None else "load"
         for lane, place in enumerate(np.ndindex(*values.shape)):
-            values[place] = self.add(operation, kind, name, lane)
+            values[place] = Lane(len(self.all), kind)
+            self.all.append(Statement(operation, kind, (name, lane)))
         return Lanes(values, axis, n_rows, kind)
 
     def elementwise(self, function: Callable[..., Any], kind: str, *tensors: Any) -> Lanes:
