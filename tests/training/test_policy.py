@@ -29,7 +29,7 @@ from torchrl_trpo.networks.recurrent import carry_states
 from torchrl_trpo.training import film
 from torchrl_trpo.training.episodes import evaluate
 from torchrl_trpo.training.film import film_run
-from torchrl_trpo.training.policy import make_run_env, on_raw_observations
+from torchrl_trpo.training.policy import make_run_env, on_raw_observations, settle_compilation
 from torchrl_trpo.training.run import Run
 
 # imageio's reader leaves the pipes of ffmpeg to the garbage collector.
@@ -383,3 +383,26 @@ def test_a_run_can_film_its_policy(trained, tmp_path, monkeypatch):
     recurrent = trained("HATRPO, PettingZoo, GRU")
     monkeypatch.setattr(film, "film_episodes", lambda stage, *_, **__: stage.full_observation_spec["agents"].keys())
     assert "policy_state" in film_run(recurrent.config, load_policy(recurrent.folder), tmp_path / "x.gif", **settings)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "compiled"),
+    [
+        ([], False),
+        (["train.total_frames=4000"], True),
+        (["train.total_frames=4000", "env.compiled=false"], False),
+        (["env.compiled=true"], True),
+        (["env=gym/CartPole-v1", "train.total_frames=10000"], None),
+    ],
+)
+def test_long_runs_on_the_cpu_are_compiled(overrides, compiled, tmp_path, monkeypatch):
+    cfg = config("trpo" if "env=gym/CartPole-v1" in overrides else "hatrpo", tmp_path, *overrides)
+    assert settle_compilation(cfg).env.get("compiled") is compiled
+    if cfg.env.get("compiled") == "auto":
+        monkeypatch.setattr("torchrl_trpo.training.policy.resolve_device", lambda device: torch.device("meta"))
+        assert settle_compilation(cfg).env.compiled is False
+
+
+def test_the_decision_is_recorded(tmp_path):
+    RECIPES["hatrpo"].train(config("hatrpo", tmp_path, "film=false", "train.total_frames=80"))
+    assert "compiled: false" in (tmp_path / "config.yaml").read_text()

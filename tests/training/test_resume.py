@@ -24,6 +24,7 @@ from torchrl_trpo.training.checkpoints import find_checkpoint
 from torchrl_trpo.training.metrics import Metrics
 from torchrl_trpo.training.run import Run
 
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 EPISODE = ("episode_return", "episode_return_sum", "episode_length")
 TIMES = {"collect_s", "policy_s", "critic_s", "wall_s", "cpu_s"}
 
@@ -109,6 +110,7 @@ CASES = [
     pytest.param(
         "hatrpo", "pettingzoo/simple_speaker_listener_v4", ["env.continuous_actions=true"], marks=pytest.mark.slow
     ),
+    pytest.param("hatrpo", "vmas/simple_spread", ["env.compiled=true"], marks=NEEDS_COMPILER),
     ("happo", "vmas/balance", ["normalize_observations=true", "updater.minibatch_size=20"]),
     pytest.param("mappo", "vmas/navigation", ["updater.minibatch_size=20"], marks=pytest.mark.slow),
     ("hatrpo", "mamujoco/Swimmer", ["env.kwargs.agent_conf=2x1"]),

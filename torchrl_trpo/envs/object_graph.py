@@ -59,7 +59,7 @@ def parts_of(value: Any) -> Any:
     if kind == "object":
         return dict(vars(value))
     if kind != "function":
-        return value.copy() if kind in {"dict", "list", "set"} else tuple(value)
+        return value.copy() if kind in {"dict", "list", "set"} or isinstance(value, frozenset) else tuple(value)
     if isinstance(value, types.MethodType):
         return (value.__func__, value.__self__)
     if isinstance(value, functools.partial):
@@ -74,10 +74,20 @@ def is_empty(cell: types.CellType) -> bool:
 
 
 def named(parts: Any) -> Iterator[tuple[str | int, Any]]:
-    """Yields the parts in a container with their names: the key if it is a string, else the position."""
+    """Yields the parts in a container with their names: the key if it is a string, else the position.
+
+    Those of a set come in the order of their types and values: its own order depends on how it was filled.
+    """
+    if isinstance(parts, set | frozenset):
+        parts = sorted(parts, key=_description)
     items = parts.items() if isinstance(parts, dict) else enumerate(parts)
     for position, (key, part) in enumerate(items):
         yield (key if isinstance(key, str) else position), part
+
+
+def _description(value: Any) -> str:
+    cls = value if isinstance(value, type) else type(value)
+    return f"{cls.__qualname__} {value if kind_of(cls) == 'leaf' and cls is not value else ''}"
 
 
 def walk(
