@@ -60,7 +60,7 @@ nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(
 INTERNAL = (
     r"torchrl_trpo\.(arguments|keys|seeding|(numerics|distributions|objectives|envs|kernels|networks|trainer|recipes\.studies)(\..*)?|"
     r"parallel(\.(minibatches|torchrun))?|reporting|config(\..*)?|"
-    r"training(\.(checkpoints|collection_state|console|continuation|run_folder|signals|summary))?)"
+    r"training(\.(checkpoints|collection_state|console|continuation|critic_gradient|run_folder|signals|summary))?)"
 )
 coverage_ignore_functions = ["main"]
 coverage_show_missing_items = True

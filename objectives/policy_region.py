@@ -26,7 +26,6 @@ from torchrl_trpo.objectives.policy_network import (
 from torchrl_trpo.objectives.policy_rows import PolicyRows, at_least_single
 from torchrl_trpo.parallel.ranks import ALONE, Ranks
 
-_CPU_ROWS = 4096  # rows times agents that are evaluated at once on a CPU
 _LARGEST_LOG_RATIO = 40.0  # the square of its ratio is within float32
 _LOG_RATIO_ROUNDING = 0.01  # how far log-probabilities of the same policy may be apart
 
@@ -39,6 +38,7 @@ class _Piece:
     dist_params: TensorDictBase | None = None  # with their graph, from the Fisher product to the gradient
     dist: D.Distribution | None = None  # without a graph
     gain: Tensor | None = None  # each row's term of the surrogate, [*R, *A, 1], without a graph
+    ratio: Tensor | None = None  # π_θ/π_k at the parameters that were evaluated last, [*R, *A, 1]
 
 
 class PolicyTrustRegion:
@@ -100,11 +100,12 @@ class PolicyTrustRegion:
         self._live = [self._stateless.get(names[0]) for names in self._keys]
         self._leaves = [value.clone().requires_grad_() for value in self._live]
         self._accepted = torch.zeros(len(indices), dtype=torch.bool, device=rows.log_prob.device)
+        self._evaluated = self.parameters  # last, ``[n, P]``
         self._log_ratio_max = rows.log_prob.new_zeros(len(indices))
         self._ratio_moments = rows.log_prob.new_zeros(3, len(indices))
         self._ranks = ranks
         self._chunk_rows = len(rows) if chunk_size is None else max(1, chunk_size // rows.steps_per_row)
-        self._pieces = self._split(rows)
+        self._pieces = [_Piece(part) for part in rows.split(self._chunk_rows)]
 
     @property
     def parameters(self) -> Tensor:
@@ -124,7 +125,7 @@ class PolicyTrustRegion:
         if subsample < 1:
             drawn = torch.randperm(len(rows), device=rows.log_prob.device)
             rows = self._renormalise(rows.take(drawn[: max(1, round(subsample * len(rows)))]))
-            pieces = self._split(rows)
+            pieces = [_Piece(part) for part in rows.split(self._chunk_rows)]
         kept = [self._piece_product(piece.rows, keep_in=piece) for piece in pieces if len(rows) <= self._chunk_rows]
 
         def product(vectors: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ class PolicyTrustRegion:
             with torch.enable_grad():
                 if dist_params is None:
                     dist_params = self._dist_params(piece.rows, self._leaves)
-                gain = self._gain(piece.rows, self._distribution(dist_params))
+                _, gain = self._ratio_and_gain(piece.rows, self._distribution(dist_params))
                 surrogate = (piece.rows.weight * gain).sum()
             dist_k = self._distribution(dist_params.detach())
             self._compare_with_data(piece.rows, dist_k)
@@ -167,10 +168,13 @@ class PolicyTrustRegion:
         for piece in self._pieces:
             rows = piece.rows
             dist_k = piece.dist or self._policy(rows, self._leaves)
-            gain_k = self._gain(rows, dist_k) if piece.gain is None else piece.gain
+            gain_k = self._ratio_and_gain(rows, dist_k)[1] if piece.gain is None else piece.gain
             dist = self._policy(rows, leaves)
-            improvement = improvement + self._total(rows, self._gain(rows, dist) - gain_k)
+            ratio, gain = self._ratio_and_gain(rows, dist)
+            piece.ratio = ratio if len(self._rows) <= self._chunk_rows else None
+            improvement = improvement + self._total(rows, gain - gain_k)
             kl = kl + self._total(rows, kl_divergence(dist_k, dist, self._batch_dims).unsqueeze(-1))
+        self._evaluated = parameters
         improvement, kl = self._ranks.sum_(torch.stack([improvement, kl]))
         return improvement, kl
 
@@ -179,7 +183,7 @@ class PolicyTrustRegion:
         """Writes the accepted regions' parameters; those of the others stay untouched to the bit.
 
         Args:
-            parameters: the new ``θ``, ``[n, P]``.
+            parameters: the new ``θ``, ``[n, P]``; :meth:`ratio` is NaN if others were evaluated last.
             accepted: which regions are written, bool ``[n]``.
         """
         self._accepted = accepted
@@ -221,9 +225,13 @@ class PolicyTrustRegion:
 
         It is 1, whatever the data, for regions whose step was rejected, and where a row is masked.
         """
+        same = (flatten(self._live, len(self.indices)) == self._evaluated).all(-1, keepdim=True)  # [n, 1]
         ratios = []
-        for rows in (piece.rows for piece in self._pieces):
-            ratio = rows.log_ratio(self._policy(rows, self._live), self._max_importance_ratio).exp()
+        for rows, known in ((piece.rows, piece.ratio) for piece in self._pieces):
+            if known is None:
+                ratio, _ = self._ratio_and_gain(rows, self._policy(rows, self._live))
+            else:
+                ratio = torch.where(same, known, torch.nan)
             ratios.append(torch.where(self._accepted.unsqueeze(-1) & (rows.weight > 0), ratio, 1.0))
         return torch.cat(ratios)
 
@@ -271,13 +279,13 @@ class PolicyTrustRegion:
     def _policy(self, rows: PolicyRows, leaves: Sequence[Tensor]) -> D.Distribution:
         return self._distribution(self._dist_params(rows, leaves))
 
-    def _gain(self, rows: PolicyRows, dist: D.Distribution) -> Tensor:
-        """Each row's term of the surrogate, ``[*R, *A, 1]``."""
+    def _ratio_and_gain(self, rows: PolicyRows, dist: D.Distribution) -> tuple[Tensor, Tensor]:
+        """Each row's ``π_θ/π_k`` and its term of the surrogate, ``[*R, *A, 1]``."""
         ratio = rows.log_ratio(dist, self._max_importance_ratio).exp()
         gain = rows.factor * ratio * rows.advantage
         if self._entropy_coeff is None:
-            return gain
-        return gain + self._entropy_coeff * entropy(dist, self._batch_dims).unsqueeze(-1)
+            return ratio, gain
+        return ratio, gain + self._entropy_coeff * entropy(dist, self._batch_dims).unsqueeze(-1)
 
     def _total(self, rows: PolicyRows, values: Tensor) -> Tensor:
         """The weighted sum over the rows of each region, ``[*R, *A, 1]`` to ``[n]``."""
@@ -289,11 +297,3 @@ class PolicyTrustRegion:
             return replace(sample, weight=sample.weight * (len(self._rows) / len(sample)))
         total = self._ranks.sum_(sample.weight.sum(self._summed, keepdim=True))
         return replace(sample, weight=sample.weight / torch.where(total > 0, total, 1.0))
-
-    def _split(self, rows: PolicyRows) -> list[_Piece]:
-        """Pieces of at most a chunk; smaller on a CPU, so that a layer's activations stay in a core's cache."""
-        size = self._chunk_rows
-        if rows.log_prob.device.type == "cpu":
-            size = min(size, max(1, _CPU_ROWS // rows.log_prob.shape[1:].numel()))
-        slices = [rows.take(slice(start, start + size)) for start in range(0, len(rows), size)]
-        return [_Piece(part.contiguous() if len(rows) <= self._chunk_rows else part) for part in slices]

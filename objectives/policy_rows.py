@@ -15,6 +15,8 @@ from torchrl_trpo.distributions.divergence import log_prob
 from torchrl_trpo.keys import non_finite, path
 from torchrl_trpo.parallel.ranks import Ranks, check_same_length
 
+_CPU_ROWS = 4096  # rows times agents that are evaluated at once on a CPU
+
 
 @dataclass(frozen=True)
 class PolicyRows:
@@ -91,6 +93,21 @@ class PolicyRows:
             The rows.
         """
         return self._map(lambda value: value[index])
+
+    def split(self, size: int) -> list[PolicyRows]:
+        """Pieces of at most ``size`` rows; smaller on a CPU, so that a layer's activations stay in a core's cache.
+
+        Args:
+            size: the largest number of rows, or sequences.
+
+        Returns:
+            The pieces: copies in one stretch of memory if ``size`` is enough for all rows, else views.
+        """
+        whole = len(self) <= size
+        if self.log_prob.device.type == "cpu":
+            size = min(size, max(1, _CPU_ROWS // self.log_prob.shape[1:].numel()))
+        pieces = [self.take(slice(start, start + size)) for start in range(0, len(self), size)]
+        return [piece.contiguous() if whole else piece for piece in pieces]
 
     def log_ratio(self, dist: D.Distribution, cap: Tensor | None = None) -> Tensor:
         """``log π_θ(u|o) / π_k(u|o)`` of the actions taken.

@@ -28,6 +28,7 @@ from tests.cases import (
     flat_parameters,
     make_actor,
     make_data,
+    make_loss,
     make_single,
     region_mean,
     same_bits,
@@ -77,6 +78,27 @@ def test_the_factor_changes_what_the_second_agent_does():
     sequential, simultaneous = flat_parameters(actor, 2), flat_parameters(twin, 2)
     torch.testing.assert_close(sequential[0], simultaneous[0])
     assert not torch.allclose(sequential[1], simultaneous[1], rtol=1e-3)
+
+
+def test_ratios_are_those_of_the_parameters_written():
+    """Kept from the last evaluation, computed where there was none, and never those of other parameters."""
+    actor = make_actor()
+    loss = make_loss(actor)
+    rows = loss.policy_rows(make_data(actor))
+    every = torch.ones(3, dtype=torch.bool)
+    step = 0.05 * torch.randn_like(loss.policy_region(rows).parameters)
+    ratios = []
+    for evaluated in (0.5, 1.0, None):
+        region = loss.policy_region(rows)
+        if evaluated is not None:
+            region.evaluate(region.parameters + evaluated * step)
+        restore = region.snapshot()
+        region.write(region.parameters + step, every)
+        ratios.append(region.ratio())
+        restore()
+    assert ratios[0].isnan().all()
+    torch.testing.assert_close(ratios[1], ratios[2])
+    assert (ratios[2] - 1).abs().max() > 0.01
 
 
 @OLD_DATA

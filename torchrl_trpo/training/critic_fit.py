@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import PPOLoss
 
 from torchrl_trpo.arguments import positive_whole
@@ -19,6 +18,7 @@ from torchrl_trpo.numerics.statistics import read, variance
 from torchrl_trpo.objectives.policy_update import critic_network_parameters, mask_keys, row_mask, trained
 from torchrl_trpo.parallel.minibatches import average_gradients, count_by_rank, draw_minibatches
 from torchrl_trpo.parallel.ranks import Ranks, check_same_length
+from torchrl_trpo.training.critic_gradient import CriticGradient
 
 
 def fit_critics(
@@ -92,9 +92,9 @@ def fit_critic(
     names = [name for name in rows.keys(True, True) if rows.get(name).is_floating_point()]
     finite = torch.ones(len(rows), dtype=torch.bool, device=counted.device)
     for name in names:
-        value = rows.get(name)
-        value = finite_where_masked(value, counted) if has_masks else value
-        finite &= non_finite(value, 1) == 0
+        if has_masks:
+            rows.set(name, finite_where_masked(rows.get(name), counted))
+        finite &= non_finite(rows.get(name), 1) == 0
     counts = counted.flatten(1).any(1)
     ranks = Ranks(process_group)
     update_value_norm = getattr(loss, "update_value_norm", None)
@@ -114,22 +114,18 @@ def fit_critic(
         check_same_length(rows.shape[1], ranks, rows.device or target.device)
         minibatch_size = max(1, minibatch_size // rows.shape[1])
     parameters = trained_parameters(loss)
+    gradient = CriticGradient(loss, parameters, steps=epochs * math.ceil(len(kept) / minibatch_size))
     total = target.new_zeros(())
     steps = 0
     for epoch in range(epochs):
         for drawn in draw_minibatches(kept, kept_by_rank, minibatch_size, ranks):
-            batch = rows[drawn]
-            if has_masks:
-                batch.update({name: finite_where_masked(batch.get(name), counted[drawn]) for name in names})
             optimizer.zero_grad()
             loss_critic = total.new_zeros(())
             if len(drawn):
-                with set_recurrent_mode(True):  # TorchRL has no public name for the mean of a masked loss
-                    loss_critic = loss._reduce_loss(loss.loss_critic(batch)[0], batch, reduction="mean")
-                loss_critic.backward()
+                loss_critic = gradient(rows, drawn)
             elif update_value_norm is not None:
-                update_value_norm(batch)  # with the targets of the ranks that have some
-            loss_critic = average_gradients(parameters, loss_critic.detach(), counted[drawn].sum(), ranks)
+                update_value_norm(rows[drawn])  # with the targets of the ranks that have some
+            loss_critic = average_gradients(parameters, loss_critic, counted[drawn].sum(), ranks)
             optimizer.step()
             if epoch == epochs - 1:
                 total += loss_critic
