@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
+from torchrl.modules.tensordict_module.exploration import RandomPolicy
 
 from torchrl_trpo.envs.compiled import CompiledFunction, check_equal
 from torchrl_trpo.envs.flat_state import NotCompiled
@@ -63,7 +64,7 @@ class FusedRollout:
         self._step: CompiledFunction = self._base.compiled_step
         self._state = self._base.state
         self._spares: list[dict[str, Tensor]] = []  # buffers that nothing reads
-        self._finish_reset: Any = None  # as long as resets are not compiled
+        self._finish_reset: dict[bool, RowFunction] = {}  # of some environments, and of all; TorchRL tells them apart
         self.why_policy_not_compiled: str | None = None
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -108,8 +109,11 @@ class FusedRollout:
         self._step_results, self._entries = self._results_of(step)
 
         settings = settings_of(twin)
+        policy = self._policy
+        if isinstance(policy, RandomPolicy) and policy.action_spec == self._env.full_action_spec:
+            policy = RandomPolicy(twin.full_action_spec)  # its actions have a shape of their own
         try:
-            self._act = self._compile_acting(twin, data, [*carried.values()], self._policy)
+            self._act = self._compile_acting(twin, data, [*carried.values()], policy)
         except (Unsupported, RuntimeError, ValueError, LookupError) as error:
             self.why_policy_not_compiled = str(error).splitlines()[0]
             self._act = self._compile_acting(twin, data, [*carried.values(), *chosen.values()], None)
@@ -123,11 +127,14 @@ class FusedRollout:
         self._finish_step = self._compile_torchrl(twin, finish, inputs, by_row=lambda n: n - len(carried))
         if read is not None:
             self._read_results, self._reset_entries = self._results_of(read)
-            ended = torch.arange(len(inputs[0])).unsqueeze(-1) % 2 == 0
-            inputs = [*carried.values(), ended, *tree_leaves(base._read(base._env))]
-            self._finish_reset = self._compile_torchrl(
-                twin, lambda *leaves: self._torchrl.reset(twin, data, leaves), inputs, by_row=lambda n: 0
-            )
+            entries = tree_leaves(base._read(base._env))
+            for are_all, ended in self._some_and_all(len(data)):
+                self._finish_reset[are_all] = self._compile_torchrl(
+                    twin,
+                    lambda *leaves: self._torchrl.reset(twin, data, leaves),
+                    [*carried.values(), ended, *entries],
+                    by_row=lambda n: 0,
+                )
         if settings_of(twin) != settings:
             raise NotCompiled("a transform changes its own attributes at each step")
         self._connect()
@@ -143,9 +150,9 @@ class FusedRollout:
         self._act.outputs[:] = np.concatenate(written)
         chosen = np.concatenate([self._chosen.addresses, self._entries.addresses])
         self._finish_step.inputs[n_carried : n_carried + len(chosen)] = chosen
-        if self._finish_reset is not None:
+        for function in self._finish_reset.values():
             entries = self._reset_entries.addresses
-            self._finish_reset.inputs[n_carried + 1 : n_carried + 1 + len(entries)] = entries
+            function.inputs[n_carried + 1 : n_carried + 1 + len(entries)] = entries
 
     def _check_entries(self, twin: EnvBase) -> None:
         """Checks that TorchRL does at a step what is done here."""
@@ -245,9 +252,8 @@ class FusedRollout:
     def _begin(self, data: TensorDictBase) -> None:
         self._carried.put([data.get(key) for key in self._carried_keys])
         parameters = [tensor.data_ptr() for tensor in parameters_of(self._env, self._policy).values()]
-        for function in (self._act, self._finish_step, self._finish_reset):
-            if function is not None:
-                function.inputs[len(function.inputs) - len(parameters) :] = parameters
+        for function in (self._act, self._finish_step, *self._finish_reset.values()):
+            function.inputs[len(function.inputs) - len(parameters) :] = parameters
         self._is_attached = self._state.attach()
         self._held = self._state.buffers
 
@@ -279,7 +285,7 @@ class FusedRollout:
 
     def _reset_ended(self, ended: Tensor) -> None:
         base, rows = self._base, ended.squeeze(-1)
-        if self._finish_reset is None or not self._is_attached:
+        if not self._finish_reset or not self._is_attached:
             data = filled(self._data, self._carried_keys, [tensor.clone() for tensor in self._carried.tensors])
             data = self._by_vmas(lambda: self._env.reset(data.set("_reset", ended.clone()), select_reset_only=True))
             self._carried.put([data.get(key) for key in self._carried_keys])
@@ -290,13 +296,13 @@ class FusedRollout:
         self._finish_ended()
 
     def _finish_ended(self) -> None:
-        """What the next step has after a reset; TorchRL reads which environments it is for."""
-        finish, n_carried = self._finish_reset, len(self._carried_keys)
+        """What the next step has after a reset of the environments that are done."""
+        ended, n_carried = self._carried.tensors[self._done], len(self._carried_keys)
+        finish = self._finish_reset[bool(ended.all())]
         finish.inputs[:n_carried] = self._carried.addresses
         finish.inputs[n_carried] = self._carried.addresses[self._done]
         finish.outputs[:] = self._following.addresses
         if not finish():
-            ended = self._carried.tensors[self._done]
             leaves = [*self._carried.tensors, ended, *self._reset_entries.tensors]
             self._following.put(self._torchrl.reset(self._env, self._data, [leaf.clone() for leaf in leaves]))
         self._carried, self._following = self._following, self._carried
@@ -350,7 +356,7 @@ class FusedRollout:
         check_equal(names, [*self._chosen.tensors, *self._actions.tensors], [*chosen, *actions])
         with left_as_it_is(base._env):
             entries = tree_leaves(base._take_step(actions))
-            read_entries = tree_leaves(base._read(base._env)) if self._finish_reset is not None else []
+            read_entries = tree_leaves(base._read(base._env)) if self._finish_reset else []
         self._state.attach()
         base._random_state, base.n_left_to_vmas = drawn, 0
         self._entries.put(entries)
@@ -365,12 +371,18 @@ class FusedRollout:
         self._finish_data(rows, 0)
         check_equal([*map(str, stored)], [row[:, 0] for row in rows], [*stored.values()])
         check_equal([*map(str, self._carried_keys)], self._carried.tensors, following)
-        if self._finish_reset is not None and len(carried[0]) > 1:
-            ended = torch.arange(len(carried[0])).unsqueeze(-1) % 2 == 0
-            self._carried.put(carried)
-            self._carried.tensors[self._done].copy_(ended)
-            self._reset_entries.put(read_entries)
-            leaves = [tensor.clone() for tensor in self._carried.tensors]
-            following = self._torchrl.reset(self._env, data, [*leaves, ended, *read_entries])
-            self._finish_ended()
-            check_equal([*map(str, self._carried_keys)], self._carried.tensors, following)
+        for are_all, ended in self._some_and_all(len(carried[0])):
+            if are_all in self._finish_reset:
+                self._carried.put(carried)
+                self._carried.tensors[self._done].copy_(ended)
+                self._reset_entries.put(read_entries)
+                leaves = [tensor.clone() for tensor in self._carried.tensors]
+                following = self._torchrl.reset(self._env, data, [*leaves, ended, *read_entries])
+                self._finish_ended()
+                check_equal([*map(str, self._carried_keys)], self._carried.tensors, following)
+
+    @staticmethod
+    def _some_and_all(n: int) -> list[tuple[bool, Tensor]]:
+        """Which environments may have ended: every other one, or all, between which TorchRL makes a difference."""
+        numbers = torch.arange(n).unsqueeze(-1)
+        return [*([(False, numbers % 2 == 0)] if n > 1 else []), (True, numbers >= 0)]

@@ -83,7 +83,9 @@ class RowFunction:
     ) -> None:
         self._layout = layout
         self._draws = lowered.draws
-        self._drawn = Columns.like(layout, [torch.empty(shape) for shape, *_ in self._draws])
+        dtypes = [torch.int64 if method == "random_" else torch.float32 for _, method, _ in self._draws]
+        shapes = [shape for shape, *_ in self._draws]
+        self._drawn = Columns.like(layout, list(map(lambda s, d: torch.empty(s, dtype=d), shapes, dtypes)))
         places = {name: (number, 0) for number, name in enumerate(names)}
         places |= {f"draw{number}": (len(names) + number, 0) for number in range(len(self._draws))}
         stores = []
@@ -111,5 +113,5 @@ class RowFunction:
         """
         n = self._layout.n
         for column, (shape, method, parameters) in zip(self._drawn.tensors, self._draws, strict=True):
-            column.copy_(getattr(torch.empty((n, *shape[1:])), method)(*parameters))
+            column.copy_(getattr(column.new_empty((n, *shape[1:])), method)(*parameters))
         return bool(self._run(n, self._layout.padded, *self._pointers))

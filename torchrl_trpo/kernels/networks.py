@@ -190,6 +190,11 @@ class NetworkOperations(Operations):
     def normal_(self, tensor: Lanes, mean: float = 0.0, std: float = 1.0, **_: Any) -> Lanes:
         return self._draw(tensor.shape, "normal_", mean, std)
 
+    def randint(self, *bounds_and_size: Any, **_: Any) -> Lanes:
+        *bounds, size = bounds_and_size
+        low, high = bounds if len(bounds) == 2 else (0, *bounds)
+        return self._draw(size, "random_", low, high)
+
     def normal(self, mean: Any, std: Any, **_: Any) -> Lanes:
         size = mean.shape if isinstance(mean, Lanes) else std.shape
         return self.add(self._elementwise("mul", self._draw(size, "normal_", 0.0, 1.0), std), mean)
