@@ -14,6 +14,7 @@ TARGET = 50.0
 SETTINGS = {
     "env": "vmas/balance",
     "env.num_envs": 300,
+    "env.compiled": "true",
     "train.frames_per_batch": 3000,
     "train.total_frames": 240_000,
     "updater.max_kl": 0.02,
