@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from torchrl_trpo.envs.flat_state import Buffers, FlatState, NotCompiled, Slot
-from torchrl_trpo.envs.tracing import Places, Untraceable, left_as_it_is, trace
+from torchrl_trpo.envs.reads import Untraceable
+from torchrl_trpo.envs.tracing import Places, left_as_it_is, trace
 from torchrl_trpo.kernels.aten import Lowered, lower
 from torchrl_trpo.kernels.cpp import CompilerError, Guard, Store, build, source
 from torchrl_trpo.kernels.lanes import DTYPES, Lanes, Unsupported
@@ -60,7 +61,7 @@ class CompiledFunction:
             for lanes, expected in zip(lowered.outputs[n_places + n_results :], traced.expected, strict=True):
                 kind = "b" if isinstance(expected, bool) else lanes.kind
                 value = lowered.statements.convert(lanes.values.reshape(-1)[0], kind)
-                guards.append(Guard(value, lanes.reduction, expected))
+                guards.append(Guard(value, expected))
             names = [name for name, *_ in inputs[n_places:]]
             names += [f"draw{number}" for number in range(len(lowered.draws))]
             buffers = {
@@ -69,7 +70,9 @@ class CompiledFunction:
             }
             buffers |= {name: (len(DTYPES) + n_places + number, 0) for number, name in enumerate(names)}
             self._run = build(source(lowered.statements.all, buffers, stores, guards))
-        except (Untraceable, Unsupported, CompilerError) as error:
+        except Unsupported as error:
+            raise NotCompiled(f"it cannot be computed for one environment (a row) alone: {error}") from error
+        except (Untraceable, CompilerError) as error:
             raise NotCompiled(str(error)) from error
         self._structure = traced.results
         self.draws = lowered.draws
@@ -183,7 +186,7 @@ class CompiledFunction:
                 n_other += 1
             function(simulator, *arguments)  # to another state
         if n_other > n_calls / 2:
-            reason = self._state.problem or "they branch otherwise"
+            reason = self._state.problem or "they go another way through its if and while statements"
             raise NotCompiled(f"of {n_calls} calls, {n_other} are not like the traced one: {reason}")
 
 

@@ -70,13 +70,16 @@ _CODE = {
     "trunc": "{}.trunc()",
     "same": "{}",
 }
-_C_TYPES = {"f": "float", "b": "uint8_t", "i": "int64_t"}  # of the buffers
-_LOAD = {"f": "V::loadu((const float*){})", "b": "load_bool((const uint8_t*){})", "i": "load_int((const int64_t*){})"}
+_C_TYPES = {"f": "float", "b": "uint8_t", "i": "int64_t", "j": "int32_t"}  # of the buffers
+_LOAD = {"f": "V::loadu((const float*){})", "b": "load_bool((const uint8_t*){})"}
+_LOAD |= {kind: f"load_int((const {_C_TYPES[kind]}*){{}})" for kind in "ij"}
 _LOAD_SHARED = {"f": "V(*((const float*){}))", "b": "(*((const uint8_t*){}) ? TRUE : V(0.0f))"}
-_LOAD_SHARED["i"] = "V((float)*((const int64_t*){}))"
-_STORE = {"f": "({1}).store((float*){0})", "b": "store_bool((uint8_t*){0}, {1})", "i": "store_int((int64_t*){0}, {1})"}
+_LOAD_SHARED |= {kind: f"V((float)*((const {_C_TYPES[kind]}*){{}}))" for kind in "ij"}
+_STORE = {"f": "({1}).store((float*){0})", "b": "store_bool((uint8_t*){0}, {1})"}
+_STORE |= {kind: f"store_int(({_C_TYPES[kind]}*){{0}}, {{1}})" for kind in "ij"}
 _HEAD = r"""
 #include <ATen/cpu/vec/vec.h>
+#include <atomic>
 #include <cstdint>
 using V = at::vec::Vectorized<float>;
 static constexpr int W = V::size();
@@ -89,7 +92,7 @@ static inline V load_bool(const uint8_t* p) {
   for (int k = 0; k < W; k++) t[k] = p[k] ? 0xffffffffu : 0u;
   return V::loadu(t);
 }
-static inline V load_int(const int64_t* p) {
+template <typename T> static inline V load_int(const T* p) {
   float t[W];
   for (int k = 0; k < W; k++) t[k] = (float)p[k];
   return V::loadu(t);
@@ -99,10 +102,10 @@ static inline void store_bool(uint8_t* p, V v) {
   v.store(t);
   for (int k = 0; k < W; k++) p[k] = t[k] != 0;
 }
-static inline void store_int(int64_t* p, V v) {
+template <typename T> static inline void store_int(T* p, V v) {
   float t[W];
   v.store(t);
-  for (int k = 0; k < W; k++) p[k] = (int64_t)t[k];
+  for (int k = 0; k < W; k++) p[k] = (T)t[k];
 }
 static inline V sign(V a) { return where(a > V(0.0f), V(1.0f), where(a < V(0.0f), V(-1.0f), V(0.0f))); }
 static inline V logaddexp(V a, V b) {
@@ -146,12 +149,10 @@ class Guard(NamedTuple):
 
     Attributes:
         value: the lane or constant.
-        reduction: ``"any"`` or ``"all"`` over the rows of the batch; None for a value that all rows share.
-        expected: the value that it must have.
+        expected: the value that it must have in all rows.
     """
 
     value: Any
-    reduction: str | None
     expected: Any
 
 
@@ -172,7 +173,10 @@ def source(
     Returns:
         C++ code with ``int run(int64_t n_rows, int64_t n_padded, const void* const* inputs, void* const* outputs)``.
         The buffers are ``[lanes, n_padded]``, those of shared inputs ``[lanes]``. It returns whether the guards hold.
+        What any row of the batch has is known after the loop. So it is taken to be as in the last call, and the loop
+        runs again if it is not: each depends on earlier ones only, so this ends.
     """
+    n_any = 0
     lines: list[tuple[int | None, str, list[int]]] = []  # the lane that a line makes, the line, and the lanes it reads
     reads = [value for value, *_ in (*stores, *guards) if isinstance(value, Lane)]
     for index in _needed(statements, reads):
@@ -182,48 +186,56 @@ def source(
             buffer, row = inputs[name]
             pattern, place = (_LOAD, f"{row + lane} * P + i") if operation == "load" else (_LOAD_SHARED, row + lane)
             lines.append((index, pattern[kind].format(f"(({_C_TYPES[kind]}*)in[{buffer}] + {place})"), []))
+        elif operation == "any":
+            (value,) = arguments
+            lines.append((index, f"any[{n_any}]", []))
+            lines.append((None, f"hit[{n_any}] = hit[{n_any}] | ({_term(value)} & valid)", [value.number]))
+            n_any += 1
         else:
             code = _CODE[operation].format(*(_term(argument) for argument in arguments))
             lines.append((index, code, [argument.number for argument in arguments if isinstance(argument, Lane)]))
-        if kind == "i" and operation != "where":
+        if kind in {"i", "j"} and operation != "where":
             lines.append((None, f"fail = fail | (v{index}.abs() > V({_LARGEST_INT}.0f))", [index]))
     for value, kind, buffer, row in stores:
         code = _STORE[kind].format(f"(({_C_TYPES[kind]}*)out[{buffer}] + {row} * P + i)", _term(value))
         lines.append((None, code, [value.number] if isinstance(value, Lane) else []))
-    n_hits = 0
-    for value, reduction, expected in guards:
-        lane = [value.number] if isinstance(value, Lane) else []
-        if reduction is None:
-            wrong = f"({_term(value)} {'^' if isinstance(expected, bool) else '!='} {_term(expected)})"
-            lines.append((None, f"fail = fail | {wrong}", lane))
-            continue
-        is_hit = _term(value) if reduction == "any" else f"({_term(value)} ^ TRUE)"
-        if (reduction == "any") == expected:  # some row must have it
-            lines.append((None, f"hit[{n_hits}] = hit[{n_hits}] | ({is_hit} & valid)", lane))
-            n_hits += 1
-        else:
-            lines.append((None, f"fail = fail | {is_hit}", lane))
+    for value, expected in guards:
+        wrong = f"({_term(value)} {'^' if isinstance(expected, bool) else '!='} {_term(expected)})"
+        lines.append((None, f"fail = fail | {wrong}", [value.number] if isinstance(value, Lane) else []))
     parts, n_kept = _parts(lines)
-    signature = "int64_t i, int64_t P, const void* const* in, void* const* out, V* kept, V& fail, V* hit, V valid"
+    signature = (
+        "int64_t i, int64_t P, const void* const* in, void* const* out, V* kept, V& fail, const V* any, V* hit, V valid"
+    )
     functions = "\n".join(
         f"static __attribute__((noinline)) void part{number}({signature}) {{\n{code}\n}}"
         for number, code in enumerate(parts)
     )
-    calls = " ".join(f"part{number}(i, P, in, out, kept, fail, hit, valid);" for number in range(len(parts)))
+    calls = " ".join(f"part{number}(i, P, in, out, kept, fail, any, hit, valid);" for number in range(len(parts)))
     return f"""{_HEAD}
 {functions}
 extern "C" int run(int64_t n_rows, int64_t P, const void* const* in, void* const* out) {{
-  V kept[{max(1, n_kept)}], hit[{max(1, n_hits)}], wrong(0.0f);
-  for (auto& each : hit) each = V(0.0f);
-  for (int64_t i = 0; i < n_rows; i += W) {{
-    const V valid = i + W <= n_rows ? TRUE : V::arange(0.0f, 1.0f) < V((float)(n_rows - i));
-    V fail(0.0f);
-    {calls}
-    wrong = wrong | (fail & valid);
+  constexpr int N_ANY = {n_any};
+  static std::atomic<bool> last[N_ANY + 1];
+  V kept[{max(1, n_kept)}], any[N_ANY + 1], hit[N_ANY + 1], wrong;
+  for (int k = 0; k < N_ANY; k++) any[k] = last[k] ? TRUE : V(0.0f);
+  for (bool again = true; again;) {{
+    for (auto& each : hit) each = V(0.0f);
+    wrong = V(0.0f);
+    for (int64_t i = 0; i < n_rows; i += W) {{
+      const V valid = i + W <= n_rows ? TRUE : V::arange(0.0f, 1.0f) < V((float)(n_rows - i));
+      V fail(0.0f);
+      {calls}
+      wrong = wrong | (fail & valid);
+    }}
+    again = false;
+    for (int k = 0; k < N_ANY; k++) {{
+      const bool found = !none(hit[k]);
+      again = again || found == none(any[k]);
+      any[k] = found ? TRUE : V(0.0f);
+      last[k] = found;
+    }}
   }}
-  bool holds = none(wrong);
-  for (int k = 0; k < {n_hits}; k++) holds = holds && !none(hit[k]);
-  return holds;
+  return none(wrong);
 }}
 """
 
