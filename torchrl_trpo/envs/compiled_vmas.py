@@ -12,12 +12,14 @@ from torch import Tensor
 from torchrl_trpo.envs.compiled import CompiledFunction
 from torchrl_trpo.envs.flat_state import FlatState, NotCompiled
 from torchrl_trpo.envs.reset_pool import ResetPool
+from torchrl_trpo.envs.saved_state import ObjectState
 from torchrl_trpo.envs.snapshot import ObjectSnapshot
 from torchrl_trpo.envs.tracing import left_as_it_is
 from torchrl_trpo.envs.vmas import BatchedResetVmasEnv, undecorated
 
 _ENVS_OF_TWIN = (7, 9)  # one of them is not the number of environments, and neither is usual as another size
-_STEPS_UNTIL_WARNING = 3  # the first step of a simulator makes attributes
+_STEPS_UNTIL_VARIANT, _STEPS_UNTIL_WARNING = 2, 3  # the first step of a simulator makes attributes
+_MOST_VARIANTS = 12
 
 
 class CompiledVmasEnv(BatchedResetVmasEnv):
@@ -28,6 +30,9 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
     those of VMAS up to rounding. Everything that VMAS decides by numbers is checked at each step. If it would decide
     otherwise, or if anything but tensors has changed in its objects, VMAS takes the step, and raises its own errors.
     VMAS's objects hold the state at any time, and may be read and written as ever.
+
+    If a reset of all environments draws what all share, such as the landmark that is the goal, the step is compiled
+    once for each outcome, up to 12 of them.
 
     Environments that end are replaced by ones that VMAS has reset together beforehand, each of which is used once.
 
@@ -54,6 +59,8 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         self._compiled_step: CompiledFunction | None = None
         self._compiled_read: CompiledFunction | None = None
         self._pool: ResetPool | None = None
+        self._variants: list[tuple[FlatState, CompiledFunction, CompiledFunction | None, ResetPool | None]] = []
+        self._before_reset: list[Any] | None = None  # the random numbers before the last reset of all environments
         self._n_left_to_vmas = 0  # steps in a row, because of a change in VMAS's objects
         self.why_not_compiled: str | None = None
         super().__init__(*args, **kwargs)
@@ -79,6 +86,10 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         env = self._env
         with self._drawing():
             twin = self._make_twin(env, next(n for n in _ENVS_OF_TWIN if n != env.num_envs))
+        self._random_state = list(self._before_reset or self._random_state)
+        with self._drawing():
+            if self._before_reset is not None:  # so that it draws the same
+                undecorated(twin, "reset")(return_observations=False)
             for simulator in (env, twin):
                 for _ in range(2):  # the first steps make attributes
                     self._advance(simulator, *_random_actions(simulator))
@@ -86,14 +97,32 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             step = CompiledFunction(state, twin, self._advance, _random_actions(twin))
             step.compare(lambda: _random_actions(env), self._advance)
         self._compiled_step, self._state = step, state
+        self._compiled_read = self._pool = None
         with contextlib.suppress(NotCompiled):  # then environments are reset as ever
             with self._drawing():
                 read = CompiledFunction(state, twin, self._read)
                 read.compare(list, self._read)
-            pool = ResetPool(state, self._reset_all)
+            pool = ResetPool(state, super()._reset_all)
             self._random_state = list(drawn)
             pool.check(lambda: self._rewind(drawn))
             self._compiled_read, self._pool = read, pool
+        self._variants.append((state, step, self._compiled_read, self._pool))
+
+    def _find_variant(self) -> bool:
+        """Whether there is a compiled step for what VMAS's objects hold now; it is used from here on."""
+        for variant in self._variants:
+            if variant[0].attach():
+                self._state, self._compiled_step, self._compiled_read, self._pool = variant
+                return True
+        if len(self._variants) < _MOST_VARIANTS:
+            with contextlib.suppress(NotCompiled):
+                self._compile()
+                return True
+        return False
+
+    def _reset_all(self) -> None:
+        self._before_reset = list(self._random_state)
+        super()._reset_all()
 
     def _rewind(self, drawn: list[Any]) -> None:
         """Takes a step, and the random numbers back to what they were."""
@@ -115,6 +144,8 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             return entries
         if self._compiled_step is not None and self._state.problem is not None:
             self._n_left_to_vmas += 1
+            if self._n_left_to_vmas == _STEPS_UNTIL_VARIANT and self._find_variant():
+                return self._take_step(actions)
             if self._n_left_to_vmas == _STEPS_UNTIL_WARNING:
                 warnings.warn(
                     f"{self.scenario_name}: VMAS takes the steps, and not the compiled simulator, because something "
@@ -140,7 +171,9 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         Returns:
             The state, made of dicts, lists, tensors, numbers and strings.
         """
-        return {**super().get_extra_state(), "pool": None if self._pool is None else self._pool.state_dict()}
+        variant = ObjectState({}, self._env.device).save(self._before_reset, self._n_left_to_vmas)
+        pool = None if self._pool is None else self._pool.state_dict()
+        return {**super().get_extra_state(), "variant": variant, "pool": pool}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Loads a saved state into the simulator, also one of a ``BatchedResetVmasEnv``.
@@ -149,6 +182,10 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             state: from :meth:`get_extra_state`.
         """
         super().set_extra_state(state)
+        if self._variants and "variant" in state:
+            self._before_reset, self._n_left_to_vmas = ObjectState({}, self._env.device).load(state["variant"])
+            if self._n_left_to_vmas == 0:
+                self._find_variant()
         if self._pool is not None and state.get("pool") is not None:
             self._pool.load_state_dict(state["pool"])
 

@@ -13,6 +13,8 @@ from torchrl_trpo.envs.flat_state import FlatState, NotCompiled
 from torchrl_trpo.envs.snapshot import n_writes
 from torchrl_trpo.envs.tracing import Places, left_as_it_is
 
+_RESETS_TO_TRY = 10  # until one draws something else for all environments
+
 
 class ResetPool:
     """Environments that a simulator has reset, for those that end one after the other.
@@ -48,6 +50,8 @@ class ResetPool:
             left.append([*self._lanes.values(), *self._fresh.values()])
             rewind()
         check_equal(["what a reset leaves"] * len(left[0]), left[0], left[1])
+        for _ in range(_RESETS_TO_TRY):
+            self._fill()
         self._next = self._state.layout.n
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,15 +69,18 @@ class ResetPool:
             ended: which have ended, bool ``[num_envs]``.
 
         Returns:
-            Whether it has; otherwise nothing has changed, because the simulator's objects hold other things than when
-            it was compiled.
+            Whether it has; otherwise the ended environments are to be reset by VMAS, because the simulator's objects
+            hold other things than when it was compiled, or the reset of all would change such things.
         """
         if not self._state.attach():
             return False
         places = ended.nonzero().squeeze(-1)
         while len(places):
             if self._next == len(ended):
-                self._fill()
+                try:
+                    self._fill()
+                except NotCompiled:  # it has drawn something else for all environments
+                    return False
                 self._state.attach()
             n_now = min(len(places), len(ended) - self._next)
             now, places = places[:n_now], places[n_now:]
