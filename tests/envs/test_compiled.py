@@ -4,6 +4,7 @@ import io
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from vmas.simulator.core import Agent, Landmark, Sphere, World
@@ -24,9 +25,10 @@ class Push(BaseScenario):
         for index in range(2):
             noise = 0.1 if "noise" in traits else 0.0
             world.add_agent(Agent(name=f"agent_{index}", u_noise=noise, u_range=0.8))
+            world.agents[-1].slow = torch.zeros(batch_dim, 2, device=device)
         self.ball = Landmark(name="ball", movable=True, shape=Sphere(0.1), mass=0.5)
         world.add_landmark(self.ball)
-        self.bonus, self.n_steps = 1.0, 0
+        self.bonus, self.n_steps, self.weights = 1.0, 0, np.ones(2)
         self.offset = torch.zeros(batch_dim, device=device)
         if "tuple" in traits:
             self.offset = (self.offset,)
@@ -34,6 +36,8 @@ class Push(BaseScenario):
         return world
 
     def reset_world_at(self, env_index=None):
+        if env_index is None and "goal" in self.traits:
+            self.goal = self.world.agents[torch.randint(0, 2, (1,)).item()]
         for entity in self.world.entities:
             position = torch.rand(1 if env_index is not None else self.world.batch_dim, 2) - 0.5
             entity.set_pos(position if env_index is None else position[0], batch_index=env_index)
@@ -45,9 +49,19 @@ class Push(BaseScenario):
     def reward(self, agent):
         distance = torch.linalg.vector_norm(agent.state.pos - self.ball.state.pos, dim=-1)
         reward = (self.offset[0] if "tuple" in self.traits else self.offset) - distance
-        reward[distance < 0.3] += self.bonus
+        reward[distance < 0.3] += self.bonus * float(self.weights[1])
         if "branch" in self.traits and (distance > 0.9).any():
             reward = reward * 2
+        if "goal" in self.traits:
+            reward = reward + self.goal.state.pos[:, 0]
+        if "rare" in self.traits:
+            if not (distance > 1.15).any():
+                self.calls[distance < 0.7] += 1.0
+                half = agent.state.vel / 2
+                agent.slow = half
+            if self.n_steps == 0 and self.world.collides(agent, self.ball):
+                for each in self.world.agents:
+                    each.slow = each.slow + 1.0
         if "batch" in self.traits:
             reward = reward - reward.mean()
         if "counter" in self.traits:
@@ -60,7 +74,7 @@ class Push(BaseScenario):
         return torch.cat([agent.state.pos, agent.state.vel, self.ball.state.pos, self.calls.unsqueeze(-1)], -1)
 
     def info(self, agent):
-        return {"speed": torch.linalg.vector_norm(agent.state.vel, dim=-1)}
+        return {"speed": torch.linalg.vector_norm(agent.state.vel, dim=-1), "slow": agent.slow}
 
     def done(self):
         return self.ball.state.pos[:, 0] > 0.45
@@ -121,12 +135,72 @@ def test_it_gives_what_vmas_gives(scenario, continuous):
     go_on(ours, theirs, 15, size=150.0 if scenario == "balance" else 1.0)  # its reward subtracts 100 times distances
 
 
+COMPILED = """
+    asym_joint balance ball_trajectory buzz_wire circle_trajectory diff_drive dispersion drone dropout flocking
+    give_way goal joint_passage joint_passage_size line_trajectory multi_give_way navigation passage reverse_transport
+    simple simple_adversary simple_push simple_spread simple_tag simple_world_comm transport vel_control wheel"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", COMPILED.split())
+def test_scenarios_that_compile(scenario):
+    """Each is compared with VMAS when it is compiled. After three steps, no step is left to VMAS."""
+    env = make(scenario, n=60)
+    assert is_compiled(env)
+    data = env.reset()
+    for _ in range(20):
+        data = env.step(env.rand_action(data))["next"].exclude("reward")
+    assert env._n_left_to_vmas == 0
+    assert env._state.attach()
+
+
 @pytest.mark.parametrize("traits", [(), ("memory",), ("noise",), ("branch",)])
 def test_traits_that_compile(traits):
     """Branches on data, which go either way here, noise of the actions, and observations that change the scenario."""
     ours, theirs = both(traits=traits)
     assert is_compiled(ours)
     go_on(ours, theirs, 40)
+
+
+def test_what_a_reset_draws_for_all_is_compiled_for_each_outcome(monkeypatch):
+    """VMAS takes the first two steps after such a reset at most, and none when all outcomes were there."""
+    ours, theirs = both(traits=("goal",))
+    left, advance = [], CompiledVmasEnv._advance
+    for episode in range(10):
+        if episode == 8:
+            monkeypatch.setattr(CompiledVmasEnv, "_advance", lambda *args: (left.append(1), advance(*args))[1])
+        go_on(ours, theirs, 6)
+    assert len(ours._variants) == 2
+    assert len(left) <= 2
+
+
+def test_a_reference_to_another_object_counts():
+    """It was once taken for the same, if the object was held elsewhere too."""
+
+    def change(simulator, step):
+        if step in {3, 5}:
+            simulator.scenario.goal = next(agent for agent in simulator.agents if agent is not simulator.scenario.goal)
+
+    go_on(*both(traits=("goal",)), 8, change)
+
+
+def test_an_if_that_changes_tensors_alone_goes_both_ways(monkeypatch):
+    """VMAS decides it over all environments, so a step may be otherwise although nothing of a row has changed."""
+    ours, theirs = both(traits=("rare",))
+    left, advance = [], CompiledVmasEnv._advance
+    assert is_compiled(ours)
+    monkeypatch.setattr(CompiledVmasEnv, "_advance", lambda *args: (left.append(1), advance(*args))[1])
+    changes, before = set(), [None]
+
+    def change(simulator, step):
+        calls = simulator.scenario.calls.clone()
+        if before[0] is not None and simulator is theirs._env:
+            changes.add(bool((calls != before[0]).any()))
+        before[0] = calls if simulator is theirs._env else before[0]
+
+    go_on(ours, theirs, 40, change)
+    assert changes == {True, False}
+    assert len(left) <= 1  # the first step makes attributes
 
 
 @pytest.mark.parametrize(
@@ -147,7 +221,7 @@ def test_traits_that_do_not(traits, reason):
 
 
 def test_what_someone_changes_counts():
-    """Constants, tensors that are replaced, and tensors that are written to."""
+    """Constants, tensors that are replaced, and tensors and NumPy arrays that are written to."""
 
     def change(simulator, step):
         if step == 3:
@@ -160,11 +234,15 @@ def test_what_someone_changes_counts():
             simulator.world.landmarks[0].state.pos[3] = -0.4
         if step == 11:
             simulator.scenario.offset[2] = 0.5
+        if step == 12:
+            simulator.scenario.weights[1] = 3.0
         if step == 13:
+            simulator.scenario.weights[1] = 1.0
+        if step == 14:
             simulator.agents[1].shape.some_note = "new"
 
     ours, theirs = both()
-    go_on(ours, theirs, 15, change)
+    go_on(ours, theirs, 16, change)
 
 
 def test_a_change_that_lasts_is_told():
@@ -254,7 +332,8 @@ def through_file(state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("traits", [(), ("noise", "memory")])
+@pytest.mark.parametrize("traits", [(), ("noise", "memory"), ("goal",)])
+@pytest.mark.filterwarnings("ignore:.*are reset one by one")
 def test_a_saved_one_goes_on_to_the_bit(traits):
     env, other = (make(traits=traits, max_steps=12, seed=seed) for seed in (0, 5))
     torch.manual_seed(0)

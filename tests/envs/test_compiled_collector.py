@@ -121,6 +121,12 @@ def test_steps_that_vmas_takes_are_in_it(monkeypatch):
     assert_same(batches, collect(make(Collector, traits=("branch", "memory"), limit=10_000), 8))
 
 
+def test_a_reset_that_draws_a_goal_for_all_is_in_it():
+    """Each goal has a simulator that is compiled for it."""
+    ours, _ = check(scenario="simple_push", limit=LIMIT, n_batches=6, reset_at_each_iter=True)
+    assert len(ours.env.base_env._variants) > 1
+
+
 def test_parameters_are_read_where_they_are():
     def change(collector, number):
         with torch.no_grad():
@@ -183,7 +189,7 @@ def test_a_saved_one_goes_on_to_the_bit():
         ),
         ({"init_random_frames": N * STEPS}, "random frames come first"),
         ({"replay_buffer": True}, "a replay buffer is written at each step"),
-        ({"traits": ("batch",)}, "its simulator is not compiled: add over rows"),
+        ({"traits": ("batch",)}, "its simulator is not compiled: .*add over rows"),
     ],
     ids=["recurrent", "running statistics", "random frames", "replay buffer", "simulator"],
 )

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from torchrl_trpo.envs.flat_state import Buffers, FlatState, NotCompiled, Slot
-from torchrl_trpo.envs.tracing import Places, Untraceable, left_as_it_is, trace
+from torchrl_trpo.envs.reads import Untraceable
+from torchrl_trpo.envs.tracing import Places, left_as_it_is, trace
 from torchrl_trpo.kernels.aten import Lowered, Operations
 from torchrl_trpo.kernels.compiler import CompilerError, build
 from torchrl_trpo.kernels.cpp import Guard, Store, source
@@ -71,7 +72,9 @@ class CompiledFunction:
             }
             buffers |= {name: (len(DTYPES) + n_places + number, 0) for number, name in enumerate(names)}
             self._run = build(source(lowered.statements.all, buffers, stores, guards))
-        except (Untraceable, Unsupported, CompilerError) as error:
+        except Unsupported as error:
+            raise NotCompiled(f"it cannot be computed for one environment (a row) alone: {error}") from error
+        except (Untraceable, CompilerError) as error:
             raise NotCompiled(str(error)) from error
         self.structure = traced.results
         self.draws = lowered.draws
@@ -216,7 +219,7 @@ class CompiledFunction:
                 n_other += 1
             function(simulator, *arguments)  # to another state
         if n_other > n_calls / 2:
-            reason = self._state.problem or "they branch otherwise"
+            reason = self._state.problem or "they go another way through its if and while statements"
             raise NotCompiled(f"of {n_calls} calls, {n_other} are not like the traced one: {reason}")
 
 

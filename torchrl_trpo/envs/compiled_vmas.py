@@ -13,13 +13,15 @@ from torch import Tensor
 from torchrl_trpo.envs.compiled import CompiledFunction
 from torchrl_trpo.envs.flat_state import FlatState, NotCompiled
 from torchrl_trpo.envs.reset_pool import ResetPool
+from torchrl_trpo.envs.saved_state import ObjectState
 from torchrl_trpo.envs.snapshot import ObjectSnapshot
 from torchrl_trpo.envs.tracing import left_as_it_is
 from torchrl_trpo.envs.vmas import BatchedResetVmasEnv, undecorated
 
 _ENVS_OF_TWIN = (7, 9)  # one of them is not the number of environments, and neither is usual as another size
 _RESET_TOGETHER = 512  # which takes VMAS hardly longer than one environment
-_STEPS_UNTIL_WARNING = 3  # the first step of a simulator makes attributes
+_STEPS_UNTIL_VARIANT, _STEPS_UNTIL_WARNING = 2, 3  # the first step of a simulator makes attributes
+_MOST_VARIANTS = 12
 
 
 class CompiledVmasEnv(BatchedResetVmasEnv):
@@ -30,6 +32,9 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
     those of VMAS up to rounding. Everything that VMAS decides by numbers is checked at each step. If it would decide
     otherwise, or if anything but tensors has changed in its objects, VMAS takes the step, and raises its own errors.
     VMAS's objects hold the state at any time, and may be read and written as ever.
+
+    If a reset of all environments draws what all share, such as the landmark that is the goal, the step is compiled
+    once for each outcome, up to 12 of them.
 
     Environments that end are replaced by ones that VMAS has reset together beforehand, each of which is used once.
 
@@ -57,6 +62,8 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         self.compiled_step: CompiledFunction | None = None
         self.compiled_read: CompiledFunction | None = None
         self.pool: ResetPool | None = None
+        self._variants: list[tuple[FlatState, CompiledFunction, CompiledFunction | None, ResetPool | None]] = []
+        self._before_reset: list[Any] | None = None  # the random numbers before the last reset of all environments
         self.n_left_to_vmas = 0  # steps in a row, because of a change in VMAS's objects
         self.why_not_compiled: str | None = None
         super().__init__(*args, **kwargs)
@@ -81,9 +88,15 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         """Compiles step and reset, with the simulator's random numbers as they are; ``drawn`` are their states."""
         env = self._env
         n_together = env.num_envs * max(1, _RESET_TOGETHER // env.num_envs)
+        sizes = next(n for n in _ENVS_OF_TWIN if n != env.num_envs), n_together
         with self._drawing():
-            twin = self._make_twin(env, next(n for n in _ENVS_OF_TWIN if n != env.num_envs))
-            spare = self._make_twin(env, n_together)
+            twin, spare = (self._make_twin(env, n) for n in sizes)
+        for simulator in (twin, spare):
+            self._random_state = list(self._before_reset or drawn)
+            with self._drawing():
+                if self._before_reset is not None:  # so that it draws the same for all environments
+                    undecorated(simulator, "reset")(return_observations=False)
+        with self._drawing():
             for simulator in (env, twin, spare):
                 for _ in range(2):  # the first steps make attributes
                     self._advance(simulator, *_random_actions(simulator))
@@ -91,6 +104,7 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             step = CompiledFunction(state, twin, self._advance, _random_actions(twin))
             step.compare(lambda: _random_actions(env), self._advance)
         self.compiled_step, self.state = step, state
+        self.compiled_read = self.pool = None
 
         def reset() -> None:
             with self._drawing():
@@ -109,6 +123,23 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             self._random_state = list(drawn)
             pool.check(rewind)
             self.compiled_read, self.pool = read, pool
+        self._variants.append((state, step, self.compiled_read, self.pool))
+
+    def _find_variant(self) -> bool:
+        """Whether there is a compiled step for what VMAS's objects hold now; it is used from here on."""
+        for variant in self._variants:
+            if variant[0].attach():
+                self.state, self.compiled_step, self.compiled_read, self.pool = variant
+                return True
+        if len(self._variants) < _MOST_VARIANTS:
+            with contextlib.suppress(NotCompiled):
+                self._compile()
+                return True
+        return False
+
+    def _reset_all(self) -> None:
+        self._before_reset = list(self._random_state)
+        super()._reset_all()
 
     def make_twin_env(self, num_envs: int) -> BatchedResetVmasEnv:
         """The same environment with another number of environments, which is not compiled."""
@@ -129,6 +160,8 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             return entries
         if self.compiled_step is not None and self.state.problem is not None:
             self.n_left_to_vmas += 1
+            if self.n_left_to_vmas == _STEPS_UNTIL_VARIANT and self._find_variant():
+                return self._take_step(actions)
             if self.n_left_to_vmas == _STEPS_UNTIL_WARNING:
                 warnings.warn(
                     f"{self.scenario_name}: VMAS takes the steps, and not the compiled simulator, because something "
@@ -157,7 +190,9 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         Returns:
             The state, made of dicts, lists, tensors, numbers and strings.
         """
-        return {**super().get_extra_state(), "pool": None if self.pool is None else self.pool.state_dict()}
+        variant = ObjectState({}, self._env.device).save(self._before_reset, self.n_left_to_vmas)
+        pool = None if self.pool is None else self.pool.state_dict()
+        return {**super().get_extra_state(), "variant": variant, "pool": pool}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Loads a saved state into the simulator, also one of a ``BatchedResetVmasEnv``.
@@ -166,6 +201,10 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             state: from :meth:`get_extra_state`.
         """
         super().set_extra_state(state)
+        if self._variants and "variant" in state:
+            self._before_reset, self.n_left_to_vmas = ObjectState({}, self._env.device).load(state["variant"])
+            if self.n_left_to_vmas == 0:
+                self._find_variant()
         if self.pool is not None and state.get("pool") is not None:
             self.pool.load_state_dict(state["pool"])
 

@@ -145,6 +145,7 @@ class FlatState:
             return False
         self._holders, self.tensors = places.holders, list(places.tensors)
         self._watched = [_watch(holder) for holder in places.containers]
+        self._arrays = [(array, array.tobytes()) for array in places.arrays]
         buffers = self.layout.empty()
         for buffer in buffers.values():
             buffer[:, self.layout.n :] = 0
@@ -187,6 +188,8 @@ class FlatState:
             for holder, tensor in zip(self._holders, self.tensors, strict=True):
                 if holder is not None and holder[0][holder[1]] is not tensor:
                     return False
+            if any(array.tobytes() != held for array, held in self._arrays):
+                return False
             return all(len(holder) == size and values(holder) == held for holder, values, held, size in self._watched)
         except (LookupError, TypeError, ValueError):  # an entry is gone, or is no longer what can be compared
             return False

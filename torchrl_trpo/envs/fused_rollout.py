@@ -19,6 +19,7 @@ from torchrl.modules.tensordict_module.exploration import RandomPolicy
 
 from torchrl_trpo.envs.compiled import CompiledFunction, check_equal
 from torchrl_trpo.envs.flat_state import NotCompiled
+from torchrl_trpo.envs.reads import Untraceable
 from torchrl_trpo.envs.row_function import Columns, RowFunction
 from torchrl_trpo.envs.torchrl_step import (
     Policy,
@@ -30,7 +31,7 @@ from torchrl_trpo.envs.torchrl_step import (
     settings_of,
     twin_of,
 )
-from torchrl_trpo.envs.tracing import Untraceable, left_as_it_is, trace
+from torchrl_trpo.envs.tracing import left_as_it_is, trace
 from torchrl_trpo.kernels.compiler import CompilerError
 from torchrl_trpo.kernels.lanes import Unsupported
 from torchrl_trpo.kernels.networks import NetworkOperations
@@ -106,7 +107,7 @@ class FusedRollout:
         self._chosen = Columns.like(layout, [*chosen.values()])
         self._actions = Columns.like(layout, actions)
         self._done = self._carried_keys.index("done")
-        self._step_results, self._entries = self._results_of(step)
+        self._adopt()
 
         settings = settings_of(twin)
         policy = self._policy
@@ -126,7 +127,6 @@ class FusedRollout:
         inputs = [*carried.values(), *chosen.values(), *entries]
         self._finish_step = self._compile_torchrl(twin, finish, inputs, by_row=lambda n: n - len(carried))
         if read is not None:
-            self._read_results, self._reset_entries = self._results_of(read)
             entries = tree_leaves(base._read(base._env))
             for are_all, ended in self._some_and_all(len(data)):
                 self._finish_reset[are_all] = self._compile_torchrl(
@@ -254,6 +254,9 @@ class FusedRollout:
         parameters = [tensor.data_ptr() for tensor in parameters_of(self._env, self._policy).values()]
         for function in (self._act, self._finish_step, *self._finish_reset.values()):
             function.inputs[len(function.inputs) - len(parameters) :] = parameters
+        if self._base.compiled_step is not self._step:
+            self._adopt()
+            self._connect()
         self._is_attached = self._state.attach()
         self._held = self._state.buffers
 
@@ -285,12 +288,12 @@ class FusedRollout:
 
     def _reset_ended(self, ended: Tensor) -> None:
         base, rows = self._base, ended.squeeze(-1)
-        if not self._finish_reset or not self._is_attached:
+        is_compiled = self._finish_reset and base.compiled_read is not None and self._is_attached
+        if not is_compiled or not base.pool.put(rows):
             data = filled(self._data, self._carried_keys, [tensor.clone() for tensor in self._carried.tensors])
             data = self._by_vmas(lambda: self._env.reset(data.set("_reset", ended.clone()), select_reset_only=True))
             self._carried.put([data.get(key) for key in self._carried_keys])
             return
-        base.pool.put(rows)
         if not self._run(base.compiled_read, [], self._read_results, rows):
             self._reset_entries.put(tree_leaves(self._by_vmas(lambda: base.read_ended(rows.clone()))))
         self._finish_ended()
@@ -335,11 +338,22 @@ class FusedRollout:
         if self._is_attached:
             self._state.hold(self._state.buffers)
         result = function()
+        if self._base.compiled_step is not self._step:
+            self._adopt()
+            self._connect()
         self._is_attached = self._state.attach()
         self._held = self._state.buffers
         if self._is_attached:
             self._base.n_left_to_vmas = 0
         return result
+
+    def _adopt(self) -> None:
+        """Takes over the simulator's functions, which may be those of another variant."""
+        base = self._base
+        self._step, self._state, self._spares = base.compiled_step, base.state, []
+        self._step_results, self._entries = self._results_of(base.compiled_step)
+        if base.compiled_read is not None:
+            self._read_results, self._reset_entries = self._results_of(base.compiled_read)
 
     def _compare(self) -> None:
         """Compares the compiled functions with TorchRL on the data that the policy acts on next."""

@@ -37,6 +37,9 @@ extern "C" int run(int64_t n_lanes, int64_t, const void* const* in, void* const*
 """
 
 
+_RESETS_TO_TRY = 10  # until one draws something else for all environments
+
+
 class ResetPool:
     """Environments that have been reset together, for those that end one after the other.
 
@@ -68,12 +71,17 @@ class ResetPool:
         Args:
             rewind: takes the random numbers back to what they are now, and the twin to another state.
         """
+        sizes = self._n, self._state.layout.n
+        if difference := Places(self._twin).difference(self._state.reference, sizes):
+            raise NotCompiled(f"with another number of environments, {difference}")
         left = []
         for _ in range(2):
             self._fill()
             left.append([*self._lanes.values(), *self._fresh.values()])
             rewind()
         check_equal(["what a reset leaves"] * len(left[0]), left[0], left[1])
+        for _ in range(_RESETS_TO_TRY):
+            self._fill()
         self._next = self._n
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,20 +99,20 @@ class ResetPool:
             ended: which have ended, bool ``[num_envs]``.
 
         Returns:
-            Whether it has; otherwise nothing has changed, because the simulator's objects hold other things than when
-            it was compiled.
+            Whether it has; otherwise the ended environments are to be reset by VMAS, because the simulator's objects
+            hold other things than when it was compiled, or the reset of all would change such things.
         """
-        if not self._state.attach():
-            return False
-        self.put(ended)
-        return True
+        return self._state.attach() and self.put(ended)
 
-    def put(self, ended: Tensor) -> None:
-        """Puts fresh environments in the place of ended ones, in the state's buffers."""
+    def put(self, ended: Tensor) -> bool:
+        """Puts fresh environments in the place of ended ones, in the state's buffers; whether it has."""
         n_ended, n_done = int(ended.sum()), 0
         while n_done < n_ended:
             if self._next == self._n:
-                self._fill()
+                try:
+                    self._fill()
+                except NotCompiled:  # it has drawn something else for all environments
+                    return False
             n_now = min(n_ended - n_done, self._n - self._next)
             for kind, lanes in self._lanes.items():
                 fresh, buffer = self._fresh[kind], self._state.buffers[kind]
@@ -112,6 +120,7 @@ class ResetPool:
                     _put(ended, n_done, n_now, fresh[:, self._next :], lanes, buffer)
             self._next += n_now
             n_done += n_now
+        return True
 
     def _fill(self) -> None:
         """Resets all environments of the twin."""

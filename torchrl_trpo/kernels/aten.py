@@ -48,7 +48,7 @@ _ELEMENTWISE = {  # operation of aten: the statement's operation; the result has
     "bitwise_xor": "xor",
     "bitwise_not": "not",
 }
-_LOGICAL = {"logical_and": "and", "logical_or": "or", "logical_xor": "xor", "logical_not": "not"}
+_LOGICAL = {"logical_and": "and", "logical_or": "or", "logical_xor": "xor"}
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _SAME = ("detach", "alias", "lift_fresh_copy", "clone", "contiguous")
 
@@ -68,6 +68,13 @@ class Lowered(NamedTuple):
     outputs: list[Any]
     statements: Statements
     draws: list[tuple[tuple[int, ...], str, tuple[float, ...]]]
+
+
+class _Pairs(NamedTuple):
+    """``row & column``, a bool for each pair of rows: ``[n, 1]`` and ``[n]``. Only ``any`` and ``all`` can follow."""
+
+    row: Lanes
+    column: Lanes
 
 
 class Operations(Views):
@@ -138,8 +145,12 @@ class Operations(Views):
             return arguments[0]
         method = getattr(self, name, None)
         if method is None:
-            raise Unsupported(f"the operation {name}")
-        return method(*arguments, **keywords)
+            raise Unsupported(f"it calls torch.ops.aten.{name}, which is not known here")
+        result = method(*arguments, **keywords)
+        users = {getattr(user.target, "overloadpacket", None) for user in node.users}
+        if isinstance(result, _Pairs) and not users <= {torch.ops.aten.any, torch.ops.aten.all}:
+            raise Unsupported("rows are combined with other rows")
+        return result
 
     # Arithmetic
 
@@ -166,7 +177,10 @@ class Operations(Views):
     def rsub(self, tensor: Any, other: Any, alpha: Any = 1) -> Lanes:
         return self.sub(other, tensor, alpha)
 
-    def mul(self, tensor: Any, other: Any) -> Lanes:
+    def mul(self, tensor: Any, other: Any) -> Any:
+        both = [each for each in (tensor, other) if isinstance(each, Lanes) and each.axis is not None]
+        if self._kind == "b" and {each.axis - each.ndim for each in both} == {-1, -2}:  # type: ignore[operator]
+            return _Pairs(*sorted(both, key=lambda each: each.axis - each.ndim))  # type: ignore[operator]
         return self._elementwise("and" if self._kind == "b" else "mul", tensor, other)
 
     def div(self, tensor: Any, other: Any, rounding_mode: str | None = None) -> Lanes:
@@ -189,6 +203,9 @@ class Operations(Views):
 
     def clamp_max(self, tensor: Lanes, high: Any) -> Lanes:
         return self.clamp(tensor, None, high)
+
+    def logical_not(self, tensor: Lanes) -> Lanes:
+        return self._elementwise("not", tensor, kind="b")
 
     def isnan(self, tensor: Lanes) -> Lanes:
         return self._elementwise("isnan", tensor, kind="b", of="f")
@@ -285,20 +302,33 @@ class Operations(Views):
         squares = self._elementwise("mul", tensor, tensor)
         return self._elementwise("sqrt", self._reduce(squares, dim, keepdim, "add", self._kind))
 
-    def any(self, tensor: Lanes, dim: Any = None, keepdim: bool = False) -> Lanes:
-        return self._any_or_all(tensor, dim, keepdim, "any", "or")
+    def any(self, tensor: Any, dim: Any = None, keepdim: bool = False) -> Lanes:
+        return self._any_or_all(tensor, dim, keepdim, "or")
 
-    def all(self, tensor: Lanes, dim: Any = None, keepdim: bool = False) -> Lanes:
-        return self._any_or_all(tensor, dim, keepdim, "all", "and")
+    def all(self, tensor: Any, dim: Any = None, keepdim: bool = False) -> Lanes:
+        return self._any_or_all(tensor, dim, keepdim, "and")
 
-    def _any_or_all(self, tensor: Lanes, dim: Any, keepdim: bool, name: str, operation: str) -> Lanes:
-        if tensor.axis is None or tensor.axis not in dims_of(dim, tensor.ndim):
-            return self._reduce(tensor, dim, keepdim, operation, "b")
-        if dim is not None:
-            raise Unsupported(f"{name} over rows")
-        others = [d for d in range(tensor.ndim) if d != tensor.axis]
-        of_row = self._reduce(tensor, others, False, operation, "b") if others else tensor
-        return Lanes(of_row.values.reshape(()), None, self._n_rows, "b", name)
+    def _any_or_all(self, tensor: Any, dim: Any, keepdim: bool, operation: str) -> Lanes:
+        if isinstance(tensor, _Pairs):
+            if dim != 1 or keepdim or tensor.row.ndim != 2 or tensor.column.ndim != 1:
+                raise Unsupported("rows are combined with other rows")
+            of_column = self._any_or_all(tensor.column, 0, False, operation)
+            return self._elementwise("and", self.squeeze(tensor.row, 1), of_column, kind="b")
+        dims = dims_of(dim, tensor.ndim)
+        others = [d for d in dims if d != tensor.axis]
+        if others or not dims:
+            tensor = self._reduce(tensor, others, True, operation, "b")
+        if tensor.axis in dims:
+            is_any = operation == "or"  # all rows have it if not any row lacks it
+            tensor = tensor if is_any else self.logical_not(tensor)
+            hits = self.statements.elementwise(self.statements.any_row, "b", tensor)
+            tensor = Lanes(hits.values, None, self._n_rows, "b")
+            tensor = tensor if is_any else self.logical_not(tensor)
+        return (
+            tensor
+            if keepdim
+            else self._view(tensor, np.squeeze(tensor.values, tuple(dims)), without(tensor.axis, dims))
+        )
 
     def min(self, tensor: Lanes, dim: Any = None, keepdim: bool = False) -> Any:
         return self._extremum(tensor, dim, keepdim, "min", "lt")
@@ -314,9 +344,7 @@ class Operations(Views):
         for position, other in enumerate(others, 1):
             is_better = self._compare(better, other, best)
             if tensor.kind == "f":  # the first NaN is the result, as PyTorch has it
-                is_nan = self._elementwise(
-                    "and", self.isnan(other), self._elementwise("not", self.isnan(best), kind="b"), kind="b"
-                )
+                is_nan = self._elementwise("and", self.isnan(other), self.logical_not(self.isnan(best)), kind="b")
                 is_better = self._elementwise("or", is_better, is_nan, kind="b")
             best = self._where(is_better, other, best, tensor.kind)
             index = self._where(is_better, position, index, "i")

@@ -58,13 +58,16 @@ _CODE = {
     "trunc": "{}.trunc()",
     "same": "{}",
 }
-_C_TYPES = {"f": "float", "b": "uint8_t", "i": "int64_t"}  # of the buffers
-_LOAD = {"f": "V::loadu((const float*){})", "b": "load_bool((const uint8_t*){})", "i": "load_int((const int64_t*){})"}
+_C_TYPES = {"f": "float", "b": "uint8_t", "i": "int64_t", "j": "int32_t"}  # of the buffers
+_LOAD = {"f": "V::loadu((const float*){})", "b": "load_bool((const uint8_t*){})"}
+_LOAD |= {kind: f"load_int((const {_C_TYPES[kind]}*){{}})" for kind in "ij"}
 _LOAD_SHARED = {"f": "V(*((const float*){}))", "b": "(*((const uint8_t*){}) ? TRUE : V(0.0f))"}
-_LOAD_SHARED["i"] = "V((float)*((const int64_t*){}))"
-_STORE = {"f": "({1}).store((float*){0})", "b": "store_bool((uint8_t*){0}, {1})", "i": "store_int((int64_t*){0}, {1})"}
+_LOAD_SHARED |= {kind: f"V((float)*((const {_C_TYPES[kind]}*){{}}))" for kind in "ij"}
+_STORE = {"f": "({1}).store((float*){0})", "b": "store_bool((uint8_t*){0}, {1})"}
+_STORE |= {kind: f"store_int(({_C_TYPES[kind]}*){{0}}, {{1}})" for kind in "ij"}
 _HEAD = r"""
 #include <ATen/cpu/vec/vec.h>
+#include <atomic>
 #include <cstdint>
 using V = at::vec::Vectorized<float>;
 static constexpr int W = V::size();
@@ -77,7 +80,7 @@ static inline V load_bool(const uint8_t* p) {
   for (int k = 0; k < W; k++) t[k] = p[k] ? 0xffffffffu : 0u;
   return V::loadu(t);
 }
-static inline V load_int(const int64_t* p) {
+template <typename T> static inline V load_int(const T* p) {
   float t[W];
   for (int k = 0; k < W; k++) t[k] = (float)p[k];
   return V::loadu(t);
@@ -87,10 +90,10 @@ static inline void store_bool(uint8_t* p, V v) {
   v.store(t);
   for (int k = 0; k < W; k++) p[k] = t[k] != 0;
 }
-static inline void store_int(int64_t* p, V v) {
+template <typename T> static inline void store_int(T* p, V v) {
   float t[W];
   v.store(t);
-  for (int k = 0; k < W; k++) p[k] = (int64_t)t[k];
+  for (int k = 0; k < W; k++) p[k] = (T)t[k];
 }
 template <typename T> static inline void store_rows(T* p, int64_t stride, int64_t n, V v) {
   float t[W];
@@ -145,7 +148,7 @@ static inline V floordiv(V a, V b) {
 """
 _PARAMETERS = (
     "int64_t i, int64_t n, int64_t P, const void* const* in, void* const* out, const int64_t* S, "
-    "V* kept, V* scratch, V& fail, V* hit, V valid"
+    "V* kept, V* scratch, V& fail, const V* any, V* hit, V valid"
 )
 _LARGEST_INT = 2**23  # up to which float32 holds whole numbers, with room for one addition
 
@@ -173,21 +176,17 @@ class Guard(NamedTuple):
 
     Attributes:
         value: the lane or constant.
-        reduction: ``"any"`` or ``"all"`` over the rows of the batch; None for a value that all rows share.
-        expected: the value that it must have.
+        expected: the value that it must have in all rows.
     """
 
     value: Any
-    reduction: str | None
     expected: Any
 
     @classmethod
     def of(cls, statements: Statements, lanes: Lanes, expected: Any) -> Guard:
         """The guard of a tensor without dimensions."""
-        value = lanes.values.reshape(-1)[0]
-        return cls(
-            statements.convert(value, "b" if isinstance(expected, bool) else lanes.kind), lanes.reduction, expected
-        )
+        kind = "b" if isinstance(expected, bool) else lanes.kind
+        return cls(statements.convert(lanes.values.reshape(-1)[0], kind), expected)
 
 
 def source(
@@ -208,10 +207,12 @@ def source(
         C++ code with ``int run(int64_t n_rows, int64_t n_padded, const void* const* inputs, void* const* outputs, const
         int64_t* strides)``. The buffers are ``[lanes, n_padded]``, those of shared inputs ``[lanes]``. ``strides`` are
         those of the outputs that are stored by row. Behind the rows, outputs are zero: vector functions may choose
-        their way by all numbers of a register. The function returns whether the guards hold.
+        their way by all numbers of a register. The function returns whether the guards hold. What any row of the batch
+        has is known after the loop. So it is taken to be as in the last call, and the loop runs again if it is not:
+        each depends on earlier ones only, so this ends.
     """
     lines = []
-    scratch = _Scratch(statements)
+    n_any, scratch = 0, _Scratch(statements)
     for index in _needed(statements, [value for value, *_ in (*stores, *guards) if isinstance(value, Lane)]):
         operation, kind, arguments = statements[index]
         if operation in {"linear", "map"}:
@@ -221,47 +222,52 @@ def source(
             lines.append(Line(index, scratch.item(*arguments), []))
         elif operation in {"load", "shared"}:
             lines.append(Line(index, _load(statements[index], inputs), []))
+        elif operation == "any":
+            lines.append(Line(index, f"any[{n_any}]", []))
+            hit = f"hit[{n_any}] = hit[{n_any}] | ({_term(arguments[0])} & valid)"
+            lines.append(Line(None, hit, _lanes(arguments)))
+            n_any += 1
         else:
             lines.append(Line(index, _CODE[operation].format(*map(_term, arguments)), _lanes(arguments)))
-        if kind == "i" and operation != "where":
+        if kind in {"i", "j"} and operation != "where":
             lines.append(Line(None, f"fail = fail | (v{index}.abs() > V({_LARGEST_INT}.0f))", [index]))
     for store in stores:
         lines.append(Line(None, _store(store), _lanes([store.value])))
-    n_hits = 0
-    for value, reduction, expected in guards:
-        lane = _lanes([value])
-        if reduction is None:
-            wrong = f"({_term(value)} {'^' if isinstance(expected, bool) else '!='} {_term(expected)})"
-            lines.append(Line(None, f"fail = fail | {wrong}", lane))
-            continue
-        is_hit = _term(value) if reduction == "any" else f"({_term(value)} ^ TRUE)"
-        if (reduction == "any") == expected:  # some row must have it
-            lines.append(Line(None, f"hit[{n_hits}] = hit[{n_hits}] | ({is_hit} & valid)", lane))
-            n_hits += 1
-        else:
-            lines.append(Line(None, f"fail = fail | {is_hit}", lane))
+    for value, expected in guards:
+        wrong = f"({_term(value)} {'^' if isinstance(expected, bool) else '!='} {_term(expected)})"
+        lines.append(Line(None, f"fail = fail | {wrong}", _lanes([value])))
     parts, n_kept = _parts(lines)
     functions = "\n".join(
         f"static __attribute__((noinline)) void part{number}({_PARAMETERS}) {{\n{code}\n}}"
         for number, code in enumerate(parts)
     )
-    calls = " ".join(
-        f"part{number}(i, n, P, in, out, S, kept, scratch, fail, hit, valid);" for number in range(len(parts))
-    )
+    arguments_of_part = "i, n, P, in, out, S, kept, scratch, fail, any, hit, valid"
+    calls = " ".join(f"part{number}({arguments_of_part});" for number in range(len(parts)))
     return f"""{_HEAD}
 {functions}
 extern "C" int run(int64_t n, int64_t P, const void* const* in, void* const* out, const int64_t* S) {{
-  V kept[{max(1, n_kept)}], scratch[{max(1, scratch.size)}], hit[{max(1, n_hits)}], wrong(0.0f);
-  for (auto& each : hit) each = V(0.0f);
-  for (int64_t i = 0; i < n; i += W) {{
-    const V valid = i + W <= n ? TRUE : V::arange(0.0f, 1.0f) < V((float)(n - i));
-    V fail(0.0f);
-    {calls}
-    wrong = wrong | (fail & valid);
+  constexpr int N_ANY = {n_any};
+  static std::atomic<bool> last[N_ANY + 1];
+  V kept[{max(1, n_kept)}], scratch[{max(1, scratch.size)}], any[N_ANY + 1], hit[N_ANY + 1], wrong;
+  for (int k = 0; k < N_ANY; k++) any[k] = last[k] ? TRUE : V(0.0f);
+  for (bool again = true; again;) {{
+    for (auto& each : hit) each = V(0.0f);
+    wrong = V(0.0f);
+    for (int64_t i = 0; i < n; i += W) {{
+      const V valid = i + W <= n ? TRUE : V::arange(0.0f, 1.0f) < V((float)(n - i));
+      V fail(0.0f);
+      {calls}
+      wrong = wrong | (fail & valid);
+    }}
+    again = false;
+    for (int k = 0; k < N_ANY; k++) {{
+      const bool found = !none(hit[k]);
+      again = again || found == none(any[k]);
+      any[k] = found ? TRUE : V(0.0f);
+      last[k] = found;
+    }}
   }}
-  bool holds = none(wrong);
-  for (int k = 0; k < {n_hits}; k++) holds = holds && !none(hit[k]);
-  return holds;
+  return none(wrong);
 }}
 """
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DTYPES: dict[str, torch.dtype] = {"f": torch.float32, "b": torch.bool, "i": torch.int64}
-"""The dtypes of tensors by the kind of their lanes; ``i`` are whole numbers, which are computed in float32."""
-KINDS = {dtype: kind for kind, dtype in DTYPES.items()} | {torch.int32: "i"}
+DTYPES: dict[str, torch.dtype] = {"f": torch.float32, "b": torch.bool, "i": torch.int64, "j": torch.int32}
+"""The dtypes of tensors by the kind of their lanes; ``i`` and ``j`` are whole numbers, computed in float32."""
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 """The kinds by dtype."""
 OTHER_KIND = "?"
 """The kind of the lanes of other dtypes, with which nothing can be computed."""
@@ -66,17 +66,13 @@ class Lanes:
         axis: the batch dimension; None if all rows have the same values.
         n_rows: the size of the batch.
         kind: the kind of the lanes.
-        reduction: ``"any"`` or ``"all"`` if the tensor is that of its lane over all rows; it is known after the loop.
     """
 
-    def __init__(
-        self, values: np.ndarray, axis: int | None, n_rows: int, kind: str, reduction: str | None = None
-    ) -> None:
+    def __init__(self, values: np.ndarray, axis: int | None, n_rows: int, kind: str) -> None:
         self.values = values
         self.axis = axis
         self.n_rows = n_rows
         self.kind = kind
-        self.reduction = reduction
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -126,12 +122,12 @@ class Statements:
         if value.kind == kind:
             return value
         if value.kind == OTHER_KIND:
-            raise Unsupported("a number that is neither float32 nor bool nor int64")
+            raise Unsupported("a number that is neither float32 nor bool nor a whole number of 32 or 64 bits")
         if kind == "b":
             return self.add("nonzero", "b", value)
         if value.kind == "b":
             return self.add("one", kind, value)
-        return self.add("trunc" if kind == "i" else "same", kind, value)
+        return self.add("trunc" if value.kind == "f" else "same", kind, value)
 
     def apply(self, operation: str, kind: str, of: str, *arguments: Any) -> Any:
         """The result of an operation on arguments that are first converted to the kind ``of``."""
@@ -151,6 +147,10 @@ class Statements:
         if value == other and type(value) is type(other):
             return value
         return self.add("where", kind, condition, value, other)
+
+    def any_row(self, value: Any) -> Any:
+        """Whether any row of the batch has it: a lane that is the same for all rows."""
+        return self.add("any", "b", value) if isinstance(value, Lane) else value
 
     def inputs(self, name: str, shape: Sequence[int], axis: int | None, n_rows: int, kind: str) -> Lanes:
         """An input of the function: with a batch dimension, or the same for all rows. ``shape`` has 1 for the batch."""
@@ -196,8 +196,6 @@ def aligned(*tensors: Any) -> tuple[list[np.ndarray], int | None, int]:
     """
     n_rows = next(tensor.n_rows for tensor in tensors if isinstance(tensor, Lanes))
     found = [tensor if isinstance(tensor, Lanes) else constant(tensor, "", n_rows) for tensor in tensors]
-    if any(tensor.reduction for tensor in found):
-        raise Unsupported("a number that depends on all rows is computed with")
     axes = {tensor.axis - tensor.ndim for tensor in found if tensor.axis is not None}
     if len(axes) > 1:
         raise Unsupported("rows are combined with other rows")

@@ -45,7 +45,7 @@ class Views:
         return self.expand(self._to_copy(source), tensor.shape)
 
     def _view(self, tensor: Lanes, values: np.ndarray, axis: int | None) -> Lanes:
-        return Lanes(values, axis, self._n_rows, tensor.kind, tensor.reduction)
+        return Lanes(values, axis, self._n_rows, tensor.kind)
 
     def unsqueeze(self, tensor: Lanes, dim: int) -> Lanes:
         dim %= tensor.ndim + 1

@@ -1,0 +1,125 @@
+"""Methods whose ``if`` statements run inside a context, so that a trace can have both ways in one."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import textwrap
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+_BRANCH, _MAKE = "_branch_of_trace", "_make_method"
+
+
+def branching_by(
+    branch: Callable[[Callable[[], Any]], Iterator[None]], cls: type, until: type
+) -> dict[str, types.FunctionType]:
+    """Methods of a class with ``for _ in branch(lambda: test): body`` in the place of ``if test: body``.
+
+    That is done where ``body`` has no effect but on attributes, and on tensors that they hold. It may assign variables
+    that nothing else reads.
+
+    Args:
+        branch: yields if the body is to run.
+        cls: the class.
+        until: a base class, whose own methods stay.
+
+    Returns:
+        By their names the methods with such statements. Those with a closure, or without a source, are not there.
+    """
+    names = {name for each in cls.__mro__[: cls.__mro__.index(until)] for name in vars(each)}
+    functions = {name: getattr(cls, name) for name in names}
+    found = {
+        name: _rewritten(function, branch)
+        for name, function in functions.items()
+        if isinstance(function, types.FunctionType) and function.__closure__ is None
+    }
+    return {name: function for name, function in found.items() if function is not None}
+
+
+@contextlib.contextmanager
+def replaced(cls: type, functions: Mapping[str, Any]) -> Iterator[None]:
+    """Replaces attributes of a class inside the context."""
+    own = {name: vars(cls)[name] for name in functions if name in vars(cls)}
+    try:
+        for name, function in functions.items():
+            setattr(cls, name, function)
+        yield
+    finally:
+        for name in functions:
+            if name in own:
+                setattr(cls, name, own[name])
+            else:
+                delattr(cls, name)
+
+
+def _rewritten(function: types.FunctionType, branch: Any) -> Any:
+    """The function with its ``if`` statements replaced; None if there is none that can be."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        return None
+    definition = tree.body[0]
+    names = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    is_private = any(name.startswith("__") and not name.endswith("__") for name in names)  # it depends on the class
+    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list or is_private:
+        return None
+    rewriter = _Rewriter(definition)
+    rewriter.visit(definition)
+    if not rewriter.n_replaced:
+        return None
+    definition.args.defaults, definition.args.kw_defaults, definition.returns = (
+        [],
+        [None] * len(definition.args.kwonlyargs),
+        None,
+    )
+    for argument in (*definition.args.args, *definition.args.kwonlyargs):
+        argument.annotation = None
+    make = ast.parse(f"def {_MAKE}({_BRANCH}):\n    pass\n    return {definition.name}")
+    make.body[0].body[0] = definition  # type: ignore[attr-defined]
+    found: dict[str, Any] = {}
+    code = compile(ast.fix_missing_locations(make), inspect.getfile(function), "exec")
+    exec(code, function.__globals__, found)
+    new = found[_MAKE](branch)
+    new.__defaults__, new.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return new
+
+
+class _Rewriter(ast.NodeTransformer):
+    def __init__(self, definition: ast.FunctionDef) -> None:
+        self._definition = definition
+        self.n_replaced = 0
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        """Replaces an ``if`` statement, if nothing is lost."""
+        is_simple = not node.orelse and self._has_attributes_only(node.body)
+        self.generic_visit(node)
+        if not is_simple or any(isinstance(each, ast.NamedExpr) for each in ast.walk(node.test)):
+            return node
+        self.n_replaced += 1
+        test = ast.Lambda(ast.arguments([], [], None, [], [], None, []), node.test)
+        call = ast.Call(ast.Name(_BRANCH, ast.Load()), [test], [])
+        return ast.copy_location(ast.For(ast.Name("_", ast.Store()), call, node.body, []), node)
+
+    def _has_attributes_only(self, body: Sequence[ast.stmt]) -> bool:
+        """Whether statements assign to nothing but attributes, their items, and variables of their own."""
+        nodes = [node for statement in body for node in ast.walk(statement)]
+        inside = {id(node) for node in nodes}
+        read_outside = {
+            node.id
+            for node in ast.walk(self._definition)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in inside
+        }
+        allowed = (ast.Assign, ast.AugAssign, ast.If, ast.For, ast.Pass)
+        for node in nodes:
+            if isinstance(node, ast.stmt) and not isinstance(node, allowed):
+                return False
+            if not isinstance(getattr(node, "ctx", None), ast.Store):
+                continue
+            if isinstance(node, ast.Subscript) and not isinstance(node.value, ast.Attribute):
+                return False
+            if isinstance(node, ast.Name) and node.id in read_outside:
+                return False
+        return True

@@ -1,0 +1,204 @@
+"""How Python reads tensors while a function is traced: the values that it branches on, and ``x[mask]``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from torchrl_trpo.envs.snapshot import n_writes
+
+if TYPE_CHECKING:
+    from torchrl_trpo.envs.tracing import Places
+
+_MOST_CALLS = 60_000
+"""Of PyTorch's functions in one call of the simulator's; the code for more would take minutes to compile."""
+
+
+class Untraceable(Exception):
+    """A function that no graph stands for, with the reason."""
+
+
+_READS = {Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item}
+_BY_ROW = {  # functions that may be applied to x[mask] row by row
+    *("add", "sub", "mul", "div", "true_divide", "rsub", "neg", "abs", "sqrt", "exp", "sin", "cos", "pow", "square"),
+    *("minimum", "maximum", "clamp", "where", "norm", "vector_norm", "linalg_vector_norm", "squeeze", "unsqueeze"),
+    *("lt", "le", "gt", "ge", "eq", "ne", "to", "float", "long", "int", "bool", "clone"),
+    *("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"),
+}
+
+
+def _is_view(indices: Sequence[Any]) -> bool:
+    """Whether indexing gives a view, whatever the tensor."""
+    return all(isinstance(index, (int, slice, type(None), type(...))) for index in indices)
+
+
+class Reads(TorchFunctionMode):
+    """Intercepts how Python reads tensors: records what it reads, or replays it while the function is traced.
+
+    While it replays, ``x[mask]`` with a mask of bools is all of ``x``, whose rows outside of the mask are not used.
+
+    Args:
+        look: finds the places of the simulator's tensors.
+        record: what a run recorded, to be replayed; None to record.
+    """
+
+    def __init__(self, look: Callable[[], Places], record: Reads | None = None) -> None:
+        super().__init__()
+        self._look = look
+        self.values: list[Any] = [] if record is None else record.values
+        self.written: list[set[int]] = [] if record is None else list(record.written)  # by branch, the places
+        self.guards: list[tuple[Tensor, Any]] = []
+        self._replays = record is not None
+        self._n_replayed = self._n_calls = self._n_branches = 0
+        self._is_broad_phase = False
+        self._forced: bool | None = None  # what all values that are read are taken to be, for now
+        self._read_while_forced: list[Tensor] = []
+        self._masked: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: x[mask], and the mask
+
+    def as_broad_phase(self, collides: Any) -> Callable[..., bool]:
+        """``World.collides``, which passes whenever only the positions would decide."""
+
+        def passed(world: Any, *entities: Any) -> bool:
+            if sys._getframe(1).f_globals is not collides.__globals__:  # not VMAS's physics, but a scenario
+                return collides(world, *entities)
+            self._is_broad_phase = True
+            try:
+                return collides(world, *entities)
+            finally:
+                self._is_broad_phase = False
+
+        return passed
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self._n_calls += 1
+        if self._n_calls > _MOST_CALLS:
+            raise Untraceable(f"it calls PyTorch more than {_MOST_CALLS} times, and would take minutes to compile")
+        # PyTorch's own code reads tensors for itself, also the tracer
+        if func in _READS and not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            return self._read(func, *args)
+        if not self._replays:
+            return func(*args, **(kwargs or {}))
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            tensor, index, *value = args
+            mask, *rest = index if isinstance(index, tuple) else (index,)
+            if isinstance(mask, Tensor) and mask.dtype == torch.bool and _is_view(rest):
+                tensor = tensor[(slice(None),) * mask.ndim + tuple(rest)] if rest else tensor
+                return self._write(tensor, mask, *value) if value else self._tag(tensor.clone(), mask)
+            is_of_rows = isinstance(mask, slice) and mask == slice(None) and _is_view(rest)
+            if id(tensor) in self._masked and is_of_rows and not any(isinstance(each, Tensor) for each in value):
+                of_rows = func(*args)  # of x[mask], in all of its rows
+                return of_rows if value else self._tag(of_rows, self._masked[id(tensor)][1])
+        masked = [each for each in (*args, *(kwargs or {}).values()) if id(each) in self._masked]
+        if masked:
+            return self._call_by_row(func, masked, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def _read(self, func: Callable[..., Any], tensor: Tensor) -> Any:
+        if self._forced is not None and not self._is_broad_phase:
+            self._read_while_forced.append(tensor)
+            return func(torch.tensor(self._forced))
+        if not self._replays:
+            self.values.append(True if self._is_broad_phase else func(tensor))
+            return self.values[-1]
+        if self._n_replayed == len(self.values):
+            raise Untraceable("it branches on random numbers")
+        value = self.values[self._n_replayed]
+        self._n_replayed += 1
+        if not self._is_broad_phase:
+            self.guards.append((tensor.clone().reshape(()), value))
+        return value
+
+    def branch(self, test: Callable[[], Any]) -> Iterator[None]:
+        """Runs the body of an ``if`` whichever way its test goes, and then takes back what it should not have changed.
+
+        It does if the test depends on one bool. Otherwise it is an ``if`` as ever.
+        """
+        drawn = torch.get_rng_state()
+        if_true, read = self._forced_to(True, test)
+        if not read:
+            if if_true:
+                yield
+            return
+        if_false, read_too = self._forced_to(False, test)
+        if if_true == if_false or len(read) != 1 or len(read_too) != 1 or read[0].dtype != torch.bool:
+            if test():
+                yield
+            return
+        taken = read[0].clone().reshape(()) if if_true else ~read[0].reshape(())
+        places = self._look()
+        before = {id(tensor): (tensor, n_writes(tensor), tensor.clone()) for tensor in places.tensors}
+        branch = self._n_branches
+        self._n_branches += 1
+        self.written += [] if self._replays else [set()]
+        yield
+        after = self._look()
+        difference = places.difference(after)
+        if not self._replays and not torch.equal(torch.get_rng_state(), drawn):
+            difference = "it draws random numbers"
+        if difference:
+            raise Untraceable(f"an if changes more than tensors: {difference}")
+        merged: dict[tuple[int, int], Tensor] = {}
+        for number, tensor in enumerate(after.tensors):
+            old, writes, values = before[id(places.tensors[number])]
+            if not self._replays and (tensor is not old or n_writes(tensor) != writes):
+                self.written[branch].add(number)  # the tracer's own tensors do not count writes
+            if number not in self.written[branch]:
+                continue
+            holder = after.holders[number]
+            if tensor.shape != old.shape or tensor.dtype != old.dtype or holder is None:
+                raise Untraceable(f"an if replaces {after.paths[number]}")
+            pair = (id(tensor), id(old))
+            if pair not in merged:
+                new = torch.where(taken, tensor, values)
+                merged[pair] = tensor.copy_(new) if tensor is old else new
+            holder[0][holder[1]] = merged[pair]
+
+    def _forced_to(self, value: bool, test: Callable[[], Any]) -> tuple[bool, list[Tensor]]:
+        """What a test gives if the tensors that it reads are a value, and these tensors."""
+        self._forced, self._read_while_forced = value, []
+        try:
+            return bool(test()), self._read_while_forced
+        finally:
+            self._forced = None
+
+    def _tag(self, tensor: Tensor, mask: Tensor) -> Tensor:
+        self._masked[id(tensor)] = (tensor, mask)
+        return tensor
+
+    def _write(self, tensor: Tensor, mask: Tensor, value: Any) -> None:
+        """``tensor[mask] = value``."""
+        if id(value) in self._masked:
+            self._check_same(mask, self._masked[id(value)][1])
+        elif isinstance(value, Tensor) and value.ndim > tensor.ndim - mask.ndim and value.shape != (1,):
+            raise Untraceable(f"x[mask] = a tensor of shape {tuple(value.shape)}")
+        rows = mask.reshape(*mask.shape, *[1] * (tensor.ndim - mask.ndim))
+        value = torch.as_tensor(value, device=tensor.device).to(tensor.dtype)
+        tensor.copy_(torch.where(rows, value, tensor))
+
+    def _call_by_row(
+        self, func: Callable[..., Any], masked: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        name = func.__name__.strip("_")
+        if name not in _BY_ROW and name[1:] not in _BY_ROW:  # __iadd__, add_, __radd__
+            raise Untraceable(f"it applies {func.__name__} to x[mask], which cannot be done row by row")
+        mask = self._masked[id(masked[0])][1]
+        for other in masked[1:]:
+            self._check_same(mask, self._masked[id(other)][1])
+        for each in args:
+            if isinstance(each, Tensor) and id(each) not in self._masked and each.ndim >= masked[0].ndim:
+                raise Untraceable(f"{func.__name__} of x[mask] and a tensor of shape {tuple(each.shape)}")
+        return self._tag(func(*args, **kwargs), mask)
+
+    def _check_same(self, mask: Tensor, other: Tensor) -> None:
+        """Two masks in one statement must be equal, whenever it runs."""
+        if mask is not other:
+            if mask.shape != other.shape:
+                raise Untraceable("x[mask] with two masks")
+            self.guards.append(((mask == other).all(), True))
