@@ -812,10 +812,34 @@ MUTATIONS = (
     Mutation(
         "observed-twice",
         "torchrl_trpo/envs/compiled.py",
-        "        if rows is not None:",
-        "        if rows is None:",
+        "        if rows is not None and self.changes_state:",
+        "        if rows is None and self.changes_state:",
         "a reset of others changes what an environment remembers",
         "envs/compiled::test_ended_environments_take_fresh_ones[traits1]",
+    ),
+    Mutation(
+        "padding-kept",
+        "torchrl_trpo/kernels/cpp.py",
+        'f"{_term(value)} & valid")',
+        "_term(value))",
+        "what is behind the rows of a buffer is not zero, so that the last bit of a run depends on old memory",
+        "kernels/kernels::test_a_row_is_computed_as_pytorch_computes_the_batch",
+    ),
+    Mutation(
+        "rollout-not-current",
+        "torchrl_trpo/envs/fused_rollout.py",
+        "return self._find_settings() == self._settings",
+        "return True",
+        "compiled rollouts do not notice that a transform or the policy has other settings",
+        "envs/compiled_collector::test_what_has_changed_is_compiled_anew",
+    ),
+    Mutation(
+        "held-buffer-reused",
+        "torchrl_trpo/envs/fused_rollout.py",
+        "            if unused is not self._held:\n",
+        "            if True:\n",
+        "a rollout writes into tensors that were read from VMAS's objects before",
+        "envs/compiled_collector::test_vmas_objects_hold_what_the_batch_ends_with",
     ),
 )
 

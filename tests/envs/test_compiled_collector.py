@@ -121,6 +121,7 @@ def test_steps_that_vmas_takes_are_in_it(monkeypatch):
     assert_same(batches, collect(make(Collector, traits=("branch", "memory"), limit=10_000), 8))
 
 
+@pytest.mark.filterwarnings("ignore:simple_push. ended environments are reset one by one")
 def test_a_reset_that_draws_a_goal_for_all_is_in_it():
     """Each goal has a simulator that is compiled for it."""
     ours, _ = check(scenario="simple_push", limit=LIMIT, n_batches=6, reset_at_each_iter=True)
@@ -159,7 +160,10 @@ def test_each_batch_has_memory_of_its_own():
 
 def test_vmas_objects_hold_what_the_batch_ends_with():
     collector = make(CompiledCollector, limit=10_000)
+    held = collector.env.base_env._env.agents[0].state.pos
+    before = held.clone()
     (batch,) = collect(collector, 1)
+    assert torch.equal(held, before)
     going = ~batch["next", "done"][:, -1, 0]
     positions = [agent.state.pos for agent in collector.env.base_env._env.agents]
     assert torch.equal(torch.stack(positions, 1)[going], batch["next", *KEY][going, -1, :, :2])

@@ -271,7 +271,8 @@ class FusedRollout:
     def _simulate(self) -> None:
         if not (self._is_attached and self._run(self._step, self._actions.addresses, self._step_results)):
             actions = [action.clone() for action in self._actions.tensors]
-            self._entries.put(tree_leaves(self._by_vmas(lambda: self._base._take_step(actions))))
+            entries = self._by_vmas(lambda: self._base._take_step(actions))
+            self._entries.put(tree_leaves(entries))  # another variant has other entries
 
     def _finish_data(self, rows: Sequence[Tensor], time: int) -> None:
         """Writes the data of the step, ``rows`` ``[n, T, ...]`` at a time, and what the next step has."""
@@ -295,7 +296,8 @@ class FusedRollout:
             self._carried.put([data.get(key) for key in self._carried_keys])
             return
         if not self._run(base.compiled_read, [], self._read_results, rows):
-            self._reset_entries.put(tree_leaves(self._by_vmas(lambda: base.read_ended(rows.clone()))))
+            entries = self._by_vmas(lambda: base.read_ended(rows.clone()))
+            self._reset_entries.put(tree_leaves(entries))
         self._finish_ended()
 
     def _finish_ended(self) -> None:
