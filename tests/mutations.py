@@ -812,8 +812,8 @@ MUTATIONS = (
     Mutation(
         "observed-twice",
         "torchrl_trpo/envs/compiled.py",
-        "        if rows is not None:",
-        "        if rows is None:",
+        "        if rows is not None and self.changes_state:",
+        "        if rows is not None and not self.changes_state:",
         "a reset of others changes what an environment remembers",
         "envs/compiled::test_ended_environments_take_fresh_ones[traits1]",
     ),
