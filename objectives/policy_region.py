@@ -16,7 +16,6 @@ from torchrl_trpo.distributions.divergence import entropy, kl_divergence
 from torchrl_trpo.numerics.fisher import fisher_product, output_hessian_product
 from torchrl_trpo.numerics.vectors import flatten, unflatten
 from torchrl_trpo.objectives.attention import differentiable_attention
-from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
 from torchrl_trpo.objectives.policy_network import (
     build_distribution,
     distribution_parameters,
@@ -59,7 +58,6 @@ class PolicyTrustRegion:
         agent_slice: the agents that are solved, of parameters stacked by agent; None for one region of all parameters.
         entropy_coeff: the weight of the entropy, a scalar tensor, or None to leave it out.
         max_importance_ratio: the cap on ``π_θ/π_k``, a scalar tensor, or None.
-        compiled: the policy's forward pass for where it is differentiated at most once. Default: the network's.
         chunk_size: how many environment steps may have a graph, or results that are kept, at a time. A larger batch is
             evaluated in pieces, anew for each product and each try. None for no limit.
         ranks: the processes that each have a part of the batch; sums are over all of it. Default: this one alone.
@@ -75,13 +73,11 @@ class PolicyTrustRegion:
         agent_slice: slice | None = None,
         entropy_coeff: Tensor | None = None,
         max_importance_ratio: Tensor | None = None,
-        compiled: CompiledPolicy | None = None,
         chunk_size: int | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.indices = indices
         self._network = network
-        self._compiled = compiled
         self._rows = rows
         self._batch_dims = rows.log_prob.ndim - 1
         # The dimensions that are summed over for a region: all of them, or all but the agents'.
@@ -269,8 +265,6 @@ class PolicyTrustRegion:
         values = {key: leaf for keys, leaf in zip(self._keys, leaves, strict=True) for key in keys}
         parameters = self._stateless.clone(False).update(values)
         with differentiable_attention(twice=twice):
-            if self._compiled is not None and not twice:
-                return self._compiled(parameters, rows.inputs).apply(at_least_single)
             return distribution_parameters(self._network, parameters, rows.inputs).apply(at_least_single)
 
     def _distribution(self, dist_params: TensorDictBase) -> D.Distribution:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,6 @@ from torchrl_trpo.distributions.divergence import kl_if_exact
 from torchrl_trpo.numerics.statistics import HostScalar
 from torchrl_trpo.objectives.agent_checks import check_shared_agents, check_stacked_agents
 from torchrl_trpo.objectives.attention import differentiable_attention
-from torchrl_trpo.objectives.compiled_policy import CompiledPolicy
 from torchrl_trpo.objectives.policy_network import distribution_keys, resolve_trust_region, single_agent_network
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.policy_rows import PolicyRows
@@ -59,9 +58,6 @@ class TRPOLoss(SurrogateLoss):
         chunk_size: how many environment steps the policy update evaluates at a time, with the same result to rounding.
             Its memory then depends on this number and no longer on the size of the batch, beyond the batch itself; but
             a product with the Fisher matrix costs a forward pass more. Default: all, fastest.
-        compile_policy: whether the policy's forward pass in the update's gradient and line search is compiled
-            (``torch.compile``), with the same result to rounding; or the keywords for it. Products with the Fisher
-            matrix differentiate twice, which ``torch.compile`` does not support, and stay as they are. Default: False.
         process_group: the processes of ``torch.distributed`` that update together (``torch.distributed.group.WORLD``),
             each with rows of its own; they begin with the first one's parameters and stay the same to the bit. The
             policy update, the advantage's and the values' statistics are then of all rows, as if one process had them;
@@ -122,7 +118,6 @@ class TRPOLoss(SurrogateLoss):
         entropy_coeff: float | Mapping[NestedKey, float] = 0.0,
         value_norm: ValueNorm | None = None,
         chunk_size: int | None = None,
-        compile_policy: bool | Mapping[str, Any] = False,
         process_group: dist.ProcessGroup | None = None,
         **kwargs: Any,
     ) -> None:
@@ -136,8 +131,6 @@ class TRPOLoss(SurrogateLoss):
         )
         self.agent_dim = agent_dim
         self.chunk_size = None if chunk_size is None else positive_whole("chunk_size", chunk_size)
-        self.compile_policy = compile_policy
-        self._compiled: dict[str, CompiledPolicy] = {}
         self.trust_region, self.n_regions = resolve_trust_region(
             trust_region, self.actor_network, self.actor_parameters
         )
@@ -189,25 +182,9 @@ class TRPOLoss(SurrogateLoss):
             agent_slice=agent_slice,
             entropy_coeff=self.entropy_coeff if self._entropy_counts() else None,
             max_importance_ratio=self.max_importance_ratio,
-            compiled=self._compiled_policy(network),
             chunk_size=self.chunk_size,
             ranks=self.ranks,
         )
-
-    def _compiled_policy(self, network: ProbabilisticTensorDictSequential) -> CompiledPolicy | None:
-        """The compiled forward pass; one agent's is a function of its parameters, the same for all of them."""
-        if self.compile_policy is False:
-            return None
-        name = "all agents" if network is self.actor_network else "one agent"
-        if name not in self._compiled:
-            options = dict(self.compile_policy) if isinstance(self.compile_policy, Mapping) else {}
-            self._compiled[name] = CompiledPolicy(network, options)
-        return self._compiled[name]
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        # private: PyTorch has no other hook for a module that is moved. Compiled constants stay on the old device.
-        self._compiled = {}
-        return super()._apply(*args, **kwargs)
 
     def policy_rows(self, tensordict: TensorDictBase, ranks: Ranks | None = None) -> PolicyRows:
         """Reads from a batch what the policy update needs, flattened to ``N`` rows; the batch is not modified.

@@ -68,7 +68,6 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
             normalize_advantage_exclude_dims=(-2,),
             entropy_coeff=cfg.entropy_coeff,
             chunk_size=cfg.chunk_size,
-            compile_policy=cfg.compile_update,
             value_norm=estimator.value_norm,
             process_group=ranks.group,
         )

@@ -60,7 +60,6 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         normalize_advantage=True,
         entropy_coeff=cfg.entropy_coeff,
         chunk_size=cfg.chunk_size,
-        compile_policy=cfg.compile_update,
         value_norm=estimator.value_norm,
         process_group=ranks.group,
     )

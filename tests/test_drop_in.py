@@ -44,19 +44,6 @@ def test_the_loop_trains(loop):
     assert data["next", "truncated"][:, 9::10].all()
 
 
-@pytest.mark.slow  # the compiler's tracing; tests/training/test_collector.py compiles a policy in the fast suite
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own
-def test_the_policy_may_be_compiled():
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    check_training(hatrpo.train(compile_policy={"backend": backend}, **SMALL))
-    assert graphs
-
-
 def check_two_samplers(data):
     assert data.shape == (2, 3, 20)
     first, second = data["agents", "action"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from tensordict import TensorDict
 
 from tests.benchmarks.problems import N_AGENTS, ROWS, kept_step, policy_and_data
 from tests.benchmarks.timing import medians
@@ -68,7 +67,6 @@ def _shared(repetitions: int) -> dict[str, float]:
             "fisher": fisher_product(loss, rows),
             "exact": kept_step(TrustRegionUpdater(loss), data),
             "default": kept_step(TrustRegionUpdater(loss, fisher_subsample=DEFAULT_SUBSAMPLE), data),
-            "compiled": _compiled(data, share_params=True),
         },
         repetitions,
     )
@@ -87,7 +85,6 @@ def _per_agent(repetitions: int) -> dict[str, float]:
             "default": kept_step(TrustRegionUpdater(loss, fisher_subsample=DEFAULT_SUBSAMPLE), data),
             "hatrpo_exact": kept_step(TrustRegionUpdater(hatrpo), data),
             "hatrpo": kept_step(TrustRegionUpdater(hatrpo, fisher_subsample=DEFAULT_SUBSAMPLE), data),
-            "hatrpo_compiled": _compiled(data, share_params=False),
             "one_unit": forward_backward(loss, rows, agent=0),
             "one_fisher": fisher_product(loss, rows, agent=0),
         },
@@ -97,20 +94,11 @@ def _per_agent(repetitions: int) -> dict[str, float]:
     return {**_figures("a policy each", cost), "a policy each: Fisher product / fwd+bwd, of one agent": one}
 
 
-def _compiled(data: TensorDict, *, share_params: bool) -> Callable[[], object]:
-    """The default update, or HATRPO's, with the policy compiled."""
-    loss, _ = policy_and_data(share_params=share_params, compile_policy=True)
-    objective = loss if share_params else HATRPOSequentialObjective(loss)
-    return kept_step(TrustRegionUpdater(objective, fisher_subsample=DEFAULT_SUBSAMPLE), data)
-
-
 def _figures(policy: str, cost: dict[str, float]) -> dict[str, float]:
     labels = {
         "fisher": "Fisher product",
         "exact": "update, all rows in F",
         "default": "update, 1/10 of the rows in F",
-        "compiled": "update, 1/10 of the rows in F, compiled",
-        "hatrpo_compiled": "HATRPO update, 1/10 of the rows in F, compiled",
         "hatrpo_exact": "HATRPO update, all rows in F",
         "hatrpo": "HATRPO update, 1/10 of the rows in F",
     }

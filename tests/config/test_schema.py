@@ -48,8 +48,7 @@ VALUES = [
     ("hatrpo", "entropy_coeff=null", r"^entropy_coeff must be a number, got null\.$"),  # was PPOLoss's 0.01, silently
     ("hatrpo", "entropy_coeff=inf", r"^entropy_coeff must be a number, got inf\.$"),
     ("hatrpo", "chunk_size=0", r"^chunk_size must be null or a whole number of at least 1, got 0\.$"),
-    ("hatrpo", "compile_update=2", r"^compile_update must be true, false or a mapping of options, got 2\.$"),
-    ("hatrpo", "collector.compile_policy=maybe", r"^collector\.compile_policy must be true, false .*, got 'maybe'\.$"),
+    ("hatrpo", "collector.cudagraph_policy=2", r"^collector\.cudagraph_policy must be .* mapping of options, got 2\.$"),
     ("trpo", "normalize_observations=2", r"^normalize_observations must be true or false, got 2\.$"),
     ("hatrpo", "updater.max_kl=-1", r"^updater\.max_kl must be a positive number, got -1\.$"),
     ("hatrpo", "updater.max_kl=null", r"^updater\.max_kl must be a positive number, got null\.$"),
@@ -218,11 +217,16 @@ def test_a_value_that_is_wrong_is_not_compared():
     [
         [],
         ["actor.network=gru", "critic.network=lstm", "critic.hidden=[1]", "critic.value_norm=true", "chunk_size=3"],
-        ["compile_update={backend: aot_eager}", "collector.compile_policy=true", "actor.hidden=[]"],
-        ["updater.fisher_subsample=1e-9", "critic.minibatch_size=1000000", "critic.lr=0", "entropy_coeff=-1"],
+        [
+            "actor.hidden=[]",
+            "updater.fisher_subsample=1e-9",
+            "critic.minibatch_size=1000000",
+            "critic.lr=0",
+            "entropy_coeff=-1",
+        ],
         ["env=custom", "env.factory=a.b", "env.kwargs={any: 1}", "+env.kwargs.other=2", "env.parallel=true"],
     ],
-    ids=["defaults", "recurrent", "compiled", "small", "custom"],
+    ids=["defaults", "recurrent", "small", "custom"],
 )
 def test_what_can_be_passes(name, overrides):
     check_settings(config(name, *overrides), SETTINGS[name])

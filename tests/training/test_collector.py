@@ -39,14 +39,6 @@ def test_the_data_can_enter_a_graph():
     assert not first[keys.log_prob].requires_grad
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own
-def test_a_compiled_policy_samples_the_same():
-    (plain,), keys = collect(8, 8)
-    (compiled,), _ = collect(8, 8, compile_policy={"backend": "aot_eager"})
-    torch.testing.assert_close(compiled[keys.observation], plain[keys.observation])
-    torch.testing.assert_close(compiled[keys.log_prob], plain[keys.log_prob])
-
-
 def test_cuda_graphs_need_a_gpu():
     with pytest.raises(SettingError, match=r"^cudagraph_policy=True needs .*CUDA device, got cpu\.") as refused:
         collect(cudagraph_policy=True)

@@ -129,8 +129,6 @@ class Train(Section):
 class Collector(Section):
     """How the policy acts during collection."""
 
-    compile_policy: Options
-    """Whether the policy is compiled for sampling (torch.compile)."""
     cudagraph_policy: Options
     """Whether the policy is captured as a CUDA graph for sampling."""
 
@@ -300,8 +298,6 @@ class TrustRegionRecipe(Recipe):
 
     chunk_size: Annotated[Size | None, Field(title="null or a whole number of at least 1")]
     """Environment steps that the policy update holds at a time, when memory is short; null: all."""
-    compile_update: Options
-    """Whether the policy is compiled for the update's gradient and line search (torch.compile)."""
     updater: TrustRegionUpdate
     critic: NormalizedCritic
 

@@ -17,7 +17,6 @@ def make_collector(
     *,
     frames_per_batch: int,
     total_frames: int = -1,
-    compile_policy: bool = False,
     cudagraph_policy: bool = False,
     ranks: Ranks = ALONE,
 ) -> Collector:
@@ -34,7 +33,6 @@ def make_collector(
     Keyword Args:
         frames_per_batch: the number of steps of a batch, over all environments.
         total_frames: the number of steps after which the collector ends. Default: -1, never.
-        compile_policy: whether the policy is compiled (``torch.compile``).
         cudagraph_policy: whether the policy is captured as a CUDA graph (``tensordict.nn.CudaGraphModule``).
         ranks: the processes that share the frames of a batch. Default: this one alone.
 
@@ -58,7 +56,6 @@ def make_collector(
         frames_per_batch=frames_per_batch // ranks.size,
         total_frames=total_frames,
         track_traj_ids=False,
-        compile_policy=compile_policy,
         cudagraph_policy=cudagraph_policy,
         no_cuda_sync=True,
         auto_register_policy_transforms=False,
