@@ -25,6 +25,7 @@ from torchrl_trpo.config.overrides import check_overrides
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.reporting.record import flat
 from torchrl_trpo.training.checkpoints import has_checkpoint
+from torchrl_trpo.training.policy import settle_compilation
 
 CONFIG = Path(__file__).parents[1] / "config"
 
@@ -62,7 +63,7 @@ def config(recipe: str, overrides: Sequence[str], folder: Path) -> DictConfig:
     """Composes the config of a run, which resumes the run in its folder if there is one with the same settings."""
     checked = check_overrides([*overrides, "film=false", f"output_dir={json.dumps(str(folder))}"], CONFIG, recipe)
     with initialize_config_dir(str(CONFIG), version_base=None):
-        cfg = compose(recipe, checked)
+        cfg = settle_compilation(compose(recipe, checked))
     if not has_checkpoint(folder):
         return cfg
     before: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))

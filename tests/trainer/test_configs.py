@@ -100,8 +100,9 @@ def test_the_yaml_has_the_recipes_settings(name):
     theirs = OmegaConf.merge(base, trust_region, own, {"env": env})
     ours = composed(name)
     assert {key: ours.updater[key] for key in theirs.updater} == dict(theirs.updater)
-    assert {key: ours.env[key] for key in theirs.env if key != "continuous_actions"} == {
-        key: value for key, value in theirs.env.items() if key != "continuous_actions"
+    of_recipes = {"continuous_actions", "compiled"}  # which those decide for themselves
+    assert {key: ours.env[key] for key in theirs.env if key not in of_recipes} == {
+        key: value for key, value in theirs.env.items() if key not in of_recipes
     }
     assert (ours.value.gamma, ours.value.lmbda) == (theirs.gamma, theirs.lmbda)
     assert (ours.actor.hidden, ours.critic.hidden) == (theirs.actor.hidden, theirs.critic.hidden)

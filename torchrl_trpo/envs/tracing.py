@@ -13,7 +13,6 @@ from torch import Tensor, fx
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten
-from vmas.simulator.scenario import BaseScenario
 
 from torchrl_trpo.envs.branches import branching_by, replaced
 from torchrl_trpo.envs.object_graph import kind_of, parts_of, path_of, walk
@@ -162,6 +161,8 @@ def trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Tens
 
 def _trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Tensor], *, merges: bool) -> Trace:
     """A trace, in which some ``if`` go both ways if ``merges``."""
+    from vmas.simulator.scenario import BaseScenario  # here, since VMAS is optional
+
     before = Places(simulator)
     generators = _numpys_and_pythons_generator()
     found: dict[str, Any] = {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torchrl.envs import Compose, DTypeCastTransform, EnvBase, Transform
@@ -54,7 +54,7 @@ _STEPS_THAT_PAY = 1000
 """From how many steps of the vectorised environment on compiling takes less time than it saves."""
 
 
-def settle_compilation(cfg: DictConfig) -> DictConfig:
+def settle_compilation(cfg: Any) -> Any:
     """Decides whether a run is compiled, where its settings leave it open.
 
     A run that is resumed has the decision in its settings, so that it goes on as it began.
@@ -69,7 +69,9 @@ def settle_compilation(cfg: DictConfig) -> DictConfig:
         return cfg
     n_steps = cfg.train.total_frames // cfg.env.num_envs
     pays = n_steps >= _STEPS_THAT_PAY and resolve_device(cfg.device).type == "cpu"
-    return cast(DictConfig, OmegaConf.merge(cfg, {"env": {"compiled": pays}}))
+    settled = copy.deepcopy(cfg)
+    settled.env.compiled = pays
+    return settled
 
 
 def make_training_env(cfg: Mapping[str, Any], ranks: Ranks) -> EnvBase:
