@@ -21,7 +21,7 @@ from torchrl.envs import (
 )
 
 from tests.envs.test_compiled import Push
-from torchrl_trpo.envs import CompiledCollector, CompiledVmasEnv
+from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledCollector, CompiledVmasEnv
 from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks import make_actor
 from torchrl_trpo.networks.recurrent import carry_states
@@ -205,6 +205,13 @@ def test_what_is_not_compiled_is_torchrls_and_says_so(settings, reason):
     assert ours.why_not_compiled
     if "replay_buffer" not in settings:
         assert_same(collect(ours), collect(make(Collector, **settings)))
+
+
+def test_another_environment_is_torchrls():
+    env = BatchedResetVmasEnv("simple", num_envs=8, seed=0)
+    with pytest.warns(UserWarning, match="the environment is a BatchedResetVmasEnv, and no CompiledVmasEnv"):
+        collector = CompiledCollector(env, frames_per_batch=40, total_frames=40)
+    assert [batch.shape for batch in collector] == [(8, 5)]
 
 
 class Noise(nn.Module):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchrl_trpo.envs.flat_state import Buffers
-from torchrl_trpo.envs.row_function import Columns, RowFunction
+from torchrl_trpo.envs.buffers import Buffers, Columns
+from torchrl_trpo.envs.row_function import RowFunction
 from torchrl_trpo.kernels.lanes import Unsupported
 from torchrl_trpo.kernels.networks import NetworkOperations
 
@@ -28,9 +28,9 @@ def compiled(function, inputs, parameters=None):
     lowered = NetworkOperations(graph, N_TRACED, parameters).lower(named)
     layout = Buffers(N)
     run = RowFunction(lowered, layout, [*names, *parameters], by_lane=lowered.outputs)
-    columns = Columns.like(layout, inputs)
+    columns = Columns.like(N, inputs)
     columns.put(inputs)
-    results = Columns.like(layout, expected)
+    results = Columns.like(N, expected)
     run.inputs[:] = [*columns.addresses, *(tensor.data_ptr() for tensor in parameters.values())]
     run.outputs[:] = results.addresses
     assert run()

@@ -70,11 +70,8 @@ def _rewritten(function: types.FunctionType, branch: Any) -> Any:
     rewriter.visit(definition)
     if not rewriter.n_replaced:
         return None
-    definition.args.defaults, definition.args.kw_defaults, definition.returns = (
-        [],
-        [None] * len(definition.args.kwonlyargs),
-        None,
-    )
+    definition.args.defaults, definition.returns = [], None
+    definition.args.kw_defaults = [None] * len(definition.args.kwonlyargs)
     for argument in (*definition.args.args, *definition.args.kwonlyargs):
         argument.annotation = None
     make = ast.parse(f"def {_MAKE}({_BRANCH}):\n    pass\n    return {definition.name}")

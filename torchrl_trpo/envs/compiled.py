@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from torchrl_trpo.envs.flat_state import Buffers, FlatState, NotCompiled, Slot
+from torchrl_trpo.envs.buffers import Buffers, Columns, Draws, NotCompiled, Slot
+from torchrl_trpo.envs.flat_state import FlatState
 from torchrl_trpo.envs.reads import Untraceable
 from torchrl_trpo.envs.tracing import Places, left_as_it_is, trace
 from torchrl_trpo.kernels.aten import Lowered, Operations
@@ -78,10 +78,10 @@ class CompiledFunction:
             raise NotCompiled(str(error)) from error
         self.structure = traced.results
         self.draws = lowered.draws
-        self._arguments = [self._column(tensor.shape[1:], tensor.dtype) for tensor in arguments]
-        self._drawn = [self._column(shape[1:], torch.float32) for shape, *_ in self.draws]
+        self._arguments = Columns.like(state.layout.n, arguments)
+        self._drawn = Draws(state.layout.n, self.draws)
         self._inputs = np.zeros(len(state.addresses) + len(names), np.uint64)
-        self._inputs[len(self._inputs) - len(self._drawn) :] = [buffer.data_ptr() for buffer in self._drawn]
+        self._inputs[len(state.addresses) + len(arguments) :] = self._drawn.addresses
         self._outputs = np.zeros(2 * len(DTYPES), np.uint64)
 
     def _stores(self, lowered: Lowered, n_places: int, n_results: int) -> list[Store]:
@@ -115,12 +115,6 @@ class CompiledFunction:
         self.slots = [store("a result", lanes, None, len(DTYPES)) for lanes in results]
         return stores
 
-    def _column(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A buffer for one tensor."""
-        if dtype not in DTYPES.values():
-            raise NotCompiled(f"an argument is of {dtype}")
-        return torch.zeros(math.prod(shape), self._state.layout.padded, dtype=dtype)
-
     def __call__(self, *arguments: Tensor, rows: Tensor | None = None) -> Any:
         """Calls the function.
 
@@ -134,11 +128,10 @@ class CompiledFunction:
         state = self._state
         if not state.attach():
             return None
-        for buffer, argument in zip(self._arguments, arguments, strict=True):
-            buffer[:, : state.layout.n] = argument.reshape(state.layout.n, -1).T
+        self._arguments.put(arguments)
         after = state.layout.empty() if self.changes_state else state.buffers
         results = self.results.empty()
-        if not self.run([buffer.data_ptr() for buffer in self._arguments], after, results, rows):
+        if not self.run(self._arguments.addresses, after, results, rows):
             return None
         if self.changes_state:
             state.hold(after)
@@ -164,11 +157,10 @@ class CompiledFunction:
         """
         state, n = self._state, self._state.layout.n
         generator = torch.get_rng_state() if self.draws else None
-        for buffer, (shape, method, parameters) in zip(self._drawn, self.draws, strict=True):
-            buffer[:, :n] = getattr(torch.empty((n, *shape[1:])), method)(*parameters).reshape(n, -1).T
-        n_state, n_arguments = len(state.addresses), len(self._arguments)
+        self._drawn.draw()
+        n_state = len(state.addresses)
         self._inputs[:n_state] = state.addresses
-        self._inputs[n_state : n_state + n_arguments] = arguments
+        self._inputs[n_state : n_state + len(arguments)] = arguments
         self._outputs[:] = [buffer.data_ptr() for buffer in (*after.values(), *results.values())]
         if not self._run(n, state.layout.padded, self._inputs.ctypes.data, self._outputs.ctypes.data, 0):
             if generator is not None:

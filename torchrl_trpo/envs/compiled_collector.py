@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import set_exploration_type
 
-from torchrl_trpo.envs.flat_state import NotCompiled
+from torchrl_trpo.envs.buffers import NotCompiled
 from torchrl_trpo.envs.fused_rollout import FusedRollout
 
 

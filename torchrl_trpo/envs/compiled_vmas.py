@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
+from torchrl_trpo.envs.buffers import NotCompiled, unused_size
 from torchrl_trpo.envs.compiled import CompiledFunction
-from torchrl_trpo.envs.flat_state import FlatState, NotCompiled
+from torchrl_trpo.envs.flat_state import FlatState
 from torchrl_trpo.envs.reset_pool import ResetPool
 from torchrl_trpo.envs.saved_state import ObjectState
 from torchrl_trpo.envs.snapshot import ObjectSnapshot
-from torchrl_trpo.envs.tracing import left_as_it_is
+from torchrl_trpo.envs.tracing import Places, left_as_it_is
 from torchrl_trpo.envs.vmas import BatchedResetVmasEnv, undecorated
 
-_ENVS_OF_TWIN = (7, 9)  # one of them is not the number of environments, and neither is usual as another size
 _RESET_TOGETHER = 512  # which takes VMAS hardly longer than one environment
 _STEPS_UNTIL_VARIANT, _STEPS_UNTIL_WARNING = 2, 3  # the first step of a simulator makes attributes
 _MOST_VARIANTS = 12
@@ -88,9 +88,8 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         """Compiles step and reset, with the simulator's random numbers as they are; ``drawn`` are their states."""
         env = self._env
         n_together = env.num_envs * max(1, _RESET_TOGETHER // env.num_envs)
-        sizes = next(n for n in _ENVS_OF_TWIN if n != env.num_envs), n_together
         with self._drawing():
-            twin, spare = (self._make_twin(env, n) for n in sizes)
+            twin, spare = (self._make_twin(env, n) for n in (unused_size(Places(env).tensors), n_together))
         for simulator in (twin, spare):
             self._random_state = list(self._before_reset or drawn)
             with self._drawing():

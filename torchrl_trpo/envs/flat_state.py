@@ -2,79 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from torchrl_trpo.envs.buffers import Buffers, NotCompiled, Slot
 from torchrl_trpo.envs.tracing import Places
-from torchrl_trpo.kernels.cpp import ROWS_AT_A_TIME
 from torchrl_trpo.kernels.lanes import DTYPES, KINDS
-
-
-class NotCompiled(Exception):
-    """A function that stays as it is, with the reason."""
-
-
-class Slot(NamedTuple):
-    """Where a tensor with a row for each environment is in the buffers.
-
-    Attributes:
-        kind: the kind of its numbers, and so the buffer.
-        lane: the first of its lanes in the buffer.
-        shape: its shape without the environments.
-        strides: its strides, with the environments.
-    """
-
-    kind: str
-    lane: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def buffer(self) -> int:
-        """The number of the buffer."""
-        return list(DTYPES).index(self.kind)
-
-    @property
-    def lanes(self) -> range:
-        """The tensor's lanes in the buffer."""
-        return range(self.lane, self.lane + math.prod(self.shape))
-
-
-class Buffers:
-    """Tensors with a row for each environment, as lanes: one buffer ``[lanes, padded]`` for each kind of numbers.
-
-    Args:
-        n: the number of environments.
-
-    Attributes:
-        padded: the number of environments that a buffer has room for.
-    """
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-        self.padded = math.ceil(n / ROWS_AT_A_TIME) * ROWS_AT_A_TIME
-        self._n_lanes = dict.fromkeys(DTYPES, 0)
-
-    def add(self, kind: str, shape: Sequence[int]) -> Slot:
-        """Makes room for a tensor ``[n, *shape]``."""
-        strides = (1, *(self.padded * math.prod(shape[dim + 1 :]) for dim in range(len(shape))))
-        slot = Slot(kind, self._n_lanes[kind], tuple(shape), strides)
-        self._n_lanes[kind] += math.prod(shape)
-        return slot
-
-    def empty(self) -> dict[str, Tensor]:
-        """New buffers."""
-        return {kind: torch.empty(self._n_lanes[kind], self.padded, dtype=DTYPES[kind]) for kind in DTYPES}
-
-    def view(self, buffers: dict[str, Tensor], slot: Slot) -> Tensor:
-        """The tensor in a slot, ``[n, *shape]``, which shares the memory of the buffers."""
-        return buffers[slot.kind].as_strided((self.n, *slot.shape), slot.strides, slot.lane * self.padded)
 
 
 class FlatState:

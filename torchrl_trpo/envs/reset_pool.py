@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrl_trpo.envs.buffers import NotCompiled
 from torchrl_trpo.envs.compiled import check_equal
-from torchrl_trpo.envs.flat_state import FlatState, NotCompiled
+from torchrl_trpo.envs.flat_state import FlatState
 from torchrl_trpo.envs.snapshot import n_writes
 from torchrl_trpo.envs.tracing import Places
 from torchrl_trpo.kernels.compiler import build
@@ -35,8 +36,6 @@ extern "C" int run(int64_t n_lanes, int64_t, const void* const* in, void* const*
   return 0;
 }
 """
-
-
 _RESETS_TO_TRY = 10  # until one draws something else for all environments
 
 
@@ -127,11 +126,13 @@ class ResetPool:
         before = Places(self._twin)
         # The tensors get memory of their own: writes to those that share it are counted together.
         own = {id(tensor): tensor.clone() for tensor in before.tensors}
-        before.put([own[id(tensor)] for tensor in before.tensors])
-        held = [(tensor, n_writes(tensor), tensor.clone()) for tensor in Places(self._twin).tensors]
-        for mine, tensor, slot in zip(before.tensors, self._state.tensors, self._state.slots, strict=True):
+        pairs = zip(before.tensors, before.holders, strict=True)
+        tensors = [tensor if holder is None else own[id(tensor)] for tensor, holder in pairs]
+        before.put(tensors)
+        for mine, tensor, slot in zip(tensors, self._state.tensors, self._state.slots, strict=True):
             if slot is None:
-                own[id(mine)].copy_(tensor)
+                mine.copy_(tensor)
+        held = [(tensor, n_writes(tensor), tensor.clone()) for tensor in tensors]
         self._reset()
         after = Places(self._twin)
         if difference := before.difference(after):

@@ -2,53 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from torchrl_trpo.envs.flat_state import Buffers, NotCompiled
+from torchrl_trpo.envs.buffers import Buffers, Draws, NotCompiled
 from torchrl_trpo.kernels.aten import Lowered
 from torchrl_trpo.kernels.compiler import build
 from torchrl_trpo.kernels.cpp import Guard, Store, source
-from torchrl_trpo.kernels.lanes import DTYPES, Lanes
-
-
-class Columns:
-    """Tensors ``[n, *shape]``, whose rows are next to each other in memory: each is lanes ``[lanes, padded]``.
-
-    Args:
-        tensors: the tensors.
-
-    Attributes:
-        tensors: the tensors.
-        addresses: where their lanes are.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = tensors
-        self.addresses = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
-
-    @classmethod
-    def like(cls, layout: Buffers, tensors: Sequence[Tensor]) -> Columns:
-        """Room for tensors like these, which may have another number of rows."""
-        columns = []
-        for tensor in tensors:
-            shape = tensor.shape[1:]
-            if tensor.dtype not in DTYPES.values():
-                raise NotCompiled(f"a tensor is of {tensor.dtype}")
-            strides = (1, *(layout.padded * math.prod(shape[dim + 1 :]) for dim in range(len(shape))))
-            lanes = torch.zeros(math.prod(shape), layout.padded, dtype=tensor.dtype)
-            columns.append(lanes.as_strided((layout.n, *shape), strides))
-        return cls(columns)
-
-    def put(self, tensors: Sequence[Tensor]) -> None:
-        """Copies tensors ``[n, *shape]``."""
-        for column, tensor in zip(self.tensors, tensors, strict=True):
-            column.copy_(tensor)
+from torchrl_trpo.kernels.lanes import Lanes
 
 
 class RowFunction:
@@ -82,12 +45,9 @@ class RowFunction:
         guards: Sequence[tuple[Lanes, Any]] = (),
     ) -> None:
         self._layout = layout
-        self._draws = lowered.draws
-        dtypes = [torch.int64 if method == "random_" else torch.float32 for _, method, _ in self._draws]
-        shapes = [shape for shape, *_ in self._draws]
-        self._drawn = Columns.like(layout, list(map(lambda s, d: torch.empty(s, dtype=d), shapes, dtypes)))
+        self._draws = Draws(layout.n, lowered.draws)
         places = {name: (number, 0) for number, name in enumerate(names)}
-        places |= {f"draw{number}": (len(names) + number, 0) for number in range(len(self._draws))}
+        places |= {f"draw{number}": (len(names) + number, 0) for number in range(len(lowered.draws))}
         stores = []
         for number, lanes in enumerate([*by_row, *by_lane]):
             values = lanes.of_rows()
@@ -98,9 +58,9 @@ class RowFunction:
                 stores.append(Store(value, lanes.kind, number, lane, number < len(by_row)))
         checks = [Guard.of(lowered.statements, lanes, expected) for lanes, expected in guards]
         self._run = build(source(lowered.statements.all, places, stores, checks))
-        self._addresses = np.zeros(len(names) + len(self._draws), np.uint64)
+        self._addresses = np.zeros(len(names) + len(lowered.draws), np.uint64)
         self.inputs = self._addresses[: len(names)]
-        self._addresses[len(names) :] = self._drawn.addresses
+        self._addresses[len(names) :] = self._draws.addresses
         self.outputs = np.zeros(len(by_row) + len(by_lane), np.uint64)
         self.strides = np.zeros(len(by_row) + len(by_lane), np.int64)
         self._pointers = [array.ctypes.data for array in (self._addresses, self.outputs, self.strides)]
@@ -111,7 +71,5 @@ class RowFunction:
         Returns:
             Whether the results are right: the function branches as it did when it was traced.
         """
-        n = self._layout.n
-        for column, (shape, method, parameters) in zip(self._drawn.tensors, self._draws, strict=True):
-            column.copy_(getattr(column.new_empty((n, *shape[1:])), method)(*parameters))
-        return bool(self._run(n, self._layout.padded, *self._pointers))
+        self._draws.draw()
+        return bool(self._run(self._layout.n, self._layout.padded, *self._pointers))

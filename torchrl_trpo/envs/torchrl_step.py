@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 from torchrl.envs import EnvBase, TransformedEnv
 
-from torchrl_trpo.envs.compiled_vmas import CompiledVmasEnv
-from torchrl_trpo.envs.flat_state import NotCompiled
+from torchrl_trpo.envs.buffers import NotCompiled
 
 Policy = Callable[[TensorDictBase], TensorDictBase]
 
@@ -99,12 +98,10 @@ def base_of(env: EnvBase) -> Any:
     return env
 
 
-def twin_of(env: EnvBase, num_envs: int) -> EnvBase:
+def twin_of(env: Any, num_envs: int) -> EnvBase:
     """The same environment and transforms with another number of environments."""
     if isinstance(env, TransformedEnv):
         return TransformedEnv(twin_of(env.base_env, num_envs), env.transform.clone(), auto_unwrap=False)
-    if not isinstance(env, CompiledVmasEnv):
-        raise NotCompiled(f"the environment is a {type(env).__name__}, and no CompiledVmasEnv")
     return env.make_twin_env(num_envs)
 
 

@@ -44,9 +44,7 @@ class NetworkOperations(Operations):
             if is_part and tensor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
                 lanes = self.statements.inputs(name, (parameter.numel(),), None, self._n_rows, KINDS[tensor.dtype])
                 places = torch.arange(parameter.numel()).as_strided(tensor.shape, tensor.stride(), first)
-                values = np.empty(tuple(tensor.shape), object)
-                for place in np.ndindex(*values.shape):
-                    values[place] = lanes.values[places[place]]
+                values = lanes.values[places.flatten().numpy()].reshape(tuple(tensor.shape))
                 return Lanes(values, None, self._n_rows, KINDS[tensor.dtype])
         return super().attribute(tensor)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
 
 from torchrl_trpo.envs import CompiledCollector, CompiledVmasEnv
+from torchrl_trpo.envs.torchrl_step import base_of
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.parallel.ranks import ALONE, Ranks
 
@@ -48,7 +49,7 @@ def make_collector(
             f"cudagraph_policy=True needs an environment on a CUDA device, got {env.device}. Legal: "
             "cudagraph_policy=False."
         )
-    simulator = env.base_env if isinstance(env, TransformedEnv) else env
+    simulator = base_of(env)
     is_compiled = isinstance(simulator, CompiledVmasEnv) and simulator.why_not_compiled is None
     return (CompiledCollector if is_compiled else Collector)(
         env,

@@ -1,0 +1,139 @@
+"""Tensors with a row for each environment, as lanes in memory, for compiled functions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchrl_trpo.kernels.cpp import ROWS_AT_A_TIME
+from torchrl_trpo.kernels.lanes import DTYPES, KINDS
+
+
+class NotCompiled(Exception):
+    """A function that stays as it is, with the reason."""
+
+
+class Slot(NamedTuple):
+    """Where a tensor with a row for each environment is in the buffers.
+
+    Attributes:
+        kind: the kind of its numbers, and so the buffer.
+        lane: the first of its lanes in the buffer.
+        shape: its shape without the environments.
+        strides: its strides, with the environments.
+    """
+
+    kind: str
+    lane: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def buffer(self) -> int:
+        """The number of the buffer."""
+        return list(DTYPES).index(self.kind)
+
+    @property
+    def lanes(self) -> range:
+        """The tensor's lanes in the buffer."""
+        return range(self.lane, self.lane + math.prod(self.shape))
+
+
+class Buffers:
+    """Tensors with a row for each environment, as lanes: one buffer ``[lanes, padded]`` for each kind of numbers.
+
+    Args:
+        n: the number of environments.
+
+    Attributes:
+        padded: the number of environments that a buffer has room for.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.padded = math.ceil(n / ROWS_AT_A_TIME) * ROWS_AT_A_TIME
+        self._n_lanes = dict.fromkeys(DTYPES, 0)
+
+    def add(self, kind: str, shape: Sequence[int]) -> Slot:
+        """Makes room for a tensor ``[n, *shape]``."""
+        strides = (1, *(self.padded * math.prod(shape[dim + 1 :]) for dim in range(len(shape))))
+        slot = Slot(kind, self._n_lanes[kind], tuple(shape), strides)
+        self._n_lanes[kind] += math.prod(shape)
+        return slot
+
+    def empty(self) -> dict[str, Tensor]:
+        """New buffers."""
+        return {kind: torch.empty(self._n_lanes[kind], self.padded, dtype=DTYPES[kind]) for kind in DTYPES}
+
+    def view(self, buffers: dict[str, Tensor], slot: Slot) -> Tensor:
+        """The tensor in a slot, ``[n, *shape]``, which shares the memory of the buffers."""
+        return buffers[slot.kind].as_strided((self.n, *slot.shape), slot.strides, slot.lane * self.padded)
+
+
+class Columns:
+    """Tensors ``[n, *shape]`` in buffers of their own, which stay where they are; zero at first.
+
+    Args:
+        layout: the layout of the buffers.
+        slots: where the tensors are in them.
+
+    Attributes:
+        buffers: the buffers.
+        tensors: the tensors.
+        addresses: where their lanes are.
+    """
+
+    def __init__(self, layout: Buffers, slots: Sequence[Slot]) -> None:
+        self.buffers = {kind: buffer.zero_() for kind, buffer in layout.empty().items()}
+        self.tensors = [layout.view(self.buffers, slot) for slot in slots]
+        self.addresses = np.array([tensor.data_ptr() for tensor in self.tensors], np.uint64)
+
+    @classmethod
+    def like(cls, n: int, tensors: Sequence[Tensor]) -> Columns:
+        """Room for tensors like these, but with ``n`` rows; NotCompiled is raised if there are none of their type."""
+        layout = Buffers(n)
+        for tensor in tensors:
+            if tensor.dtype not in KINDS:
+                raise NotCompiled(f"a tensor is of {tensor.dtype}")
+        return cls(layout, [layout.add(KINDS[tensor.dtype], tensor.shape[1:]) for tensor in tensors])
+
+    def put(self, tensors: Sequence[Tensor]) -> None:
+        """Copies tensors ``[n, *shape]``."""
+        for column, tensor in zip(self.tensors, tensors, strict=True):
+            column.copy_(tensor)
+
+
+class Draws:
+    """The random tensors of a compiled function.
+
+    Args:
+        n: the number of rows.
+        draws: for each its shape as traced, and the method of ``Tensor`` that fills one, with its arguments.
+
+    Attributes:
+        addresses: where their lanes are.
+    """
+
+    def __init__(self, n: int, draws: Sequence[tuple[tuple[int, ...], str, tuple[float, ...]]]) -> None:
+        self._draws = draws
+        dtypes = [torch.int64 if method == "random_" else torch.float32 for _, method, _ in draws]
+        empty = [torch.empty(shape, dtype=dtype) for (shape, *_), dtype in zip(draws, dtypes, strict=True)]
+        self._columns = Columns.like(n, empty)
+        self.addresses = self._columns.addresses
+
+    def draw(self) -> None:
+        """Draws them from PyTorch's global generator, as the function does."""
+        for column, (_, method, parameters) in zip(self._columns.tensors, self._draws, strict=True):
+            column.copy_(getattr(column.new_empty(column.shape), method)(*parameters))
+
+
+def unused_size(tensors: Iterable[Tensor]) -> int:
+    """A number of environments that no dimension of the tensors has."""
+    sizes = {size for tensor in tensors for size in tensor.shape}
+    return next(n for n in itertools.count(7) if n not in sizes)

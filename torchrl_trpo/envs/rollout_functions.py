@@ -1,0 +1,167 @@
+"""The compiled functions of a rollout: the policy, and what TorchRL does at a step and at a reset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
+from torchrl.envs import EnvBase
+from torchrl.modules.tensordict_module.exploration import RandomPolicy
+
+from torchrl_trpo.envs.buffers import Buffers, NotCompiled, unused_size
+from torchrl_trpo.envs.row_function import RowFunction
+from torchrl_trpo.envs.torchrl_step import (
+    Policy,
+    TorchRLStep,
+    base_of,
+    leaves_of,
+    parameters_of,
+    settings_of,
+    twin_of,
+)
+from torchrl_trpo.envs.tracing import trace
+from torchrl_trpo.kernels.aten import Lowered
+from torchrl_trpo.kernels.lanes import Unsupported
+from torchrl_trpo.kernels.networks import NetworkOperations
+
+
+class RolloutFunctions:
+    """What happens at a step around the simulator, compiled. It is traced on an environment of another size.
+
+    The inputs of each function are followed by the parameters of policy and transforms.
+
+    Args:
+        env: a :class:`~torchrl_trpo.envs.CompiledVmasEnv`, or a ``TransformedEnv`` of one.
+        policy: the policy, compiled if it can be.
+        data: the data that the policy acts on next.
+
+    Attributes:
+        torchrl: what TorchRL does, not compiled; it knows the keys that a step leaves to the next, and the policy's.
+        carried: tensors like those that a step leaves to the next, with another number of environments.
+        chosen: tensors like those that the policy writes.
+        actions: tensors like the simulator's actions.
+        stored_keys: the keys of the data of a step.
+        act: from ``carried`` to ``chosen`` and ``actions``; if the policy is not compiled, from ``carried`` and
+            ``chosen`` to ``actions``.
+        finish_step: from ``carried``, ``chosen`` and the simulator's entries to the data of a step, written as rows,
+            and what it leaves to the next.
+        finish_reset: from ``carried``, which environments have ended and the simulator's entries to what is left to the
+            next step. By whether all have ended: TorchRL makes a difference. Empty if resets are not compiled.
+        why_policy_not_compiled: why the policy is not compiled; None if it is.
+
+    Raises:
+        NotCompiled: if there is an environment, transform or entry that cannot be compiled, with the reason.
+    """
+
+    def __init__(self, env: EnvBase, policy: Policy, data: TensorDictBase) -> None:
+        base = base_of(env)
+        step, read = base.compiled_step, base.compiled_read
+        self._layout: Buffers = base.state.layout
+        self._policy = policy
+        self._twin, of_twin = _twin_after_a_step(env, [*leaves_of(data).values(), *parameters_of(env, policy).values()])
+        twin = self._twin
+        before, after = leaves_of(data), leaves_of(policy(data.copy()))
+        written = {key: value for key, value in after.items() if value is not before.get(key)}
+        carried = {key: value for key, value in leaves_of(of_twin).items() if key not in twin.action_keys}
+        _check_entries(twin, (set(carried) ^ set(before)) - set(written))
+        self.torchrl = TorchRLStep(carried, written, step.structure, None if read is None else read.structure)
+        self._data = of_twin.select(*carried)
+        self.carried = list(carried.values())
+        self.chosen = [value.new_zeros(len(self._data), *value.shape[1:]) for value in written.values()]
+        self.actions = self.torchrl.choose(twin, self._data, [*self.carried, *self.chosen], None)[1]
+
+        settings = settings_of(twin)
+        if isinstance(policy, RandomPolicy) and policy.action_spec == env.full_action_spec:
+            policy = RandomPolicy(twin.full_action_spec)  # its actions have a shape of their own
+        self.why_policy_not_compiled: str | None = None
+        try:
+            self.act = self._compile_acting(self.carried, policy)
+        except (Unsupported, RuntimeError, ValueError, LookupError) as error:
+            self.why_policy_not_compiled = str(error).splitlines()[0]
+            self.act = self._compile_acting([*self.carried, *self.chosen], None)
+        simulator = base_of(twin)
+        entries = tree_leaves(simulator._advance(simulator._env, *self.actions))
+        self.finish_step = self._compile_torchrl(
+            self._finish, [*self.carried, *self.chosen, *entries], n_by_lane=len(carried)
+        )
+        self.finish_reset: dict[bool, RowFunction] = {}
+        if read is not None:
+            entries = tree_leaves(simulator._read(simulator._env))
+            for are_all, ended in some_and_all(len(self._data)):
+                inputs = [*self.carried, ended, *entries]
+                self.finish_reset[are_all] = self._compile_torchrl(self._reset, inputs, n_by_lane=len(carried))
+        if settings_of(twin) != settings:
+            raise NotCompiled("a transform changes its own attributes at each step")
+
+    def _finish(self, *leaves: Tensor) -> list[Tensor]:
+        stored, following = self.torchrl.finish(self._twin, self._data, leaves)
+        self.stored_keys = list(stored)
+        return [*stored.values(), *following]
+
+    def _reset(self, *leaves: Tensor) -> list[Tensor]:
+        return self.torchrl.reset(self._twin, self._data, leaves)
+
+    def _compile_acting(self, inputs: Sequence[Tensor], policy: Policy | None) -> RowFunction:
+        """The policy, and what its actions are for the simulator; without a policy, the latter alone."""
+
+        def act(*leaves: Tensor) -> list[Tensor]:
+            chosen, actions = self.torchrl.choose(self._twin, self._data, leaves, policy)
+            return [*chosen, *actions]
+
+        lowered, names = self._lower(make_fx(act, tracing_mode="real")(*inputs), inputs)
+        results = lowered.outputs if policy is not None else lowered.outputs[len(self.chosen) :]
+        return RowFunction(lowered, self._layout, names, by_lane=results)
+
+    def _compile_torchrl(self, function: Callable[..., Any], inputs: Sequence[Tensor], n_by_lane: int) -> RowFunction:
+        """A function of TorchRL's; the last of its results are written as lanes, the others as rows."""
+        traced = trace(base_of(self._twin)._env, function, inputs)
+        before = traced.before
+        lowered, names = self._lower(traced.graph, inputs, list(zip(before.paths, before.tensors, strict=True)))
+        n_guards = len(traced.expected)
+        results = lowered.outputs[len(before.paths) : len(lowered.outputs) - n_guards]
+        branches = zip(lowered.outputs[len(lowered.outputs) - n_guards :], traced.expected, strict=True)
+        by_row, by_lane = results[: len(results) - n_by_lane], results[len(results) - n_by_lane :]
+        return RowFunction(lowered, self._layout, names, by_row=by_row, by_lane=by_lane, guards=list(branches))
+
+    def _lower(
+        self, graph: fx.GraphModule, inputs: Sequence[Tensor], unused: Sequence[tuple[str, Tensor]] = ()
+    ) -> tuple[Lowered, list[str]]:
+        """Lowers a graph, whose first inputs are not used. Returns the names of the others and the parameters too."""
+        names = [f"input{number}" for number in range(len(inputs))]
+        parameters = parameters_of(self._twin, self._policy)
+        named = [(name, tensor, 0) for name, tensor in zip(names, inputs, strict=True)]
+        places = [(path, tensor, None) for path, tensor in unused]
+        lowered = NetworkOperations(graph, len(inputs[0]), parameters).lower([*places, *named])
+        return lowered, [*names, *parameters]
+
+
+def some_and_all(n: int) -> list[tuple[bool, Tensor]]:
+    """Which of ``n`` environments may have ended, ``[n, 1]``: every other one, or all; the flag says which."""
+    numbers = torch.arange(n).unsqueeze(-1)
+    return [*([(False, numbers % 2 == 0)] if n > 1 else []), (True, numbers >= 0)]
+
+
+def _twin_after_a_step(env: EnvBase, tensors: Sequence[Tensor]) -> tuple[EnvBase, TensorDictBase]:
+    """The environment with a number of environments that is no size of the tensors, and its data after a step."""
+    try:
+        twin = twin_of(env, unused_size(tensors))
+        data = twin.reset()
+        for _ in range(2):  # the first steps make attributes
+            data = twin.step_and_maybe_reset(twin.rand_action(data))[1]
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:  # of any user's transform
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise NotCompiled(f"its transforms refuse another number of environments: {reason}") from error
+    return twin, data
+
+
+def _check_entries(twin: EnvBase, other: set[Any]) -> None:
+    """Checks that TorchRL does at a step what is done here; ``other`` are entries that are not there at each step."""
+    if other:
+        raise NotCompiled(f"entries are not there at each step: {', '.join(map(str, other))}")
+    if list(twin.reset_keys) != ["_reset"] or not {"done", "terminated"} <= set(twin.done_keys):
+        raise NotCompiled(f"its reset keys are {twin.reset_keys}, its done keys {twin.done_keys}")
