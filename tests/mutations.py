@@ -796,8 +796,8 @@ MUTATIONS = (
     Mutation(
         "padding-counts",
         "torchrl_trpo/kernels/cpp.py",
-        "wrong | (fail & valid)",
-        "wrong | fail",
+        "| ({_term(arguments[0])} & valid)",
+        "| {_term(arguments[0])}",
         "the rows that pad a buffer decide on a branch",
         "kernels/kernels::test_guards_are_about_all_rows_and_no_more",
     ),

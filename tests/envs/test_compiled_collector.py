@@ -160,6 +160,7 @@ def test_each_batch_has_memory_of_its_own():
 
 def test_vmas_objects_hold_what_the_batch_ends_with():
     collector = make(CompiledCollector, limit=10_000)
+    collect(collector, 1)
     held = collector.env.base_env._env.agents[0].state.pos
     before = held.clone()
     (batch,) = collect(collector, 1)
