@@ -795,8 +795,8 @@ MUTATIONS = (
     ),
     Mutation(
         "padding-counts",
-        "torchrl_trpo/kernels/cpp.py",
-        "| ({_term(arguments[0])} & valid)",
+        "torchrl_trpo/kernels/writer.py",
+        "| only({_term(arguments[0])}, valid)",
         "| {_term(arguments[0])}",
         "the rows that pad a buffer decide on a branch",
         "kernels/kernels::test_guards_are_about_all_rows_and_no_more",
@@ -819,9 +819,9 @@ MUTATIONS = (
     ),
     Mutation(
         "padding-kept",
-        "torchrl_trpo/kernels/cpp.py",
-        'f"{_term(value)} & valid")',
-        "_term(value))",
+        "torchrl_trpo/kernels/writer.py",
+        "+ i, only({_term(value)}, valid))",
+        "+ i, {_term(value)})",
         "what is behind the rows of a buffer is not zero, so that the last bit of a run depends on old memory",
         "kernels/kernels::test_a_row_is_computed_as_pytorch_computes_the_batch",
     ),

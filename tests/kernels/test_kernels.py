@@ -9,7 +9,7 @@ import torch
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchrl_trpo.kernels import compiler, cpp
+from torchrl_trpo.kernels import compiler, cpp, writer
 from torchrl_trpo.kernels.aten import Operations
 from torchrl_trpo.kernels.lanes import DTYPES, KINDS, Unsupported
 
@@ -43,9 +43,9 @@ def compiled(function, inputs, guards=()):
         values = lanes.of_rows()
         shapes.append((lanes.kind, values.shape[1:]))
         for lane, value in enumerate(values.flat):
-            stores.append(cpp.Store(low.statements.convert(value, lanes.kind), lanes.kind, number, lane))
+            stores.append(writer.Store(low.statements.convert(value, lanes.kind), lanes.kind, number, lane))
     checks = [
-        cpp.Guard(lanes.values.reshape(-1)[0], expected)
+        writer.Guard(lanes.values.reshape(-1)[0], expected)
         for lanes, expected in zip(low.outputs[len(results) :], guards, strict=True)
     ]
     names = {f"input{number}": (number, 0) for number in range(len(inputs))}

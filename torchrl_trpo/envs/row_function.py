@@ -10,8 +10,9 @@ import numpy as np
 from torchrl_trpo.envs.buffers import Buffers, Draws, NotCompiled
 from torchrl_trpo.kernels.aten import Lowered
 from torchrl_trpo.kernels.compiler import build
-from torchrl_trpo.kernels.cpp import Guard, Store, source
+from torchrl_trpo.kernels.cpp import source
 from torchrl_trpo.kernels.lanes import Lanes
+from torchrl_trpo.kernels.writer import Guard, Store
 
 
 class RowFunction:
@@ -45,7 +46,7 @@ class RowFunction:
         guards: Sequence[tuple[Lanes, Any]] = (),
     ) -> None:
         self._layout = layout
-        self._draws = Draws(layout.n, lowered.draws)
+        self._draws = Draws(layout, lowered.draws)
         places = {name: (number, 0) for number, name in enumerate(names)}
         places |= {f"draw{number}": (len(names) + number, 0) for number in range(len(lowered.draws))}
         stores = []

@@ -18,6 +18,7 @@ from torchrl_trpo.envs.branches import branching_by, replaced
 from torchrl_trpo.envs.object_graph import kind_of, parts_of, path_of, walk
 from torchrl_trpo.envs.reads import Reads, Untraceable
 from torchrl_trpo.envs.snapshot import ObjectSnapshot
+from torchrl_trpo.seeding import forked_generators
 
 
 class Places:
@@ -192,11 +193,11 @@ def _trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Ten
         return Places(simulator)
 
     record = Reads(look)
-    with left_as_it_is(simulator), torch.random.fork_rng(devices=[]):
+    with left_as_it_is(simulator), forked_generators(simulator.device):
         run(*copies(), record)
     if _numpys_and_pythons_generator() != generators:
         raise Untraceable("it draws random numbers from NumPy or Python")
-    with left_as_it_is(simulator), torch.random.fork_rng(devices=[]):
+    with left_as_it_is(simulator), forked_generators(simulator.device):
         graph = make_fx(functionalize(replay, remove="mutations"), tracing_mode="real")(*copies())
     _drop_writes_to_inputs(graph, before)
     return Trace(graph, before, found["results"], found["expected"])
