@@ -25,13 +25,14 @@ _MOST_VARIANTS = 12
 
 
 class CompiledVmasEnv(BatchedResetVmasEnv):
-    """TorchRL's ``VmasEnv`` with a simulator that is compiled for the CPU, when the environment is made.
+    """TorchRL's ``VmasEnv`` with a simulator that is compiled when the environment is made.
 
     A step of VMAS is hundreds of small operations on tensors. Here they are one loop over the environments, which VMAS
     itself has written: it takes a step while PyTorch traces it, and a C++ compiler compiles the trace. The numbers are
-    those of VMAS up to rounding. Everything that VMAS decides by numbers is checked at each step. If it would decide
-    otherwise, or if anything but tensors has changed in its objects, VMAS takes the step, and raises its own errors.
-    VMAS's objects hold the state at any time, and may be read and written as ever.
+    those of VMAS up to rounding. On a GPU the loop is a CUDA kernel, with a thread for each environment. Everything
+    that VMAS decides by numbers is checked at each step. If it would decide otherwise, or if anything but tensors has
+    changed in its objects, VMAS takes the step, and raises its own errors. VMAS's objects hold the state at any time,
+    and may be read and written as ever.
 
     If a reset of all environments draws what all share, such as the landmark that is the goal, the step is compiled
     once for each outcome, up to 12 of them.
