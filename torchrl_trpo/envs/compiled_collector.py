@@ -71,7 +71,7 @@ class CompiledCollector(Collector):
             "another process may interrupt them": self.interruptor is not None,
             "the policy is compiled already": self.compiled_policy or self.cudagraphed_policy,
             "there is no buffer for a batch": not self._use_buffers,
-            f"rollouts are compiled on the CPU alone, and this is on {', '.join(map(str, devices))}": bool(devices),
+            f"they are compiled on the CPU alone, and this is on {', '.join(map(str, devices))}": bool(devices),
         }
         return next((reason for reason, holds in asked.items() if holds), None)
 
