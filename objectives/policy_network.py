@@ -20,6 +20,7 @@ from torchrl.modules.models.multiagent import MultiAgentNetBase
 
 from torchrl_trpo.distributions import BoundedTanhNormal
 from torchrl_trpo.errors import nearest
+from torchrl_trpo.kernels.settings import setting_of
 from torchrl_trpo.keys import path
 from torchrl_trpo.objectives.functional import other_parameters
 
@@ -120,6 +121,11 @@ def input_keys(network: ProbabilisticTensorDictSequential) -> list[NestedKey]:
 def is_composite(network: ProbabilisticTensorDictSequential) -> bool:
     """Whether a policy's actions have several parts: its distribution is a ``CompositeDistribution``."""
     return _distribution_module(network).distribution_class is CompositeDistribution
+
+
+def distribution_settings(network: ProbabilisticTensorDictSequential) -> Any:
+    """The settings of a policy's distribution, such as its bounds, to be compared."""
+    return setting_of(_distribution_module(network).distribution_kwargs)
 
 
 def _distribution_module(network: ProbabilisticTensorDictSequential) -> ProbabilisticTensorDictModule:

@@ -101,7 +101,7 @@ class PolicyTrustRegion:
         self._ratio_moments = rows.log_prob.new_zeros(3, len(indices))
         self._ranks = ranks
         self._chunk_rows = len(rows) if chunk_size is None else max(1, chunk_size // rows.steps_per_row)
-        self._pieces = [_Piece(part) for part in rows.split(self._chunk_rows)]
+        self._pieces = [_Piece(part) for part in self._split(rows)]
 
     @property
     def parameters(self) -> Tensor:
@@ -119,9 +119,8 @@ class PolicyTrustRegion:
         """
         rows, pieces = self._rows, self._pieces
         if subsample < 1:
-            drawn = torch.randperm(len(rows), device=rows.log_prob.device)
-            rows = self._renormalise(rows.take(drawn[: max(1, round(subsample * len(rows)))]))
-            pieces = [_Piece(part) for part in rows.split(self._chunk_rows)]
+            rows = self._sample(subsample)
+            pieces = [_Piece(part) for part in self._split(rows)]
         kept = [self._piece_product(piece.rows, keep_in=piece) for piece in pieces if len(rows) <= self._chunk_rows]
 
         def product(vectors: Tensor) -> Tensor:
@@ -285,8 +284,13 @@ class PolicyTrustRegion:
         """The weighted sum over the rows of each region, ``[*R, *A, 1]`` to ``[n]``."""
         return (rows.weight * values).sum(self._summed).reshape(len(self.indices))
 
-    def _renormalise(self, sample: PolicyRows) -> PolicyRows:
+    def _split(self, rows: PolicyRows) -> list[PolicyRows]:
+        return rows.split(self._chunk_rows)
+
+    def _sample(self, share: float) -> PolicyRows:
         """Rows drawn from the batch, with weights that sum to 1 again."""
+        drawn = torch.randperm(len(self._rows), device=self._rows.log_prob.device)
+        sample = self._rows.take(drawn[: max(1, round(share * len(self._rows)))])
         if sample.weight.ndim == 1:
             return replace(sample, weight=sample.weight * (len(self._rows) / len(sample)))
         total = self._ranks.sum_(sample.weight.sum(self._summed, keepdim=True))

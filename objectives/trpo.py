@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torchrl_trpo.distributions.divergence import kl_if_exact
 from torchrl_trpo.numerics.statistics import HostScalar
 from torchrl_trpo.objectives.agent_checks import check_shared_agents, check_stacked_agents
 from torchrl_trpo.objectives.attention import differentiable_attention
+from torchrl_trpo.objectives.compiled_region import RegionCompiler
 from torchrl_trpo.objectives.policy_network import distribution_keys, resolve_trust_region, single_agent_network
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.policy_rows import PolicyRows
@@ -58,6 +59,9 @@ class TRPOLoss(SurrogateLoss):
         chunk_size: how many environment steps the policy update evaluates at a time, with the same result to rounding.
             Its memory then depends on this number and no longer on the size of the batch, beyond the batch itself; but
             a product with the Fisher matrix costs a forward pass more. Default: all, fastest.
+        compiled: whether gradient, Fisher products and evaluations of the policy update are compiled with the
+            machine's C++ compiler. That is for a CPU and single precision; the results are equal up to rounding. What
+            cannot be compiled is computed as without it, and a warning says why. Default: False.
         process_group: the processes of ``torch.distributed`` that update together (``torch.distributed.group.WORLD``),
             each with rows of its own; they begin with the first one's parameters and stay the same to the bit. The
             policy update, the advantage's and the values' statistics are then of all rows, as if one process had them;
@@ -118,6 +122,7 @@ class TRPOLoss(SurrogateLoss):
         entropy_coeff: float | Mapping[NestedKey, float] = 0.0,
         value_norm: ValueNorm | None = None,
         chunk_size: int | None = None,
+        compiled: bool = False,
         process_group: dist.ProcessGroup | None = None,
         **kwargs: Any,
     ) -> None:
@@ -138,6 +143,7 @@ class TRPOLoss(SurrogateLoss):
         self._agents_are_checked = False
         self._entropy_is_by_head = isinstance(entropy_coeff, Mapping)
         self._entropy_coeff_on_host = HostScalar()
+        self._compiler = RegionCompiler() if compiled else None
 
     def trust_regions(self, tensordict: TensorDictBase) -> Iterator[PolicyTrustRegion]:
         """The subproblem of one update, for the updater: one region, or all agents' in one batch.
@@ -168,13 +174,16 @@ class TRPOLoss(SurrogateLoss):
         """
         agent_slice = None if self.trust_region == "shared" else slice(None)
         network, indices = self.actor_network, range(self.n_regions)
+        of_agent, region = single_agent_network, cast("Callable[..., PolicyTrustRegion]", PolicyTrustRegion)
+        if self._compiler is not None:
+            of_agent, region = self._compiler.single_agent_network, self._compiler.region
         if agent is not None:
             indices = range(index, index + 1)
             if self.trust_region == "per_agent":
                 agent_slice = slice(agent, agent + 1)
-                network = single_agent_network(network, agent, self.n_regions)
+                network = of_agent(network, agent, self.n_regions)
                 rows = rows.of_agent(agent)
-        return PolicyTrustRegion(
+        return region(
             network,
             self.actor_parameters,
             rows if factor is None else rows.with_factor(factor),

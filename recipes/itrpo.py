@@ -66,6 +66,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
             normalize_advantage_exclude_dims=(-2,),
             entropy_coeff=cfg.entropy_coeff,
             chunk_size=cfg.chunk_size,
+            compiled=cfg.env.get("compiled", False),
             value_norm=estimator.value_norm,
             process_group=ranks.group,
         )

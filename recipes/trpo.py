@@ -60,6 +60,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
         normalize_advantage=True,
         entropy_coeff=cfg.entropy_coeff,
         chunk_size=cfg.chunk_size,
+        compiled=cfg.env.get("compiled", False),
         value_norm=estimator.value_norm,
         process_group=ranks.group,
     )

@@ -30,11 +30,12 @@ from unittest import mock
 import torch
 from torchrl.collectors import Collector
 from torchrl.envs import VmasEnv
+from vmas.scenarios.mpe.simple_spread import Scenario
 
 from tests.benchmarks.problems import policy_and_data
 from tests.recipes.test_recipes import RECIPES, config, metrics
 from torchrl_trpo import TrustRegionUpdater, load_policy
-from torchrl_trpo.envs import make_env, resolve_device
+from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledVmasEnv, make_env, resolve_device
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.evaluate import evaluate_run
 from torchrl_trpo.keys import group_keys
@@ -48,6 +49,7 @@ SIZES = ("film=false", "env.num_envs=60", "env.max_steps=10", "train.frames_per_
 SMALL_SIZES = (*SIZES, "env.num_envs=4", "env.max_steps=5", "train.frames_per_batch=40", "actor.hidden=[8]")
 SERIAL = ("env.num_envs=4", "env.max_steps=20", "train.frames_per_batch=160")
 NORMALISED = ("env=vmas/navigation", "actor.network=gru", "normalize_observations=true", "critic.value_norm=true")
+ENVS = CompiledVmasEnv, BatchedResetVmasEnv
 SUITE = (
     *(f"tests/numerics/test_{name}.py" for name in ("line_search", "conjugate_gradient", "fisher", "updater")),
     *(f"tests/objectives/test_{name}.py" for name in ("hatrpo", "clipped", "trpo", "agent_gae", "central_critic")),
@@ -185,11 +187,46 @@ def undisturbed(device):
     return "undisturbed"
 
 
+class Noisy(Scenario):
+    """Rewards with random numbers, and with a branch. A compiled step that is not taken must put the generator back."""
+
+    def reward(self, agent):
+        reward = super().reward(agent) + torch.rand(self.world.batch_dim, device=self.world.device)
+        if (agent.state.pos[:, 0] > 1.05).any():
+            reward = 2 * reward
+        return reward
+
+
+def compiled(device, scenario, steps=20):
+    """Whether a compiled environment gives what VMAS gives there, with the same random numbers."""
+    settings = {"num_envs": 60, "device": torch.device(device), "seed": 0, "max_steps": 1000}
+    start = time.perf_counter()
+    envs = [make(scenario(), **settings) if callable(scenario) else make(scenario, **settings) for make in ENVS]
+    seconds = time.perf_counter() - start
+    assert envs[0].why_not_compiled is None, envs[0].why_not_compiled
+    largest = 0.0
+    for _ in range(2):
+        data = [env.reset() for env in envs][1]
+        for _ in range(steps):
+            data = envs[1].rand_action(data)
+            ours, theirs = (env.step(data.clone())["next"] for env in envs)
+            for key in theirs.keys(True, True):
+                scale = max(1.0, theirs[key].double().abs().max().item())
+                largest = max(largest, (ours[key].double() - theirs[key].double()).abs().max().item() / scale)
+            data = theirs.exclude("reward")
+    assert largest < 1e-3, f"largest difference {largest:.1e}"
+    return f"largest difference {largest:.1e}, made in {seconds:.0f} s, VMAS's steps in a row {envs[0].n_left_to_vmas}"
+
+
 def sampling(device, num_envs, steps, kind, task="balance", limit=100):
-    """Frames per second of the recipes' collector, of TorchRL's environment, or of the simulator's step alone."""
+    """Frames per second of the recipes' collector, of TorchRL's environment, or of a step alone, VMAS's or compiled."""
     placed = {"num_envs": num_envs, "device": torch.device(device), "seed": 0}
-    env = make_env(f"vmas/{task}", max_steps=limit, kwargs={}, **placed)
-    if kind == "simulator":
+    env = make_env(f"vmas/{task}", max_steps=limit, kwargs={}, compiled=kind == "compiled", **placed)
+    if kind == "compiled":
+        base = env.base_env
+        actions = base._actions(base.rand_action(base.reset()))
+        task = functools.partial(repeat, steps, lambda: base._take_step(actions))
+    elif kind == "simulator":
         simulator = env.base_env._env
         actions = [simulator.get_random_action(agent) for agent in simulator.agents]
         task = functools.partial(repeat, steps, lambda: simulator.step(actions))
@@ -287,8 +324,10 @@ def checks(device, *, small, runs, out):
     for case in some((), ("normalize_observations=true",)):
         yield f"load_policy and evaluate {' '.join(case)}", functools.partial(runs.played, *case)
     yield "a second environment disturbs nothing", functools.partial(undisturbed, device)
+    for scenario in some("simple_spread", "navigation", "balance", Noisy):
+        yield f"compiled {getattr(scenario, '__name__', scenario)}", functools.partial(compiled, device, scenario)
     steps, sizes = (2, [8]) if small else (20, [60, 6000, 60_000])
-    for num_envs, kind in itertools.product(sizes, ["simulator", "recipes", "VmasEnv"]):
+    for num_envs, kind in itertools.product(sizes, ["simulator", "compiled", "recipes", "VmasEnv"]):
         if kind != "VmasEnv" or num_envs < 1000:  # which resets them one by one
             task = functools.partial(sampling, device, num_envs, steps, kind)
             yield f"sampling balance, {num_envs} environments, {kind}", task

@@ -75,17 +75,28 @@ def _entry(device: torch.device) -> str:
 
 
 def device_state(device: torch.device) -> Tensor:
-    """The state of an accelerator's global generator, uint8 ``[bytes]`` on the CPU."""
-    return torch.get_device_module(device).get_rng_state(*_index(device))
+    """The state of a device's global generator, uint8 ``[bytes]`` on the CPU."""
+    return (
+        torch.get_rng_state()
+        if device.type == "cpu"
+        else torch.get_device_module(device).get_rng_state(*_index(device))
+    )
 
 
 def set_device_state(device: torch.device, state: Tensor) -> None:
-    """Sets an accelerator's global generator to a :func:`device_state` of the same kind of accelerator."""
-    torch.get_device_module(device).set_rng_state(state.cpu(), *_index(device))
+    """Sets a device's global generator to a :func:`device_state` of the same kind of device."""
+    module = torch if device.type == "cpu" else torch.get_device_module(device)
+    module.set_rng_state(state.cpu(), *_index(device))
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # there is only one MPS device
+    return () if device.type in {"cpu", "mps"} else (device,)  # there is only one of these
+
+
+def forked_generators(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Restores PyTorch's global generators of the CPU and of a device on leaving."""
+    kind = {} if device.type == "cpu" else {"device_type": device.type}
+    return torch.random.fork_rng([device] if kind else [], **kind)
 
 
 @contextlib.contextmanager

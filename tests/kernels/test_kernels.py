@@ -9,13 +9,24 @@ import torch
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchrl_trpo.kernels import compiler, cpp
+from tests.kernels import emulated_gpu
+from torchrl_trpo.kernels import compiler, cuda, writer
 from torchrl_trpo.kernels.aten import Operations
 from torchrl_trpo.kernels.lanes import DTYPES, KINDS, Unsupported
+from torchrl_trpo.kernels.rows import compile_rows
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 N_TRACED, N = 5, 37
 PADDED = 48
+
+
+@pytest.fixture(params=["C++", "CUDA"])
+def target(request, monkeypatch):
+    """What compiles for the CPU: C++, or CUDA's kernels in an emulated GPU."""
+    if request.param == "CUDA":
+        monkeypatch.setattr(cuda, "load", emulated_gpu.load)
+        return cuda.Kernel
+    return compile_rows
 
 
 def inputs_of(n):
@@ -34,7 +45,7 @@ def lowered(function, inputs=None):
     return Operations(graph, N_TRACED).lower(named)
 
 
-def compiled(function, inputs, guards=()):
+def compiled(function, inputs, guards=(), target=compile_rows):
     """The results of a function that was traced with fewer rows, and whether the guards hold."""
     low = lowered(function)
     stores, shapes, n_guards = [], [], len(guards)
@@ -43,13 +54,13 @@ def compiled(function, inputs, guards=()):
         values = lanes.of_rows()
         shapes.append((lanes.kind, values.shape[1:]))
         for lane, value in enumerate(values.flat):
-            stores.append(cpp.Store(low.statements.convert(value, lanes.kind), lanes.kind, number, lane))
+            stores.append(writer.Store(low.statements.convert(value, lanes.kind), lanes.kind, number, lane))
     checks = [
-        cpp.Guard(lanes.values.reshape(-1)[0], expected)
+        writer.Guard(lanes.values.reshape(-1)[0], expected)
         for lanes, expected in zip(low.outputs[len(results) :], guards, strict=True)
     ]
     names = {f"input{number}": (number, 0) for number in range(len(inputs))}
-    run = compiler.build(cpp.source(low.statements.all, names, stores, checks))
+    run = target(torch.device("cpu"), low.statements.all, names, stores, checks)
     columns = []
     for tensor in inputs:
         column = tensor.clone()
@@ -59,7 +70,7 @@ def compiled(function, inputs, guards=()):
         columns.append(column)
     written = [torch.zeros(max(1, math.prod(shape)), PADDED, dtype=DTYPES[kind]) for kind, shape in shapes]
     addresses = [np.array([t.data_ptr() for t in each], np.uint64) for each in (columns, written)]
-    holds = run(N, PADDED, *(each.ctypes.data for each in addresses), 0)
+    holds = run(N, PADDED, *addresses)
     assert not any(tensor[:, N:].any() for tensor in written), "what is behind the rows is zero"
     return [t[:, :N].T.reshape(N, *shape) for t, (_, shape) in zip(written, shapes, strict=True)], bool(holds)
 
@@ -110,9 +121,9 @@ def shapes(x, y, flag, whole, shared):
 
 
 @pytest.mark.parametrize("function", [arithmetic, logic, shapes])
-def test_a_row_is_computed_as_pytorch_computes_the_batch(function):
+def test_a_row_is_computed_as_pytorch_computes_the_batch(function, target):
     inputs = inputs_of(N)
-    results, holds = compiled(function, inputs)
+    results, holds = compiled(function, inputs, target=target)
     expected = function(*inputs)
     assert holds
     assert len(results) == len(expected)
@@ -132,7 +143,7 @@ def test_a_row_is_computed_as_pytorch_computes_the_batch(function):
         ((False, True, True, True), False),
     ],
 )
-def test_guards_are_about_all_rows_and_no_more(expected, holds):
+def test_guards_are_about_all_rows_and_no_more(expected, holds, target):
     """The rows that pad a buffer are zeros, and would change each of these."""
 
     def function(x, y, flag, whole, shared):
@@ -140,7 +151,7 @@ def test_guards_are_about_all_rows_and_no_more(expected, holds):
 
     x, y, flag, _, shared = inputs_of(N)
     whole = torch.arange(1, N + 1).clamp(max=6)
-    (result,), found = compiled(function, (x, y, flag, whole, shared), expected)
+    (result,), found = compiled(function, (x, y, flag, whole, shared), expected, target)
     assert found == holds
     torch.testing.assert_close(result, x + 1)
 
@@ -164,25 +175,25 @@ def test_pairs_of_rows_that_any_or_all_follows():
         assert torch.equal(ours, theirs)
 
 
-def test_what_any_row_has_is_computed_with():
+def test_what_any_row_has_is_computed_with(target):
     """It is known after the loop, which runs again if it is not as in the call before."""
     for large in (0.0, 2.0, 0.0, 2.0, 2.0):
         x, y, *others = inputs_of(N)
         x, y = x.nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0), y.nan_to_num(-6.0)
         x[5, 2], y[7, 1] = large, 2.5
-        results, _ = compiled(over_all_rows, (x, y, *others))
+        results, _ = compiled(over_all_rows, (x, y, *others), target=target)
         for ours, theirs in zip(results, over_all_rows(x, y, *others), strict=True):
             torch.testing.assert_close(ours, theirs)
 
 
-def test_a_whole_number_that_float32_cannot_hold_is_told():
+def test_a_whole_number_that_float32_cannot_hold_is_told(target):
     def function(x, y, flag, whole, shared):
         return (whole + 1,)
 
     x, y, flag, whole, shared = inputs_of(N)
-    assert compiled(function, (x, y, flag, whole, shared))[1]
+    assert compiled(function, (x, y, flag, whole, shared), target=target)[1]
     whole[5] = 2**24 + 1
-    assert not compiled(function, (x, y, flag, whole, shared))[1]
+    assert not compiled(function, (x, y, flag, whole, shared), target=target)[1]
 
 
 @pytest.mark.parametrize(
@@ -227,14 +238,14 @@ def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     compiler._compiler.cache_clear()
     with pytest.raises(compiler.CompilerError, match="Install g"):
-        compiler.build("int run();")
+        compiler.Function("int run();")()
     compiler._compiler.cache_clear()
 
 
 def test_code_that_does_not_compile(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHRL_TRPO_CACHE", str(tmp_path))
     with pytest.raises(compiler.CompilerError, match="failed"):
-        compiler.build("no code")
+        compiler.Function("no code")()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -242,7 +253,22 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCHRL_TRPO_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(compiler.CompilerError, match="cannot be written or loaded"):
-        compiler.build("int run();")
+        compiler.Function("int run();")()
+
+
+def test_functions_that_wait_are_compiled_together(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHRL_TRPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler.Function, "_waiting", [])
+    code = (
+        'extern "C" int run(int64_t n, int64_t, const void* const*, void* const*, const int64_t*) {{ return n + {}; }}'
+    )
+    one, two = (compiler.Function(code.format(number)) for number in (1, 2))
+    assert (two(5, 0, 0, 0, 0), one(5, 0, 0, 0, 0)) == (7, 6)
+    assert len(list(tmp_path.iterdir())) == 1
+    wrong, right = compiler.Function("no code"), compiler.Function(code.format(3))
+    assert right(5, 0, 0, 0, 0) == 8
+    with pytest.raises(compiler.CompilerError, match="failed"):
+        wrong()
 
 
 def test_kinds():

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchrl_trpo.envs.buffers import Buffers, Columns
-from torchrl_trpo.envs.row_function import RowFunction
+from torchrl_trpo.kernels.buffers import Buffers, Columns
 from torchrl_trpo.kernels.lanes import Unsupported
 from torchrl_trpo.kernels.networks import NetworkOperations
+from torchrl_trpo.kernels.row_function import RowFunction
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 N_TRACED, N = 7, 37

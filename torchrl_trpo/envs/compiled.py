@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from torchrl_trpo.envs.buffers import Buffers, Columns, Draws, NotCompiled, Slot
 from torchrl_trpo.envs.flat_state import FlatState
 from torchrl_trpo.envs.reads import Untraceable
 from torchrl_trpo.envs.tracing import Places, left_as_it_is, trace
 from torchrl_trpo.kernels.aten import Lowered, Operations
-from torchrl_trpo.kernels.compiler import CompilerError, build
-from torchrl_trpo.kernels.cpp import Guard, Store, source
+from torchrl_trpo.kernels.buffers import Buffers, Columns, Draws, NotCompiled, Slot
 from torchrl_trpo.kernels.lanes import DTYPES, Lanes, Unsupported
+from torchrl_trpo.kernels.rows import compile_rows
+from torchrl_trpo.kernels.writer import Guard, Store
+from torchrl_trpo.seeding import device_state, forked_generators, set_device_state
 
 
 class CompiledFunction:
@@ -35,7 +36,7 @@ class CompiledFunction:
         arguments: for the twin, tensors with its number of environments first.
 
     Attributes:
-        draws: the random tensors that a call draws from PyTorch's global generator.
+        draws: the random tensors that a call draws from the device's global generator.
         changes_state: whether it changes what the simulator's objects hold.
         results: the layout of buffers for the results.
         slots: where they are in such buffers.
@@ -49,7 +50,7 @@ class CompiledFunction:
         self, state: FlatState, twin: Any, function: Callable[..., Any], arguments: Sequence[Tensor] = ()
     ) -> None:
         self._state = state
-        self.results = Buffers(state.layout.n)
+        self.results = Buffers(state.layout.n, state.layout.device)
         try:
             traced = trace(twin, lambda *arguments: function(twin, *arguments), arguments)
             before = traced.before
@@ -71,15 +72,15 @@ class CompiledFunction:
                 for number, (path, slot) in enumerate(zip(before.paths, state.slots, strict=True))
             }
             buffers |= {name: (len(DTYPES) + n_places + number, 0) for number, name in enumerate(names)}
-            self._run = build(source(lowered.statements.all, buffers, stores, guards))
+            self._run = compile_rows(state.layout.device, lowered.statements.all, buffers, stores, guards)
         except Unsupported as error:
             raise NotCompiled(f"it cannot be computed for one environment (a row) alone: {error}") from error
-        except (Untraceable, CompilerError) as error:
+        except Untraceable as error:
             raise NotCompiled(str(error)) from error
         self.structure = traced.results
         self.draws = lowered.draws
         self._arguments = Columns.like(state.layout.n, arguments)
-        self._drawn = Draws(state.layout.n, self.draws)
+        self._drawn = Draws(state.layout, self.draws)
         self._inputs = np.zeros(len(state.addresses) + len(names), np.uint64)
         self._inputs[len(state.addresses) + len(arguments) :] = self._drawn.addresses
         self._outputs = np.zeros(2 * len(DTYPES), np.uint64)
@@ -155,19 +156,19 @@ class CompiledFunction:
         Returns:
             Whether the function stands for the simulator's now; otherwise the buffers hold nothing of use.
         """
-        state, n = self._state, self._state.layout.n
-        generator = torch.get_rng_state() if self.draws else None
+        state, n, device = self._state, self._state.layout.n, self._state.layout.device
+        generator = device_state(device) if self.draws else None
         self._drawn.draw()
         n_state = len(state.addresses)
         self._inputs[:n_state] = state.addresses
         self._inputs[n_state : n_state + len(arguments)] = arguments
         self._outputs[:] = [buffer.data_ptr() for buffer in (*after.values(), *results.values())]
-        if not self._run(n, state.layout.padded, self._inputs.ctypes.data, self._outputs.ctypes.data, 0):
+        if not self._run(n, state.layout.padded, self._inputs, self._outputs):
             if generator is not None:
-                torch.set_rng_state(generator)
+                set_device_state(device, generator)
             return False
         if rows is not None and self.changes_state:
-            is_changed = torch.zeros(state.layout.padded, dtype=torch.bool)
+            is_changed = torch.zeros(state.layout.padded, dtype=torch.bool, device=device)
             is_changed[:n] = rows
             for kind, buffer in after.items():
                 torch.where(is_changed, buffer, state.buffers[kind], out=buffer)
@@ -191,7 +192,7 @@ class CompiledFunction:
 
         def results_of(call: Callable[[], Any], change: float = 0.0) -> list[Tensor]:
             """What a call leaves and returns; nothing if it returns None. Afterwards all is as it was."""
-            with left_as_it_is(simulator), torch.random.fork_rng(devices=[]):
+            with left_as_it_is(simulator), forked_generators(self._state.layout.device):
                 if change:
                     places = Places(simulator)
                     places.put([_changed(tensor, change) for tensor in places.tensors])
@@ -219,7 +220,7 @@ def _changed(tensor: Tensor, change: float) -> Tensor:
     """A tensor whose numbers are changed by a share of themselves, every other one in the other direction."""
     if not tensor.is_floating_point():
         return tensor
-    signs = 1.0 - 2.0 * (torch.arange(tensor.numel()) % 2).reshape(tensor.shape)
+    signs = 1.0 - 2.0 * (torch.arange(tensor.numel(), device=tensor.device) % 2).reshape(tensor.shape)
     return tensor * (1.0 + change * signs.to(tensor.dtype))
 
 

@@ -10,8 +10,8 @@ from tensordict import TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import set_exploration_type
 
-from torchrl_trpo.envs.buffers import NotCompiled
 from torchrl_trpo.envs.fused_rollout import FusedRollout
+from torchrl_trpo.kernels.buffers import NotCompiled
 
 
 class CompiledCollector(Collector):
@@ -63,7 +63,7 @@ class CompiledCollector(Collector):
 
     def _reason_against(self) -> str | None:
         """Which argument asks for something that compiled rollouts do not do."""
-        devices = {self.policy_device, self.env_device, self.storing_device} - {None, torch.device("cpu")}
+        devices = {self.env.device, self.policy_device, self.storing_device} - {None, torch.device("cpu")}
         asked = {
             "a replay buffer is written at each step": self.replay_buffer is not None and not self.extend_buffer,
             "random frames come first": bool(self.init_random_frames),
@@ -71,7 +71,7 @@ class CompiledCollector(Collector):
             "another process may interrupt them": self.interruptor is not None,
             "the policy is compiled already": self.compiled_policy or self.cudagraphed_policy,
             "there is no buffer for a batch": not self._use_buffers,
-            f"the devices are {devices}": bool(devices),
+            f"they are compiled on the CPU alone, and this is on {', '.join(map(str, devices))}": bool(devices),
         }
         return next((reason for reason, holds in asked.items() if holds), None)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from torchrl_trpo.envs.buffers import NotCompiled, unused_size
 from torchrl_trpo.envs.compiled import CompiledFunction
 from torchrl_trpo.envs.flat_state import FlatState
 from torchrl_trpo.envs.reset_pool import ResetPool
@@ -18,6 +17,7 @@ from torchrl_trpo.envs.saved_state import ObjectState
 from torchrl_trpo.envs.snapshot import ObjectSnapshot
 from torchrl_trpo.envs.tracing import Places, left_as_it_is
 from torchrl_trpo.envs.vmas import BatchedResetVmasEnv, undecorated
+from torchrl_trpo.kernels.buffers import NotCompiled, unused_size
 
 _RESET_TOGETHER = 512  # which takes VMAS hardly longer than one environment
 _STEPS_UNTIL_VARIANT, _STEPS_UNTIL_WARNING = 2, 3  # the first step of a simulator makes attributes
@@ -25,13 +25,14 @@ _MOST_VARIANTS = 12
 
 
 class CompiledVmasEnv(BatchedResetVmasEnv):
-    """TorchRL's ``VmasEnv`` with a simulator that is compiled for the CPU, when the environment is made.
+    """TorchRL's ``VmasEnv`` with a simulator that is compiled when the environment is made.
 
     A step of VMAS is hundreds of small operations on tensors. Here they are one loop over the environments, which VMAS
     itself has written: it takes a step while PyTorch traces it, and a C++ compiler compiles the trace. The numbers are
-    those of VMAS up to rounding. Everything that VMAS decides by numbers is checked at each step. If it would decide
-    otherwise, or if anything but tensors has changed in its objects, VMAS takes the step, and raises its own errors.
-    VMAS's objects hold the state at any time, and may be read and written as ever.
+    those of VMAS up to rounding. On a GPU the loop is a CUDA kernel, with a thread for each environment. Everything
+    that VMAS decides by numbers is checked at each step. If it would decide otherwise, or if anything but tensors has
+    changed in its objects, VMAS takes the step, and raises its own errors. VMAS's objects hold the state at any time,
+    and may be read and written as ever.
 
     If a reset of all environments draws what all share, such as the landmark that is the goal, the step is compiled
     once for each outcome, up to 12 of them.
@@ -75,8 +76,8 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
 
     def _compile(self) -> None:
         env = self._env
-        if env.grad_enabled or env.device.type != "cpu":
-            raise NotCompiled("gradients are to pass through it" if env.grad_enabled else f"it is on {env.device}")
+        if env.grad_enabled:
+            raise NotCompiled("gradients are to pass through it")
         drawn = list(self._random_state)
         try:
             with left_as_it_is(env):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from torchrl_trpo.envs.buffers import Buffers, NotCompiled, Slot
 from torchrl_trpo.envs.tracing import Places
+from torchrl_trpo.kernels.buffers import Buffers, NotCompiled, Slot
 from torchrl_trpo.kernels.lanes import DTYPES, KINDS
 
 
@@ -41,7 +41,7 @@ class FlatState:
 
     def __init__(self, simulator: Any, twin: Any) -> None:
         self.simulator = simulator
-        self.layout = Buffers(simulator.num_envs)
+        self.layout = Buffers(simulator.num_envs, simulator.device)
         self.reference = Places(simulator)
         self.same = self.reference.same()
         self.slots: list[Slot | None] = []
@@ -54,6 +54,8 @@ class FlatState:
             raise NotCompiled(f"with another number of environments, {difference}")
         for number, (path, tensor) in enumerate(zip(places.paths, places.tensors, strict=True)):
             ours = self.reference.tensors[number]
+            if ours.device.type != self.layout.device.type:
+                raise NotCompiled(f"{path} is on {ours.device}")
             if self.same[number] != number:
                 self.slots.append(self.slots[self.same[number]])
             elif tensor.shape[:1] == (twin.num_envs,) and ours.shape == (simulator.num_envs, *tensor.shape[1:]):
@@ -76,7 +78,7 @@ class FlatState:
         if self._is_attached():
             return True
         places = Places(self.simulator)
-        self.problem = self.reference.difference(places)
+        self.problem = self.reference.difference(places) or self._other_kind(places)
         if self.problem is not None:
             return False
         self._holders, self.tensors = places.holders, list(places.tensors)
@@ -115,6 +117,14 @@ class FlatState:
         """Takes other buffers, of which the objects learn nothing until :meth:`hold`."""
         self.buffers = buffers
         self.addresses[: len(DTYPES)] = [buffer.data_ptr() for buffer in buffers.values()]
+
+    def _other_kind(self, places: Places) -> str | None:
+        """Which tensor has another type or shape than at first, or is elsewhere."""
+        for path, *tensors in zip(places.paths, self.reference.tensors, places.tensors, strict=True):
+            before, after = ((tensor.dtype, tuple(tensor.shape), tensor.device) for tensor in tensors)
+            if before != after:
+                return f"{path} changes from {before} to {after}"
+        return None
 
     def _is_attached(self) -> bool:
         """Whether the objects hold what was left there."""

@@ -14,14 +14,13 @@ from torch.utils._pytree import tree_leaves
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
 
-from torchrl_trpo.envs.buffers import Columns, NotCompiled
 from torchrl_trpo.envs.compiled import CompiledFunction, check_equal
 from torchrl_trpo.envs.compiled_vmas import CompiledVmasEnv
 from torchrl_trpo.envs.reads import Untraceable
 from torchrl_trpo.envs.rollout_functions import RolloutFunctions, some_and_all
 from torchrl_trpo.envs.torchrl_step import Policy, base_of, filled, parameters_of, settings_of
 from torchrl_trpo.envs.tracing import left_as_it_is
-from torchrl_trpo.kernels.compiler import CompilerError
+from torchrl_trpo.kernels.buffers import Columns, NotCompiled
 from torchrl_trpo.kernels.lanes import Unsupported
 
 
@@ -58,7 +57,7 @@ class FusedRollout:
                 self._data = data.select(*self._keys)
                 self._settings = self._find_settings()
                 self._compare()
-        except (Untraceable, Unsupported, CompilerError) as error:
+        except (Untraceable, Unsupported) as error:
             raise NotCompiled(str(error)) from error
 
     def _make_room(self) -> None:

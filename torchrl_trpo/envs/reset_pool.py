@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_trpo.envs.buffers import NotCompiled
 from torchrl_trpo.envs.compiled import check_equal
 from torchrl_trpo.envs.flat_state import FlatState
 from torchrl_trpo.envs.snapshot import n_writes
 from torchrl_trpo.envs.tracing import Places
-from torchrl_trpo.kernels.compiler import build
+from torchrl_trpo.kernels.buffers import NotCompiled
 from torchrl_trpo.kernels.lanes import DTYPES
 
-_PUT = r"""
-#include <cstdint>
-#include <cstring>
-extern "C" int run(int64_t n_lanes, int64_t, const void* const* in, void* const* out, const int64_t* sizes) {
-  const bool* ended = (const bool*)in[0];
-  const int64_t* lanes = (const int64_t*)in[1];
-  const auto [n, first, last, n_fresh, n_padded, size] = *(const int64_t(*)[6])sizes;
-  for (int64_t row = 0, number = 0; row < n; row++) {
-    if (!ended[row]) continue;
-    if (number >= first && number < last)
-      for (int64_t lane = 0; lane < n_lanes; lane++)
-        memcpy((char*)out[0] + (lanes[lane] * n_padded + row) * size,
-               (const char*)in[2] + (lane * n_fresh + number - first) * size, size);
-    number++;
-  }
-  return 0;
-}
-"""
 _RESETS_TO_TRY = 10  # until one draws something else for all environments
 
 
@@ -89,7 +68,11 @@ class ResetPool:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave."""
-        self._lanes, self._fresh, self._next = state_dict["lanes"], state_dict["fresh"], state_dict["next"]
+        device = self._state.layout.device
+        self._lanes, self._fresh = (
+            {kind: tensor.to(device) for kind, tensor in state_dict[name].items()} for name in ("lanes", "fresh")
+        )
+        self._next = state_dict["next"]
 
     def take(self, ended: Tensor) -> bool:
         """Puts fresh environments in the place of ended ones.
@@ -105,20 +88,20 @@ class ResetPool:
 
     def put(self, ended: Tensor) -> bool:
         """Puts fresh environments in the place of ended ones, in the state's buffers; whether it has."""
-        n_ended, n_done = int(ended.sum()), 0
-        while n_done < n_ended:
+        rows = ended.nonzero().squeeze(-1)
+        while len(rows):
             if self._next == self._n:
                 try:
                     self._fill()
                 except NotCompiled:  # it has drawn something else for all environments
                     return False
-            n_now = min(n_ended - n_done, self._n - self._next)
+            n_now = min(len(rows), self._n - self._next)
             for kind, lanes in self._lanes.items():
-                fresh, buffer = self._fresh[kind], self._state.buffers[kind]
                 if len(lanes):
-                    _put(ended, n_done, n_now, fresh[:, self._next :], lanes, buffer)
+                    fresh = self._fresh[kind][:, self._next : self._next + n_now]
+                    self._state.buffers[kind][lanes.unsqueeze(1), rows[:n_now]] = fresh
             self._next += n_now
-            n_done += n_now
+            rows = rows[n_now:]
         return True
 
     def _fill(self) -> None:
@@ -138,7 +121,8 @@ class ResetPool:
         if difference := before.difference(after):
             raise NotCompiled(f"a reset does more than to write tensors: {difference}")
         lanes: dict[str, list[int]] = {kind: [] for kind in DTYPES}
-        fresh: dict[str, list[Tensor]] = {kind: [torch.empty(0, self._n, dtype=DTYPES[kind])] for kind in DTYPES}
+        device = self._state.layout.device
+        fresh = {k: [torch.empty(0, self._n, dtype=dtype, device=device)] for k, dtype in DTYPES.items()}
         for number, ((old, writes, values), new) in enumerate(zip(held, after.tensors, strict=True)):
             slot = self._state.slots[number]
             if (new is old and n_writes(new) == writes) or self._state.same[number] != number:
@@ -150,20 +134,6 @@ class ResetPool:
                 raise NotCompiled(f"a reset changes the shape or type of {before.paths[number]}")
             lanes[slot.kind] += slot.lanes
             fresh[slot.kind].append(new.reshape(self._n, -1).T)
-        self._lanes = {kind: torch.tensor(numbers, dtype=torch.long) for kind, numbers in lanes.items()}
+        self._lanes = {k: torch.tensor(numbers, dtype=torch.long, device=device) for k, numbers in lanes.items()}
         self._fresh = {kind: torch.cat(parts) for kind, parts in fresh.items()}
         self._next = 0
-
-
-def _put(ended: Tensor, first: int, count: int, fresh: Tensor, lanes: Tensor, buffer: Tensor) -> None:
-    """Copies rows of ``fresh`` ``[lanes, ...]`` to ``count`` of the ended rows of a buffer, from the ``first`` on."""
-    ended = ended.contiguous()
-    sizes = [len(ended), first, first + count, fresh.stride(0), buffer.stride(0), buffer.element_size()]
-    read = np.array([ended.data_ptr(), lanes.data_ptr(), fresh.data_ptr()], np.uint64)
-    written, numbers = np.array([buffer.data_ptr()], np.uint64), np.array(sizes)
-    _put_function()(len(lanes), 0, read.ctypes.data, written.ctypes.data, numbers.ctypes.data)
-
-
-@functools.cache
-def _put_function() -> Any:
-    return build(_PUT)

@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 from torchrl.envs import EnvBase
 from torchrl.modules.tensordict_module.exploration import RandomPolicy
 
-from torchrl_trpo.envs.buffers import Buffers, NotCompiled, unused_size
-from torchrl_trpo.envs.row_function import RowFunction
 from torchrl_trpo.envs.torchrl_step import (
     Policy,
     TorchRLStep,
@@ -26,8 +23,11 @@ from torchrl_trpo.envs.torchrl_step import (
 )
 from torchrl_trpo.envs.tracing import trace
 from torchrl_trpo.kernels.aten import Lowered
+from torchrl_trpo.kernels.buffers import Buffers, NotCompiled, unused_size
 from torchrl_trpo.kernels.lanes import Unsupported
 from torchrl_trpo.kernels.networks import NetworkOperations
+from torchrl_trpo.kernels.record import record
+from torchrl_trpo.kernels.row_function import RowFunction
 
 
 class RolloutFunctions:
@@ -113,7 +113,7 @@ class RolloutFunctions:
             chosen, actions = self.torchrl.choose(self._twin, self._data, leaves, policy)
             return [*chosen, *actions]
 
-        lowered, names = self._lower(make_fx(act, tracing_mode="real")(*inputs), inputs)
+        lowered, names = self._lower(record(act, *inputs), inputs)
         results = lowered.outputs if policy is not None else lowered.outputs[len(self.chosen) :]
         return RowFunction(lowered, self._layout, names, by_lane=results)
 

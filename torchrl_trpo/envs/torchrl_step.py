@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 from torchrl.envs import EnvBase, TransformedEnv
 
-from torchrl_trpo.envs.buffers import NotCompiled
+from torchrl_trpo.kernels.buffers import NotCompiled
 
 Policy = Callable[[TensorDictBase], TensorDictBase]
 

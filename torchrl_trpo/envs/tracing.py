@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from torchrl_trpo.envs.branches import branching_by, replaced
 from torchrl_trpo.envs.object_graph import kind_of, parts_of, path_of, walk
 from torchrl_trpo.envs.reads import Reads, Untraceable
 from torchrl_trpo.envs.snapshot import ObjectSnapshot
+from torchrl_trpo.kernels.record import record
+from torchrl_trpo.seeding import forked_generators
 
 
 class Places:
@@ -186,18 +187,18 @@ def _trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Ten
         return [cloned[id(tensor)] for tensor in before.tensors], [tensor.clone() for tensor in arguments]
 
     def replay(tensors: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
-        return run(tensors, arguments, Reads(look, record))
+        return run(tensors, arguments, Reads(look, reads))
 
     def look() -> Places:
         return Places(simulator)
 
-    record = Reads(look)
-    with left_as_it_is(simulator), torch.random.fork_rng(devices=[]):
-        run(*copies(), record)
+    reads = Reads(look)
+    with left_as_it_is(simulator), forked_generators(simulator.device):
+        run(*copies(), reads)
     if _numpys_and_pythons_generator() != generators:
         raise Untraceable("it draws random numbers from NumPy or Python")
-    with left_as_it_is(simulator), torch.random.fork_rng(devices=[]):
-        graph = make_fx(functionalize(replay, remove="mutations"), tracing_mode="real")(*copies())
+    with left_as_it_is(simulator), forked_generators(simulator.device):
+        graph = record(functionalize(replay, remove="mutations"), *copies())
     _drop_writes_to_inputs(graph, before)
     return Trace(graph, before, found["results"], found["expected"])
 

@@ -50,7 +50,7 @@ _ELEMENTWISE = {  # operation of aten: the statement's operation; the result has
 }
 _LOGICAL = {"logical_and": "and", "logical_or": "or", "logical_xor": "xor"}
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
-_SAME = ("detach", "alias", "lift_fresh_copy", "clone", "contiguous")
+_SAME = ("detach", "alias", "lift_fresh_copy", "clone", "contiguous", "conj_physical")
 
 
 class Lowered(NamedTuple):
@@ -181,6 +181,8 @@ class Operations(Views):
         both = [each for each in (tensor, other) if isinstance(each, Lanes) and each.axis is not None]
         if self._kind == "b" and {each.axis - each.ndim for each in both} == {-1, -2}:  # type: ignore[operator]
             return _Pairs(*sorted(both, key=lambda each: each.axis - each.ndim))  # type: ignore[operator]
+        if isinstance(other, (int, float)) and other == 1 and tensor.kind == self._kind:
+            return tensor
         return self._elementwise("and" if self._kind == "b" else "mul", tensor, other)
 
     def div(self, tensor: Any, other: Any, rounding_mode: str | None = None) -> Lanes:
@@ -236,7 +238,15 @@ class Operations(Views):
     def zeros(self, size: Sequence[int], **_: Any) -> Lanes:
         return self._full(size, 0, self._kind)
 
-    empty = new_zeros = zeros
+    empty = zeros
+
+    def new_zeros(self, tensor: Lanes, size: Sequence[int], **_: Any) -> Lanes:
+        return self._full(size, 0, self._kind)
+
+    new_empty = new_zeros
+
+    def new_ones(self, tensor: Lanes, size: Sequence[int], **_: Any) -> Lanes:
+        return self._full(size, 1, self._kind)
 
     def ones(self, size: Sequence[int], **_: Any) -> Lanes:
         return self._full(size, 1, self._kind)
@@ -254,6 +264,9 @@ class Operations(Views):
 
     def arange(self, *arguments: Any, **_: Any) -> Lanes:
         return constant_tensor(torch.arange(*arguments), self._n_rows)
+
+    def eye(self, *sizes: int, **_: Any) -> Lanes:
+        return constant_tensor(torch.eye(*sizes), self._n_rows)
 
     def _draw(self, size: Sequence[int], method: str, *arguments: float) -> Lanes:
         if tuple(size[:1]) != (self._n_rows,):

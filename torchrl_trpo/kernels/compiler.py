@@ -9,12 +9,16 @@ import os
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils import cpp_extension
+
+from torchrl_trpo.kernels.buffers import NotCompiled
+from torchrl_trpo.kernels.cpp import HEAD
 
 _ISA = {
     "AVX2": ("-mavx2", "-mfma"),
@@ -23,37 +27,72 @@ _ISA = {
 _FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w")
 
 
-class CompilerError(Exception):
+class CompilerError(NotCompiled):
     """There is no compiler, or it refuses the code."""
 
 
-def build(code: str) -> Any:
-    """Compiles a function of :func:`source` and loads it; code that has been compiled before is only loaded.
+class Function:
+    """A function of :func:`source`, which is compiled at its first call, with all others that wait for theirs.
 
-    The libraries are in ``$TORCHRL_TRPO_CACHE``, by default ``~/.cache/torchrl_trpo``, by code, PyTorch and processor.
+    Most of a compiler's time goes to PyTorch's headers, which it reads once for all of them. Code that has been
+    compiled before is only loaded: the libraries are in ``$TORCHRL_TRPO_CACHE``, by default ``~/.cache/torchrl_trpo``,
+    by code, PyTorch and processor.
 
     Args:
         code: the code.
-
-    Returns:
-        The function, of ``ctypes``.
-
-    Raises:
-        CompilerError: if there is no C++ compiler, it fails, or the libraries' folder cannot be written.
     """
-    command = [*_compiler(), *_FLAGS]
+
+    _waiting: ClassVar[list[weakref.ref[Function]]] = []
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+        self._run: Any = None
+        self._waiting.append(weakref.ref(self))
+
+    def __call__(self, *arguments: Any) -> int:
+        """Calls the function.
+
+        Args:
+            *arguments: its arguments.
+
+        Returns:
+            Its result.
+
+        Raises:
+            CompilerError: if there is no C++ compiler, it fails, or the libraries' folder cannot be written.
+        """
+        if self._run is None:
+            others = [each for reference in self._waiting if (each := reference()) not in (None, self)]
+            self._waiting.clear()
+            try:
+                _load([*others, self])
+            except CompilerError:
+                if not others:
+                    raise
+                self._waiting.extend(map(weakref.ref, others))
+                _load([self])
+        return int(self._run(*arguments))
+
+
+def _load(functions: Sequence[Function]) -> None:
+    """Compiles functions into one library, if it is not there yet, and loads it."""
+    parts = [HEAD]
+    for number, function in enumerate(functions):
+        parts.append(f"#define run run{number}\nnamespace n{number} {{\n{function.code}\n}}\n#undef run\n")
+    code, command = "".join(parts), [*_compiler(), *_FLAGS]
     key = hashlib.sha256("\n".join([code, *command, torch.__version__]).encode()).hexdigest()[:32]
     folder = Path(os.environ.get("TORCHRL_TRPO_CACHE") or Path.home() / ".cache" / "torchrl_trpo")
     library = folder / f"{key}.so"
     try:
         if not library.exists():
             _compile(code, command, library)
-        function = ctypes.CDLL(str(library)).run
+        loaded = ctypes.CDLL(str(library))
     except OSError as error:
         raise CompilerError(f"{library} cannot be written or loaded: {error}") from error
-    function.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
+    for number, function in enumerate(functions):
+        function._run = getattr(loaded, f"run{number}")
+        function._run.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        function._run.restype = ctypes.c_int
 
 
 def _compile(code: str, command: Sequence[str], library: Path) -> None:

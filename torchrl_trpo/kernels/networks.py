@@ -51,10 +51,18 @@ class NetworkOperations(Operations):
     def _call(self, node: fx.Node, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
         name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
         if any(isinstance(each, Joined) for each in arguments) and name not in _OF_JOINED:
-            raise Unsupported(f"{name} of rows that are joined with another dimension")
+            return self._of_joined(name, node, arguments, keywords)
         if name.endswith("_") and len(node.all_input_nodes[0].users) > 1:
             raise Unsupported(f"{name} of a tensor that is read besides")
         return super()._call(node, arguments, keywords)
+
+    def _of_joined(self, name: str, node: fx.Node, arguments: Sequence[Any], keywords: dict[str, Any]) -> Joined:
+        """An operation on each number of joined rows, and of what all of them share."""
+        joined = {each.lanes.shape[:-1] for each in arguments if isinstance(each, Joined)}
+        if name not in _FOR_EACH or len(joined) > 1:
+            raise Unsupported(f"{name} of rows that are joined with another dimension")
+        plain = [each.lanes if isinstance(each, Joined) else _of_all(each) for each in arguments]
+        return Joined(super()._call(node, plain, keywords))
 
     def view(self, tensor: Any, size: Sequence[int]) -> Any:
         lanes = tensor.lanes if isinstance(tensor, Joined) else tensor
@@ -103,7 +111,7 @@ class NetworkOperations(Operations):
 
     def _linear(self, inputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """A product of ``[K]`` and ``[K, N]``, as one statement; the weights are in memory, at equal distances."""
-        columns = [self._vector(column) for column in weights.T]
+        columns = [self._column(column) for column in weights.T]
         if not all(isinstance(column, InMemory) for column in columns):
             raise Unsupported("a product with weights that are computed")
         name, first, step = next(iter(columns))
@@ -113,6 +121,14 @@ class NetworkOperations(Operations):
         vector = self._vector(inputs)
         terms = [vector] if isinstance(vector, Items) else [self.statements.convert(value, "f") for value in inputs]
         return self._block("linear", len(columns), name, first, step, to_next, len(columns), *terms)
+
+    def _column(self, values: np.ndarray) -> Any:
+        """Weights as a place in memory, if they are in one, also a single one."""
+        vector = self._vector(values)
+        if len(values) == 1 and isinstance(vector, Lane) and self.statements.all[vector.number].operation == "shared":
+            name, first = self.statements.all[vector.number].arguments
+            return InMemory(name, first, 1)
+        return vector
 
     def _elementwise(self, operation: str, *tensors: Any, kind: str = "", of: str = "") -> Lanes:
         """As of the base class. Where the last dimension is long, one statement stands for all of its entries."""
@@ -139,14 +155,16 @@ class NetworkOperations(Operations):
             return None
         found = [self.statements.all[value.number] for value in values]
         if all(each.operation == "item" for each in found):
-            items = [each.arguments[0] for each in found]
-            first = items[0]._replace(length=len(items))
-            return first if items == [Items(first.block, first.first + n) for n in range(len(items))] else None
+            block, begin, _ = found[0].arguments[0]
+            if any(each.arguments[0][:2] != (block, begin + n) for n, each in enumerate(found)):
+                return None
+            return Items(block, begin, len(found))
         if all(each.operation == "shared" for each in found):
-            places = [InMemory(each.arguments[0], each.arguments[1], 0) for each in found]
-            first = places[0]._replace(step=places[1].first - places[0].first)
-            expected = [places[0]._replace(first=first.first + n * first.step) for n in range(len(places))]
-            return first if places == expected else None
+            name, begin = found[0].arguments
+            step = found[1].arguments[1] - begin
+            if any(each.arguments != (name, begin + n * step) for n, each in enumerate(found)):
+                return None
+            return InMemory(name, begin, step)
         return None
 
     def _block(self, operation: str, length: int, *arguments: Any) -> np.ndarray:
@@ -222,6 +240,17 @@ class NetworkOperations(Operations):
         drawn = self.argmax(quotients, -1, True)
         return Joined(drawn) if isinstance(tensor, Joined) else drawn
 
+    def scatter_add(self, tensor: Lanes, dim: int, index: Lanes, source: Lanes) -> Lanes:
+        (dim,) = dims_of(dim, tensor.ndim)
+        if dim == tensor.axis or index.shape[dim] != 1 or index.shape != source.shape:
+            raise Unsupported("scatter_add of several entries")
+        index, source = self._drop(index, dim), self._drop(source, dim)
+        parts = []
+        for position, part in enumerate(self.unbind(tensor, dim)):
+            added = self._where(self._compare("eq", index, position), source, 0.0, "f")
+            parts.append(self._elementwise("add", part, added))
+        return self.stack(parts, dim)
+
     def argmax(self, tensor: Lanes, dim: int, keepdim: bool = False) -> Lanes:
         return self.max(tensor, dim, keepdim)[1]
 
@@ -235,4 +264,14 @@ class NetworkOperations(Operations):
         return result
 
 
-_OF_JOINED = {"view", "reshape", "_unsafe_view", "mm", "addmm", "multinomial", "permute"}
+def _of_all(value: Any) -> Any:
+    """A number, or a tensor that all rows share, without the dimension along which it is repeated for them."""
+    if not isinstance(value, Lanes) or (value.axis is None and value.ndim < 2):
+        return value
+    if value.axis is not None or value.ndim > 2 or value.values.strides[0]:
+        raise Unsupported("rows that are joined with another dimension, and others")
+    return Lanes(value.values[0], None, value.n_rows, value.kind)
+
+
+_FOR_EACH = {"add", "sub", "mul", "div", "neg", "where", "exp", "log", "sqrt", "tanh"}
+_OF_JOINED = {"view", "reshape", "_unsafe_view", "mm", "addmm", "multinomial", "permute", "t", "sum", "detach", "clone"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -119,6 +120,10 @@ class Views:
 
     def split(self, tensor: Lanes, size: int, dim: int = 0) -> list[Lanes]:
         return [self.slice(tensor, dim, start, start + size) for start in range(0, tensor.shape[dim], size)]
+
+    def split_with_sizes(self, tensor: Lanes, sizes: Sequence[int], dim: int = 0) -> list[Lanes]:
+        ends = itertools.accumulate(sizes)
+        return [self.slice(tensor, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
     def repeat(self, tensor: Lanes, repeats: Sequence[int]) -> Lanes:
         for _ in range(len(repeats) - tensor.ndim):

@@ -8,10 +8,10 @@ from weakref import WeakKeyDictionary
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import PPOLoss
 
+from torchrl_trpo.kernels.record import record
 from torchrl_trpo.keys import reads_init
 from torchrl_trpo.objectives.policy_update import critic_network_parameters
 
@@ -80,7 +80,7 @@ class _Graph:
 
         self.size = len(batch)
         self._keys = list(batch.keys(True, True))
-        self._function = make_fx(function)(parameters, [batch.get(key) for key in self._keys])
+        self._function = record(function, parameters, [batch.get(key) for key in self._keys])
 
     @torch.no_grad()
     def __call__(

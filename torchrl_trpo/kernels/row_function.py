@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_trpo.envs.buffers import Buffers, Draws, NotCompiled
 from torchrl_trpo.kernels.aten import Lowered
-from torchrl_trpo.kernels.compiler import build
-from torchrl_trpo.kernels.cpp import Guard, Store, source
+from torchrl_trpo.kernels.buffers import Buffers, Draws, NotCompiled
+from torchrl_trpo.kernels.compiler import Function
+from torchrl_trpo.kernels.cpp import source
 from torchrl_trpo.kernels.lanes import Lanes
+from torchrl_trpo.kernels.writer import Guard, Store
 
 
 class RowFunction:
@@ -45,7 +46,7 @@ class RowFunction:
         guards: Sequence[tuple[Lanes, Any]] = (),
     ) -> None:
         self._layout = layout
-        self._draws = Draws(layout.n, lowered.draws)
+        self._draws = Draws(layout, lowered.draws)
         places = {name: (number, 0) for number, name in enumerate(names)}
         places |= {f"draw{number}": (len(names) + number, 0) for number in range(len(lowered.draws))}
         stores = []
@@ -57,7 +58,7 @@ class RowFunction:
                 value = lowered.statements.convert(value, lanes.kind)
                 stores.append(Store(value, lanes.kind, number, lane, number < len(by_row)))
         checks = [Guard.of(lowered.statements, lanes, expected) for lanes, expected in guards]
-        self._run = build(source(lowered.statements.all, places, stores, checks))
+        self._run = Function(source(lowered.statements.all, places, stores, checks))
         self._addresses = np.zeros(len(names) + len(lowered.draws), np.uint64)
         self.inputs = self._addresses[: len(names)]
         self._addresses[len(names) :] = self._draws.addresses

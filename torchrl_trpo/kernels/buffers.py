@@ -50,13 +50,14 @@ class Buffers:
 
     Args:
         n: the number of environments.
+        device: where buffers are.
 
     Attributes:
         padded: the number of environments that a buffer has room for.
     """
 
-    def __init__(self, n: int) -> None:
-        self.n = n
+    def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
+        self.n, self.device = n, torch.device(device)
         self.padded = math.ceil(n / ROWS_AT_A_TIME) * ROWS_AT_A_TIME
         self._n_lanes = dict.fromkeys(DTYPES, 0)
 
@@ -69,7 +70,8 @@ class Buffers:
 
     def empty(self) -> dict[str, Tensor]:
         """New buffers."""
-        return {kind: torch.empty(self._n_lanes[kind], self.padded, dtype=DTYPES[kind]) for kind in DTYPES}
+        sizes = {kind: (self._n_lanes[kind], self.padded) for kind in DTYPES}
+        return {kind: torch.empty(size, dtype=DTYPES[kind], device=self.device) for kind, size in sizes.items()}
 
     def view(self, buffers: dict[str, Tensor], slot: Slot) -> Tensor:
         """The tensor in a slot, ``[n, *shape]``, which shares the memory of the buffers."""
@@ -97,7 +99,7 @@ class Columns:
     @classmethod
     def like(cls, n: int, tensors: Sequence[Tensor]) -> Columns:
         """Room for tensors like these, but with ``n`` rows; NotCompiled is raised if there are none of their type."""
-        layout = Buffers(n)
+        layout = Buffers(n, tensors[0].device if tensors else "cpu")
         for tensor in tensors:
             if tensor.dtype not in KINDS:
                 raise NotCompiled(f"a tensor is of {tensor.dtype}")
@@ -113,22 +115,23 @@ class Draws:
     """The random tensors of a compiled function.
 
     Args:
-        n: the number of rows.
+        layout: the number of rows, and where they are.
         draws: for each its shape as traced, and the method of ``Tensor`` that fills one, with its arguments.
 
     Attributes:
         addresses: where their lanes are.
     """
 
-    def __init__(self, n: int, draws: Sequence[tuple[tuple[int, ...], str, tuple[float, ...]]]) -> None:
+    def __init__(self, layout: Buffers, draws: Sequence[tuple[tuple[int, ...], str, tuple[float, ...]]]) -> None:
         self._draws = draws
         dtypes = [torch.int64 if method == "random_" else torch.float32 for _, method, _ in draws]
-        empty = [torch.empty(shape, dtype=dtype) for (shape, *_), dtype in zip(draws, dtypes, strict=True)]
-        self._columns = Columns.like(n, empty)
+        shapes = [shape for shape, *_ in draws]
+        empty = [torch.empty(s, dtype=t, device=layout.device) for s, t in zip(shapes, dtypes, strict=True)]
+        self._columns = Columns.like(layout.n, empty)
         self.addresses = self._columns.addresses
 
     def draw(self) -> None:
-        """Draws them from PyTorch's global generator, as the function does."""
+        """Draws them from the device's global generator, as the function does."""
         for column, (_, method, parameters) in zip(self._columns.tensors, self._draws, strict=True):
             column.copy_(getattr(column.new_empty(column.shape), method)(*parameters))
 

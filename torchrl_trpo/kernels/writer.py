@@ -1,0 +1,319 @@
+"""Statements for one row as code, which C++ and CUDA share. What differs is the meaning of the names that it uses.
+
+``F`` is a number, ``B`` a flag, ``FN`` begins a function, and ``TRUE``, ``where``, ``load``, ``sqrt_of`` and so on are
+those of :mod:`~torchrl_trpo.kernels.cpp` for as many rows as a register holds, or of
+:mod:`~torchrl_trpo.kernels.cuda` for one row.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torchrl_trpo.kernels.lanes import InMemory, Items, Lane, Lanes, Statement, Statements
+
+_STATEMENTS_OF_A_PART = 1000  # a compiler's time grows faster than the length of a function
+_LARGEST_INT = 2**23  # up to which float32 holds whole numbers, with room for one addition
+_C_TYPES = {"f": "float", "b": "uint8_t", "i": "int64_t", "j": "int32_t"}  # of the buffers
+FUNCTIONS = ("sqrt", "sin", "cos", "tan", "exp", "log", "log1p", "expm1", "atanh", "trunc", "floor")
+"""Functions of a number that the code calls with ``_of`` behind their names."""
+FUNCTIONS_OF_TWO = ("atan2", "pow", "fmod")
+"""Such functions of two numbers."""
+_CODE = {
+    "add": "{} + {}",
+    "sub": "{} - {}",
+    "mul": "{} * {}",
+    "div": "{} / {}",
+    "min": "minimum({}, {})",
+    "max": "maximum({}, {})",
+    "lt": "{} < {}",
+    "le": "{} <= {}",
+    "gt": "{} > {}",
+    "ge": "{} >= {}",
+    "eq": "{} == {}",
+    "ne": "{} != {}",
+    "and": "{} & {}",
+    "or": "{} | {}",
+    "xor": "{} ^ {}",
+    "not": "{} ^ TRUE",
+    "where": "where({}, {}, {})",
+    "neg": "neg_of({})",
+    "abs": "abs_of({})",
+    "tanh": "tanh_of({})",
+    "reciprocal": "F(1.0f) / {}",
+    "sign": "sign({})",
+    "logaddexp": "logaddexp({}, {})",
+    "isnan": "{0} != {0}",
+    "floordiv": "floordiv({}, {})",
+    "mod": "mod({}, {})",
+    "nonzero": "{} != F(0.0f)",
+    "one": "where({}, F(1.0f), F(0.0f))",
+    "same": "{}",
+    **{name: f"{name}_of({{}})" for name in FUNCTIONS},
+    **{name: f"{name}_of({{}}, {{}})" for name in FUNCTIONS_OF_TWO},
+}
+DERIVED = r"""
+FN F sign(F a) { return where(a > F(0.0f), F(1.0f), where(a < F(0.0f), F(-1.0f), F(0.0f))); }
+FN F logaddexp(F a, F b) {
+  F sum = maximum(a, b) + log1p_of(exp_of(neg_of(abs_of(a - b))));
+  return where((a == b) & (abs_of(a) == F(INFINITY)), a, sum);
+}
+FN F mod(F a, F b) {
+  F r = fmod_of(a, b);
+  return where((r != F(0.0f)) & ((r < F(0.0f)) ^ (b < F(0.0f))), r + b, r);
+}
+FN F floordiv(F a, F b) {
+  F r = fmod_of(a, b);
+  F q = (a - r) / b;
+  q = where((r != F(0.0f)) & ((r < F(0.0f)) ^ (b < F(0.0f))), q - F(1.0f), q);
+  F f = floor_of(q);
+  f = where(q - f > F(0.5f), f + F(1.0f), f);
+  return where(b == F(0.0f), a / b, where(q == F(0.0f), F(0.0f), f));
+}
+"""
+"""Functions of the others."""
+
+
+class Store(NamedTuple):
+    """A lane or constant that the function writes.
+
+    Attributes:
+        value: the lane or constant, or items, for as many rows of the buffer.
+        kind: its kind.
+        buffer: the number of the output buffer.
+        row: the row of the buffer.
+        by_row: whether the buffer is ``[n_rows, ...]`` with a stride of its own, and ``row`` the place in a row.
+    """
+
+    value: Any
+    kind: str
+    buffer: int
+    row: int
+    by_row: bool = False
+
+
+class Guard(NamedTuple):
+    """What must hold for the results to be right.
+
+    Attributes:
+        value: the lane or constant.
+        expected: the value that it must have in all rows.
+    """
+
+    value: Any
+    expected: Any
+
+    @classmethod
+    def of(cls, statements: Statements, lanes: Lanes, expected: Any) -> Guard:
+        """The guard of a tensor without dimensions."""
+        kind = "b" if isinstance(expected, bool) else lanes.kind
+        return cls(statements.convert(lanes.values.reshape(-1)[0], kind), expected)
+
+
+class Code(NamedTuple):
+    """A function of rows.
+
+    Attributes:
+        functions: the code of its parts.
+        calls: the calls of its parts.
+        n_any: how many statements are about all rows.
+        n_kept: how many numbers the parts hand on.
+        n_scratch: how many numbers the results of statements that have several take.
+        operations: the operations of the statements.
+    """
+
+    functions: str
+    calls: str
+    n_any: int
+    n_kept: int
+    n_scratch: int
+    operations: set[str]
+
+
+def write(
+    statements: Sequence[Statement],
+    inputs: Mapping[str, tuple[int, int]],
+    stores: Sequence[Store],
+    guards: Sequence[Guard],
+    parameters: str,
+) -> Code:
+    """Writes the statements that are needed.
+
+    Args:
+        statements: the statements.
+        inputs: by the names of the inputs, the number of the input buffer and the row where they begin.
+        stores: what is written.
+        guards: what must hold.
+        parameters: the parameters of the parts.
+
+    Returns:
+        The code. It sets ``fail`` where a guard does not hold.
+    """
+    lines = []
+    n_any, scratch = 0, _Scratch(statements)
+    needed = _needed(statements, [value for value, *_ in (*stores, *guards)])
+    for index in needed:
+        operation, kind, arguments = statements[index]
+        if operation in {"linear", "map"}:
+            lines.append(Line(None, getattr(scratch, operation)(index, arguments, inputs), _lanes(arguments)))
+            continue
+        if operation == "item":
+            lines.append(Line(index, scratch.item(*arguments), []))
+        elif operation in {"load", "shared"}:
+            lines.append(Line(index, _load(statements[index], inputs), []))
+        elif operation == "any":
+            lines.append(Line(index, f"any[{n_any}]", []))
+            hit = f"hit[{n_any}] = hit[{n_any}] | only({_term(arguments[0])}, valid)"
+            lines.append(Line(None, hit, _lanes(arguments)))
+            n_any += 1
+        else:
+            lines.append(Line(index, _CODE[operation].format(*map(_term, arguments)), _lanes(arguments)))
+        if kind in {"i", "j"} and operation != "where":
+            lines.append(Line(None, f"fail = fail | (abs_of(v{index}) > F({_LARGEST_INT}.0f))", [index]))
+    for store in stores:
+        code = scratch.store(store) if isinstance(store.value, Items) else _store(store)
+        lines.append(Line(None, code, _lanes([store.value])))
+    for value, expected in guards:
+        wrong = f"({_term(value)} {'^' if isinstance(expected, bool) else '!='} {_term(expected)})"
+        lines.append(Line(None, f"fail = fail | {wrong}", _lanes([value])))
+    parts, n_kept = _parts(lines, statements)
+    functions = "\n".join(f"PART part{number}({parameters}) {{\n{code}\n}}" for number, code in enumerate(parts))
+    names = ", ".join(re.findall(r"(\w+)(?:,|$)", parameters))
+    calls = " ".join(f"part{number}({names});" for number in range(len(parts)))
+    operations = {statements[index].operation for index in needed}
+    return Code(functions, calls, n_any, n_kept, scratch.size, operations)
+
+
+class Line(NamedTuple):
+    """A line of code, the lane that it makes, and the lanes that it reads."""
+
+    lane: int | None
+    code: str
+    reads: list[int]
+
+
+class _Scratch:
+    """Memory for the results of statements that have several: numbers that are next to each other."""
+
+    def __init__(self, statements: Sequence[Statement]) -> None:
+        self.size = max((len(each.arguments) for each in statements if each.operation == "linear"), default=0)
+        self._first: dict[int, int] = {}
+
+    def linear(self, index: int, arguments: Sequence[Any], inputs: Mapping[str, tuple[int, int]]) -> str:
+        """A product of a vector and a matrix in memory."""
+        name, first, *steps, n_outputs = arguments[:5]
+        terms, code, vector = arguments[5:], "", "scratch"
+        if isinstance(terms[0], Items):
+            vector = f"scratch + {self._first[terms[0].block] + terms[0].first}"
+            n_inputs = terms[0].length
+        else:
+            code = " ".join(f"scratch[{number}] = {_term(term)};" for number, term in enumerate(terms))
+            n_inputs = len(terms)
+        buffer, row = inputs[name]
+        template = ", ".join(map(str, (n_inputs, *steps, n_outputs)))
+        place = f"(const float*)in[{buffer}] + {row + first}"
+        return f"{code} linear<{template}>({vector}, {place}, scratch + {self._take(index, n_outputs)})"
+
+    def map(self, index: int, arguments: Sequence[Any], inputs: Mapping[str, tuple[int, int]]) -> str:
+        """An operation on each number of vectors."""
+        operation, length, *operands = arguments
+        terms = []
+        for operand in operands:
+            if isinstance(operand, Items):
+                terms.append(f"scratch[{self._first[operand.block] + operand.first} + j]")
+            elif isinstance(operand, InMemory):
+                buffer, row = inputs[operand.name]
+                terms.append(f"F(((const float*)in[{buffer}])[{row + operand.first} + j * {operand.step}])")
+            else:
+                terms.append(_term(operand))
+        first = self._take(index, length)
+        return f"for (int j = 0; j < {length}; j++) scratch[{first} + j] = {_CODE[operation].format(*terms)}"
+
+    def store(self, store: Store) -> str:
+        """Items, in rows of a buffer."""
+        place = f"(float*)out[{store.buffer}] + ({store.row} + j) * P + i"
+        first = self._first[store.value.block] + store.value.first
+        return f"for (int j = 0; j < {store.value.length}; j++) store({place}, only(scratch[{first} + j], valid))"
+
+    def item(self, items: Items) -> str:
+        return f"scratch[{self._first[items.block] + items.first}]"
+
+    def _take(self, index: int, length: int) -> int:
+        self._first[index] = self.size
+        self.size += length
+        return self._first[index]
+
+
+def _load(statement: Statement, inputs: Mapping[str, tuple[int, int]]) -> str:
+    operation, kind, (name, lane) = statement
+    buffer, row = inputs[name]
+    place = f"{row + lane} * P + i" if operation == "load" else row + lane
+    return f"{operation}((const {_C_TYPES[kind]}*)in[{buffer}] + {place})"
+
+
+def _store(store: Store) -> str:
+    value, kind, buffer, row, by_row = store
+    if by_row:
+        c_type = "bool" if kind == "b" else _C_TYPES[kind]
+        return f"store_rows(({c_type}*)out[{buffer}] + {row} + i * S[{buffer}], S[{buffer}], n - i, {_term(value)})"
+    return f"store(({_C_TYPES[kind]}*)out[{buffer}] + {row} * P + i, only({_term(value)}, valid))"
+
+
+def _lanes(arguments: Sequence[Any]) -> list[int]:
+    """The lanes that arguments read. Results of statements that have several are in memory."""
+    return [argument.number for argument in arguments if isinstance(argument, Lane)]
+
+
+def _needed(statements: Sequence[Statement], reads: Sequence[Any]) -> list[int]:
+    """The statements whose results are used, in order."""
+    needed: set[int] = set()
+    pending = [reads]
+    while pending:
+        arguments = pending.pop()
+        for index in (*_lanes(arguments), *(each.block for each in arguments if isinstance(each, Items))):
+            if index not in needed:
+                needed.add(index)
+                pending.append(statements[index].arguments)
+    return sorted(needed)
+
+
+def _parts(lines: Sequence[Line], statements: Sequence[Statement]) -> tuple[list[str], int]:
+    """The lines in functions of bounded length; what a later one reads is kept in an array. Returns its length too."""
+    size = _STATEMENTS_OF_A_PART
+
+    def declared(lane: int) -> str:
+        return f"const {'B' if statements[lane].kind == 'b' else 'F'} v{lane}"
+
+    part_of = {lane: number // size for number, (lane, *_) in enumerate(lines) if lane is not None}
+    kept: dict[int, int] = {}
+    for number, (_, _, reads) in enumerate(lines):
+        for read in reads:
+            if part_of[read] != number // size:
+                kept.setdefault(read, len(kept))
+    parts = []
+    for start in range(0, len(lines), size):
+        here: set[int] = set()
+        code = []
+        for made, line, reads in lines[start : start + size]:
+            for read in reads:
+                if part_of[read] != start // size and read not in here:
+                    here.add(read)
+                    code.append(f"  {declared(read)} = kept[{kept[read]}];")
+            code.append(f"  {line};" if made is None else f"  {declared(made)} = {line};")
+            if made in kept:
+                code.append(f"  kept[{kept[made]}] = v{made};")
+        parts.append("\n".join(code))
+    return parts, len(kept)
+
+
+def _term(value: Any) -> str:
+    """A lane or a constant as code."""
+    if isinstance(value, Lane):
+        return f"v{value.number}"
+    if isinstance(value, bool):
+        return "TRUE" if value else "FALSE"
+    if math.isinf(value):
+        return "F(INFINITY)" if value > 0 else "F(-INFINITY)"
+    return "F(NAN)" if math.isnan(value) else f"F({float(value)!r}f)"
