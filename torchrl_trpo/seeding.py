@@ -76,17 +76,17 @@ def _entry(device: torch.device) -> str:
 
 def device_state(device: torch.device) -> Tensor:
     """The state of a device's global generator, uint8 ``[bytes]`` on the CPU."""
-    return (
-        torch.get_rng_state()
-        if device.type == "cpu"
-        else torch.get_device_module(device).get_rng_state(*_index(device))
-    )
+    return _module(device).get_rng_state(*_index(device))
 
 
 def set_device_state(device: torch.device, state: Tensor) -> None:
     """Sets a device's global generator to a :func:`device_state` of the same kind of device."""
-    module = torch if device.type == "cpu" else torch.get_device_module(device)
-    module.set_rng_state(state.cpu(), *_index(device))
+    _module(device).set_rng_state(state.cpu(), *_index(device))
+
+
+def _module(device: torch.device) -> Any:
+    """The module with the functions of a device's global generator."""
+    return torch if device.type == "cpu" else torch.get_device_module(device)
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:

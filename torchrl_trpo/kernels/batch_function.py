@@ -23,7 +23,7 @@ from torchrl_trpo.kernels.writer import Store
 _ROWS = 1024  # are computed at a time, so that what is written of them stays in a core's cache
 _STRIDE = _ROWS + ROWS_AT_A_TIME  # between lanes: a power of two would put them all into the same lines of the cache
 _MOST_THREADS = 2  # of PyTorch's, with which it would not be faster
-_BACKWARD = ("tanh", "softplus", "threshold", "sigmoid", "silu", "elu", "leaky_relu", "gelu", "select", "slice")
+_BACKWARD = ("tanh", "softplus", "threshold", "sigmoid", "silu", "elu", "leaky_relu", "select", "slice")
 _DECOMPOSED = (*(f"{name}_backward" for name in _BACKWARD), "_log_softmax_backward_data", "_softmax_backward_data")
 
 

@@ -18,6 +18,11 @@ _LONG = 16
 """From how many entries on one statement stands for all of them."""
 
 
+def name_of(node: fx.Node) -> str:
+    """The name of a node's operation."""
+    return getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+
+
 class Joined(NamedTuple):
     """A tensor ``[n * ..., K]``: one ``[n, ..., K]`` whose dimensions but the last have been made one."""
 
@@ -49,7 +54,7 @@ class NetworkOperations(Operations):
         return super().attribute(tensor)
 
     def _call(self, node: fx.Node, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
-        name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+        name = name_of(node)
         if any(isinstance(each, Joined) for each in arguments) and name not in _OF_JOINED:
             return self._of_joined(name, node, arguments, keywords)
         if name.endswith("_") and len(node.all_input_nodes[0].users) > 1:

@@ -34,8 +34,8 @@ def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> tuple[Any, ...]:
 
     Returns:
         Something that is equal as long as they are the same. Numbers and words are compared by value, also in lists,
-        tuples and mappings, other objects by identity, long tensors
-        also by their versions.
+        tuples and mappings, other objects by identity, long tensors also by their
+        versions.
     """
     found = []
     for name, module in modules:

@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from torchrl_trpo.kernels.lanes import Lanes, Unsupported
-from torchrl_trpo.kernels.networks import Joined, NetworkOperations
+from torchrl_trpo.kernels.networks import Joined, NetworkOperations, name_of
 from torchrl_trpo.kernels.views import dims_of
 
 _LIKE = {"ones_like", "zeros_like", "full_like", "empty_like", "new_zeros"}  # read the shape of a tensor alone
@@ -83,7 +83,7 @@ class SumOperations(NetworkOperations):
         return fx.GraphModule(self._graph, graph)
 
     def _call(self, node: fx.Node, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
-        name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+        name = name_of(node)
         self._node = node
         given = tree_leaves([arguments, keywords])
         if any(isinstance(each, _Later) for each in given):
