@@ -154,12 +154,11 @@ class Statements:
 
     def inputs(self, name: str, shape: Sequence[int], axis: int | None, n_rows: int, kind: str) -> Lanes:
         """An input of the function: with a batch dimension, or the same for all rows. ``shape`` has 1 for the batch."""
-        values = np.empty(tuple(shape), object)
         operation = "shared" if axis is None else "load"
-        for lane, place in enumerate(np.ndindex(*values.shape)):
-            values[place] = Lane(len(self.all), kind)
-            self.all.append(Statement(operation, kind, (name, lane)))
-        return Lanes(values, axis, n_rows, kind)
+        first, size = len(self.all), math.prod(shape)
+        self.all += [Statement(operation, kind, (name, lane)) for lane in range(size)]
+        values = np.fromiter((Lane(first + lane, kind) for lane in range(size)), object, size)
+        return Lanes(values.reshape(tuple(shape)), axis, n_rows, kind)
 
     def elementwise(self, function: Callable[..., Any], kind: str, *tensors: Any) -> Lanes:
         """A function of the lanes of tensors and numbers, broadcast against each other."""

@@ -41,15 +41,18 @@ class NetworkOperations(Operations):
     def __init__(self, graph: fx.GraphModule, n_rows: int, parameters: Mapping[str, Tensor]) -> None:
         super().__init__(graph, n_rows)
         self._parameters = parameters
+        self._lanes: dict[str, Lanes] = {}
 
     def attribute(self, tensor: Tensor) -> Lanes:
         for name, parameter in self._parameters.items():
             first = tensor.storage_offset() - parameter.storage_offset()
             is_part = 0 <= first < parameter.numel()
             if is_part and tensor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
-                lanes = self.statements.inputs(name, (parameter.numel(),), None, self._n_rows, KINDS[tensor.dtype])
+                if name not in self._lanes:
+                    shape, kind = (parameter.numel(),), KINDS[tensor.dtype]
+                    self._lanes[name] = self.statements.inputs(name, shape, None, self._n_rows, kind)
                 places = torch.arange(parameter.numel()).as_strided(tensor.shape, tensor.stride(), first)
-                values = lanes.values[places.flatten().numpy()].reshape(tuple(tensor.shape))
+                values = self._lanes[name].values[places.flatten().numpy()].reshape(tuple(tensor.shape))
                 return Lanes(values, None, self._n_rows, KINDS[tensor.dtype])
         return super().attribute(tensor)
 

@@ -51,10 +51,10 @@ class Pictures:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._start = time.perf_counter()
-        self._seconds = 0.0
+        self._seconds = 1.0  # what the first drawing, with the import of matplotlib, is expected to take
 
     def draw_now_and_then(self) -> None:
-        """Draws the pictures, unless drawing has taken more than 3 % of the time so far."""
+        """Draws the pictures, unless drawing takes more than 3 % of the time."""
         if self._seconds <= _SHARE_OF_TIME * (time.perf_counter() - self._start):
             self.draw()
 

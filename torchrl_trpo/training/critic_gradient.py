@@ -81,6 +81,8 @@ class _Graph:
         self.size = len(batch)
         self._keys = list(batch.keys(True, True))
         self._function = record(function, parameters, [batch.get(key) for key in self._keys])
+        self._function.graph.eliminate_dead_code()  # what the loss computes for its log
+        self._function.recompile()
 
     @torch.no_grad()
     def __call__(
@@ -121,4 +123,4 @@ def _take(value: Tensor, drawn: Tensor) -> Tensor:
     """Rows of an entry; what is repeated in it (a team's pooled input, once for each agent) is copied once."""
     repeated = [dim for dim in range(1, value.ndim) if value.stride(dim) == 0]
     once = value[tuple(slice(0, 1) if dim in repeated else slice(None) for dim in range(value.ndim))]
-    return once[drawn].expand(-1, *value.shape[1:])
+    return once.index_select(0, drawn).expand(-1, *value.shape[1:])

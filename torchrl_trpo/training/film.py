@@ -178,7 +178,8 @@ def _shrink(picture: np.ndarray, factor: int) -> np.ndarray:
     """Shrinks a picture by averaging, so that thin lines stay visible."""
     from PIL import Image  # of imageio
 
-    return np.asarray(Image.fromarray(picture).reduce(factor))
+    # Each colour by itself: Pillow copies what a renderer gives, every fourth byte left out, byte by byte.
+    return np.stack([np.asarray(Image.fromarray(colour).reduce(factor)) for colour in np.moveaxis(picture, -1, 0)], -1)
 
 
 def _mosaic(tiles: Sequence[np.ndarray]) -> np.ndarray:
