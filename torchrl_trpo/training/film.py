@@ -86,24 +86,23 @@ def film_episodes(
         The path; or None, after a warning, if the environment cannot be drawn.
     """
     data = env.reset()
+    num_envs = env.batch_size[0]
     try:
-        render = _choose_renderer(env.base_env)
+        render = _choose_renderer(env.base_env, math.ceil(num_envs**0.5))
         render(0)
     except Exception as error:  # its type depends on the simulator and on what is missing
         logger.warning(f"No film: the environment cannot be drawn here ({type(error).__name__}: {error}).")
         return None
-    num_envs = env.batch_size[0]
     require("recipes", "imageio", "imageio_ffmpeg", importer=__name__)
     import imageio.v2 as imageio  # here, so that --help does not wait for it
 
-    shrink = math.ceil(num_envs**0.5)
     films: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
     running = [True] * num_envs
     acting = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     with torch.no_grad(), set_exploration_type(acting):
         for step in range(max_steps + 1):
             for index, film in enumerate(films):
-                film.append(_shrink(render(index), shrink) if running[index] else film[-1])
+                film.append(render(index) if running[index] else film[-1])
             if step == max_steps or not any(running):
                 break
             data = env.step(policy(data))["next"]
@@ -113,17 +112,21 @@ def film_episodes(
     return path
 
 
-def _choose_renderer(env: EnvBase) -> Callable[[int], np.ndarray]:
-    """The function that draws one environment of a batch, given its index."""
+def _choose_renderer(env: Any, shrink: int) -> Callable[[int], np.ndarray]:
+    """The function that draws one environment of a batch, given its index, smaller by a factor."""
     if isinstance(env, SerialEnv):
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame, without a display
         # The public env.render() would draw all environments, also those whose episode has ended.
-        return lambda index: np.asarray(env._envs[index].render())
+        return lambda index: _shrink(np.asarray(env._envs[index].render()), shrink)
+    size = env.scenario.viewer_size
+    env.scenario.viewer_size = tuple(each // shrink for each in size)  # read when the first picture is drawn
     try:
         env.render(mode="rgb_array")
     except Exception as error:  # its type depends on which part of OpenGL is missing
         logger.info(f"VMAS's renderer is not available here ({type(error).__name__}); drawing with matplotlib.")
-        return lambda index: draw_world(env, index)
+        return lambda index: draw_world(env, index, 560 // shrink)
+    finally:
+        env.scenario.viewer_size = size
     return lambda index: np.asarray(env.render(mode="rgb_array", env_index=index))
 
 
@@ -178,8 +181,7 @@ def _shrink(picture: np.ndarray, factor: int) -> np.ndarray:
     """Shrinks a picture by averaging, so that thin lines stay visible."""
     from PIL import Image  # of imageio
 
-    # Each colour by itself: Pillow copies what a renderer gives, every fourth byte left out, byte by byte.
-    return np.stack([np.asarray(Image.fromarray(colour).reduce(factor)) for colour in np.moveaxis(picture, -1, 0)], -1)
+    return np.asarray(Image.fromarray(picture).reduce(factor))
 
 
 def _mosaic(tiles: Sequence[np.ndarray]) -> np.ndarray:
