@@ -19,6 +19,7 @@ from torchrl_trpo.objectives.agent_checks import check_agents_alone
 from torchrl_trpo.objectives.agent_order import checked_order, drawn_order
 from torchrl_trpo.objectives.policy_network import resolve_trust_region
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
+from torchrl_trpo.objectives.policy_rows import PolicyRows
 from torchrl_trpo.objectives.policy_update import check_separate_losses, current_estimator
 from torchrl_trpo.objectives.trpo import TRPOLoss
 
@@ -221,6 +222,19 @@ class HATRPOSequentialObjective(LossModule):
         factor = torch.cat([torch.ones_like(after[:, :1]), after[:, :-1]], -1)  # M^1 ... M^n
         return TensorDict({"loss_objective": -(factor * ratio * term).sum(), "kl": torch.cat(divergences)})
 
+    def first_regions(self, tensordict: TensorDictBase) -> Iterator[PolicyTrustRegion]:
+        """The agents' subproblems before any of them has moved, with ``M = 1``, in the order of their indices.
+
+        Args:
+            tensordict: the data, ``[*B, T]``.
+
+        Yields:
+            One subproblem per agent, which is not to be solved.
+        """
+        rows = {group: loss.policy_rows(tensordict) for group, loss in self._groups.items()}
+        for index in range(self.n_agents):
+            yield self._region(rows, index, _first_factor(rows))
+
     def trust_regions(self, tensordict: TensorDictBase) -> Iterator[PolicyTrustRegion]:
         """The sequence of one update: each agent's subproblem, with the factor that those before it leave.
 
@@ -239,13 +253,21 @@ class HATRPOSequentialObjective(LossModule):
                 check_agents_alone(loss.actor_network, loss.actor_parameters, rows[group])
         self._agents_are_checked = True
         self._check_rewards(tensordict)
-        first = next(iter(rows.values()))
-        factor = first.log_prob.new_ones(first.log_prob.shape[: first.row_dims].numel())  # M^1, [N]
+        factor = _first_factor(rows)
         for index in drawn_order(self.agent_order, self.n_agents, factor.device, self._ranks):
-            group, agent = self._agents[index]
-            region = self._groups[group].policy_region(rows[group], agent=agent, index=index, factor=factor)
+            region = self._region(rows, index, factor)
             yield region  # is solved, and written if the step is accepted
             factor = factor * region.ratio().reshape(factor.shape)  # M^{m+1}
+
+    def _region(self, rows: Mapping[str, PolicyRows], index: int, factor: Tensor) -> PolicyTrustRegion:
+        group, agent = self._agents[index]
+        return self._groups[group].policy_region(rows[group], agent=agent, index=index, factor=factor)
+
+
+def _first_factor(rows: Mapping[str, PolicyRows]) -> Tensor:
+    """``M^1``, ``[N]``."""
+    first = next(iter(rows.values()))
+    return first.log_prob.new_ones(first.log_prob.shape[: first.row_dims].numel())
 
 
 def _in_sequence(networks: Sequence[TensorDictModuleBase | None]) -> TensorDictModuleBase | None:

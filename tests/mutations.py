@@ -156,8 +156,8 @@ MUTATIONS = (
     Mutation(
         "step-without-2",
         "torchrl_trpo/numerics/updater.py",
-        "(2 * self.max_kl / xFx)",
-        "(self.max_kl / xFx)",
+        "(2 * max_kl / xFx)",
+        "(max_kl / xFx)",
         "√(δ / xᵀHx) in place of √(2δ / xᵀHx)",
         "numerics/updater",
     ),
@@ -215,6 +215,22 @@ MUTATIONS = (
         "stats[order.argsort()]",
         "stats[order]",
         "statistics are sorted by the inverse of the order",
+        "objectives/hatrpo",
+    ),
+    Mutation(
+        "team-budget-by-scaled-gradients",
+        "torchrl_trpo/numerics/updater.py",
+        "xFx * (scale / scale.max()).square()",
+        "xFx",
+        "a team's budget is shared out as if all gradients had the same length",
+        "objectives/hatrpo",
+    ),
+    Mutation(
+        "team-budget-of-one-agent",
+        "torchrl_trpo/numerics/updater.py",
+        "len(gains) * gains / gains.sum()",
+        "gains / gains.sum()",
+        "a team shares out max_kl, and not n times as much",
         "objectives/hatrpo",
     ),
     Mutation(

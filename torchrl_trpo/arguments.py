@@ -31,19 +31,27 @@ def positive_whole(name: str, value: Any) -> int:
 
 
 class RangedSettings:
-    """An object that checks each number that is assigned to its settings.
+    """An object that checks what is assigned to its settings: numbers in ranges, and words.
 
     Numbers of NumPy and of tensors are converted to Python's.
     """
 
     RANGES: ClassVar[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {}
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.RANGES:
+        if name in self._settings():
             value = self._checked(name, value)
         super().__setattr__(name, value)
 
-    def _checked(self, name: str, value: Any) -> float:
+    def _settings(self) -> list[str]:
+        return [*self.RANGES, *self.CHOICES]
+
+    def _checked(self, name: str, value: Any) -> float | str:
+        if name in self.CHOICES:
+            if value not in self.CHOICES[name]:
+                raise ValueError(f"{name}: {value!r}. {nearest(value, self.CHOICES[name])}")
+            return str(value)
         legal, is_legal = self.RANGES[name]
         number = plain_number(value)
         if isinstance(number, bool) or not isinstance(number, int | float):
@@ -54,7 +62,7 @@ class RangedSettings:
 
     def state_dict(self) -> dict[str, Any]:
         """The settings by name."""
-        return {name: getattr(self, name) for name in self.RANGES}
+        return {name: getattr(self, name) for name in self._settings()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads settings saved by :meth:`state_dict`, all or none.
@@ -66,9 +74,9 @@ class RangedSettings:
             PlainKeyError: if a setting is missing or unknown.
         """
         for name in state_dict:
-            if name not in self.RANGES:
-                raise PlainKeyError(f"{name!r} is not a setting of the updater. {nearest(name, self.RANGES)}")
-        for name in self.RANGES:
+            if name not in self._settings():
+                raise PlainKeyError(f"{name!r} is not a setting of the updater. {nearest(name, self._settings())}")
+        for name in self._settings():
             if name not in state_dict:
                 raise PlainKeyError(f"the setting {name!r} is missing from the state_dict, which has {[*state_dict]}.")
             self._checked(name, state_dict[name])

@@ -80,7 +80,7 @@ class Case:
     pieces: int | None
     entropy_coeff: float
     cap: float | None
-    updater: dict[str, float]
+    updater: dict[str, float | str]
 
 
 def log_uniform(low, high):
@@ -119,6 +119,7 @@ CASES = st.builds(
         "max_backtracks": st.sampled_from([0, 1, 3, 10, 10, 15]),
         "accept_ratio": st.sampled_from([0.0, 0.0, 0.1, 0.5, 0.5, 0.99]),
         "fisher_subsample": st.sampled_from([1.0, 1.0, 0.5, 0.1, 0.001]),
+        "kl_budget": st.sampled_from(["agent", "agent", "team"]),
     }),
 )
 
@@ -319,7 +320,7 @@ def check_update(case, layout, objective, loss, actor, clean, data, broken, seed
     assert same_tensordict(data, batch), "the batch is not modified"
     assert all(parameter.isfinite().all() for parameter in actor.parameters()), "what is written is finite"
 
-    accepted, max_kl = stats["accepted"], case.updater["max_kl"]
+    accepted, max_kl = stats["accepted"], stats["max_kl"]
     n_regions = 1 if layout == "shared" else case.n_agents
     assert accepted.shape == (n_regions,)
     for name in ("kl", "improvement", "step_fraction"):
@@ -327,6 +328,9 @@ def check_update(case, layout, objective, loss, actor, clean, data, broken, seed
         assert (stats[name] >= 0).all()
         assert (stats[name][~accepted] == 0).all()
     assert (stats["kl"] <= max_kl).all()
+    budget = n_regions * case.updater["max_kl"]
+    assert abs(float(max_kl.sum()) - budget) <= 4 * n_regions * torch.finfo(case.dtype).eps * budget
+    assert case.updater["kl_budget"] == "team" or (max_kl == max_kl[0]).all()
     predicted = case.updater["accept_ratio"] * stats["step_fraction"] * stats["expected_improvement"]
     near = 1 - 4 * torch.finfo(case.dtype).eps  # the order of the factors
     assert (stats["improvement"] >= near * predicted)[accepted].all()
@@ -358,7 +362,7 @@ def check_truth(case, layout, loss, stats, old, new, mask):
         values = torch.where(mask, weight * values, 0.0)
         return values.sum().reshape(1) if layout == "shared" else values.flatten(0, -2).sum(0)
 
-    accepted, max_kl, name = stats["accepted"], case.updater["max_kl"], str(case.dtype).removeprefix("torch.")
+    accepted, name = stats["accepted"], str(case.dtype).removeprefix("torch.")
     kl, kl_error = true_kl(old, new)
     kl, kl_error = mean(kl), mean(kl_error) + (rows + 4) * old.eps * mean(kl)
     factor, factor_error = torch.ones_like(old.log_prob[..., :1]), torch.zeros_like(old.log_prob[..., :1])
@@ -372,7 +376,7 @@ def check_truth(case, layout, loss, stats, old, new, mask):
             factor = factor * torch.where(moved, ratio[..., agents], 1.0)
             factor_error = factor_error + torch.where(moved, new.log_prob_error[..., agents], 0.0) + 2 * old.eps
     for region in accepted.nonzero().flatten():
-        reported = stats["kl"][region].double()
+        reported, max_kl = stats["kl"][region].double(), stats["max_kl"][region].double()
         assert kl[region] <= max_kl + kl_error[region]
         assert (kl[region] - reported).abs() <= kl_error[region]
         assert gain[region] >= -gain_error[region]

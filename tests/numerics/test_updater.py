@@ -204,7 +204,7 @@ def test_statistics_are_detached_and_complete():
     stats = TrustRegionUpdater(TRPOLoss(actor := make_actor())).step(make_data(actor))
     assert stats.batch_size == (3,)
     assert set(stats.keys()) == {
-        *("accepted", "kl", "improvement", "expected_improvement"),
+        *("accepted", "kl", "improvement", "expected_improvement", "max_kl"),
         *("step_fraction", "grad_norm", "cg_residual", "order", "log_ratio_max", "ESS"),
     }
     assert not any(value.requires_grad for value in stats.values())
@@ -220,10 +220,12 @@ def test_a_schedule_is_an_assignment():
 
 
 def test_state_dict_round_trip():
-    updater = TrustRegionUpdater(TRPOLoss(make_actor()), max_kl=0.5, cg_iters=3)
+    updater = TrustRegionUpdater(TRPOLoss(make_actor()), max_kl=0.5, cg_iters=3, kl_budget="team")
     other = TrustRegionUpdater(TRPOLoss(make_actor()))
     other.load_state_dict(updater.state_dict())
-    assert (other.max_kl, other.cg_iters) == (0.5, 3)
+    assert (other.max_kl, other.cg_iters, other.kl_budget) == (0.5, 3, "team")
+    with pytest.raises(ValueError, match=r"^kl_budget: 'teams'\. Did you mean 'team'.*Legal: 'agent', 'team'"):
+        other.kl_budget = "teams"
     with pytest.raises(KeyError, match=r"max_kll.*Did you mean 'max_kl'"):
         other.load_state_dict({"max_kll": 1.0})
     with pytest.raises(KeyError, match=r"damping.*missing"):
@@ -267,8 +269,8 @@ def test_numbers_of_other_libraries(kind):
     updater.cg_iters = torch.tensor(3)
     updater.load_state_dict({**updater.state_dict(), "max_backtracks": np.int32(4), "accept_ratio": kind(0.125)})
     taken = (updater.objective.chunk_size, *updater.state_dict().values())
-    assert taken == (7, 0.25, 0.5, 3, 1e-6, 0.8, 4, 0.125, 1.0)
-    assert [type(value) for value in taken] == [int, float, float, int, float, float, int, float, float]
+    assert taken == (7, 0.25, 0.5, 3, 1e-6, 0.8, 4, 0.125, 1.0, "agent")
+    assert [type(value) for value in taken] == [int, float, float, int, float, float, int, float, float, str]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,17 @@ def make_case(kind="normal", share_params=False, **actor_settings):
     return actor, data.apply(lambda value: value.float() if value.is_floating_point() else value)
 
 
-def updates(actor, data, n=2, sequential=False, step=None, fisher_subsample=0.5, loss_mask_key=None, **settings):
+def updates(
+    actor,
+    data,
+    n=2,
+    sequential=False,
+    step=None,
+    fisher_subsample=0.5,
+    kl_budget="agent",
+    loss_mask_key=None,
+    **settings,
+):
     """The statistics and the parameters after some updates of a copy, with and without compiling."""
     results = []
     for compiled in (True, False):
@@ -30,9 +40,8 @@ def updates(actor, data, n=2, sequential=False, step=None, fisher_subsample=0.5,
         if loss_mask_key is not None:
             loss.loss_mask_key = loss_mask_key
         objective = HATRPOSequentialObjective(loss, agent_order="fixed") if sequential else loss
-        updater = TrustRegionUpdater(
-            objective, fisher_subsample=fisher_subsample, cg_iters=4
-        )  # more would amplify rounding
+        budget = {"fisher_subsample": fisher_subsample, "kl_budget": kl_budget}
+        updater = TrustRegionUpdater(objective, cg_iters=4, **budget)  # more steps would amplify rounding
         torch.manual_seed(1)
         for number in range(n):
             stats = updater.step(data)
@@ -58,12 +67,13 @@ def check_same(compiled, plain):
     ("case", "settings"),
     [
         ({}, {"sequential": True}),
+        ({}, {"sequential": True, "kl_budget": "team"}),
         ({}, {}),
         ({"share_params": True}, {"max_importance_ratio": 1.2}),
         ({"kind": "tanh_normal"}, {"sequential": True, "entropy_coeff": 0.01}),
         ({"kind": "categorical"}, {"sequential": True, "fisher_subsample": 1.0}),
     ],
-    ids=["sequence", "agents", "shared", "bounded", "discrete"],
+    ids=["sequence", "team", "agents", "shared", "bounded", "discrete"],
 )
 def test_compiled_update_is_the_update(case, settings):
     check_same(*updates(*make_case(**case), **settings))

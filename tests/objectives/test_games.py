@@ -46,7 +46,8 @@ def test_the_return_never_falls(n_agents, agent_order):
             game = random_matrix_game(n_agents, n_actions)
             actor = tabular_policy(game)
             max_kl = 10 ** float(2.5 * torch.rand(()) - 3)  # 0.001 to 0.3
-            updater = hatrpo(actor, agent_order=agent_order, max_kl=max_kl, damping=1e-3, cg_iters=n_actions)
+            settings = {"max_kl": max_kl, "kl_budget": "team" if seed % 2 else "agent"}
+            updater = hatrpo(actor, agent_order=agent_order, damping=1e-3, cg_iters=n_actions, **settings)
             scale = float(game.rewards.abs().max())
             before = expected_return(game, actor)
             for _ in range(UPDATES):
@@ -54,7 +55,8 @@ def test_the_return_never_falls(n_agents, agent_order):
                 after = expected_return(game, actor)
                 assert after >= before - 1e-13 * scale
                 assert abs(float(stats["improvement"].sum()) - (after - before)) <= 1e-12 * scale
-                assert (stats["kl"] <= max_kl).all()
+                assert (stats["kl"] <= stats["max_kl"]).all()
+                assert stats["kl"].sum() <= n_agents * max_kl
                 accepted, updates, before = accepted + int(stats["accepted"].sum()), updates + 1, after
     assert updates == 3 * GAMES[n_agents] * UPDATES
     assert accepted > 0.9 * n_agents * updates

@@ -69,6 +69,43 @@ def test_sequence_and_factor_against_a_hand_calculation():
     torch.testing.assert_close(stats["kl"], kl)
 
 
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_team_shares_its_budget_out_by_what_each_agent_gains(sequential):
+    """In proportion to gᵀ(F + λI)⁻¹g at M = 1, so that all agents have one step length, whatever the order."""
+    actor = make_actor()
+    data, theta = make_data(actor), flat_parameters(actor, 3)
+    data["advantage"][..., 2, :] *= 0.3
+    leaf = theta.clone().requires_grad_()
+    surrogate = dense_surrogate(actor, data, True, leaf)
+    g = torch.autograd.grad(surrogate.sum(), leaf)[0]
+    damped = dense_fisher(actor, data, True) + 0.1 * torch.eye(theta.shape[1], dtype=torch.float64)
+    gains = (g * torch.linalg.solve(damped, g)).sum(-1)
+    expected = 3 * 0.01 * gains / gains.sum()
+    assert expected.max() > 2 * expected.min()
+    loss = TRPOLoss(actor)
+    objective = HATRPOSequentialObjective(loss, agent_order=[1, 2, 0]) if sequential else loss
+    stats = TrustRegionUpdater(objective, max_kl=0.01, cg_iters=60, cg_tol=1e-13, kl_budget="team").step(data)
+    torch.testing.assert_close(stats["max_kl"], expected)
+    first = 1 if sequential else slice(None)  # the others' gradients have M in them
+    improvement = (2 * expected * gains).sqrt()
+    torch.testing.assert_close(stats["expected_improvement"][first], improvement[first])
+    assert improvement.sum() > (2 * 0.01 * gains).sqrt().sum()
+    assert stats["accepted"].all()
+
+
+def test_a_team_s_budget_does_not_depend_on_the_advantage_s_scale():
+    """Squares of its gradient are beyond float32."""
+    radii = []
+    for scale in (1.0, 1e-25):
+        torch.manual_seed(0)
+        actor = make_actor()
+        data = make_data(actor).apply(lambda value: value.float() if value.is_floating_point() else value)
+        data["advantage"] = scale * data["advantage"]
+        radii.append(TrustRegionUpdater(TRPOLoss(actor.float()), kl_budget="team").step(data)["max_kl"])
+    assert radii[0].max() > 1.2 * radii[0].min()
+    torch.testing.assert_close(*radii)
+
+
 def test_the_factor_changes_what_the_second_agent_does():
     """MARLlib's HATRPO is not sequential with its default settings."""
     actor = make_actor(n_agents=2)

@@ -58,7 +58,7 @@ def make_batch(actor, masked):
     return data
 
 
-def one_update(kind, algorithm, masked, chunk_size=None, **settings):
+def one_update(kind, algorithm, masked, chunk_size=None, kl_budget="agent", **settings):
     """The parameters and the statistics after an update on the rows of this rank, with a converged solution."""
     torch.manual_seed(0)
     actor = make_actor(kind, share_params=algorithm == "shared")
@@ -75,14 +75,16 @@ def one_update(kind, algorithm, masked, chunk_size=None, **settings):
     loss.loss_mask_key = (GROUP, "counts") if masked else "auto"
     objective = HATRPOSequentialObjective(loss) if algorithm == "hatrpo" else loss
     torch.manual_seed(7 + Ranks(group).rank)  # ranks differ in what they draw, but the order
-    stats = TrustRegionUpdater(objective, cg_iters=60, cg_tol=1e-13, **settings).step(data)
+    stats = TrustRegionUpdater(objective, cg_iters=60, cg_tol=1e-13, kl_budget=kl_budget, **settings).step(data)
     return flat_parameters(actor), stats.to_dict()
 
 
 @pytest.mark.parametrize("algorithm", ["shared", "per_agent", "hatrpo"])
-@pytest.mark.parametrize(("size", "masked"), [(2, True), (3, False)], ids=["2, masked", "3, all rows"])
-def test_ranks_take_the_step_of_one_process(size, algorithm, masked):
-    case = ("composite" if masked else "normal", algorithm, masked)
+@pytest.mark.parametrize(
+    ("size", "masked", "kl_budget"), [(2, True, "agent"), (3, False, "team")], ids=["2, masked", "3, all rows, team"]
+)
+def test_ranks_take_the_step_of_one_process(size, algorithm, masked, kl_budget):
+    case = ("composite" if masked else "normal", algorithm, masked, None, kl_budget)
     alone, stats = one_update(*case)
     results = on_ranks(size, one_update, *case)
     assert bool(stats["accepted"].all())

@@ -239,6 +239,8 @@ class TrustRegionUpdate(Section):
     """κ, share of the predicted improvement that a step must reach."""
     fisher_subsample: Annotated[float, *_in_range(TrustRegionUpdater.RANGES, "fisher_subsample")]
     """Share of the rows on which the Fisher matrix is estimated."""
+    kl_budget: Literal["agent", "team"]
+    """agent: max_kl for each region; team: max_kl times their number, shared out by what each can gain."""
 
 
 class ClippedUpdate(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -57,7 +57,11 @@ class TrustRegionObjective(Protocol):
     """What :class:`TrustRegionUpdater` drives: ``TRPOLoss``, ``HATRPOSequentialObjective``, or your own."""
 
     def trust_regions(self, tensordict: TensorDictBase) -> Iterable[TrustRegionProblem]:
-        """The subproblems of one update, each solved and written before the next is asked for."""
+        """The subproblems of one update, each solved and written before the next is asked for.
+
+        If they depend on each other, the objective may have a method ``first_regions`` too, which gives all of them
+        before any step is taken. ``kl_budget="team"`` shares the budget out by them.
+        """
 
 
 class TrustRegionUpdater(RangedSettings):
@@ -76,6 +80,14 @@ class TrustRegionUpdater(RangedSettings):
     :math:`\delta`. If there is none, or anything is not finite, :math:`\theta_k` is kept to the last bit.
     :math:`x^\top (F + \lambda I) x` comes from the residual of the conjugate gradient, without another product.
 
+    The divergence of a joint policy is the sum of its agents'. With ``kl_budget="team"`` the trust region is that of
+    the joint policy: of radius :math:`n\delta` for :math:`n` regions, in place of one of :math:`\delta` for each. In
+    the quadratic model a step of divergence :math:`\delta_i` improves region :math:`i` by
+    :math:`\sqrt{2 \delta_i s_i}`, where :math:`s_i = g_i^\top (F_i + \lambda I)^{-1} g_i`. The sum is largest for
+    :math:`\delta_i \propto s_i`, which is one step length :math:`\beta` for all regions (after HATRPO-W of Shek, Shi
+    and Tokekar 2025, arXiv:2508.10340). In a sequential update :math:`s_i` is taken with :math:`M = 1`, before the
+    first step; the steps themselves follow the gradients with :math:`M`.
+
     Settings are plain attributes: change them between steps for a schedule (``updater.max_kl = 0.005``).
 
     Args:
@@ -91,6 +103,8 @@ class TrustRegionUpdater(RangedSettings):
         accept_ratio: :math:`\kappa`, the share of the predicted improvement that must be reached. Default: 0.5.
         fisher_subsample: the share of the rows, drawn anew for each region, that :math:`F` is estimated on. Gradient,
             surrogate and KL checks always use all rows. Default: 1.0.
+        kl_budget: ``"agent"``, a radius of ``max_kl`` for each region, or ``"team"``, ``n · max_kl`` shared out among
+            the ``n`` regions, at the cost of another conjugate gradient for each. Default: ``"agent"``.
 
     Raises:
         TypeError: if the objective has no ``trust_regions``, or a setting is not a number.
@@ -107,6 +121,7 @@ class TrustRegionUpdater(RangedSettings):
         "accept_ratio": ("a number of at least 0 and below 1", lambda v: 0 <= v < 1),
         "fisher_subsample": ("a number above 0 and at most 1", lambda v: 0 < v <= 1),
     }
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {"kl_budget": ("agent", "team")}
 
     def __init__(
         self,
@@ -120,6 +135,7 @@ class TrustRegionUpdater(RangedSettings):
         max_backtracks: int = 10,
         accept_ratio: float = 0.5,
         fisher_subsample: float = 1.0,
+        kl_budget: Literal["agent", "team"] = "agent",
     ) -> None:
         if not callable(getattr(objective, "trust_regions", None)):
             raise TypeError(
@@ -136,6 +152,7 @@ class TrustRegionUpdater(RangedSettings):
         self.max_backtracks = max_backtracks
         self.accept_ratio = accept_ratio
         self.fisher_subsample = fisher_subsample
+        self.kl_budget: str = kl_budget
 
     def step(self, tensordict: TensorDictBase) -> TensorDict:
         """Updates the policy once on a batch; the batch is not modified.
@@ -152,6 +169,7 @@ class TrustRegionUpdater(RangedSettings):
             - ``accepted`` (bool): whether the step was taken.
             - ``kl`` (nats) and ``improvement`` of the surrogate, of the parameters kept: 0 when rejected.
             - ``expected_improvement``: what the linear model predicts for the full step.
+            - ``max_kl`` (nats): the radius.
             - ``step_fraction``: the ``α^j`` taken, 0 when rejected.
             - ``grad_norm``: the Euclidean norm of the surrogate's gradient.
             - ``cg_residual``: ``‖g − (F + λI)x‖ / ‖g‖``.
@@ -174,9 +192,11 @@ class TrustRegionUpdater(RangedSettings):
         solved: list[TensorDict] = []
         snapshots: list[Callable[[], None]] = []
         try:
+            radii = self._team_radii(tensordict) if self.kl_budget == "team" else None
             for problem in self.objective.trust_regions(tensordict):
                 snapshots.append(problem.snapshot())
-                solved.append(self._solve(problem))
+                max_kl = torch.full_like(problem.parameters[:, 0], self.max_kl)
+                solved.append(self._solve(problem, max_kl if radii is None else radii[list(problem.indices)]))
                 indices.extend(problem.indices)
             stats: TensorDict = TensorDict.cat(solved)
             self._check_policy_of_data(stats)
@@ -209,17 +229,28 @@ class TrustRegionUpdater(RangedSettings):
             stacklevel=3,
         )
 
-    def _solve(self, problem: TrustRegionProblem) -> TensorDict:
-        fisher = problem.fisher_product(self.fisher_subsample)  # first: the gradient then uses its forward pass
-        gradient = problem.gradient()  # [n, P]
-        full_step, relative_residual = self._full_step(fisher, gradient)
-        del fisher  # and the graph that it holds
+    def _team_radii(self, tensordict: TensorDictBase) -> Tensor:
+        """The radii ``δ_i``, ``[n_regions]``, which sum up to ``n · max_kl``."""
+        regions = getattr(self.objective, "first_regions", self.objective.trust_regions)
+        solved: dict[int, tuple[Tensor, Tensor]] = {}
+        for problem in regions(tensordict):
+            gradient, _, xFx, _ = self._natural_gradient(problem)
+            solved |= zip(problem.indices, zip(xFx, gradient.abs().amax(-1), strict=True), strict=True)
+        xFx, scale = (torch.stack(each) for each in zip(*(solved[index] for index in sorted(solved)), strict=True))
+        gains = xFx * (scale / scale.max()).square()
+        gains = torch.where(gains.isfinite(), gains, 0.0)  # of gradients with which no step is accepted
+        return self.max_kl * torch.where(gains.sum() > 0, len(gains) * gains / gains.sum(), 1.0)
+
+    def _solve(self, problem: TrustRegionProblem, max_kl: Tensor) -> TensorDict:
+        gradient, x, xFx, relative_residual = self._natural_gradient(problem)
+        step_length = torch.where(xFx > 0, (2 * max_kl / xFx).sqrt(), 0.0)  # to the border in the quadratic model
+        full_step = step_length.unsqueeze(-1) * x
         expected = (gradient * full_step).sum(-1)
         theta = problem.parameters
         search = backtrack(
             lambda fraction: problem.evaluate(theta + fraction.unsqueeze(-1) * full_step),
             expected,
-            max_kl=self.max_kl,
+            max_kl=max_kl,
             backtrack_coeff=self.backtrack_coeff,
             max_backtracks=self.max_backtracks,
             accept_ratio=self.accept_ratio,
@@ -230,19 +261,23 @@ class TrustRegionUpdater(RangedSettings):
             "kl": search.kl,
             "improvement": search.improvement,
             "expected_improvement": expected,
+            "max_kl": max_kl,
             "step_fraction": search.fraction,
             "grad_norm": gradient.norm(dim=-1),
             "cg_residual": relative_residual,
         }
         return TensorDict({**stats, **problem.diagnostics()}, batch_size=search.accepted.shape)
 
-    def _full_step(self, fisher: Callable[[Tensor], Tensor], gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """The step ``β x`` to the trust region's border in the quadratic model, and the residual of ``x``."""
+    def _natural_gradient(self, problem: TrustRegionProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``g``, and of ``g / max|g|``, whose square is in range, ``x = (F + λI)⁻¹g``, ``xᵀ(F + λI)x``, the residual.
+
+        The step does not depend on the gradient's length.
+        """
+        fisher = problem.fisher_product(self.fisher_subsample)  # first: the gradient then uses its forward pass
+        gradient = problem.gradient()  # [n, P]
         scale = gradient.abs().amax(-1, keepdim=True)
-        g = gradient / torch.where(scale > 0, scale, 1.0)  # the step does not depend on the gradient's length
+        g = gradient / torch.where(scale > 0, scale, 1.0)
         x, residual, relative_residual, _ = conjugate_gradient(
             lambda v: fisher(v) + self.damping * v, g, iterations=self.cg_iters, tol=self.cg_tol
         )
-        xFx = (x * (g - residual)).sum(-1, keepdim=True)  # xᵀ(F + λI)x, [n, 1]
-        step_length = torch.where(xFx > 0, (2 * self.max_kl / xFx).sqrt(), 0.0)
-        return step_length * x, relative_residual
+        return gradient, x, (x * (g - residual)).sum(-1), relative_residual
