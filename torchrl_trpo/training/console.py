@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from torchrl_trpo.parallel.ranks import RankLostError, Ranks
 
 
 class Console:
-    """The terminal output of a run. The first rank prints.
+    """What a run prints. The first rank prints.
 
-    It begins with what is trained and where, and shows the progress bar.
+    It begins with what is trained and where. A terminal has a progress bar; elsewhere there is a line per iteration.
 
     Args:
         cfg: the recipe's config.
@@ -39,7 +40,7 @@ class Console:
             unit="frame",
             desc=algorithm,
             smoothing=0.1,
-            disable=not ranks.is_first,
+            disable=None if ranks.is_first else True,  # None: where standard error is no terminal
         )
         processes = f" in {ranks.size} processes" if ranks.size > 1 else ""
         self.print(f"Training {algorithm} on {cfg.env.name}{processes}; everything goes to {folder}")
@@ -51,8 +52,7 @@ class Console:
             )
 
     def update(self, row: Mapping[str, Any], n_regions: int) -> None:
-        """Moves the progress bar."""
-        self._bar.update(row["frames"] - self._bar.n)
+        """Moves the progress bar, or prints the iteration's line."""
         postfix = {
             "return": f"{row['episode_return']:.2f}",
             "kl": f"{row['kl']:.4f}",
@@ -62,12 +62,18 @@ class Console:
             postfix["non_finite"] = f"{row['non_finite']:.0f}/{n_regions}"
         if row["dropped"]:
             postfix["dropped"] = f"{row['dropped']} rows"
+        if self._bar.disable:
+            numbers = ", ".join(f"{name} {value}" for name, value in postfix.items())
+            self.print(f"Iteration {row['iteration']}, {row['frames']} of {self._bar.total} frames: {numbers}")
+            return
+        self._bar.update(row["frames"] - self._bar.n)
         self._bar.set_postfix(postfix)
 
     def print(self, text: str) -> None:
-        """Prints a line above the progress bar."""
+        """Prints a line, above the progress bar if there is one."""
         if self._ranks.is_first:
             tqdm.write(text)
+            sys.stdout.flush()  # whoever follows a file sees it now
 
     def print_how_to_continue(self, error: BaseException, iteration: int, frames: int, saved_at: int | None) -> None:
         """Prints how to continue a run that an error or a signal has ended.

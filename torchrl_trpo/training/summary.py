@@ -82,4 +82,5 @@ def summarize(
             print(f"  {folder / name}")
     for symptom in find_symptoms(record):
         print(f"  {symptom.name}: {symptom.figures} See docs/not-learning.md.")
+    print(f"To play and film the policy: make evaluate RUN={folder} (or python -m torchrl_trpo.evaluate {folder})")
     return summary
