@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch.utils import cpp_extension
+from torchrl._utils import logger
 
 from torchrl_trpo.kernels.buffers import NotCompiled
 from torchrl_trpo.kernels.cpp import HEAD
@@ -85,6 +86,7 @@ def _load(functions: Sequence[Function]) -> None:
     library = folder / f"{key}.so"
     try:
         if not library.exists():
+            _announce(folder)
             _compile(code, command, library)
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
@@ -93,6 +95,11 @@ def _load(functions: Sequence[Function]) -> None:
         function._run = getattr(loaded, f"run{number}")
         function._run.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         function._run.restype = ctypes.c_int
+
+
+@functools.cache  # once
+def _announce(folder: Path) -> None:
+    logger.info(f"Compiling C++ functions, some seconds each. They are kept in {folder}.")
 
 
 def _compile(code: str, command: Sequence[str], library: Path) -> None:
