@@ -218,7 +218,8 @@ class BatchedResetVmasEnv(VmasEnv):
             self._why_slowly = str(error)
             warnings.warn(
                 f"{self.scenario_name}: ended environments are reset one by one, which is slow when there are many. A "
-                f"vectorised reset would change those that go on: {self._why_slowly}.",
+                f"vectorised reset would change those that go on: {self._why_slowly}. Many scenarios change it only "
+                "when all are reset: then a policy is trained for what it was at the start of the run.",
                 stacklevel=2,
             )
             return None
