@@ -2,9 +2,10 @@
 
     python -m torchrl_trpo.recipes.studies.comparison
     python -m torchrl_trpo.recipes.studies.comparison --tasks vmas/balance --seeds 0 1 --report outputs/report
+    python -m torchrl_trpo.recipes.studies.comparison --plan differing_agents
 
-It runs config/comparison.yaml, or a part of it. Run again after a stop, it continues. The report is comparison.csv, a
-row for each evaluation, comparison.md and the figures.
+It runs config/comparison.yaml, or another plan, or a part of it. Run again after a stop, it continues. The report is
+comparison.csv, a row for each evaluation, comparison.md and the figures; that of another plan has its name.
 """
 
 from __future__ import annotations
@@ -29,13 +30,18 @@ from torchrl_trpo.training.episodes import play_episodes
 from torchrl_trpo.training.policy import make_run_env, policy_at
 from torchrl_trpo.training.run_folder import replace_file
 
+PLANS = ("comparison", "differing_agents")
+"""The plans that can be run."""
 COLUMNS = ("task", "algorithm", "seed", "iteration", "frames", "cpu_s", "evaluation_return", "evaluation_std")
 """The columns of ``comparison.csv``."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run of the comparison; the algorithm ``random`` is not trained."""
+    """One training run of the comparison; the algorithm ``random`` is not trained.
+
+    An algorithm is a recipe, or a variant of one: ``hatrpo-team`` is ``hatrpo`` with the plan's settings for ``team``.
+    """
 
     task: str
     algorithm: str
@@ -67,7 +73,8 @@ def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, 
         f"checkpoint.keep={iterations}",
     ]
     folder, is_random = cell.folder(root), cell.algorithm == "random"
-    recipe = plan["algorithms"][0] if is_random else cell.algorithm
+    recipe, _, variant = (plan["algorithms"][0] if is_random else cell.algorithm).partition("-")
+    overrides += [f"{name}={value}" for name, value in plan["variants"][variant].items()] if variant else []
     cfg = config(recipe, overrides, folder)
     now: Any = OmegaConf.to_container(cfg, resolve=True)
     played = {"seed": plan["evaluation"]["seed"] + cell.seed, "episodes": plan["evaluation"]["episodes"][library]}
@@ -113,8 +120,11 @@ def _evaluate(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "comparison.yaml"))
     parser = study_parser("comparison", "Trains, evaluates and compares all algorithms.")
+    parser.add_argument("--plan", choices=PLANS, default=PLANS[0], help="what is run: config/<plan>.yaml")
+    chosen_plan = parser.parse_known_args(arguments)[0].plan
+    parser.set_defaults(output=Path("outputs") / chosen_plan)
+    plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / f"{chosen_plan}.yaml"))
     for name in ("tasks", "algorithms"):
         parser.add_argument(f"--{name}", nargs="+", choices=plan[name], default=plan[name], metavar=name.upper())
     parser.add_argument("--seeds", nargs="+", type=int, default=plan["seeds"])
@@ -125,8 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = run_all(job, cells(plan | part), workers=given.workers)
     report = given.report or (Path("docs/results") if whole else given.output)
     report.mkdir(parents=True, exist_ok=True)
-    write_rows(report / "comparison.csv", COLUMNS, [row for rows in results.values() for row in rows])
-    for path in write_report(report / "comparison.csv", report):
+    data = report / f"{chosen_plan}.csv"
+    write_rows(data, COLUMNS, [row for rows in results.values() for row in rows])
+    for path in write_report(data, report):
         print(f"  {path}")
 
 

@@ -34,6 +34,20 @@ COLORS = {
 }
 
 
+def display_name(algorithm: str) -> str:
+    """The name of an algorithm or of a variant, such as ``hatrpo-team``, in tables and figures."""
+    recipe, _, variant = algorithm.partition("-")
+    return f"{NAMES[recipe]} {variant}".strip()
+
+
+def _color(algorithm: str) -> str | None:
+    return COLORS.get(algorithm.partition("-")[0])
+
+
+def _style(algorithm: str) -> str:
+    return "--" if "-" in algorithm else "-"
+
+
 @dataclass(frozen=True)
 class Curves:
     """The evaluations of one algorithm on one task."""
@@ -118,31 +132,35 @@ class Comparison:
 
 
 def write_report(data: Path, folder: Path) -> list[Path]:
-    """Writes ``comparison.md`` and the figures from ``comparison.csv``; gives the paths of all of them."""
+    """Writes ``comparison.md`` and the figures from ``comparison.csv``; gives the paths of all of them.
+
+    Those of another plan have its name.
+    """
+    plan = data.stem
     with data.open(newline="") as file:
         comparison = Comparison(list(csv.DictReader(file)))
-    paths = [data, folder / "comparison.md"]
-    paths[1].write_text(_tables(comparison))
+    paths = [data, folder / f"{plan}.md"]
+    paths[1].write_text(_tables(comparison, plan))
     for name, x, label in (("frames", "frames", "thousand frames"), ("cpu", "cpu_s", "processor seconds")):
-        paths.append(folder / f"comparison_{name}.png")
+        paths.append(folder / f"{plan}_{name}.png")
         _plot_curves(comparison, x, label, paths[-1])
     if comparison.learned:
-        paths.append(folder / "comparison_scores.png")
+        paths.append(folder / f"{plan}_scores.png")
         _plot_scores(comparison, paths[-1])
     return paths
 
 
-def _tables(comparison: Comparison) -> str:
+def _tables(comparison: Comparison, plan: str) -> str:
     names = comparison.algorithms
     seeds = comparison.seeds
-    head = f"| | {' | '.join(NAMES[name] for name in names)} |"
+    head = f"| | {' | '.join(display_name(name) for name in names)} |"
     rule = f"|---|{'---|' * len(names)}"
     frames = {task: int(comparison.curves[task, names[0]].frames[-1]) for task in comparison.tasks}
     hours = sum(float(comparison.curves[task, name].cpu_s[:, -1].sum()) for task in frames for name in names) / 3600
     lines = [
-        "# The comparison in numbers",
+        f"# {'The comparison' if plan == 'comparison' else plan.capitalize().replace('_', ' ')} in numbers",
         "",
-        "<!-- Written by python -m torchrl_trpo.recipes.studies.comparison -->",
+        f"<!-- Written by python -m torchrl_trpo.recipes.studies.comparison --plan {plan} -->",
         "",
         f"Seeds {', '.join(map(str, seeds))} of each algorithm on each task; {hours:.1f} processor hours of training.",
         "",
@@ -166,7 +184,7 @@ def _tables(comparison: Comparison) -> str:
         texts = [f"{comparison.curves[task, name].cpu_s[:, -1].mean():.0f}" for name in names]
         lines.append(f"| `{task}` | {' | '.join(texts)} |")
     lines += ["", "Mean over seeds and its 95 % interval (bootstrap over seeds):", ""]
-    lines += ["![Returns over frames](comparison_frames.png)", "", "![Returns over time](comparison_cpu.png)"]
+    lines += [f"![Returns over frames]({plan}_frames.png)", "", f"![Returns over time]({plan}_cpu.png)"]
     if not comparison.learned:
         return "\n".join([*lines, "", "No algorithm learned any task in these frames."]) + "\n"
     left_out = [f"`{task}`" for task in comparison.tasks if task not in comparison.learned]
@@ -188,9 +206,9 @@ def _tables(comparison: Comparison) -> str:
         for title, equal_cpu in budgets:
             chances = [_improvement(comparison, name, other, equal_cpu) for name in names]
             lines.append(
-                f"| P(better than {NAMES[other]}), {title} | {' | '.join(map(_value_with_interval, chances))} |"
+                f"| P(better than {display_name(other)}), {title} | {' | '.join(map(_value_with_interval, chances))} |"
             )
-    lines += ["", "![Aggregate scores](comparison_scores.png)"]
+    lines += ["", f"![Aggregate scores]({plan}_scores.png)"]
     return "\n".join(lines) + "\n"
 
 
@@ -227,8 +245,8 @@ def _plot_curves(comparison: Comparison, x: str, label: str, path: Path) -> None
             positions = curves.frames / 1000 if x == "frames" else curves.cpu_s.mean(0)
             bands = [aggregate(point.unsqueeze(0), _mean) for point in curves.returns.unbind(1)]
             mean, low, high = zip(*bands, strict=True)
-            axis.plot(positions, mean, color=COLORS.get(name), label=NAMES[name], lw=1.6)
-            axis.fill_between(positions, low, high, color=COLORS.get(name), alpha=0.15, lw=0)
+            axis.plot(positions, mean, color=_color(name), ls=_style(name), label=display_name(name), lw=1.6)
+            axis.fill_between(positions, low, high, color=_color(name), alpha=0.15, lw=0)
         axis.axhline(comparison.random[task], color="gray", ls=":", lw=1, label="random")
         axis.set_title(task.partition("/")[2], fontsize=10)
         axis.grid(alpha=0.3)
@@ -255,14 +273,16 @@ def _plot_scores(comparison: Comparison, path: Path) -> None:
         ]
         for axis, value in zip(axes, values, strict=True):
             if value is not None:
-                axis.barh(position, value[2] - value[1], left=value[1], height=0.6, color=COLORS.get(name), alpha=0.4)
+                axis.barh(position, value[2] - value[1], left=value[1], height=0.6, color=_color(name), alpha=0.4)
                 axis.plot([value[0], value[0]], [position - 0.3, position + 0.3], color="black", lw=2)
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=10)
         axis.use_sticky_edges = False  # which would leave the bars no margin
         axis.autoscale_view()
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(comparison.algorithms)), [NAMES[name] for name in reversed(comparison.algorithms)])
+    axes[0].set_yticks(
+        range(len(comparison.algorithms)), [display_name(name) for name in reversed(comparison.algorithms)]
+    )
     axes[0].set_xlabel("0: random policy, 1: the best mean")
     axes[1].set_xlabel("0: random policy, 1: the best mean")
     axes[2].axvline(0.5, color="gray", ls="--", lw=1)
