@@ -103,7 +103,7 @@ class CompiledFunction:
 
         self.changes_state = False
         for number, (path, slot) in enumerate(zip(state.reference.paths, state.slots, strict=True)):
-            before, after = lowered.inputs[number], lowered.outputs[number]
+            before, after = lowered.inputs[state.same[number]], lowered.outputs[number]
             changes = not before.is_same(after)
             self.changes_state |= changes
             if changes and (slot is None or state.reference.holders[number] is None):

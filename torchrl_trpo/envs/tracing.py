@@ -165,11 +165,12 @@ def _trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Ten
     from vmas.simulator.scenario import BaseScenario  # here, since VMAS is optional
 
     before = Places(simulator)
+    same = before.same()
     generators = _numpys_and_pythons_generator()
     found: dict[str, Any] = {}
 
     def run(tensors: Sequence[Tensor], arguments: Sequence[Tensor], reads: Reads) -> list[Tensor]:
-        before.put(tensors)
+        before.put([tensors[first] for first in same])
         scenario, world = type(simulator.scenario), type(simulator.world)
         methods = branching_by(reads.branch, scenario, BaseScenario) if merges else {}
         broad_phase = {"collides": reads.as_broad_phase(world.collides)}
@@ -183,8 +184,7 @@ def _trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Ten
             return [*after.tensors, *flat, *(value for value, _ in reads.guards)]
 
     def copies() -> tuple[list[Tensor], list[Tensor]]:
-        cloned = {id(tensor): tensor.clone() for tensor in before.tensors}
-        return [cloned[id(tensor)] for tensor in before.tensors], [tensor.clone() for tensor in arguments]
+        return [tensor.clone() for tensor in before.tensors], [tensor.clone() for tensor in arguments]
 
     def replay(tensors: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
         return run(tensors, arguments, Reads(look, reads))
