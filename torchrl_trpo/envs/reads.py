@@ -32,6 +32,11 @@ _BY_ROW = {  # functions that may be applied to x[mask] row by row
 }
 
 
+def _is_tracer(module: str) -> bool:
+    """Whether a module reads tensors for itself, as PyTorch's do, but for checks of a distribution's arguments."""
+    return module.startswith("torch.") and not module.startswith("torch.distributions.")
+
+
 def _is_view(indices: Sequence[Any]) -> bool:
     """Whether indexing gives a view, whatever the tensor."""
     return all(isinstance(index, (int, slice, type(None), type(...))) for index in indices)
@@ -80,8 +85,7 @@ class Reads(TorchFunctionMode):
         self._n_calls += 1
         if self._n_calls > _MOST_CALLS:
             raise Untraceable(f"it calls PyTorch more than {_MOST_CALLS} times, and would take minutes to compile")
-        # PyTorch's own code reads tensors for itself, also the tracer
-        if func in _READS and not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+        if func in _READS and not _is_tracer(sys._getframe(1).f_globals.get("__name__", "")):
             return self._read(func, *args)
         if not self._replays:
             return func(*args, **(kwargs or {}))

@@ -91,9 +91,16 @@ class Places:
                 return f"{path} is the same tensor as {self.paths[min(here, there)]} at one time, and another at one"
         for path in {**self.others, **other.others}:
             here, there = self.others.get(path, "nothing"), other.others.get(path, "nothing")
-            if here is not there and here != there and (here, there) != sizes and here == here:  # a NaN is like a NaN
+            if here is not there and not _is_like(here, there, sizes):
                 return f"{path} changes from {here!r} to {there!r}"
         return None
+
+
+def _is_like(here: Any, there: Any, sizes: tuple[int, int] | None) -> bool:
+    """Whether two values are equal, but for the numbers of environments. A NaN is like a NaN."""
+    if isinstance(here, torch.Size) and isinstance(there, torch.Size) and len(here) == len(there):
+        return all(_is_like(*each, sizes) for each in zip(here, there, strict=True))
+    return bool(here == there or (here, there) == sizes or here != here)
 
 
 def _described(value: Any, kind: str) -> Any:

@@ -375,6 +375,20 @@ class Operations(Views):
 
     # Products
 
+    def linalg_solve_triangular(
+        self, matrix: Lanes, right: Lanes, *, upper: bool, left: bool = True, unitriangular: bool = False
+    ) -> Lanes:
+        if upper or not left or unitriangular:
+            raise Unsupported("a triangular solve of another kind than L x = b")
+        found: list[Lanes] = []
+        for row, (of_matrix, rest) in enumerate(zip(self.unbind(matrix, -2), self.unbind(right, -2), strict=True)):
+            for column, solved in enumerate(found):
+                factor = self.unsqueeze(self.select(of_matrix, -1, column), -1)
+                rest = self._elementwise("sub", rest, self._elementwise("mul", factor, solved))
+            diagonal = self.unsqueeze(self.select(of_matrix, -1, row), -1)
+            found.append(self._elementwise("div", rest, diagonal))
+        return self.stack(found, -2)
+
     def bmm(self, tensor: Lanes, other: Lanes) -> Lanes:
         products = self._elementwise("mul", self.unsqueeze(tensor, 3), self.unsqueeze(other, 1))
         return self._reduce(products, 2, False, "add", self._kind)

@@ -172,6 +172,34 @@ class Views:
         values[(slice(None),) * dim + (list(indices),)] = written
         return Lanes(values, axis, self._n_rows, tensor.kind)
 
+    # Entries at places that are computed
+
+    def index(self, tensor: Lanes, indices: Sequence[Any]) -> Lanes:
+        table, place = self._table(tensor, indices)
+        values = np.empty((1,), object)
+        values[0] = self.statements.take(table, place, tensor.kind)
+        return Lanes(values, 0, self._n_rows, tensor.kind)
+
+    def index_put(self, tensor: Lanes, indices: Sequence[Any], value: Any, accumulate: bool = False) -> Lanes:
+        table, place = self._table(tensor, indices)
+        if accumulate or value.ndim or value.axis is not None:
+            raise Unsupported("several values are put at computed places")
+        written = self.statements.put(table, place, value.values[()], tensor.kind)
+        return Lanes(written.reshape(tensor.values.shape), tensor.axis, self._n_rows, tensor.kind)
+
+    def _table(self, tensor: Lanes, indices: Sequence[Any]) -> tuple[np.ndarray, Any]:
+        """The lanes of a row of ``tensor[arange(n), i, j, ...]``, and the place in it for ``i, j, ...`` ``[n]``."""
+        rows, *others = indices
+        is_row = rows is not None and rows.axis is None and list(rows.values.flat) == list(range(self._n_rows))
+        if not is_row or tensor.axis != 0 or [each.axis for each in others] != [0] * (tensor.ndim - 1):
+            raise Unsupported("it reads or writes at computed places of another kind than x[arange(n), i, j]")
+        if any(each.ndim != 1 or each.kind == "b" for each in others):
+            raise Unsupported("places are computed for several entries of a row")
+        place: Any = 0
+        for index, size in zip(others, tensor.shape[1:], strict=True):
+            place = self.statements.place(place, index.values[0], size)
+        return tensor.values.reshape(-1), place
+
 
 def dims_of(dim: Any, ndim: int) -> list[int]:
     """The dimensions that an argument names; None and ``[]`` name all."""
