@@ -114,6 +114,9 @@ class CompiledFunction:
             stores.clear()
         results = lowered.outputs[n_places : n_places + n_results]
         self.slots = [store("a result", lanes, None, len(DTYPES)) for lanes in results]
+        self._used = None if lowered.used is None else self.results.add("i", ())
+        if self._used is not None:
+            stores.append(Store(lowered.used, "i", len(DTYPES) + self._used.buffer, self._used.lane))
         return stores
 
     def __call__(self, *arguments: Tensor, rows: Tensor | None = None) -> Any:
@@ -167,6 +170,9 @@ class CompiledFunction:
             if generator is not None:
                 set_device_state(device, generator)
             return False
+        if self._used is not None and generator is not None:
+            set_device_state(device, generator)
+            self._drawn.draw(int(self.results.view(results, self._used)[0]))
         if rows is not None and self.changes_state:
             is_changed = torch.zeros(state.layout.padded, dtype=torch.bool, device=device)
             is_changed[:n] = rows

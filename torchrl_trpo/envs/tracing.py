@@ -170,6 +170,7 @@ def trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Tens
 def _trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Tensor], *, merges: bool) -> Trace:
     """A trace, in which some ``if`` go both ways if ``merges``."""
     from vmas.simulator.scenario import BaseScenario  # here, since VMAS is optional
+    from vmas.simulator.utils import ScenarioUtils
 
     before = Places(simulator)
     same = before.same()
@@ -181,7 +182,8 @@ def _trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Ten
         scenario, world = type(simulator.scenario), type(simulator.world)
         methods = branching_by(reads.branch, scenario, BaseScenario) if merges else {}
         broad_phase = {"collides": reads.as_broad_phase(world.collides)}
-        with reads, replaced(scenario, methods), replaced(world, broad_phase):
+        tries = {"find_random_pos_for_entity": staticmethod(reads.as_tries(ScenarioUtils.find_random_pos_for_entity))}
+        with reads, replaced(scenario, methods), replaced(world, broad_phase), replaced(ScenarioUtils, tries):
             results = function(*arguments)
             after = Places(simulator)
             if difference := before.difference(after):

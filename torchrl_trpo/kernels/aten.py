@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from torchrl_trpo.kernels.buffers import DRAWN_IF
 from torchrl_trpo.kernels.lanes import (
     KINDS,
     OTHER_KIND,
@@ -61,13 +62,17 @@ class Lowered(NamedTuple):
         outputs: the outputs of the graph.
         statements: the statements that compute them.
         draws: the random tensors: for each its shape, with the batch first, and the method of ``Tensor`` that fills
-            one, with its arguments. They are the inputs ``draw0``, ``draw1``, ... of the statements.
+            one, with its arguments, as :class:`~torchrl_trpo.kernels.buffers.Draws` takes them. They are the inputs
+            ``draw0``, ``draw1``, ... of the statements.
+        used: how many of the numbers that are drawn under conditions a row has used, a lane or constant; None if
+            there are none.
     """
 
     inputs: list[Lanes]
     outputs: list[Any]
     statements: Statements
     draws: list[tuple[tuple[int, ...], str, tuple[float, ...]]]
+    used: Any
 
 
 class _Pairs(NamedTuple):
@@ -89,6 +94,7 @@ class Operations(Views):
         super().__init__(n_rows)
         self._graph = graph
         self.draws: list[tuple[tuple[int, ...], str, tuple[float, ...]]] = []
+        self._n_drawn_if, self._used = 0, 0
 
     def lower(self, inputs: Sequence[tuple[str, Tensor, int | None]]) -> Lowered:
         """Lowers the graph to statements for one row.
@@ -105,7 +111,11 @@ class Operations(Views):
             shape = [1 if dim == axis else size for dim, size in enumerate(tensor.shape)]
             kind = KINDS.get(tensor.dtype, OTHER_KIND)
             lanes.append(self.statements.inputs(name, shape, axis, self._n_rows, kind))
-        return Lowered(lanes, self._run(lanes), self.statements, self.draws)
+        outputs = self._run(lanes)
+        if not self._n_drawn_if:
+            return Lowered(lanes, outputs, self.statements, self.draws, None)
+        draws = [*self.draws, ((self._n_rows, self._n_drawn_if), DRAWN_IF, ())]
+        return Lowered(lanes, outputs, self.statements, draws, self._used)
 
     def _run(self, inputs: Sequence[Lanes]) -> list[Any]:
         values: dict[fx.Node, Any] = {}
@@ -271,8 +281,26 @@ class Operations(Views):
     def _draw(self, size: Sequence[int], method: str, *arguments: float) -> Lanes:
         if tuple(size[:1]) != (self._n_rows,):
             raise Unsupported("random numbers that all rows share")
+        if self._n_drawn_if:  # the number of those before depends on what happens
+            if method != "uniform_" or math.prod(size) != self._n_rows:
+                raise Unsupported("other random numbers after some that are not always drawn")
+            low, high = arguments
+            return self.add(self._elementwise("mul", self._next(size, True), high - low), low)
         self.draws.append((tuple(size), method, arguments))
         return self.statements.inputs(f"draw{len(self.draws) - 1}", (1, *size[1:]), 0, self._n_rows, self._kind)
+
+    def draw_if(self, is_due: Lanes, like: Lanes) -> Lanes:
+        if math.prod(like.shape) != self._n_rows:
+            raise Unsupported("several random numbers of a row that are not always drawn")
+        return self._next(like.shape, is_due.values[()])
+
+    def _next(self, size: Sequence[int], is_due: Any) -> Lanes:
+        """The next of the numbers that are not always drawn, ``[n, 1, ...]``."""
+        values = np.empty((1,) * len(size), object)
+        values.flat[0] = self.statements.add("drawn_if", "f", f"draw{len(self.draws)}", self._used)
+        self._n_drawn_if += 1
+        self._used = self.statements.apply("add", "i", "i", self._used, is_due)
+        return Lanes(values, 0, self._n_rows, "f")
 
     def uniform(self, tensor: Lanes, low: float = 0.0, high: float = 1.0, **_: Any) -> Lanes:
         return self._draw(tensor.shape, "uniform_", low, high)

@@ -60,6 +60,12 @@ template <typename T> FN void store_rows(T* p, int64_t stride, int64_t n, V v) {
   v.store(t);
   for (int k = 0; k < W && k < n; k++) p[k * stride] = std::is_same_v<T, bool> ? (((uint32_t*)t)[k] != 0) : (T)t[k];
 }
+// a lane of an input; all rows read the same one
+FN V load_lane(const float* p, V lane, int64_t n_padded, int64_t i) {
+  float t[W];
+  lane.store(t);
+  return V::loadu(p + (int64_t)t[0] * n_padded + i);
+}
 // the number at a place of a table, for each row
 FN V take(const V* table, int length, V place) {
   float p[W], t[W];

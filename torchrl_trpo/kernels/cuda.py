@@ -67,7 +67,8 @@ class Kernel:
         guards: what must hold.
 
     Raises:
-        Unsupported: if there are statements of networks, or results that are written as rows.
+        Unsupported: if there are statements of networks, results that are written as rows, or random numbers that are
+            drawn under conditions.
         CompilerError: if PyTorch cannot compile kernels for the device.
     """
 
@@ -82,6 +83,8 @@ class Kernel:
         code = write(statements, inputs, stores, guards, _PARAMETERS)
         if code.operations & {"linear", "map"} or any(store.by_row for store in stores):
             raise Unsupported("networks and results that are written as rows are for the CPU")
+        if "drawn_if" in code.operations:  # a GPU draws k tensors at once otherwise than one after the other
+            raise Unsupported("random numbers that are drawn under conditions are for the CPU")
         self._device = device
         self._any = np.zeros(code.n_any, np.int64)
         self._launch = load(

@@ -165,6 +165,9 @@ def write(
             lines.append(Line(index, scratch.item(*arguments), []))
         elif operation == "take":
             lines.append(Line(index, scratch.take(*arguments), _lanes(arguments)))
+        elif operation == "drawn_if":
+            place = f"(const float*)in[{inputs[arguments[0]][0]}], {_term(arguments[1])}, P, i"
+            lines.append(Line(index, f"load_lane({place})", _lanes(arguments)))
         elif operation in {"load", "shared"}:
             lines.append(Line(index, _load(statements[index], inputs), []))
         elif operation == "any":
