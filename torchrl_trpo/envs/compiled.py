@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from torchrl_trpo.envs.flat_state import FlatState
 from torchrl_trpo.envs.reads import Untraceable
-from torchrl_trpo.envs.tracing import Places, left_as_it_is, trace
+from torchrl_trpo.envs.tracing import Places, first_with, left_as_it_is, trace
 from torchrl_trpo.kernels.aten import Lowered, Operations
 from torchrl_trpo.kernels.buffers import Buffers, Columns, Draws, NotCompiled, Slot
 from torchrl_trpo.kernels.lanes import DTYPES, Lanes, Unsupported
@@ -53,7 +53,9 @@ class CompiledFunction:
         self.results = Buffers(state.layout.n, state.layout.device)
         try:
             traced = trace(twin, lambda *arguments: function(twin, *arguments), arguments)
-            before = traced.before
+            before, self._origins = traced.before, traced.origins
+            self._joined = [first if first in traced.written else k for k, first in enumerate(before.same())]
+            state.written |= traced.written
             inputs = [
                 (path, tensor, None if slot is None else 0)
                 for path, tensor, slot in zip(before.paths, before.tensors, state.slots, strict=True)
@@ -77,6 +79,7 @@ class CompiledFunction:
             raise NotCompiled(f"it cannot be computed for one environment (a row) alone: {error}") from error
         except Untraceable as error:
             raise NotCompiled(str(error)) from error
+        self._sharing: tuple[Any, bool, list[int]] = (None, False, [])  # before a call, its rows, and afterwards
         self.structure = traced.results
         self.draws = lowered.draws
         self._arguments = Columns.like(state.layout.n, arguments)
@@ -103,12 +106,12 @@ class CompiledFunction:
 
         self.changes_state = False
         for number, (path, slot) in enumerate(zip(state.reference.paths, state.slots, strict=True)):
-            before, after = lowered.inputs[state.same[number]], lowered.outputs[number]
+            before, after = lowered.inputs[self._joined[number]], lowered.outputs[number]
             changes = not before.is_same(after)
             self.changes_state |= changes
             if changes and (slot is None or state.reference.holders[number] is None):
                 raise NotCompiled(f"{path} changes, and is shared by all environments or cannot be replaced")
-            if slot is not None and state.same[number] == number:
+            if slot is not None:
                 store(path, after, slot, 0)
         if not self.changes_state:
             stores.clear()
@@ -170,6 +173,8 @@ class CompiledFunction:
             if generator is not None:
                 set_device_state(device, generator)
             return False
+        if self.changes_state:
+            state.same = self._sharing_after(rows is not None)
         if self._used is not None and generator is not None:
             set_device_state(device, generator)
             self._drawn.draw(int(self.results.view(results, self._used)[0]))
@@ -179,6 +184,16 @@ class CompiledFunction:
             for kind, buffer in after.items():
                 torch.where(is_changed, buffer, state.buffers[kind], out=buffer)
         return True
+
+    def _sharing_after(self, keeps_rows: bool) -> list[int]:
+        """Which places hold the same tensors after a call; if it keeps some rows, those that did before too."""
+        same = self._state.same
+        if self._sharing[0] is not same or self._sharing[1] != keeps_rows:
+            after = [same[number] if number >= 0 else number for number in self._origins]
+            self._sharing = same, keeps_rows, first_with(zip(same, after, strict=True) if keeps_rows else after)
+            if self._sharing[2] == same:
+                self._sharing = same, keeps_rows, same
+        return self._sharing[2]
 
     def compare(self, draw: Callable[[], Sequence[Tensor]], function: Callable[..., Any], n_calls: int = 5) -> None:
         """Compares calls with those of the function itself, each from the same state with the same random numbers.

@@ -28,7 +28,8 @@ class FlatState:
         simulator: the simulator.
         layout: where the tensors are in the buffers.
         reference: the places of the tensors, as they were at first.
-        same: for each place the first one with the same tensor.
+        same: for each place the first one with the same tensor now. Each has a slot of its own nevertheless.
+        written: the places that compiled functions write to; they share their tensors as they did at first.
         slots: for each place its slot; None for a tensor that all environments share.
         buffers: the buffers.
         addresses: of the buffers, by kind, and then for each place of the tensor that all environments share.
@@ -44,21 +45,23 @@ class FlatState:
         self.layout = Buffers(simulator.num_envs, simulator.device)
         self.reference = Places(simulator)
         self.same = self.reference.same()
+        self.written: set[int] = set()
+        self._same_at_first = self.same
         self.slots: list[Slot | None] = []
         self.addresses = np.zeros(len(DTYPES) + len(self.reference.paths), np.uint64)
         self.problem: str | None = None
         self.tensors = list(self.reference.tensors)
         self._holders: list[tuple[Any, Any] | None] = []
         places = Places(twin)
-        if difference := places.difference(self.reference, (twin.num_envs, simulator.num_envs)):
+        everywhere = set(range(len(self.same)))
+        difference = places.difference(self.reference, (twin.num_envs, simulator.num_envs))
+        if difference := difference or places.difference_in_sharing(places.same(), self.same, everywhere):
             raise NotCompiled(f"with another number of environments, {difference}")
         for number, (path, tensor) in enumerate(zip(places.paths, places.tensors, strict=True)):
             ours = self.reference.tensors[number]
             if ours.device.type != self.layout.device.type:
                 raise NotCompiled(f"{path} is on {ours.device}")
-            if self.same[number] != number:
-                self.slots.append(self.slots[self.same[number]])
-            elif tensor.shape[:1] == (twin.num_envs,) and ours.shape == (simulator.num_envs, *tensor.shape[1:]):
+            if tensor.shape[:1] == (twin.num_envs,) and ours.shape == (simulator.num_envs, *tensor.shape[1:]):
                 if tensor.dtype not in DTYPES.values():
                     raise NotCompiled(f"{path} is of {tensor.dtype}")
                 self.slots.append(self.layout.add(KINDS[tensor.dtype], tensor.shape[1:]))
@@ -78,9 +81,12 @@ class FlatState:
         if self._is_attached():
             return True
         places = Places(self.simulator)
-        self.problem = self.reference.difference(places) or self._other_kind(places)
+        difference = self.reference.difference(places) or self._other_kind(places)
+        same = places.same()
+        self.problem = difference or places.difference_in_sharing(same, self._same_at_first, self.written)
         if self.problem is not None:
             return False
+        self.same = same
         self._holders, self.tensors = places.holders, list(places.tensors)
         self._watched = [_watch(holder) for holder in places.containers]
         self._arrays = [(array, array.tobytes()) for array in places.arrays]
@@ -106,12 +112,12 @@ class FlatState:
             buffers: the buffers.
         """
         self.move(buffers)
-        views: dict[Slot, Tensor] = {}
-        for number, (slot, holder) in enumerate(zip(self.slots, self._holders, strict=True)):
+        views: dict[int, Tensor] = {}
+        for number, (slot, holder, first) in enumerate(zip(self.slots, self._holders, self.same, strict=True)):
             if slot is not None and holder is not None:
-                if slot not in views:
-                    views[slot] = self.layout.view(buffers, slot)
-                self.tensors[number] = holder[0][holder[1]] = views[slot]
+                if first not in views:
+                    views[first] = self.layout.view(buffers, slot)
+                self.tensors[number] = holder[0][holder[1]] = views[first]
 
     def move(self, buffers: dict[str, Tensor]) -> None:
         """Takes other buffers, of which the objects learn nothing until :meth:`hold`."""

@@ -183,7 +183,8 @@ class Reads(TorchFunctionMode):
         self.written += [] if self._replays else [set()]
         yield
         after = self._look()
-        difference = places.difference(after)
+        everywhere = set(range(len(after.paths)))
+        difference = places.difference(after) or after.difference_in_sharing(places.same(), after.same(), everywhere)
         if not self._replays and not torch.equal(torch.get_rng_state(), drawn):
             difference = "it draws random numbers"
         if difference:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from torchrl_trpo.envs.branches import branching_by, replaced
 from torchrl_trpo.envs.object_graph import kind_of, parts_of, path_of, walk
 from torchrl_trpo.envs.reads import Reads, Untraceable
-from torchrl_trpo.envs.snapshot import ObjectSnapshot
+from torchrl_trpo.envs.snapshot import ObjectSnapshot, n_writes
 from torchrl_trpo.kernels.record import record
 from torchrl_trpo.seeding import forked_generators
 
@@ -70,8 +70,15 @@ class Places:
 
     def same(self) -> list[int]:
         """For each place the first one that holds the same tensor."""
-        first: dict[int, int] = {}
-        return [first.setdefault(id(tensor), number) for number, tensor in enumerate(self.tensors)]
+        return first_with(map(id, self.tensors))
+
+    def difference_in_sharing(self, here: Sequence[int], there: Sequence[int], places: Set[int]) -> str | None:
+        """Which of some places share tensors with others at one time than at another, as of :meth:`same`."""
+        for number, (one, other) in enumerate(zip(here, there, strict=True)):
+            if one != other and not {number, one, other}.isdisjoint(places):
+                path, first = self.paths[number], self.paths[min(one, other)]
+                return f"{path} is the same tensor as {first} at one time, and another at one"
+        return None
 
     def put(self, tensors: Sequence[Tensor]) -> None:
         """Replaces the tensors."""
@@ -80,20 +87,23 @@ class Places:
                 holder[0][holder[1]] = tensor
 
     def difference(self, other: Places, sizes: tuple[int, int] | None = None) -> str | None:
-        """What of another simulator, or of this one at another time, is not as here, besides the tensors' values.
+        """What of another simulator, or of this one at another time, is not as here, besides the tensors.
 
         ``sizes`` are the numbers of environments here and there, which may differ wherever they stand.
         """
         if self.paths != other.paths:
             return f"{next(iter(set(self.paths) ^ set(other.paths)), 'the order of places')} is not there every time"
-        for path, here, there in zip(self.paths, self.same(), other.same(), strict=True):
-            if here != there:
-                return f"{path} is the same tensor as {self.paths[min(here, there)]} at one time, and another at one"
         for path in {**self.others, **other.others}:
             here, there = self.others.get(path, "nothing"), other.others.get(path, "nothing")
             if here is not there and not _is_like(here, there, sizes):
                 return f"{path} changes from {here!r} to {there!r}"
         return None
+
+
+def first_with(keys: Iterable[Hashable]) -> list[int]:
+    """For each place the first one with the same key."""
+    first: dict[Hashable, int] = {}
+    return [first.setdefault(key, number) for number, key in enumerate(keys)]
 
 
 def _is_like(here: Any, there: Any, sizes: tuple[int, int] | None) -> bool:
@@ -131,12 +141,17 @@ class Trace(NamedTuple):
         before: the places, with the tensors that it was traced with.
         results: the structure of the results, and their number.
         expected: what the values that the function branched on must be for the graph to stand for it.
+        written: the places whose tensors the function writes to. Which others share these matters.
+        origins: for each place where its tensor comes from: the number of a place before; of new tensors a negative
+            number, which others with the same tensor have too.
     """
 
     graph: fx.GraphModule
     before: Places
     results: TreeSpec
     expected: list[Any]
+    written: set[int]
+    origins: list[int]
 
 
 def trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Tensor]) -> Trace:
@@ -178,7 +193,8 @@ def _trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Ten
     found: dict[str, Any] = {}
 
     def run(tensors: Sequence[Tensor], arguments: Sequence[Tensor], reads: Reads) -> list[Tensor]:
-        before.put([tensors[first] for first in same])
+        writes = [n_writes(tensor) for tensor in tensors]
+        before.put(tensors)
         scenario, world = type(simulator.scenario), type(simulator.world)
         methods = branching_by(reads.branch, scenario, BaseScenario) if merges else {}
         broad_phase = {"collides": reads.as_broad_phase(world.collides)}
@@ -188,6 +204,9 @@ def _trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Ten
             after = Places(simulator)
             if difference := before.difference(after):
                 raise Untraceable(difference)
+            numbers = {id(tensor): number for number, tensor in reversed([*enumerate(tensors)])}
+            found["written"] = {number for number, tensor in enumerate(tensors) if n_writes(tensor) != writes[number]}
+            found["origins"] = [numbers.setdefault(id(tensor), -1 - k) for k, tensor in enumerate(after.tensors)]
             flat, found["results"] = tree_flatten(results)
             found["expected"] = [expected for _, expected in reads.guards]
             return [*after.tensors, *flat, *(value for value, _ in reads.guards)]
@@ -196,20 +215,24 @@ def _trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Ten
         return [tensor.clone() for tensor in before.tensors], [tensor.clone() for tensor in arguments]
 
     def replay(tensors: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
-        return run(tensors, arguments, Reads(look, reads))
+        joined = [first if first in written else number for number, first in enumerate(same)]
+        return run([tensors[number] for number in joined], arguments, Reads(look, reads))
 
     def look() -> Places:
         return Places(simulator)
 
     reads = Reads(look)
     with left_as_it_is(simulator), forked_generators(simulator.device):
-        run(*copies(), reads)
+        tensors, copied = copies()
+        run([tensors[number] for number in same], copied, reads)
+    groups = {same[number] for number in found["written"].union(*reads.written)}
+    written = {number for number, first in enumerate(same) if first in groups}
     if _numpys_and_pythons_generator() != generators:
         raise Untraceable("it draws random numbers from NumPy or Python")
     with left_as_it_is(simulator), forked_generators(simulator.device):
         graph = record(functionalize(replay, remove="mutations"), *copies())
     _drop_writes_to_inputs(graph, before)
-    return Trace(graph, before, found["results"], found["expected"])
+    return Trace(graph, before, found["results"], found["expected"], written, found["origins"])
 
 
 def _numpys_and_pythons_generator() -> tuple[Any, ...]:
