@@ -24,22 +24,11 @@ from torchrl_trpo.kernels.lanes import (
 from torchrl_trpo.kernels.views import Views, dims_of, without
 
 _ELEMENTWISE = {  # operation of aten: the statement's operation; the result has the kind of the arguments
-    "neg": "neg",
-    "abs": "abs",
-    "sqrt": "sqrt",
-    "sin": "sin",
-    "cos": "cos",
-    "tan": "tan",
-    "exp": "exp",
-    "log": "log",
-    "log1p": "log1p",
-    "expm1": "expm1",
-    "tanh": "tanh",
-    "atanh": "atanh",
-    "reciprocal": "reciprocal",
-    "sign": "sign",
-    "atan2": "atan2",
-    "logaddexp": "logaddexp",
+    **{
+        name: name
+        for name in ("neg", "abs", "sqrt", "sin", "cos", "tan", "exp", "log", "log1p", "expm1", "tanh", "atanh")
+    },
+    **{name: name for name in ("reciprocal", "sign", "atan2", "logaddexp")},
     "minimum": "min",
     "maximum": "max",
     "floor_divide": "floordiv",
