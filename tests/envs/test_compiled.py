@@ -151,8 +151,8 @@ def test_scenarios_that_compile(scenario):
     data = env.reset()
     for _ in range(20):
         data = env.step(env.rand_action(data))["next"].exclude("reward")
-    assert env._n_left_to_vmas == 0
-    assert env._state.attach()
+    assert env.n_left_to_vmas == 0
+    assert env.state.attach()
 
 
 @pytest.mark.parametrize("traits", [(), ("memory",), ("noise",), ("branch",)])

@@ -174,7 +174,7 @@ class CompiledFunction:
                 set_device_state(device, generator)
             return False
         if self.changes_state:
-            state.same = self._sharing_after(rows is not None)
+            state.share(self._sharing_after(rows is not None))
         if self._used is not None and generator is not None:
             set_device_state(device, generator)
             self._drawn.draw(int(self.results.view(results, self._used)[0]))

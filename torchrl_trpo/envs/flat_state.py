@@ -28,13 +28,14 @@ class FlatState:
         simulator: the simulator.
         layout: where the tensors are in the buffers.
         reference: the places of the tensors, as they were at first.
-        same: for each place the first one with the same tensor now. Each has a slot of its own nevertheless.
+        same: for each place the first one with the same tensor now. Each has a slot of its own nevertheless, since
+            that may change in a step.
         written: the places that compiled functions write to; they share their tensors as they did at first.
         slots: for each place its slot; None for a tensor that all environments share.
         buffers: the buffers.
         addresses: of the buffers, by kind, and then for each place of the tensor that all environments share.
         tensors: what the objects hold at each place, as of the last :meth:`attach` or :meth:`hold`.
-        problem: what has changed since, if :meth:`attach` has found something.
+        problem: what has changed, so that the compiled functions do not stand for the simulator's.
 
     Raises:
         NotCompiled: if the two simulators differ in more than the number of environments.
@@ -52,6 +53,7 @@ class FlatState:
         self.problem: str | None = None
         self.tensors = list(self.reference.tensors)
         self._holders: list[tuple[Any, Any] | None] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []  # the slots of tensors that are in another slot too, and these
         places = Places(twin)
         everywhere = set(range(len(self.same)))
         difference = places.difference(self.reference, (twin.num_envs, simulator.num_envs))
@@ -78,7 +80,9 @@ class FlatState:
         Returns:
             Whether everything else is as it was.
         """
-        if self._is_attached():
+        if self.problem is None and self._is_attached():
+            for copy, tensor in self._copies:
+                copy.copy_(tensor)  # someone may have written to it
             return True
         places = Places(self.simulator)
         difference = self.reference.difference(places) or self._other_kind(places)
@@ -112,12 +116,21 @@ class FlatState:
             buffers: the buffers.
         """
         self.move(buffers)
+        self._copies = []
         views: dict[int, Tensor] = {}
         for number, (slot, holder, first) in enumerate(zip(self.slots, self._holders, self.same, strict=True)):
             if slot is not None and holder is not None:
                 if first not in views:
                     views[first] = self.layout.view(buffers, slot)
+                elif number != first:
+                    self._copies.append((self.layout.view(buffers, slot), views[first]))
                 self.tensors[number] = holder[0][holder[1]] = views[first]
+
+    def share(self, same: list[int]) -> None:
+        """Takes note of which places hold the same tensors from now on, as of :attr:`same`."""
+        if same is not self.same:
+            self.same = same
+            self.problem = self.reference.difference_in_sharing(same, self._same_at_first, self.written)
 
     def move(self, buffers: dict[str, Tensor]) -> None:
         """Takes other buffers, of which the objects learn nothing until :meth:`hold`."""

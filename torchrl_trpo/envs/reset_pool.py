@@ -107,7 +107,8 @@ class ResetPool:
                 except NotCompiled:  # it has drawn something else for all environments
                     return False
             reference = self._state.reference
-            if reference.difference_in_sharing(self._state.same, self._same, self._written):
+            same, twins = self._state.same, self._same
+            if same != twins and reference.difference_in_sharing(same, twins, self._written):
                 return False
             n_now = min(len(rows), self._n - self._next)
             for kind, lanes in self._lanes.items():
@@ -118,7 +119,7 @@ class ResetPool:
             rows = rows[n_now:]
             same = first_with(zip(self._state.same, self._origins, strict=True))
             if same != self._state.same:
-                self._state.same = same
+                self._state.share(same)
         return True
 
     def _fill(self) -> None:

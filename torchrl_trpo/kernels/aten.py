@@ -13,14 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from torchrl_trpo.kernels.buffers import DRAWN_IF
-from torchrl_trpo.kernels.lanes import (
-    KINDS,
-    OTHER_KIND,
-    Lanes,
-    Statements,
-    Unsupported,
-    constant_tensor,
-)
+from torchrl_trpo.kernels.lanes import KINDS, OTHER_KIND, Lanes, Statements, Unsupported, constant_tensor
 from torchrl_trpo.kernels.views import Views, dims_of, without
 
 _ELEMENTWISE = {  # operation of aten: the statement's operation; the result has the kind of the arguments
@@ -226,46 +219,7 @@ class Operations(Views):
             functools.partial(self.statements.where, kind=kind), kind, condition, tensor, other
         )
 
-    # New tensors
-
-    def full(self, size: Sequence[int], value: Any, **_: Any) -> Lanes:
-        return self._full(size, value, self._kind)
-
-    def full_like(self, tensor: Lanes, value: Any, **_: Any) -> Lanes:
-        return self._full(tensor.shape, value, self._kind)
-
-    def zeros(self, size: Sequence[int], **_: Any) -> Lanes:
-        return self._full(size, 0, self._kind)
-
-    empty = zeros
-
-    def new_zeros(self, tensor: Lanes, size: Sequence[int], **_: Any) -> Lanes:
-        return self._full(size, 0, self._kind)
-
-    new_empty = new_zeros
-
-    def new_ones(self, tensor: Lanes, size: Sequence[int], **_: Any) -> Lanes:
-        return self._full(size, 1, self._kind)
-
-    def ones(self, size: Sequence[int], **_: Any) -> Lanes:
-        return self._full(size, 1, self._kind)
-
-    def zeros_like(self, tensor: Lanes, **_: Any) -> Lanes:
-        return self._full(tensor.shape, 0, self._kind)
-
-    empty_like = zeros_like
-
-    def ones_like(self, tensor: Lanes, **_: Any) -> Lanes:
-        return self._full(tensor.shape, 1, self._kind)
-
-    def scalar_tensor(self, value: Any, **_: Any) -> Lanes:
-        return self._full((), value, self._kind)
-
-    def arange(self, *arguments: Any, **_: Any) -> Lanes:
-        return constant_tensor(torch.arange(*arguments), self._n_rows)
-
-    def eye(self, *sizes: int, **_: Any) -> Lanes:
-        return constant_tensor(torch.eye(*sizes), self._n_rows)
+    # Random tensors
 
     def _draw(self, size: Sequence[int], method: str, *arguments: float) -> Lanes:
         if tuple(size[:1]) != (self._n_rows,):

@@ -1,4 +1,4 @@
-"""Operations that move lanes about and need no statements, apart from conversions between kinds."""
+"""Operations that make tensors of constants, and move lanes about."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from torchrl_trpo.kernels.lanes import Lanes, Statements, Unsupported, aligned, constant
+from torchrl_trpo.kernels.lanes import Lanes, Statements, Unsupported, aligned, constant, constant_tensor
 
 
 class Views:
-    """The operations of ``torch.ops.aten`` that copy, view and join tensors, as methods with their names and arguments.
+    """The operations of ``torch.ops.aten`` that make, copy, view and join tensors, as methods with their names.
 
     Args:
         n_rows: the size of the batch.
@@ -171,6 +172,47 @@ class Views:
         values = values.copy()
         values[(slice(None),) * dim + (list(indices),)] = written
         return Lanes(values, axis, self._n_rows, tensor.kind)
+
+    # New tensors
+
+    def full(self, size: Sequence[int], value: Any, **_: Any) -> Lanes:
+        return self._full(size, value, self._kind)
+
+    def full_like(self, tensor: Lanes, value: Any, **_: Any) -> Lanes:
+        return self._full(tensor.shape, value, self._kind)
+
+    def zeros(self, size: Sequence[int], **_: Any) -> Lanes:
+        return self._full(size, 0, self._kind)
+
+    empty = zeros
+
+    def new_zeros(self, tensor: Lanes, size: Sequence[int], **_: Any) -> Lanes:
+        return self._full(size, 0, self._kind)
+
+    new_empty = new_zeros
+
+    def new_ones(self, tensor: Lanes, size: Sequence[int], **_: Any) -> Lanes:
+        return self._full(size, 1, self._kind)
+
+    def ones(self, size: Sequence[int], **_: Any) -> Lanes:
+        return self._full(size, 1, self._kind)
+
+    def zeros_like(self, tensor: Lanes, **_: Any) -> Lanes:
+        return self._full(tensor.shape, 0, self._kind)
+
+    empty_like = zeros_like
+
+    def ones_like(self, tensor: Lanes, **_: Any) -> Lanes:
+        return self._full(tensor.shape, 1, self._kind)
+
+    def scalar_tensor(self, value: Any, **_: Any) -> Lanes:
+        return self._full((), value, self._kind)
+
+    def arange(self, *arguments: Any, **_: Any) -> Lanes:
+        return constant_tensor(torch.arange(*arguments), self._n_rows)
+
+    def eye(self, *sizes: int, **_: Any) -> Lanes:
+        return constant_tensor(torch.eye(*sizes), self._n_rows)
 
     # Entries at places that are computed
 
