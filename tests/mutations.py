@@ -826,6 +826,22 @@ MUTATIONS = (
         "kernels/kernels::test_guards_are_about_all_rows_and_no_more",
     ),
     Mutation(
+        "random-numbers-too-far",
+        "torchrl_trpo/envs/compiled.py",
+        "self._drawn.draw(int(self.results.view(results, self._used)[0]))",
+        "self._drawn.draw()",
+        "random numbers that a step might have needed are gone although it has not",
+        "envs/compiled::test_traits_that_compile",
+    ),
+    Mutation(
+        "stale-shared-tensor",
+        "torchrl_trpo/envs/flat_state.py",
+        "            copy.copy_(tensor)  # someone",
+        "            pass  # someone",
+        "someone writes to a tensor of two attributes, and a compiled step reads the other",
+        "envs/compiled::test_attributes_may_share_a_tensor_at_one_time_and_another_at_one",
+    ),
+    Mutation(
         "fresh-used-twice",
         "torchrl_trpo/envs/reset_pool.py",
         "            self._next += n_now\n",

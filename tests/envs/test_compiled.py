@@ -9,6 +9,7 @@ import pytest
 import torch
 from vmas.simulator.core import Agent, Landmark, Sphere, World
 from vmas.simulator.scenario import BaseScenario
+from vmas.simulator.utils import ScenarioUtils
 
 from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledVmasEnv
 
@@ -33,6 +34,7 @@ class Push(BaseScenario):
         if "tuple" in traits:
             self.offset = (self.offset,)
         self.calls = torch.zeros(batch_dim, device=device)
+        self.total, self.copy, self.seen = self.calls + 1.0, self.calls + 2.0, torch.zeros(batch_dim, 2)
         return world
 
     def reset_world_at(self, env_index=None):
@@ -41,6 +43,8 @@ class Push(BaseScenario):
         for entity in self.world.entities:
             position = torch.rand(1 if env_index is not None else self.world.batch_dim, 2) - 0.5
             entity.set_pos(position if env_index is None else position[0], batch_index=env_index)
+        if "sharing" in self.traits:
+            self.seen = self.ball.state.pos
         if env_index is None:
             self.calls = torch.zeros(self.world.batch_dim)
         else:
@@ -62,6 +66,20 @@ class Push(BaseScenario):
             if self.n_steps == 0 and self.world.collides(agent, self.ball):
                 for each in self.world.agents:
                     each.slow = each.slow + 1.0
+        if "sharing" in self.traits:  # with the state before a step, with another tensor afterwards
+            reward = reward + (self.seen - self.ball.state.pos)[:, 0] + self.total + self.copy
+            self.total += distance
+            self.seen = agent.state.pos
+        if "tries" in self.traits:
+            found = ScenarioUtils.find_random_pos_for_entity(
+                torch.stack([each.state.pos for each in self.world.entities], 1),
+                None,
+                self.world,
+                0.4,
+                (-1, 1),
+                (-1, 1),
+            )
+            self.calls = found[:, 0, 0]
         if "batch" in self.traits:
             reward = reward - reward.mean()
         if "counter" in self.traits:
@@ -155,12 +173,35 @@ def test_scenarios_that_compile(scenario):
     assert env.state.attach()
 
 
-@pytest.mark.parametrize("traits", [(), ("memory",), ("noise",), ("branch",)])
+@pytest.mark.parametrize("traits", [(), ("memory",), ("noise",), ("branch",), ("tries",)])
 def test_traits_that_compile(traits):
-    """Branches on data, which go either way here, noise of the actions, and observations that change the scenario."""
+    """Branches on data, which go either way here, noise of the actions, and observations that change the scenario.
+
+    And positions that are drawn again until none is too close: the random numbers that follow are VMAS's.
+    """
     ours, theirs = both(traits=traits)
     assert is_compiled(ours)
     go_on(ours, theirs, 40)
+
+
+def test_attributes_may_share_a_tensor_at_one_time_and_another_at_one(monkeypatch):
+    """Who shares a tensor changes in a step and in a reset. Someone writes to one, and so changes the other."""
+
+    def change(simulator, step):
+        if step in {2, 5}:
+            simulator.agents[1].state.pos[3] = 0.1
+        if step == 8:
+            simulator.scenario.copy = simulator.scenario.total  # to which steps write
+
+    ours, theirs = both(traits=("sharing",))
+    assert is_compiled(ours)
+    left, advance = [], CompiledVmasEnv._advance
+    monkeypatch.setattr(CompiledVmasEnv, "_advance", lambda *args: (left.append(args[0] is ours), advance(*args))[1])
+    go_on(ours, theirs, 8, change)
+    assert sum(left) <= 1  # the first step makes attributes
+    assert ours.pool is not None
+    with pytest.warns(UserWarning, match="scenario.copy is the same tensor as scenario.total at one time"):
+        go_on(ours, theirs, 12, change, size=30.0)
 
 
 def test_what_a_reset_draws_for_all_is_compiled_for_each_outcome(monkeypatch):
