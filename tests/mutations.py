@@ -834,6 +834,14 @@ MUTATIONS = (
         "envs/compiled::test_traits_that_compile",
     ),
     Mutation(
+        "reads-of-the-last",
+        "torchrl_trpo/envs/flat_state.py",
+        "        self.read |= read\n",
+        "        self.read = set(read)\n",
+        "what a compiled step reads may change, if the function that was compiled after it does not read it",
+        "envs/compiled::test_what_someone_changes_counts",
+    ),
+    Mutation(
         "stale-shared-tensor",
         "torchrl_trpo/envs/flat_state.py",
         "            copy.copy_(tensor)  # someone",

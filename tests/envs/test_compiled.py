@@ -12,6 +12,7 @@ from vmas.simulator.scenario import BaseScenario
 from vmas.simulator.utils import ScenarioUtils
 
 from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledVmasEnv
+from torchrl_trpo.envs.attribute_reads import attribute_reads
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 N = 20
@@ -38,6 +39,11 @@ class Push(BaseScenario):
         return world
 
     def reset_world_at(self, env_index=None):
+        if "order" in self.traits:
+            order = torch.randperm(len(self.world.entities)).tolist()
+            self.order = [self.world.entities[index] for index in order]
+            for index, entity in enumerate(self.order):
+                entity.index = index
         if env_index is None and "goal" in self.traits:
             self.goal = self.world.agents[torch.randint(0, 2, (1,)).item()]
         for entity in self.world.entities:
@@ -80,6 +86,8 @@ class Push(BaseScenario):
                 (-1, 1),
             )
             self.calls = found[:, 0, 0]
+        if "order" in self.traits and self.bonus == 2.0:
+            reward = reward + self.order[0].index + vars(agent)["index"]
         if "batch" in self.traits:
             reward = reward - reward.mean()
         if "counter" in self.traits:
@@ -292,6 +300,43 @@ def test_a_change_that_lasts_is_told():
     ours._env.scenario.bonus = theirs._env.scenario.bonus = 3.0
     with pytest.warns(UserWarning, match="VMAS takes the steps.*bonus changes from 1.0 to 3.0"):
         go_on(ours, theirs, 4)
+
+
+def test_attributes_that_no_step_reads_may_change(monkeypatch):
+    """A reset draws an order of the entities, which the rewards depend on if the bonus is 2, and not otherwise."""
+    ours, theirs = both(traits=("order",))
+    assert is_compiled(ours)
+    left, advance = [], CompiledVmasEnv._advance
+    monkeypatch.setattr(CompiledVmasEnv, "_advance", lambda *args: (left.append(args[0] is ours), advance(*args))[1])
+    for _ in range(4):
+        go_on(ours, theirs, 3)
+    assert sum(left) <= 1  # the first step makes attributes
+
+    def change(simulator, step):
+        simulator.scenario.bonus = 2.0
+
+    with pytest.warns(UserWarning, match="VMAS takes the steps.*bonus changes from 1.0 to 2.0"):
+        go_on(ours, theirs, 4, change)
+
+
+def test_attributes_that_a_step_reads():
+    class Thing:
+        def __init__(self):
+            self.a, self.b, self.c = 1, 2, 3
+
+        @property
+        def through(self):
+            return self.b
+
+    things, found = [Thing() for _ in range(3)], set()
+    with attribute_reads({f"thing{number}": thing for number, thing in enumerate(things)}, found):
+        things[0].c = getattr(things[0], "a") + things[1].through  # noqa: B009
+        vars(things[2])
+        hasattr(things[0], "d")
+    things[0].b  # noqa: B018
+    names = {name for name in found if name.rpartition(".")[2] in "abcd"}
+    assert names == {"thing0.a", "thing0.d", "thing1.b", "thing2.a", "thing2.b", "thing2.c"}
+    assert "__getattribute__" not in vars(Thing)
 
 
 def test_what_someone_holds_stays():

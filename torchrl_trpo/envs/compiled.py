@@ -27,7 +27,8 @@ class CompiledFunction:
 
     It is traced on a twin, which is the same simulator with another number of environments. A call reads the tensors
     that the simulator's objects hold, and makes them hold new ones. If a value on which the function branched is
-    another than in the trace, or if anything but tensors has changed in the objects, a call does nothing and says so.
+    another than in the trace, or if something else that it reads has changed in the objects, a call does nothing and
+    says so.
 
     Args:
         state: the simulator's tensors.
@@ -56,6 +57,7 @@ class CompiledFunction:
             before, self._origins = traced.before, traced.origins
             self._joined = [first if first in traced.written else k for k, first in enumerate(before.same())]
             state.written |= traced.written
+            state.add_reads(traced.read)
             inputs = [
                 (path, tensor, None if slot is None else 0)
                 for path, tensor, slot in zip(before.paths, before.tensors, state.slots, strict=True)

@@ -31,8 +31,8 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
     itself has written: it takes a step while PyTorch traces it, and a C++ compiler compiles the trace. The numbers are
     those of VMAS up to rounding. On a GPU the loop is a CUDA kernel, with a thread for each environment. Everything
     that VMAS decides by numbers is checked at each step. If it would decide otherwise, or if anything but tensors has
-    changed in its objects, VMAS takes the step, and raises its own errors. VMAS's objects hold the state at any time,
-    and may be read and written as ever.
+    changed in what it reads of its objects, VMAS takes the step, and raises its own errors. VMAS's objects hold the
+    state at any time, and may be read and written as ever.
 
     If a reset of all environments draws what all share, such as the landmark that is the goal, the step is compiled
     once for each outcome, up to 12 of them.

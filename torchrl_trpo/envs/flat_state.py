@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from operator import itemgetter
 from typing import Any
 
@@ -16,8 +17,8 @@ from torchrl_trpo.kernels.lanes import DTYPES, KINDS
 class FlatState:
     """The tensors that a simulator's objects hold: those with a row for each environment are in buffers.
 
-    The objects hold views of the buffers, so that both are always the same. What the objects hold besides must stay as
-    it is, since the compiled functions have it in their code.
+    The objects hold views of the buffers, so that both are always the same. What else the compiled functions read in
+    the objects must stay as it is, since they have it in their code.
 
     Args:
         simulator: the simulator.
@@ -31,6 +32,7 @@ class FlatState:
         same: for each place the first one with the same tensor now. Each has a slot of its own nevertheless, since
             that may change in a step.
         written: the places that compiled functions write to; they share their tensors as they did at first.
+        read: the paths of the attributes that compiled functions read; others may change.
         slots: for each place its slot; None for a tensor that all environments share.
         buffers: the buffers.
         addresses: of the buffers, by kind, and then for each place of the tensor that all environments share.
@@ -47,6 +49,7 @@ class FlatState:
         self.reference = Places(simulator)
         self.same = self.reference.same()
         self.written: set[int] = set()
+        self.read: set[str] = set()
         self._same_at_first = self.same
         self.slots: list[Slot | None] = []
         self.addresses = np.zeros(len(DTYPES) + len(self.reference.paths), np.uint64)
@@ -55,9 +58,9 @@ class FlatState:
         self._holders: list[tuple[Any, Any] | None] = []
         self._copies: list[tuple[Tensor, Tensor]] = []  # the slots of tensors that are in another slot too, and these
         places = Places(twin)
-        everywhere = set(range(len(self.same)))
-        difference = places.difference(self.reference, (twin.num_envs, simulator.num_envs))
-        if difference := difference or places.difference_in_sharing(places.same(), self.same, everywhere):
+        self._of_twin, self._sizes = places, (twin.num_envs, simulator.num_envs)
+        self.add_reads(set())
+        if difference := places.difference_in_sharing(places.same(), self.same, set(range(len(self.same)))):
             raise NotCompiled(f"with another number of environments, {difference}")
         for number, (path, tensor) in enumerate(zip(places.paths, places.tensors, strict=True)):
             ours = self.reference.tensors[number]
@@ -74,6 +77,12 @@ class FlatState:
                     f"{path} is {tuple(ours.shape)}, and for {twin.num_envs} environments {tuple(tensor.shape)}"
                 )
 
+    def add_reads(self, read: Set[str]) -> None:
+        """Adds to the attributes that are read; NotCompiled is raised if one is another in the twin."""
+        self.read |= read
+        if difference := self._of_twin.difference(self.reference, self._sizes, self.read):
+            raise NotCompiled(f"with another number of environments, {difference}")
+
     def attach(self) -> bool:
         """Takes over the tensors that the objects hold, if they are others than :meth:`hold` left there.
 
@@ -85,7 +94,7 @@ class FlatState:
                 copy.copy_(tensor)  # someone may have written to it
             return True
         places = Places(self.simulator)
-        difference = self.reference.difference(places) or self._other_kind(places)
+        difference = self.reference.difference(places, read=self.read) or self._other_kind(places)
         same = places.same()
         self.problem = difference or places.difference_in_sharing(same, self._same_at_first, self.written)
         if self.problem is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.func import functionalize
 from torch.utils._pytree import TreeSpec, tree_flatten
 
+from torchrl_trpo.envs.attribute_reads import attribute_reads
 from torchrl_trpo.envs.branches import branching_by, replaced
 from torchrl_trpo.envs.object_graph import kind_of, parts_of, path_of, walk
 from torchrl_trpo.envs.reads import Reads, Untraceable
@@ -33,6 +34,7 @@ class Places:
         tensors: the tensors.
         containers: the dicts, lists and attributes of objects.
         arrays: the NumPy arrays.
+        objects: the objects with attributes, by their paths.
         others: everything else by its path: values without parts, the types of objects and containers, and the first
             path to what has several.
     """
@@ -43,6 +45,7 @@ class Places:
         self.tensors: list[Tensor] = [simulator.steps]
         self.containers: list[Any] = []
         self.arrays: list[np.ndarray] = []
+        self.objects: dict[str, Any] = {}
         self.others: dict[str, Any] = {}
         names: dict[int, str] = {}  # where an object is first met
         for value, place, first in walk([("scenario", simulator.scenario), ("world", simulator.world)]):
@@ -60,6 +63,8 @@ class Places:
         holder = vars(value) if kind == "object" else value if kind in {"dict", "list"} else None
         if holder is not None:
             self.containers.append(holder)
+        if kind == "object":
+            self.objects[path] = value
         parts = parts_of(value) if holder is None else holder
         items = parts.items() if isinstance(parts, dict) else enumerate(parts)
         for position, (key, part) in enumerate(items):
@@ -86,18 +91,30 @@ class Places:
             if holder is not None:
                 holder[0][holder[1]] = tensor
 
-    def difference(self, other: Places, sizes: tuple[int, int] | None = None) -> str | None:
+    def difference(
+        self, other: Places, sizes: tuple[int, int] | None = None, read: Set[str] | None = None
+    ) -> str | None:
         """What of another simulator, or of this one at another time, is not as here, besides the tensors.
 
-        ``sizes`` are the numbers of environments here and there, which may differ wherever they stand.
+        ``sizes`` are the numbers of environments here and there, which may differ wherever they stand. Attributes that
+        are not ``read`` may differ too.
         """
         if self.paths != other.paths:
             return f"{next(iter(set(self.paths) ^ set(other.paths)), 'the order of places')} is not there every time"
         for path in {**self.others, **other.others}:
             here, there = self.others.get(path, "nothing"), other.others.get(path, "nothing")
-            if here is not there and not _is_like(here, there, sizes):
+            if here is not there and not _is_like(here, there, sizes) and (read is None or self._is_in(path, read)):
                 return f"{path} changes from {here!r} to {there!r}"
         return None
+
+    def _is_in(self, path: str, attributes: Set[str]) -> bool:
+        """Whether what is at a path is held by one of some attributes, and not by an object that it holds."""
+        while path:
+            holder = path.rpartition(".")[0]
+            if holder in self.objects:
+                return path in attributes
+            path = holder
+        return True
 
 
 def first_with(keys: Iterable[Hashable]) -> list[int]:
@@ -142,6 +159,7 @@ class Trace(NamedTuple):
         results: the structure of the results, and their number.
         expected: what the values that the function branched on must be for the graph to stand for it.
         written: the places whose tensors the function writes to. Which others share these matters.
+        read: the paths of the attributes that the function reads.
         origins: for each place where its tensor comes from: the number of a place before; of new tensors a negative
             number, which others with the same tensor have too.
     """
@@ -151,6 +169,7 @@ class Trace(NamedTuple):
     results: TreeSpec
     expected: list[Any]
     written: set[int]
+    read: set[str]
     origins: list[int]
 
 
@@ -191,6 +210,7 @@ def _trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Ten
     same = before.same()
     generators = _numpys_and_pythons_generator()
     found: dict[str, Any] = {}
+    read: set[str] = set()
 
     def run(tensors: Sequence[Tensor], arguments: Sequence[Tensor], reads: Reads) -> list[Tensor]:
         writes = [n_writes(tensor) for tensor in tensors]
@@ -200,7 +220,8 @@ def _trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Ten
         broad_phase = {"collides": reads.as_broad_phase(world.collides)}
         tries = {"find_random_pos_for_entity": staticmethod(reads.as_tries(ScenarioUtils.find_random_pos_for_entity))}
         with reads, replaced(scenario, methods), replaced(world, broad_phase), replaced(ScenarioUtils, tries):
-            results = function(*arguments)
+            with attribute_reads(before.objects, read):
+                results = function(*arguments)
             after = Places(simulator)
             if difference := before.difference(after):
                 raise Untraceable(difference)
@@ -232,7 +253,7 @@ def _trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Ten
     with left_as_it_is(simulator), forked_generators(simulator.device):
         graph = record(functionalize(replay, remove="mutations"), *copies())
     _drop_writes_to_inputs(graph, before)
-    return Trace(graph, before, found["results"], found["expected"], written, found["origins"])
+    return Trace(graph, before, found["results"], found["expected"], written, read, found["origins"])
 
 
 def _numpys_and_pythons_generator() -> tuple[Any, ...]:
