@@ -141,12 +141,13 @@ def _described(value: Any, kind: str) -> Any:
 @contextlib.contextmanager
 def left_as_it_is(simulator: Any) -> Iterator[None]:
     """Restores what a simulator's objects hold, whatever happens to it inside the context."""
-    snapshot, steps = ObjectSnapshot((simulator.scenario, simulator.world), simulator.num_envs), simulator.steps
+    snapshot = ObjectSnapshot((simulator.scenario, simulator.world), simulator.num_envs)
+    steps, n_steps = simulator.steps, simulator.steps.clone()
     try:
         yield
     finally:
         snapshot.restore()
-        simulator.steps = steps
+        simulator.steps = steps.copy_(n_steps)
 
 
 class Trace(NamedTuple):
