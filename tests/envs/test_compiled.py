@@ -88,6 +88,8 @@ class Push(BaseScenario):
             self.calls = found[:, 0, 0]
         if "order" in self.traits and self.bonus == 2.0:
             reward = reward + self.order[0].index + vars(agent)["index"]
+        if "lookup" in self.traits:
+            reward = reward + {1.0: 0.5, 3.0: 4.0}[self.bonus]
         if "batch" in self.traits:
             reward = reward - reward.mean()
         if "counter" in self.traits:
@@ -162,8 +164,8 @@ def test_it_gives_what_vmas_gives(scenario, continuous):
 
 
 COMPILED = """
-    asym_joint balance ball_trajectory buzz_wire circle_trajectory diff_drive discovery dispersion drone
-    dropout flocking give_way goal joint_passage joint_passage_size kinematic_bicycle line_trajectory
+    asym_joint balance ball_passage ball_trajectory buzz_wire circle_trajectory diff_drive discovery dispersion drone
+    dropout flocking give_way goal het_mass joint_passage joint_passage_size kinematic_bicycle line_trajectory
     multi_give_way navigation passage reverse_transport sampling simple simple_adversary simple_crypto
     simple_push simple_spread simple_tag simple_world_comm transport vel_control wheel wind_flocking"""
 
@@ -300,6 +302,29 @@ def test_what_someone_changes_counts():
 
 def test_a_change_that_lasts_is_told():
     ours, theirs = both()
+    ours._env.scenario.weights[1] = theirs._env.scenario.weights[1] = 3.0
+    with pytest.warns(UserWarning, match="VMAS takes the steps.*weights changes from"):
+        go_on(ours, theirs, 4)
+
+
+def test_numbers_that_change_are_inputs(monkeypatch):
+    """A Python float of the scenario changes with a curriculum: the step is compiled once more, for all its values."""
+    ours, theirs = both()
+    left, advance = [], CompiledVmasEnv._advance
+    for bonus in (3.0, 0.25, -1.5):
+        ours._env.scenario.bonus = theirs._env.scenario.bonus = bonus
+        go_on(ours, theirs, 4)
+        assert type(ours._env.scenario.bonus) is float
+        monkeypatch.setattr(
+            CompiledVmasEnv, "_advance", lambda *args: (left.append(args[0] is ours), advance(*args))[1]
+        )
+    assert len(ours._variants) == 2
+    assert sum(left) <= 2  # the first step of an episode makes attributes
+
+
+def test_a_number_that_cannot_be_an_input_is_told():
+    """What looks it up in a dict finds no tensor there."""
+    ours, theirs = both(traits=("lookup",))
     ours._env.scenario.bonus = theirs._env.scenario.bonus = 3.0
     with pytest.warns(UserWarning, match="VMAS takes the steps.*bonus changes from 1.0 to 3.0"):
         go_on(ours, theirs, 4)

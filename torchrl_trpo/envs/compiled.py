@@ -53,7 +53,7 @@ class CompiledFunction:
         self._state = state
         self.results = Buffers(state.layout.n, state.layout.device)
         try:
-            traced = trace(twin, lambda *arguments: function(twin, *arguments), arguments)
+            traced = trace(twin, lambda *arguments: function(twin, *arguments), arguments, state.numbers)
             before, self._origins = traced.before, traced.origins
             self._joined = [first if first in traced.written else k for k, first in enumerate(before.same())]
             state.written |= traced.written

@@ -24,9 +24,11 @@ class FlatState:
         simulator: the simulator.
         twin: the same simulator with another number of environments, which tells tensors with a row for each from
             others.
+        numbers: the paths of attributes with a Python float that compiled functions take for a tensor: it may change.
 
     Attributes:
         simulator: the simulator.
+        numbers: as above.
         layout: where the tensors are in the buffers.
         reference: the places of the tensors, as they were at first.
         same: for each place the first one with the same tensor now. Each has a slot of its own nevertheless, since
@@ -43,10 +45,10 @@ class FlatState:
         NotCompiled: if the two simulators differ in more than the number of environments.
     """
 
-    def __init__(self, simulator: Any, twin: Any) -> None:
-        self.simulator = simulator
+    def __init__(self, simulator: Any, twin: Any, numbers: Set[str] = frozenset()) -> None:
+        self.simulator, self.numbers = simulator, numbers
         self.layout = Buffers(simulator.num_envs, simulator.device)
-        self.reference = Places(simulator)
+        self.reference = Places(simulator, numbers)
         self.same = self.reference.same()
         self.written: set[int] = set()
         self.read: set[str] = set()
@@ -57,7 +59,7 @@ class FlatState:
         self.tensors = list(self.reference.tensors)
         self._holders: list[tuple[Any, Any] | None] = []
         self._copies: list[tuple[Tensor, Tensor]] = []  # the slots of tensors that are in another slot too, and these
-        places = Places(twin)
+        places = Places(twin, numbers)
         self._of_twin, self._sizes = places, (twin.num_envs, simulator.num_envs)
         self.add_reads(set())
         if difference := places.difference_in_sharing(places.same(), self.same, set(range(len(self.same)))):
@@ -93,14 +95,16 @@ class FlatState:
             for copy, tensor in self._copies:
                 copy.copy_(tensor)  # someone may have written to it
             return True
-        places = Places(self.simulator)
+        places = Places(self.simulator, self.numbers)
         difference = self.reference.difference(places, read=self.read) or self._other_kind(places)
         same = places.same()
         self.problem = difference or places.difference_in_sharing(same, self._same_at_first, self.written)
         if self.problem is not None:
             return False
         self.same = same
-        self._holders, self.tensors = places.holders, list(places.tensors)
+        pairs = zip(places.paths, places.holders, strict=True)
+        self._holders = [None if path in self.numbers else holder for path, holder in pairs]  # objects keep numbers
+        self.tensors = list(places.tensors)
         self._watched = [_watch(holder) for holder in places.containers]
         self._arrays = [(array, array.tobytes()) for array in places.arrays]
         buffers = self.layout.empty()
@@ -110,7 +114,7 @@ class FlatState:
             if slot is not None:
                 self.layout.view(buffers, slot).copy_(tensor)
                 continue
-            holder, tensor = places.holders[number], tensor.contiguous()
+            holder, tensor = self._holders[number], tensor.contiguous()
             if holder is not None:
                 holder[0][holder[1]] = tensor
             self.tensors[number] = tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ class Places:
 
     Args:
         simulator: the simulator.
+        numbers: the paths of attributes with a Python float that is taken for a tensor ``[]``.
 
     Attributes:
         paths: the names of the places.
@@ -39,7 +41,8 @@ class Places:
             path to what has several.
     """
 
-    def __init__(self, simulator: Any) -> None:
+    def __init__(self, simulator: Any, numbers: Set[str] = frozenset()) -> None:
+        self._numbers, self._device = numbers, simulator.device
         self.paths = ["steps"]
         self.holders: list[tuple[Any, Any] | None] = [(vars(simulator), "steps")]
         self.tensors: list[Tensor] = [simulator.steps]
@@ -50,7 +53,7 @@ class Places:
         names: dict[int, str] = {}  # where an object is first met
         for value, place, first in walk([("scenario", simulator.scenario), ("world", simulator.world)]):
             kind, path = kind_of(type(value)), path_of(place)
-            if kind == "tensor":
+            if kind == "tensor" or (path in numbers and path in self.paths):
                 continue
             is_shared = kind in {"object", "dict", "list", "set"} and names.setdefault(id(value), path) != path
             self.others[path] = names[id(value)] if is_shared else _described(value, kind)
@@ -68,10 +71,12 @@ class Places:
         parts = parts_of(value) if holder is None else holder
         items = parts.items() if isinstance(parts, dict) else enumerate(parts)
         for position, (key, part) in enumerate(items):
-            if isinstance(part, Tensor):
-                self.paths.append(f"{path}.{key if isinstance(key, str) else position}")
+            place = f"{path}.{key if isinstance(key, str) else position}"
+            is_number = holder is not None and type(part) is float and place in self._numbers
+            if is_number or isinstance(part, Tensor):
+                self.paths.append(place)
                 self.holders.append(None if holder is None else (holder, key))
-                self.tensors.append(part)
+                self.tensors.append(torch.tensor(part, device=self._device) if is_number else part)
 
     def same(self) -> list[int]:
         """For each place the first one that holds the same tensor."""
@@ -106,6 +111,11 @@ class Places:
             if here is not there and not _is_like(here, there, sizes) and (read is None or self._is_in(path, read)):
                 return f"{path} changes from {here!r} to {there!r}"
         return None
+
+    def changed_numbers(self, other: Places) -> set[str]:
+        """The paths of Python floats that are others at another time."""
+        pairs = {path: (here, other.others.get(path)) for path, here in self.others.items()}
+        return {path for path, (here, there) in pairs.items() if type(here) is type(there) is float and here != there}
 
     def _is_in(self, path: str, attributes: Set[str]) -> bool:
         """Whether what is at a path is held by one of some attributes, and not by an object that it holds."""
@@ -174,7 +184,9 @@ class Trace(NamedTuple):
     origins: list[int]
 
 
-def trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Tensor]) -> Trace:
+def trace(
+    simulator: Any, function: Callable[..., Any], arguments: Sequence[Tensor], numbers: Set[str] = frozenset()
+) -> Trace:
     """Traces a function of a simulator.
 
     Python decides by the values of tensors at some places: in assertions and in ``if``. The graph has the decisions of
@@ -186,6 +198,7 @@ def trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Tens
         simulator: the simulator; it is left as it was.
         function: the function, of ``arguments``. Its results are tensors in dicts, lists and tuples.
         arguments: tensors.
+        numbers: the paths of attributes with a Python float that is an input of the graph.
 
     Returns:
         The graph.
@@ -194,20 +207,29 @@ def trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Tens
         Untraceable: if the function changes anything besides tensors, reads tensors in another way, or draws random
             numbers that are not PyTorch's.
     """
-    with contextlib.suppress(Untraceable, RuntimeError, AssertionError):  # a body may fail where it is not due
-        return _trace(simulator, function, arguments, merges=True)
-    try:
-        return _trace(simulator, function, arguments, merges=False)
-    except (RuntimeError, AssertionError) as error:  # a value is read in a way that the tracer refuses
-        raise Untraceable(next(iter(str(error).splitlines()), repr(error))) from error
+    # a value is read in a way that the tracer refuses; not all that takes a number takes a tensor
+    failures = (Exception,) if numbers else (RuntimeError, AssertionError)
+    with warnings.catch_warnings():
+        if numbers:
+            warnings.simplefilter("ignore")
+        with contextlib.suppress(Untraceable, *failures):  # a body may fail where it is not due
+            return _trace(simulator, function, arguments, numbers, merges=True)
+        try:
+            return _trace(simulator, function, arguments, numbers, merges=False)
+        except Untraceable:
+            raise
+        except failures as error:
+            raise Untraceable(next(iter(str(error).splitlines()), repr(error))) from error
 
 
-def _trace(simulator: Any, function: Callable[..., Any], arguments: Sequence[Tensor], *, merges: bool) -> Trace:
+def _trace(
+    simulator: Any, function: Callable[..., Any], arguments: Sequence[Tensor], numbers: Set[str], *, merges: bool
+) -> Trace:
     """A trace, in which some ``if`` go both ways if ``merges``."""
     from vmas.simulator.scenario import BaseScenario  # here, since VMAS is optional
     from vmas.simulator.utils import ScenarioUtils
 
-    before = Places(simulator)
+    before = Places(simulator, numbers)
     same = before.same()
     generators = _numpys_and_pythons_generator()
     found: dict[str, Any] = {}
