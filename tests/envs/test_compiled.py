@@ -166,8 +166,9 @@ def test_it_gives_what_vmas_gives(scenario, continuous):
 COMPILED = """
     asym_joint balance ball_passage ball_trajectory buzz_wire circle_trajectory diff_drive discovery dispersion drone
     dropout flocking give_way goal het_mass joint_passage joint_passage_size kinematic_bicycle line_trajectory
-    multi_give_way navigation passage reverse_transport sampling simple simple_adversary simple_crypto
-    simple_push simple_spread simple_tag simple_world_comm transport vel_control wheel wind_flocking"""
+    multi_give_way navigation passage reverse_transport sampling simple simple_adversary simple_crypto simple_push
+    simple_reference simple_speaker_listener simple_spread simple_tag simple_world_comm transport vel_control wheel
+    wind_flocking"""
 
 
 @pytest.mark.slow

@@ -23,12 +23,12 @@ def attribute_reads(objects: Mapping[str, Any], found: set[str]) -> Iterator[Non
     """
     paths = {id(value): path for path, value in objects.items()}
     attributes = {path: [*vars(value)] for path, value in objects.items()}
-    originals = {type(value): type(value).__getattribute__ for value in objects.values()}
+    originals: dict[type, Any] = {type(value): type(value).__getattribute__ for value in objects.values()}
 
     def read_all(path: str) -> None:
         found.update(f"{path}.{name}" for name in attributes[path])
 
-    def noting(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    def noting(original: Any) -> Callable[[Any, str], Any]:
         def __getattribute__(self: Any, name: str) -> Any:
             if (path := paths.get(id(self))) is not None:
                 found.add(f"{path}.{name}")
