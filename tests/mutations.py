@@ -842,6 +842,14 @@ MUTATIONS = (
         "envs/compiled::test_what_someone_changes_counts",
     ),
     Mutation(
+        "read-another-way",
+        "torchrl_trpo/envs/tracing.py",
+        "while path and path not in self._held_twice:",
+        "while path:",
+        "what no step reads by one attribute may change, although it reads it by another",
+        "envs/compiled::test_what_someone_changes_counts",
+    ),
+    Mutation(
         "stale-shared-tensor",
         "torchrl_trpo/envs/flat_state.py",
         "            copy.copy_(tensor)  # someone",

@@ -31,6 +31,7 @@ class Push(BaseScenario):
         self.ball = Landmark(name="ball", movable=True, shape=Sphere(0.1), mass=0.5)
         world.add_landmark(self.ball)
         self.bonus, self.n_steps, self.weights = 1.0, 0, np.ones(2)
+        self.alias = self.settings = {"extra": (0.0,)}
         self.offset = torch.zeros(batch_dim, device=device)
         if "tuple" in traits:
             self.offset = (self.offset,)
@@ -60,6 +61,7 @@ class Push(BaseScenario):
         distance = torch.linalg.vector_norm(agent.state.pos - self.ball.state.pos, dim=-1)
         reward = (self.offset[0] if "tuple" in self.traits else self.offset) - distance
         reward[distance < 0.3] += self.bonus * float(self.weights[1])
+        reward += self.settings["extra"][0]
         if "branch" in self.traits and (distance > 0.9).any():
             reward = reward * 2
         if "goal" in self.traits:
@@ -296,9 +298,11 @@ def test_what_someone_changes_counts():
             simulator.scenario.weights[1] = 1.0
         if step == 14:
             simulator.agents[1].shape.some_note = "new"
+        if step in {15, 16}:  # what is read is in another attribute too, which is not read
+            simulator.scenario.settings["extra"] = (16.0 - step,)
 
     ours, theirs = both()
-    go_on(ours, theirs, 16, change)
+    go_on(ours, theirs, 18, change)
 
 
 def test_a_change_that_lasts_is_told():

@@ -50,13 +50,17 @@ class Places:
         self.arrays: list[np.ndarray] = []
         self.objects: dict[str, Any] = {}
         self.others: dict[str, Any] = {}
-        names: dict[int, str] = {}  # where an object is first met
+        names: dict[int, str] = {}  # where what has parts is first met
+        self._held_twice: set[str] = set()  # these places of what is met again
         for value, place, first in walk([("scenario", simulator.scenario), ("world", simulator.world)]):
             kind, path = kind_of(type(value)), path_of(place)
             if kind == "tensor" or (path in numbers and path in self.paths):
                 continue
-            is_shared = kind in {"object", "dict", "list", "set"} and names.setdefault(id(value), path) != path
-            self.others[path] = names[id(value)] if is_shared else _described(value, kind)
+            name = path if kind == "leaf" else names.setdefault(id(value), path)
+            if name != path:
+                self._held_twice.add(name)
+            is_shared = kind in {"object", "dict", "list", "set"} and name != path
+            self.others[path] = name if is_shared else _described(value, kind)
             if first and kind == "array":
                 self.arrays.append(value)
             if first and kind not in {"leaf", "array"}:
@@ -118,8 +122,8 @@ class Places:
         return {path for path, (here, there) in pairs.items() if type(here) is type(there) is float and here != there}
 
     def _is_in(self, path: str, attributes: Set[str]) -> bool:
-        """Whether what is at a path is held by one of some attributes, and not by an object that it holds."""
-        while path:
+        """Whether what is at a path is in one of some attributes, or may be reached by another way."""
+        while path and path not in self._held_twice:
             holder = path.rpartition(".")[0]
             if holder in self.objects:
                 return path in attributes
