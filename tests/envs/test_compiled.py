@@ -9,8 +9,10 @@ import pytest
 import torch
 from vmas.simulator.core import Agent, Landmark, Sphere, World
 from vmas.simulator.scenario import BaseScenario
+from vmas.simulator.utils import ScenarioUtils
 
 from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledVmasEnv
+from torchrl_trpo.envs.attribute_reads import attribute_reads
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 N = 20
@@ -29,18 +31,27 @@ class Push(BaseScenario):
         self.ball = Landmark(name="ball", movable=True, shape=Sphere(0.1), mass=0.5)
         world.add_landmark(self.ball)
         self.bonus, self.n_steps, self.weights = 1.0, 0, np.ones(2)
+        self.alias = self.settings = {"extra": (0.0,)}
         self.offset = torch.zeros(batch_dim, device=device)
         if "tuple" in traits:
             self.offset = (self.offset,)
         self.calls = torch.zeros(batch_dim, device=device)
+        self.total, self.copy, self.seen = self.calls + 1.0, self.calls + 2.0, torch.zeros(batch_dim, 2)
         return world
 
     def reset_world_at(self, env_index=None):
+        if "order" in self.traits:
+            order = torch.randperm(len(self.world.entities)).tolist()
+            self.order = [self.world.entities[index] for index in order]
+            for index, entity in enumerate(self.order):
+                entity.index = index
         if env_index is None and "goal" in self.traits:
             self.goal = self.world.agents[torch.randint(0, 2, (1,)).item()]
         for entity in self.world.entities:
             position = torch.rand(1 if env_index is not None else self.world.batch_dim, 2) - 0.5
             entity.set_pos(position if env_index is None else position[0], batch_index=env_index)
+        if "sharing" in self.traits:
+            self.seen = self.ball.state.pos
         if env_index is None:
             self.calls = torch.zeros(self.world.batch_dim)
         else:
@@ -50,6 +61,7 @@ class Push(BaseScenario):
         distance = torch.linalg.vector_norm(agent.state.pos - self.ball.state.pos, dim=-1)
         reward = (self.offset[0] if "tuple" in self.traits else self.offset) - distance
         reward[distance < 0.3] += self.bonus * float(self.weights[1])
+        reward += self.settings["extra"][0]
         if "branch" in self.traits and (distance > 0.9).any():
             reward = reward * 2
         if "goal" in self.traits:
@@ -62,6 +74,24 @@ class Push(BaseScenario):
             if self.n_steps == 0 and self.world.collides(agent, self.ball):
                 for each in self.world.agents:
                     each.slow = each.slow + 1.0
+        if "sharing" in self.traits:  # with the state before a step, with another tensor afterwards
+            reward = reward + (self.seen - self.ball.state.pos)[:, 0] + self.total + self.copy
+            self.total += distance
+            self.seen = agent.state.pos
+        if "tries" in self.traits:
+            found = ScenarioUtils.find_random_pos_for_entity(
+                torch.stack([each.state.pos for each in self.world.entities], 1),
+                None,
+                self.world,
+                0.4,
+                (-1, 1),
+                (-1, 1),
+            )
+            self.calls = found[:, 0, 0]
+        if "order" in self.traits and self.bonus == 2.0:
+            reward = reward + self.order[0].index + vars(agent)["index"]
+        if "lookup" in self.traits:
+            reward = reward + {1.0: 0.5, 3.0: 4.0}[self.bonus]
         if "batch" in self.traits:
             reward = reward - reward.mean()
         if "counter" in self.traits:
@@ -136,9 +166,11 @@ def test_it_gives_what_vmas_gives(scenario, continuous):
 
 
 COMPILED = """
-    asym_joint balance ball_trajectory buzz_wire circle_trajectory diff_drive dispersion drone dropout flocking
-    give_way goal joint_passage joint_passage_size line_trajectory multi_give_way navigation passage reverse_transport
-    simple simple_adversary simple_push simple_spread simple_tag simple_world_comm transport vel_control wheel"""
+    asym_joint balance ball_passage ball_trajectory buzz_wire circle_trajectory diff_drive discovery dispersion drone
+    dropout flocking give_way goal het_mass joint_passage joint_passage_size kinematic_bicycle line_trajectory
+    multi_give_way navigation passage reverse_transport sampling simple simple_adversary simple_crypto simple_push
+    simple_reference simple_speaker_listener simple_spread simple_tag simple_world_comm transport vel_control wheel
+    wind_flocking"""
 
 
 @pytest.mark.slow
@@ -150,21 +182,47 @@ def test_scenarios_that_compile(scenario):
     data = env.reset()
     for _ in range(20):
         data = env.step(env.rand_action(data))["next"].exclude("reward")
-    assert env._n_left_to_vmas == 0
-    assert env._state.attach()
+    assert env.n_left_to_vmas == 0
+    assert env.state.attach()
 
 
-@pytest.mark.parametrize("traits", [(), ("memory",), ("noise",), ("branch",)])
+@pytest.mark.parametrize("traits", [(), ("memory",), ("noise",), ("branch",), ("tries",)])
 def test_traits_that_compile(traits):
-    """Branches on data, which go either way here, noise of the actions, and observations that change the scenario."""
+    """Branches on data, which go either way here, noise of the actions, and observations that change the scenario.
+
+    And positions that are drawn again until none is too close: the random numbers that follow are VMAS's.
+    """
     ours, theirs = both(traits=traits)
     assert is_compiled(ours)
     go_on(ours, theirs, 40)
 
 
+def test_attributes_may_share_a_tensor_at_one_time_and_another_at_one(monkeypatch):
+    """Who shares a tensor changes in a step and in a reset. Someone writes to one, and so changes the other."""
+
+    def change(simulator, step):
+        if step in {2, 5}:
+            simulator.agents[1].state.pos[3] = 0.1
+        if step == 8:
+            simulator.scenario.copy = simulator.scenario.total  # to which steps write
+
+    ours, theirs = both(traits=("sharing",))
+    assert is_compiled(ours)
+    left, advance = [], CompiledVmasEnv._advance
+    monkeypatch.setattr(CompiledVmasEnv, "_advance", lambda *args: (left.append(args[0] is ours), advance(*args))[1])
+    go_on(ours, theirs, 8, change)
+    assert sum(left) <= 1  # the first step makes attributes
+    assert ours.pool is not None
+    with pytest.warns(UserWarning, match="scenario.copy is the same tensor as scenario.total at one time"):
+        go_on(ours, theirs, 12, change, size=30.0)
+
+
 def test_what_a_reset_draws_for_all_is_compiled_for_each_outcome(monkeypatch):
-    """VMAS takes the first two steps after such a reset at most, and none when all outcomes were there."""
-    ours, theirs = both(traits=("goal",))
+    """VMAS takes the first two steps after such a reset at most, and none when all outcomes were there.
+
+    Compiling in the middle of an episode once shortened it.
+    """
+    ours, theirs = both(traits=("goal",), max_steps=6)
     left, advance = [], CompiledVmasEnv._advance
     for episode in range(10):
         if episode == 8:
@@ -240,16 +298,78 @@ def test_what_someone_changes_counts():
             simulator.scenario.weights[1] = 1.0
         if step == 14:
             simulator.agents[1].shape.some_note = "new"
+        if step in {15, 16}:  # what is read is in another attribute too, which is not read
+            simulator.scenario.settings["extra"] = (16.0 - step,)
 
     ours, theirs = both()
-    go_on(ours, theirs, 16, change)
+    go_on(ours, theirs, 18, change)
 
 
 def test_a_change_that_lasts_is_told():
     ours, theirs = both()
+    ours._env.scenario.weights[1] = theirs._env.scenario.weights[1] = 3.0
+    with pytest.warns(UserWarning, match="VMAS takes the steps.*weights changes from"):
+        go_on(ours, theirs, 4)
+
+
+def test_numbers_that_change_are_inputs(monkeypatch):
+    """A Python float of the scenario changes with a curriculum: the step is compiled once more, for all its values."""
+    ours, theirs = both()
+    left, advance = [], CompiledVmasEnv._advance
+    for bonus in (3.0, 0.25, -1.5):
+        ours._env.scenario.bonus = theirs._env.scenario.bonus = bonus
+        go_on(ours, theirs, 4)
+        assert type(ours._env.scenario.bonus) is float
+        monkeypatch.setattr(
+            CompiledVmasEnv, "_advance", lambda *args: (left.append(args[0] is ours), advance(*args))[1]
+        )
+    assert len(ours._variants) == 2
+    assert sum(left) <= 2  # the first step of an episode makes attributes
+
+
+def test_a_number_that_cannot_be_an_input_is_told():
+    """What looks it up in a dict finds no tensor there."""
+    ours, theirs = both(traits=("lookup",))
     ours._env.scenario.bonus = theirs._env.scenario.bonus = 3.0
     with pytest.warns(UserWarning, match="VMAS takes the steps.*bonus changes from 1.0 to 3.0"):
         go_on(ours, theirs, 4)
+
+
+def test_attributes_that_no_step_reads_may_change(monkeypatch):
+    """A reset draws an order of the entities, which the rewards depend on if the bonus is 2, and not otherwise."""
+    ours, theirs = both(traits=("order",))
+    assert is_compiled(ours)
+    left, advance = [], CompiledVmasEnv._advance
+    monkeypatch.setattr(CompiledVmasEnv, "_advance", lambda *args: (left.append(args[0] is ours), advance(*args))[1])
+    for _ in range(4):
+        go_on(ours, theirs, 3)
+    assert sum(left) <= 1  # the first step makes attributes
+
+    def change(simulator, step):
+        simulator.scenario.bonus = 2.0
+
+    with pytest.warns(UserWarning, match="VMAS takes the steps.*bonus changes from 1.0 to 2.0"):
+        go_on(ours, theirs, 4, change)
+
+
+def test_attributes_that_a_step_reads():
+    class Thing:
+        def __init__(self):
+            self.a, self.b, self.c = 1, 2, 3
+
+        @property
+        def through(self):
+            return self.b
+
+    things, found = [Thing() for _ in range(3)], set()
+    with attribute_reads({f"thing{number}": thing for number, thing in enumerate(things)}, found):
+        things[0].c = getattr(things[0], "a") + things[1].through  # noqa: B009
+        vars(things[2])
+        hasattr(things[0], "d")
+    things[0].b  # noqa: B018
+    names = {name for name in found if name.rpartition(".")[2] in "abcd"}
+    assert names == {"thing0.a", "thing0.d", "thing1.b", "thing2.a", "thing2.b", "thing2.c"}
+    assert "__getattribute__" not in vars(Thing)
 
 
 def test_what_someone_holds_stays():

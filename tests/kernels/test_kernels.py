@@ -156,6 +156,35 @@ def test_guards_are_about_all_rows_and_no_more(expected, holds, target):
     torch.testing.assert_close(result, x + 1)
 
 
+def test_places_that_are_computed(target):
+    """One number in a row is read, or replaced. If there is no such place, PyTorch is to say so."""
+
+    def function(x, y, flag, whole, shared):
+        rows, column = torch.arange(len(x)), whole.abs() // 3
+        written, flags, grid = x.clone(), flag.clone(), x.reshape(len(x), 1, 3)
+        written[rows, column] = 7.0
+        flags[rows, column] = True
+        return [x[rows, column], grid[rows, 0 * whole, column], written, written[rows, 2 - column], flags, column]
+
+    inputs = inputs_of(N)
+    results, holds = compiled(function, inputs, target=target)
+    assert holds
+    assert set(results[-1].tolist()) == {0, 1, 2}
+    for ours, theirs in zip(results, function(*inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=0, atol=0)
+    inputs[3][N - 1] = 9
+    assert not compiled(function, inputs, target=target)[1]
+
+
+def test_a_triangular_solve():
+    def function(x, y, flag, whole, shared):
+        lower = torch.tensor([[1.0, 0.0], [1.0, 1.0]]) + x.nan_to_num(0.0, 1.0, 1.0)[:, :1, None].abs() * torch.eye(2)
+        return [torch.linalg.solve_triangular(lower, y[:, :2, None].nan_to_num(0.0), upper=False)]
+
+    inputs = inputs_of(N)
+    torch.testing.assert_close(compiled(function, inputs)[0], function(*inputs))
+
+
 def over_all_rows(x, y, flag, whole, shared):
     first = (x > 1.5).any()
     second = (torch.where(first, x, y) > -5.0).all()  # it depends on the first

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from torchrl_trpo.envs.flat_state import FlatState
 from torchrl_trpo.envs.reads import Untraceable
-from torchrl_trpo.envs.tracing import Places, left_as_it_is, trace
+from torchrl_trpo.envs.tracing import Places, first_with, left_as_it_is, trace
 from torchrl_trpo.kernels.aten import Lowered, Operations
 from torchrl_trpo.kernels.buffers import Buffers, Columns, Draws, NotCompiled, Slot
 from torchrl_trpo.kernels.lanes import DTYPES, Lanes, Unsupported
@@ -27,7 +27,8 @@ class CompiledFunction:
 
     It is traced on a twin, which is the same simulator with another number of environments. A call reads the tensors
     that the simulator's objects hold, and makes them hold new ones. If a value on which the function branched is
-    another than in the trace, or if anything but tensors has changed in the objects, a call does nothing and says so.
+    another than in the trace, or if something else that it reads has changed in the objects, a call does nothing and
+    says so.
 
     Args:
         state: the simulator's tensors.
@@ -52,8 +53,11 @@ class CompiledFunction:
         self._state = state
         self.results = Buffers(state.layout.n, state.layout.device)
         try:
-            traced = trace(twin, lambda *arguments: function(twin, *arguments), arguments)
-            before = traced.before
+            traced = trace(twin, lambda *arguments: function(twin, *arguments), arguments, state.numbers)
+            before, self._origins = traced.before, traced.origins
+            self._joined = [first if first in traced.written else k for k, first in enumerate(before.same())]
+            state.written |= traced.written
+            state.add_reads(traced.read)
             inputs = [
                 (path, tensor, None if slot is None else 0)
                 for path, tensor, slot in zip(before.paths, before.tensors, state.slots, strict=True)
@@ -77,6 +81,7 @@ class CompiledFunction:
             raise NotCompiled(f"it cannot be computed for one environment (a row) alone: {error}") from error
         except Untraceable as error:
             raise NotCompiled(str(error)) from error
+        self._sharing: tuple[Any, bool, list[int]] = (None, False, [])  # before a call, its rows, and afterwards
         self.structure = traced.results
         self.draws = lowered.draws
         self._arguments = Columns.like(state.layout.n, arguments)
@@ -103,17 +108,20 @@ class CompiledFunction:
 
         self.changes_state = False
         for number, (path, slot) in enumerate(zip(state.reference.paths, state.slots, strict=True)):
-            before, after = lowered.inputs[number], lowered.outputs[number]
+            before, after = lowered.inputs[self._joined[number]], lowered.outputs[number]
             changes = not before.is_same(after)
             self.changes_state |= changes
             if changes and (slot is None or state.reference.holders[number] is None):
                 raise NotCompiled(f"{path} changes, and is shared by all environments or cannot be replaced")
-            if slot is not None and state.same[number] == number:
+            if slot is not None:
                 store(path, after, slot, 0)
         if not self.changes_state:
             stores.clear()
         results = lowered.outputs[n_places : n_places + n_results]
         self.slots = [store("a result", lanes, None, len(DTYPES)) for lanes in results]
+        self._used = None if lowered.used is None else self.results.add("i", ())
+        if self._used is not None:
+            stores.append(Store(lowered.used, "i", len(DTYPES) + self._used.buffer, self._used.lane))
         return stores
 
     def __call__(self, *arguments: Tensor, rows: Tensor | None = None) -> Any:
@@ -167,12 +175,27 @@ class CompiledFunction:
             if generator is not None:
                 set_device_state(device, generator)
             return False
+        if self.changes_state:
+            state.share(self._sharing_after(rows is not None))
+        if self._used is not None and generator is not None:
+            set_device_state(device, generator)
+            self._drawn.draw(int(self.results.view(results, self._used)[0]))
         if rows is not None and self.changes_state:
             is_changed = torch.zeros(state.layout.padded, dtype=torch.bool, device=device)
             is_changed[:n] = rows
             for kind, buffer in after.items():
                 torch.where(is_changed, buffer, state.buffers[kind], out=buffer)
         return True
+
+    def _sharing_after(self, keeps_rows: bool) -> list[int]:
+        """Which places hold the same tensors after a call; if it keeps some rows, those that did before too."""
+        same = self._state.same
+        if self._sharing[0] is not same or self._sharing[1] != keeps_rows:
+            after = [same[number] if number >= 0 else number for number in self._origins]
+            self._sharing = same, keeps_rows, first_with(zip(same, after, strict=True) if keeps_rows else after)
+            if self._sharing[2] == same:
+                self._sharing = same, keeps_rows, same
+        return self._sharing[2]
 
     def compare(self, draw: Callable[[], Sequence[Tensor]], function: Callable[..., Any], n_calls: int = 5) -> None:
         """Compares calls with those of the function itself, each from the same state with the same random numbers.

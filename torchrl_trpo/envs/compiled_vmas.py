@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from torch import Tensor
@@ -31,11 +31,11 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
     itself has written: it takes a step while PyTorch traces it, and a C++ compiler compiles the trace. The numbers are
     those of VMAS up to rounding. On a GPU the loop is a CUDA kernel, with a thread for each environment. Everything
     that VMAS decides by numbers is checked at each step. If it would decide otherwise, or if anything but tensors has
-    changed in its objects, VMAS takes the step, and raises its own errors. VMAS's objects hold the state at any time,
-    and may be read and written as ever.
+    changed in what it reads of its objects, VMAS takes the step, and raises its own errors. VMAS's objects hold the
+    state at any time, and may be read and written as ever.
 
     If a reset of all environments draws what all share, such as the landmark that is the goal, the step is compiled
-    once for each outcome, up to 12 of them.
+    once for each outcome, up to 12 of them. A Python float that has changed is an input of the next one.
 
     Environments that end are replaced by ones that VMAS has reset together beforehand, each of which is used once.
 
@@ -74,19 +74,22 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             self.why_not_compiled = str(error)
             warnings.warn(f"{self.scenario_name} is stepped by VMAS, not compiled: {error}.", stacklevel=2)
 
-    def _compile(self) -> None:
+    def _compile(self, numbers: Set[str] = frozenset()) -> None:
         env = self._env
         if env.grad_enabled:
             raise NotCompiled("gradients are to pass through it")
         drawn = list(self._random_state)
         try:
             with left_as_it_is(env):
-                self._compile_from(drawn)
+                self._compile_from(drawn, numbers)
         finally:
             self._random_state = drawn
 
-    def _compile_from(self, drawn: list[Any]) -> None:
-        """Compiles step and reset, with the simulator's random numbers as they are; ``drawn`` are their states."""
+    def _compile_from(self, drawn: list[Any], numbers: Set[str]) -> None:
+        """Compiles step and reset, with the simulator's random numbers as they are; ``drawn`` are their states.
+
+        The attributes that ``numbers`` names may change.
+        """
         env = self._env
         n_together = env.num_envs * max(1, _RESET_TOGETHER // env.num_envs)
         with self._drawing():
@@ -100,7 +103,7 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             for simulator in (env, twin, spare):
                 for _ in range(2):  # the first steps make attributes
                     self._advance(simulator, *_random_actions(simulator))
-            state = FlatState(env, twin)
+            state = FlatState(env, twin, numbers)
             step = CompiledFunction(state, twin, self._advance, _random_actions(twin))
             step.compare(lambda: _random_actions(env), self._advance)
         self.compiled_step, self.state = step, state
@@ -132,9 +135,11 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
                 self.state, self.compiled_step, self.compiled_read, self.pool = variant
                 return True
         if len(self._variants) < _MOST_VARIANTS:
-            with contextlib.suppress(NotCompiled):
-                self._compile()
-                return True
+            numbers = self.state.numbers | self.state.reference.changed_numbers(Places(self._env))
+            for each in (numbers, frozenset[str]()) if numbers else (frozenset[str](),):
+                with contextlib.suppress(NotCompiled):
+                    self._compile(each)
+                    return True
         return False
 
     def _reset_all(self) -> None:

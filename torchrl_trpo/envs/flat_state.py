@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from operator import itemgetter
 from typing import Any
 
@@ -16,49 +17,58 @@ from torchrl_trpo.kernels.lanes import DTYPES, KINDS
 class FlatState:
     """The tensors that a simulator's objects hold: those with a row for each environment are in buffers.
 
-    The objects hold views of the buffers, so that both are always the same. What the objects hold besides must stay as
-    it is, since the compiled functions have it in their code.
+    The objects hold views of the buffers, so that both are always the same. What else the compiled functions read in
+    the objects must stay as it is, since they have it in their code.
 
     Args:
         simulator: the simulator.
         twin: the same simulator with another number of environments, which tells tensors with a row for each from
             others.
+        numbers: the paths of attributes with a Python float that compiled functions take for a tensor: it may change.
 
     Attributes:
         simulator: the simulator.
+        numbers: as above.
         layout: where the tensors are in the buffers.
         reference: the places of the tensors, as they were at first.
-        same: for each place the first one with the same tensor.
+        same: for each place the first one with the same tensor now. Each has a slot of its own nevertheless, since
+            that may change in a step.
+        written: the places that compiled functions write to; they share their tensors as they did at first.
+        read: the paths of the attributes that compiled functions read; others may change.
         slots: for each place its slot; None for a tensor that all environments share.
         buffers: the buffers.
         addresses: of the buffers, by kind, and then for each place of the tensor that all environments share.
         tensors: what the objects hold at each place, as of the last :meth:`attach` or :meth:`hold`.
-        problem: what has changed since, if :meth:`attach` has found something.
+        problem: what has changed, so that the compiled functions do not stand for the simulator's.
 
     Raises:
         NotCompiled: if the two simulators differ in more than the number of environments.
     """
 
-    def __init__(self, simulator: Any, twin: Any) -> None:
-        self.simulator = simulator
+    def __init__(self, simulator: Any, twin: Any, numbers: Set[str] = frozenset()) -> None:
+        self.simulator, self.numbers = simulator, numbers
         self.layout = Buffers(simulator.num_envs, simulator.device)
-        self.reference = Places(simulator)
+        self.reference = Places(simulator, numbers)
         self.same = self.reference.same()
+        self.written: set[int] = set()
+        self.read: set[str] = set()
+        self._same_at_first = self.same
         self.slots: list[Slot | None] = []
         self.addresses = np.zeros(len(DTYPES) + len(self.reference.paths), np.uint64)
         self.problem: str | None = None
         self.tensors = list(self.reference.tensors)
         self._holders: list[tuple[Any, Any] | None] = []
-        places = Places(twin)
-        if difference := places.difference(self.reference, (twin.num_envs, simulator.num_envs)):
+        self._copies: list[tuple[Tensor, Tensor]] = []  # the slots of tensors that are in another slot too, and these
+        places = Places(twin, numbers)
+        self._of_twin, self._sizes = places, (twin.num_envs, simulator.num_envs)
+        self.add_reads(set())
+        if difference := places.difference_in_sharing(places.same(), self.same, set(range(len(self.same)))):
             raise NotCompiled(f"with another number of environments, {difference}")
         for number, (path, tensor) in enumerate(zip(places.paths, places.tensors, strict=True)):
             ours = self.reference.tensors[number]
             if ours.device.type != self.layout.device.type:
                 raise NotCompiled(f"{path} is on {ours.device}")
-            if self.same[number] != number:
-                self.slots.append(self.slots[self.same[number]])
-            elif tensor.shape[:1] == (twin.num_envs,) and ours.shape == (simulator.num_envs, *tensor.shape[1:]):
+            if tensor.shape[:1] == (twin.num_envs,) and ours.shape == (simulator.num_envs, *tensor.shape[1:]):
                 if tensor.dtype not in DTYPES.values():
                     raise NotCompiled(f"{path} is of {tensor.dtype}")
                 self.slots.append(self.layout.add(KINDS[tensor.dtype], tensor.shape[1:]))
@@ -69,19 +79,32 @@ class FlatState:
                     f"{path} is {tuple(ours.shape)}, and for {twin.num_envs} environments {tuple(tensor.shape)}"
                 )
 
+    def add_reads(self, read: Set[str]) -> None:
+        """Adds to the attributes that are read; NotCompiled is raised if one is another in the twin."""
+        self.read |= read
+        if difference := self._of_twin.difference(self.reference, self._sizes, self.read):
+            raise NotCompiled(f"with another number of environments, {difference}")
+
     def attach(self) -> bool:
         """Takes over the tensors that the objects hold, if they are others than :meth:`hold` left there.
 
         Returns:
             Whether everything else is as it was.
         """
-        if self._is_attached():
+        if self.problem is None and self._is_attached():
+            for copy, tensor in self._copies:
+                copy.copy_(tensor)  # someone may have written to it
             return True
-        places = Places(self.simulator)
-        self.problem = self.reference.difference(places) or self._other_kind(places)
+        places = Places(self.simulator, self.numbers)
+        difference = self.reference.difference(places, read=self.read) or self._other_kind(places)
+        same = places.same()
+        self.problem = difference or places.difference_in_sharing(same, self._same_at_first, self.written)
         if self.problem is not None:
             return False
-        self._holders, self.tensors = places.holders, list(places.tensors)
+        self.same = same
+        pairs = zip(places.paths, places.holders, strict=True)
+        self._holders = [None if path in self.numbers else holder for path, holder in pairs]  # objects keep numbers
+        self.tensors = list(places.tensors)
         self._watched = [_watch(holder) for holder in places.containers]
         self._arrays = [(array, array.tobytes()) for array in places.arrays]
         buffers = self.layout.empty()
@@ -91,7 +114,7 @@ class FlatState:
             if slot is not None:
                 self.layout.view(buffers, slot).copy_(tensor)
                 continue
-            holder, tensor = places.holders[number], tensor.contiguous()
+            holder, tensor = self._holders[number], tensor.contiguous()
             if holder is not None:
                 holder[0][holder[1]] = tensor
             self.tensors[number] = tensor
@@ -106,12 +129,21 @@ class FlatState:
             buffers: the buffers.
         """
         self.move(buffers)
-        views: dict[Slot, Tensor] = {}
-        for number, (slot, holder) in enumerate(zip(self.slots, self._holders, strict=True)):
+        self._copies = []
+        views: dict[int, Tensor] = {}
+        for number, (slot, holder, first) in enumerate(zip(self.slots, self._holders, self.same, strict=True)):
             if slot is not None and holder is not None:
-                if slot not in views:
-                    views[slot] = self.layout.view(buffers, slot)
-                self.tensors[number] = holder[0][holder[1]] = views[slot]
+                if first not in views:
+                    views[first] = self.layout.view(buffers, slot)
+                elif number != first:
+                    self._copies.append((self.layout.view(buffers, slot), views[first]))
+                self.tensors[number] = holder[0][holder[1]] = views[first]
+
+    def share(self, same: list[int]) -> None:
+        """Takes note of which places hold the same tensors from now on, as of :attr:`same`."""
+        if same is not self.same:
+            self.same = same
+            self.problem = self.reference.difference_in_sharing(same, self._same_at_first, self.written)
 
     def move(self, buffers: dict[str, Tensor]) -> None:
         """Takes other buffers, of which the objects learn nothing until :meth:`hold`."""

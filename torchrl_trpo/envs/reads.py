@@ -19,6 +19,16 @@ _MOST_CALLS = 60_000
 """Of PyTorch's functions in one call of the simulator's; the code for more would take minutes to compile."""
 
 
+_MOST_TRIES = 12
+"""Of drawing one position again; a step with more is left to VMAS."""
+
+
+@torch.library.custom_op("torchrl_trpo::draw_if", mutates_args=())
+def draw_if(is_due: Tensor, like: Tensor) -> Tensor:
+    """Uniform random numbers in [0, 1), in a trace: they are drawn if a bool holds, and are not used otherwise."""
+    return torch.rand_like(like)
+
+
 class Untraceable(Exception):
     """A function that no graph stands for, with the reason."""
 
@@ -30,6 +40,11 @@ _BY_ROW = {  # functions that may be applied to x[mask] row by row
     *("lt", "le", "gt", "ge", "eq", "ne", "to", "float", "long", "int", "bool", "clone"),
     *("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"),
 }
+
+
+def _is_tracer(module: str) -> bool:
+    """Whether a module reads tensors for itself, as PyTorch's do, but for checks of a distribution's arguments."""
+    return module.startswith("torch.") and not module.startswith("torch.distributions.")
 
 
 def _is_view(indices: Sequence[Any]) -> bool:
@@ -58,6 +73,8 @@ class Reads(TorchFunctionMode):
         self._is_broad_phase = False
         self._forced: bool | None = None  # what all values that are read are taken to be, for now
         self._read_while_forced: list[Tensor] = []
+        self._n_tries: int | None = None  # of a function that draws until a condition holds, while it is at work
+        self._is_due: Tensor | None = None  # whether it draws again
         self._masked: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: x[mask], and the mask
 
     def as_broad_phase(self, collides: Any) -> Callable[..., bool]:
@@ -74,17 +91,42 @@ class Reads(TorchFunctionMode):
 
         return passed
 
+    def as_tries(self, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A function that draws for some rows again while any of them needs it, with as many tries each time.
+
+        A try that no row needs changes nothing, and draws nothing when the trace runs.
+        """
+
+        def drawn(*args: Any, **kwargs: Any) -> Tensor:
+            self._n_tries, self._is_due = 0, None
+            try:
+                return draw(*args, **kwargs)
+            finally:
+                self._n_tries = self._is_due = None
+
+        return drawn
+
+    def _read_try(self, is_due: Tensor) -> bool:
+        self._n_tries = (self._n_tries or 0) + 1
+        self._is_due = is_due.clone().reshape(())
+        if self._n_tries <= _MOST_TRIES:
+            return True
+        self.guards.append((self._is_due, False))
+        return False
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         self._n_calls += 1
         if self._n_calls > _MOST_CALLS:
             raise Untraceable(f"it calls PyTorch more than {_MOST_CALLS} times, and would take minutes to compile")
-        # PyTorch's own code reads tensors for itself, also the tracer
-        if func in _READS and not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+        if func in _READS and not _is_tracer(sys._getframe(1).f_globals.get("__name__", "")):
             return self._read(func, *args)
         if not self._replays:
             return func(*args, **(kwargs or {}))
+        if self._is_due is not None and func is Tensor.uniform_:
+            tensor, low, high = args
+            return tensor.copy_(draw_if(self._is_due, tensor) * (high - low) + low)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             tensor, index, *value = args
             mask, *rest = index if isinstance(index, tuple) else (index,)
@@ -101,6 +143,8 @@ class Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _read(self, func: Callable[..., Any], tensor: Tensor) -> Any:
+        if self._n_tries is not None:
+            return self._read_try(tensor)
         if self._forced is not None and not self._is_broad_phase:
             self._read_while_forced.append(tensor)
             return func(torch.tensor(self._forced))
@@ -139,7 +183,8 @@ class Reads(TorchFunctionMode):
         self.written += [] if self._replays else [set()]
         yield
         after = self._look()
-        difference = places.difference(after)
+        everywhere = set(range(len(after.paths)))
+        difference = places.difference(after) or after.difference_in_sharing(places.same(), after.same(), everywhere)
         if not self._replays and not torch.equal(torch.get_rng_state(), drawn):
             difference = "it draws random numbers"
         if difference:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl_trpo.envs.compiled import check_equal
 from torchrl_trpo.envs.flat_state import FlatState
 from torchrl_trpo.envs.snapshot import n_writes
-from torchrl_trpo.envs.tracing import Places
+from torchrl_trpo.envs.tracing import Places, first_with
 from torchrl_trpo.kernels.buffers import NotCompiled
 from torchrl_trpo.kernels.lanes import DTYPES
 
@@ -41,6 +41,9 @@ class ResetPool:
         self._reset = reset
         self._lanes: dict[str, Tensor] = {}  # by kind, the lanes of the simulator's buffers that a reset writes
         self._fresh: dict[str, Tensor] = {}  # by kind, these lanes of the environments in the pool, [lanes, ...]
+        self._origins: list[int] = []  # by place, zero or which tensor a reset leaves there
+        self._written: set[int] = set()  # the places with tensors that a reset writes to
+        self._same: list[int] = []  # for each place the first one with the same tensor before a reset
         self._next = twin.num_envs  # of the environments in the pool; it is empty
 
     def check(self, rewind: Callable[[], None]) -> None:
@@ -64,7 +67,8 @@ class ResetPool:
 
     def state_dict(self) -> dict[str, Any]:
         """The environments in the pool."""
-        return {"lanes": self._lanes, "fresh": self._fresh, "next": self._next}
+        sharing = {"origins": self._origins, "written": list(self._written), "same": self._same}
+        return {"lanes": self._lanes, "fresh": self._fresh, "next": self._next, **sharing}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave."""
@@ -73,6 +77,7 @@ class ResetPool:
             {kind: tensor.to(device) for kind, tensor in state_dict[name].items()} for name in ("lanes", "fresh")
         )
         self._next = state_dict["next"]
+        self._origins, self._written, self._same = state_dict["origins"], set(state_dict["written"]), state_dict["same"]
 
     def take(self, ended: Tensor) -> bool:
         """Puts fresh environments in the place of ended ones.
@@ -84,7 +89,13 @@ class ResetPool:
             Whether it has; otherwise the ended environments are to be reset by VMAS, because the simulator's objects
             hold other things than when it was compiled, or the reset of all would change such things.
         """
-        return self._state.attach() and self.put(ended)
+        if not self._state.attach():
+            return False
+        same = self._state.same
+        has = self.put(ended)
+        if self._state.same is not same:
+            self._state.hold(self._state.buffers)
+        return has
 
     def put(self, ended: Tensor) -> bool:
         """Puts fresh environments in the place of ended ones, in the state's buffers; whether it has."""
@@ -95,6 +106,10 @@ class ResetPool:
                     self._fill()
                 except NotCompiled:  # it has drawn something else for all environments
                     return False
+            reference = self._state.reference
+            same, twins = self._state.same, self._same
+            if same != twins and reference.difference_in_sharing(same, twins, self._written):
+                return False
             n_now = min(len(rows), self._n - self._next)
             for kind, lanes in self._lanes.items():
                 if len(lanes):
@@ -102,6 +117,9 @@ class ResetPool:
                     self._state.buffers[kind][lanes.unsqueeze(1), rows[:n_now]] = fresh
             self._next += n_now
             rows = rows[n_now:]
+            same = first_with(zip(self._state.same, self._origins, strict=True))
+            if same != self._state.same:
+                self._state.share(same)
         return True
 
     def _fill(self) -> None:
@@ -120,13 +138,17 @@ class ResetPool:
         after = Places(self._twin)
         if difference := before.difference(after):
             raise NotCompiled(f"a reset does more than to write tensors: {difference}")
+        self._origins, self._written, self._same = [0] * len(tensors), set(), before.same()
         lanes: dict[str, list[int]] = {kind: [] for kind in DTYPES}
         device = self._state.layout.device
         fresh = {k: [torch.empty(0, self._n, dtype=dtype, device=device)] for k, dtype in DTYPES.items()}
         for number, ((old, writes, values), new) in enumerate(zip(held, after.tensors, strict=True)):
             slot = self._state.slots[number]
-            if (new is old and n_writes(new) == writes) or self._state.same[number] != number:
+            if new is old and n_writes(new) == writes:
                 continue
+            self._origins[number] = id(new)
+            if new is old:
+                self._written.add(number)
             if slot is None:
                 check_equal([f"{before.paths[number]}, which all environments share,"], [values], [new])
                 continue

@@ -12,33 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from torchrl_trpo.kernels.lanes import (
-    KINDS,
-    OTHER_KIND,
-    Lanes,
-    Statements,
-    Unsupported,
-    constant_tensor,
-)
+from torchrl_trpo.kernels.buffers import DRAWN_IF
+from torchrl_trpo.kernels.lanes import KINDS, OTHER_KIND, Lanes, Statements, Unsupported, constant_tensor
 from torchrl_trpo.kernels.views import Views, dims_of, without
 
 _ELEMENTWISE = {  # operation of aten: the statement's operation; the result has the kind of the arguments
-    "neg": "neg",
-    "abs": "abs",
-    "sqrt": "sqrt",
-    "sin": "sin",
-    "cos": "cos",
-    "tan": "tan",
-    "exp": "exp",
-    "log": "log",
-    "log1p": "log1p",
-    "expm1": "expm1",
-    "tanh": "tanh",
-    "atanh": "atanh",
-    "reciprocal": "reciprocal",
-    "sign": "sign",
-    "atan2": "atan2",
-    "logaddexp": "logaddexp",
+    **{
+        name: name
+        for name in ("neg", "abs", "sqrt", "sin", "cos", "tan", "exp", "log", "log1p", "expm1", "tanh", "atanh")
+    },
+    **{name: name for name in ("reciprocal", "sign", "atan2", "logaddexp")},
     "minimum": "min",
     "maximum": "max",
     "floor_divide": "floordiv",
@@ -61,13 +44,17 @@ class Lowered(NamedTuple):
         outputs: the outputs of the graph.
         statements: the statements that compute them.
         draws: the random tensors: for each its shape, with the batch first, and the method of ``Tensor`` that fills
-            one, with its arguments. They are the inputs ``draw0``, ``draw1``, ... of the statements.
+            one, with its arguments, as :class:`~torchrl_trpo.kernels.buffers.Draws` takes them. They are the inputs
+            ``draw0``, ``draw1``, ... of the statements.
+        used: how many of the numbers that are drawn under conditions a row has used, a lane or constant; None if
+            there are none.
     """
 
     inputs: list[Lanes]
     outputs: list[Any]
     statements: Statements
     draws: list[tuple[tuple[int, ...], str, tuple[float, ...]]]
+    used: Any
 
 
 class _Pairs(NamedTuple):
@@ -89,6 +76,7 @@ class Operations(Views):
         super().__init__(n_rows)
         self._graph = graph
         self.draws: list[tuple[tuple[int, ...], str, tuple[float, ...]]] = []
+        self._n_drawn_if, self._used = 0, 0
 
     def lower(self, inputs: Sequence[tuple[str, Tensor, int | None]]) -> Lowered:
         """Lowers the graph to statements for one row.
@@ -105,7 +93,11 @@ class Operations(Views):
             shape = [1 if dim == axis else size for dim, size in enumerate(tensor.shape)]
             kind = KINDS.get(tensor.dtype, OTHER_KIND)
             lanes.append(self.statements.inputs(name, shape, axis, self._n_rows, kind))
-        return Lowered(lanes, self._run(lanes), self.statements, self.draws)
+        outputs = self._run(lanes)
+        if not self._n_drawn_if:
+            return Lowered(lanes, outputs, self.statements, self.draws, None)
+        draws = [*self.draws, ((self._n_rows, self._n_drawn_if), DRAWN_IF, ())]
+        return Lowered(lanes, outputs, self.statements, draws, self._used)
 
     def _run(self, inputs: Sequence[Lanes]) -> list[Any]:
         values: dict[fx.Node, Any] = {}
@@ -227,52 +219,31 @@ class Operations(Views):
             functools.partial(self.statements.where, kind=kind), kind, condition, tensor, other
         )
 
-    # New tensors
-
-    def full(self, size: Sequence[int], value: Any, **_: Any) -> Lanes:
-        return self._full(size, value, self._kind)
-
-    def full_like(self, tensor: Lanes, value: Any, **_: Any) -> Lanes:
-        return self._full(tensor.shape, value, self._kind)
-
-    def zeros(self, size: Sequence[int], **_: Any) -> Lanes:
-        return self._full(size, 0, self._kind)
-
-    empty = zeros
-
-    def new_zeros(self, tensor: Lanes, size: Sequence[int], **_: Any) -> Lanes:
-        return self._full(size, 0, self._kind)
-
-    new_empty = new_zeros
-
-    def new_ones(self, tensor: Lanes, size: Sequence[int], **_: Any) -> Lanes:
-        return self._full(size, 1, self._kind)
-
-    def ones(self, size: Sequence[int], **_: Any) -> Lanes:
-        return self._full(size, 1, self._kind)
-
-    def zeros_like(self, tensor: Lanes, **_: Any) -> Lanes:
-        return self._full(tensor.shape, 0, self._kind)
-
-    empty_like = zeros_like
-
-    def ones_like(self, tensor: Lanes, **_: Any) -> Lanes:
-        return self._full(tensor.shape, 1, self._kind)
-
-    def scalar_tensor(self, value: Any, **_: Any) -> Lanes:
-        return self._full((), value, self._kind)
-
-    def arange(self, *arguments: Any, **_: Any) -> Lanes:
-        return constant_tensor(torch.arange(*arguments), self._n_rows)
-
-    def eye(self, *sizes: int, **_: Any) -> Lanes:
-        return constant_tensor(torch.eye(*sizes), self._n_rows)
+    # Random tensors
 
     def _draw(self, size: Sequence[int], method: str, *arguments: float) -> Lanes:
         if tuple(size[:1]) != (self._n_rows,):
             raise Unsupported("random numbers that all rows share")
+        if self._n_drawn_if:  # the number of those before depends on what happens
+            if method != "uniform_" or math.prod(size) != self._n_rows:
+                raise Unsupported("other random numbers after some that are not always drawn")
+            low, high = arguments
+            return self.add(self._elementwise("mul", self._next(size, True), high - low), low)
         self.draws.append((tuple(size), method, arguments))
         return self.statements.inputs(f"draw{len(self.draws) - 1}", (1, *size[1:]), 0, self._n_rows, self._kind)
+
+    def draw_if(self, is_due: Lanes, like: Lanes) -> Lanes:
+        if math.prod(like.shape) != self._n_rows:
+            raise Unsupported("several random numbers of a row that are not always drawn")
+        return self._next(like.shape, is_due.values[()])
+
+    def _next(self, size: Sequence[int], is_due: Any) -> Lanes:
+        """The next of the numbers that are not always drawn, ``[n, 1, ...]``."""
+        values = np.empty((1,) * len(size), object)
+        values.flat[0] = self.statements.add("drawn_if", "f", f"draw{len(self.draws)}", self._used)
+        self._n_drawn_if += 1
+        self._used = self.statements.apply("add", "i", "i", self._used, is_due)
+        return Lanes(values, 0, self._n_rows, "f")
 
     def uniform(self, tensor: Lanes, low: float = 0.0, high: float = 1.0, **_: Any) -> Lanes:
         return self._draw(tensor.shape, "uniform_", low, high)
@@ -374,6 +345,20 @@ class Operations(Views):
         return self.stack(parts, dim)
 
     # Products
+
+    def linalg_solve_triangular(
+        self, matrix: Lanes, right: Lanes, *, upper: bool, left: bool = True, unitriangular: bool = False
+    ) -> Lanes:
+        if upper or not left or unitriangular:
+            raise Unsupported("a triangular solve of another kind than L x = b")
+        found: list[Lanes] = []
+        for row, (of_matrix, rest) in enumerate(zip(self.unbind(matrix, -2), self.unbind(right, -2), strict=True)):
+            for column, solved in enumerate(found):
+                factor = self.unsqueeze(self.select(of_matrix, -1, column), -1)
+                rest = self._elementwise("sub", rest, self._elementwise("mul", factor, solved))
+            diagonal = self.unsqueeze(self.select(of_matrix, -1, row), -1)
+            found.append(self._elementwise("div", rest, diagonal))
+        return self.stack(found, -2)
 
     def bmm(self, tensor: Lanes, other: Lanes) -> Lanes:
         products = self._elementwise("mul", self.unsqueeze(tensor, 3), self.unsqueeze(other, 1))

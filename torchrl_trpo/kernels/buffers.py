@@ -14,6 +14,9 @@ from torch import Tensor
 from torchrl_trpo.kernels.cpp import ROWS_AT_A_TIME
 from torchrl_trpo.kernels.lanes import DTYPES, KINDS
 
+DRAWN_IF = "drawn_if"
+"""Stands for random numbers that are drawn under conditions."""
+
 
 class NotCompiled(Exception):
     """A function that stays as it is, with the reason."""
@@ -116,7 +119,8 @@ class Draws:
 
     Args:
         layout: the number of rows, and where they are.
-        draws: for each its shape as traced, and the method of ``Tensor`` that fills one, with its arguments.
+        draws: for each its shape as traced, and the method of ``Tensor`` that fills one, with its arguments. With
+            :data:`DRAWN_IF` for a method, it has numbers in [0, 1) of which each row may need the first ones.
 
     Attributes:
         addresses: where their lanes are.
@@ -130,10 +134,18 @@ class Draws:
         self._columns = Columns.like(layout.n, empty)
         self.addresses = self._columns.addresses
 
-    def draw(self) -> None:
-        """Draws them from the device's global generator, as the function does."""
+    def draw(self, n_used: int | None = None) -> None:
+        """Draws them from the device's global generator, as the function does.
+
+        Args:
+            n_used: how many numbers each row needs of those that are drawn under a condition. Default: all.
+        """
         for column, (_, method, parameters) in zip(self._columns.tensors, self._draws, strict=True):
-            column.copy_(getattr(column.new_empty(column.shape), method)(*parameters))
+            if method == DRAWN_IF:
+                drawn = column.new_empty(column.shape[1] if n_used is None else n_used, len(column)).uniform_()
+                column[:, : len(drawn)] = drawn.T
+            else:
+                column.copy_(getattr(column.new_empty(column.shape), method)(*parameters))
 
 
 def unused_size(tensors: Iterable[Tensor]) -> int:

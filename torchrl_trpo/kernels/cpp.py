@@ -60,6 +60,26 @@ template <typename T> FN void store_rows(T* p, int64_t stride, int64_t n, V v) {
   v.store(t);
   for (int k = 0; k < W && k < n; k++) p[k * stride] = std::is_same_v<T, bool> ? (((uint32_t*)t)[k] != 0) : (T)t[k];
 }
+// a lane of an input; all rows read the same one
+FN V load_lane(const float* p, V lane, int64_t n_padded, int64_t i) {
+  float t[W];
+  lane.store(t);
+  return V::loadu(p + (int64_t)t[0] * n_padded + i);
+}
+// the number at a place of a table, for each row
+FN V take(const V* table, int length, V place) {
+  float p[W], t[W];
+  place.store(p);
+  for (int k = 0; k < W; k++) t[k] = ((const float*)(table + (p[k] >= 0 && p[k] < length ? (int)p[k] : 0)))[k];
+  return V::loadu(t);
+}
+FN void put(V* table, int length, V place, V value) {
+  float p[W], t[W];
+  place.store(p);
+  value.store(t);
+  for (int k = 0; k < W; k++)
+    if (p[k] >= 0 && p[k] < length) ((float*)(table + (int)p[k]))[k] = t[k];
+}
 // y = x w for W rows at once: y[j] is the sum over k of x[k] w[k * SK + j * SN]
 template <int K, int SK, int SN, int B> FN void some_columns(const V* x, const float* w, V* y) {
   V sums[B];

@@ -39,12 +39,17 @@ FN F abs_of(F a) { return fabsf(a); }
 FN F tanh_of(F a) { return tanhf(a); }
 FN B load(const uint8_t* p) { return *p != 0; }
 template <typename T> FN F load(const T* p) { return (F)*p; }
+FN F take(const F* table, int length, F place) { return table[place >= 0 && place < length ? (int)place : 0]; }
+FN void put(F* table, int length, F place, F value) {
+  if (place >= 0 && place < length) table[(int)place] = value;
+}
 template <typename T, typename N> FN void store(T* p, N v) { *p = (T)v; }
 """
 _HEAD += "".join(f"FN F {name}_of(F a) {{ return {name}f(a); }}\n" for name in FUNCTIONS)
 _HEAD += "".join(f"FN F {name}_of(F a, F b) {{ return {name}f(a, b); }}\n" for name in FUNCTIONS_OF_TWO) + DERIVED
 _PARAMETERS = (
-    "int64_t i, int64_t P, void* const* in, void* const* out, F* kept, B& fail, const int64_t* any, B* hit, B valid"
+    "int64_t i, int64_t P, void* const* in, void* const* out, "
+    "F* kept, F* scratch, B& fail, const int64_t* any, B* hit, B valid"
 )
 
 
@@ -62,7 +67,8 @@ class Kernel:
         guards: what must hold.
 
     Raises:
-        Unsupported: if there are statements of networks, or results that are written as rows.
+        Unsupported: if there are statements of networks, results that are written as rows, or random numbers that are
+            drawn under conditions.
         CompilerError: if PyTorch cannot compile kernels for the device.
     """
 
@@ -75,8 +81,10 @@ class Kernel:
         guards: Sequence[Guard],
     ) -> None:
         code = write(statements, inputs, stores, guards, _PARAMETERS)
-        if code.operations & {"linear", "map", "item"} or any(store.by_row for store in stores):
+        if code.operations & {"linear", "map"} or any(store.by_row for store in stores):
             raise Unsupported("networks and results that are written as rows are for the CPU")
+        if "drawn_if" in code.operations:  # a GPU draws k tensors at once otherwise than one after the other
+            raise Unsupported("random numbers that are drawn under conditions are for the CPU")
         self._device = device
         self._any = np.zeros(code.n_any, np.int64)
         self._launch = load(
@@ -91,7 +99,7 @@ extern "C" __global__ void run(int n, int P, int n_in, int n_out, void** table) 
   void** const out = in + n_in;
   int64_t* const any = (int64_t*)(out + n_out);
   int64_t* const found = any + N_ANY;
-  F kept[{code.n_kept + 1}];
+  F kept[{code.n_kept + 1}], scratch[{code.n_scratch + 1}];
   B fail = false, hit[N_ANY + 1] = {{}};
   const B valid = true;
   {code.calls}

@@ -152,6 +152,43 @@ class Statements:
         """Whether any row of the batch has it: a lane that is the same for all rows."""
         return self.add("any", "b", value) if isinstance(value, Lane) else value
 
+    def block(self, operation: str, length: int, kind: str, *arguments: Any) -> np.ndarray:
+        """The results of a statement that has several."""
+        number = self.add(operation, kind, *arguments).number
+        items = np.empty(length, object)
+        for item in range(length):
+            items[item] = self.add("item", kind, Items(number, item))
+        return items
+
+    def place(self, row: Any, index: Any, size: int) -> Any:
+        """The place of an entry in a table of ``size`` columns; negative if the index is none of 0, ..., size - 1."""
+        is_column = self.apply("and", "b", "b", *(self.apply(*each) for each in _bounds(index, size)))
+        place = self.apply("add", "i", "i", self.apply("mul", "i", "i", row, size), index)
+        return self.where(self.apply("and", "b", "b", is_column, self.apply("ge", "b", "i", row, 0)), place, -1, "i")
+
+    def take(self, table: np.ndarray, place: Any, kind: str) -> Lane:
+        """The entry at a computed place of a table. The function fails if there is none."""
+        return self.add("take", kind, self._items(table, kind), self.convert(place, "i"))
+
+    def put(self, table: np.ndarray, place: Any, value: Any, kind: str) -> np.ndarray:
+        """A table with another entry at a computed place. The function fails if there is none."""
+        arguments = self._items(table, kind), self.convert(place, "i"), self.convert(value, kind)
+        return self.block("put", len(table), kind, *arguments)
+
+    def _items(self, values: np.ndarray, kind: str) -> Items:
+        """Lanes as results of one statement, which are next to each other."""
+        found = [self.all[value.number] if isinstance(value, Lane) else None for value in values]
+        first = found[0]
+        if first is not None and first.operation == "item":
+            items = first.arguments[0]
+            if [each and each.arguments[0] for each in found] == [items._replace(first=n) for n in range(len(found))]:
+                return items._replace(length=len(found))
+        if first is not None and first.operation == "load":
+            name, lane = first.arguments
+            if found == [first._replace(arguments=(name, lane + n)) for n in range(len(found))]:
+                return Items(self.add("table", kind, name, lane, len(found)).number, 0, len(found))
+        raise Unsupported("a table of entries that are computed one by one")
+
     def inputs(self, name: str, shape: Sequence[int], axis: int | None, n_rows: int, kind: str) -> Lanes:
         """An input of the function: with a batch dimension, or the same for all rows. ``shape`` has 1 for the batch."""
         operation = "shared" if axis is None else "load"
@@ -213,6 +250,10 @@ def _of_one_row(tensor: Lanes, axis: int | None) -> np.ndarray:
             if value != of_first or type(value) is not type(of_first):
                 raise Unsupported("a constant differs from row to row")
     return first
+
+
+def _bounds(index: Any, size: int) -> list[tuple[Any, ...]]:
+    return [("ge", "b", "i", index, 0), ("lt", "b", "i", index, size)]
 
 
 def _by_torch(function: Callable[..., Tensor]) -> Callable[..., float]:

@@ -128,7 +128,7 @@ class NetworkOperations(Operations):
             raise Unsupported("a product with weights that are not at equal distances in memory")
         vector = self._vector(inputs)
         terms = [vector] if isinstance(vector, Items) else [self.statements.convert(value, "f") for value in inputs]
-        return self._block("linear", len(columns), name, first, step, to_next, len(columns), *terms)
+        return self.statements.block("linear", len(columns), "f", name, first, step, to_next, len(columns), *terms)
 
     def _column(self, values: np.ndarray) -> Any:
         """Weights as a place in memory, if they are in one, also a single one."""
@@ -150,7 +150,7 @@ class NetworkOperations(Operations):
                 vectors = [[self._vector(array[place]) for array in broadcast] for place in places]
                 if all(vector is not None for each in vectors for vector in each):
                     for place, each in zip(places, vectors, strict=True):
-                        values[place] = self._block("map", length, operation, length, *each)
+                        values[place] = self.statements.block("map", length, "f", operation, length, *each)
                     return Lanes(values, None if axis is None else values.ndim + axis, n_rows, "f")
         return super()._elementwise(operation, *tensors, kind=kind, of=of)
 
@@ -174,14 +174,6 @@ class NetworkOperations(Operations):
                 return None
             return InMemory(name, begin, step)
         return None
-
-    def _block(self, operation: str, length: int, *arguments: Any) -> np.ndarray:
-        """The results of a statement that has several."""
-        block = self.statements.add(operation, "f", *arguments)
-        items = np.empty(length, object)
-        for number in range(length):
-            items[number] = self.statements.add("item", "f", Items(block.number, number))
-        return items
 
     # Activations
 

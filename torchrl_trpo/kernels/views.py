@@ -1,4 +1,4 @@
-"""Operations that move lanes about and need no statements, apart from conversions between kinds."""
+"""Operations that make tensors of constants, and move lanes about."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from torchrl_trpo.kernels.lanes import Lanes, Statements, Unsupported, aligned, constant
+from torchrl_trpo.kernels.lanes import Lanes, Statements, Unsupported, aligned, constant, constant_tensor
 
 
 class Views:
-    """The operations of ``torch.ops.aten`` that copy, view and join tensors, as methods with their names and arguments.
+    """The operations of ``torch.ops.aten`` that make, copy, view and join tensors, as methods with their names.
 
     Args:
         n_rows: the size of the batch.
@@ -171,6 +172,75 @@ class Views:
         values = values.copy()
         values[(slice(None),) * dim + (list(indices),)] = written
         return Lanes(values, axis, self._n_rows, tensor.kind)
+
+    # New tensors
+
+    def full(self, size: Sequence[int], value: Any, **_: Any) -> Lanes:
+        return self._full(size, value, self._kind)
+
+    def full_like(self, tensor: Lanes, value: Any, **_: Any) -> Lanes:
+        return self._full(tensor.shape, value, self._kind)
+
+    def zeros(self, size: Sequence[int], **_: Any) -> Lanes:
+        return self._full(size, 0, self._kind)
+
+    empty = zeros
+
+    def new_zeros(self, tensor: Lanes, size: Sequence[int], **_: Any) -> Lanes:
+        return self._full(size, 0, self._kind)
+
+    new_empty = new_zeros
+
+    def new_ones(self, tensor: Lanes, size: Sequence[int], **_: Any) -> Lanes:
+        return self._full(size, 1, self._kind)
+
+    def ones(self, size: Sequence[int], **_: Any) -> Lanes:
+        return self._full(size, 1, self._kind)
+
+    def zeros_like(self, tensor: Lanes, **_: Any) -> Lanes:
+        return self._full(tensor.shape, 0, self._kind)
+
+    empty_like = zeros_like
+
+    def ones_like(self, tensor: Lanes, **_: Any) -> Lanes:
+        return self._full(tensor.shape, 1, self._kind)
+
+    def scalar_tensor(self, value: Any, **_: Any) -> Lanes:
+        return self._full((), value, self._kind)
+
+    def arange(self, *arguments: Any, **_: Any) -> Lanes:
+        return constant_tensor(torch.arange(*arguments), self._n_rows)
+
+    def eye(self, *sizes: int, **_: Any) -> Lanes:
+        return constant_tensor(torch.eye(*sizes), self._n_rows)
+
+    # Entries at places that are computed
+
+    def index(self, tensor: Lanes, indices: Sequence[Any]) -> Lanes:
+        table, place = self._table(tensor, indices)
+        values = np.empty((1,), object)
+        values[0] = self.statements.take(table, place, tensor.kind)
+        return Lanes(values, 0, self._n_rows, tensor.kind)
+
+    def index_put(self, tensor: Lanes, indices: Sequence[Any], value: Any, accumulate: bool = False) -> Lanes:
+        table, place = self._table(tensor, indices)
+        if accumulate or value.ndim or value.axis is not None:
+            raise Unsupported("several values are put at computed places")
+        written = self.statements.put(table, place, value.values[()], tensor.kind)
+        return Lanes(written.reshape(tensor.values.shape), tensor.axis, self._n_rows, tensor.kind)
+
+    def _table(self, tensor: Lanes, indices: Sequence[Any]) -> tuple[np.ndarray, Any]:
+        """The lanes of a row of ``tensor[arange(n), i, j, ...]``, and the place in it for ``i, j, ...`` ``[n]``."""
+        rows, *others = indices
+        is_row = rows is not None and rows.axis is None and list(rows.values.flat) == list(range(self._n_rows))
+        if not is_row or tensor.axis != 0 or [each.axis for each in others] != [0] * (tensor.ndim - 1):
+            raise Unsupported("it reads or writes at computed places of another kind than x[arange(n), i, j]")
+        if any(each.ndim != 1 or each.kind == "b" for each in others):
+            raise Unsupported("places are computed for several entries of a row")
+        place: Any = 0
+        for index, size in zip(others, tensor.shape[1:], strict=True):
+            place = self.statements.place(place, index.values[0], size)
+        return tensor.values.reshape(-1), place
 
 
 def dims_of(dim: Any, ndim: int) -> list[int]:

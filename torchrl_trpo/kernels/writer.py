@@ -156,11 +156,18 @@ def write(
     needed = _needed(statements, [value for value, *_ in (*stores, *guards)])
     for index in needed:
         operation, kind, arguments = statements[index]
-        if operation in {"linear", "map"}:
+        if operation in {"take", "put"}:
+            lines.append(Line(None, f"fail = fail | ({_term(arguments[1])} < F(0.0f))", _lanes(arguments[1:2])))
+        if operation in {"linear", "map", "table", "put"}:
             lines.append(Line(None, getattr(scratch, operation)(index, arguments, inputs), _lanes(arguments)))
             continue
         if operation == "item":
             lines.append(Line(index, scratch.item(*arguments), []))
+        elif operation == "take":
+            lines.append(Line(index, scratch.take(*arguments), _lanes(arguments)))
+        elif operation == "drawn_if":
+            place = f"(const float*)in[{inputs[arguments[0]][0]}], {_term(arguments[1])}, P, i"
+            lines.append(Line(index, f"load_lane({place})", _lanes(arguments)))
         elif operation in {"load", "shared"}:
             lines.append(Line(index, _load(statements[index], inputs), []))
         elif operation == "any":
@@ -200,6 +207,7 @@ class _Scratch:
     def __init__(self, statements: Sequence[Statement]) -> None:
         self.size = max((len(each.arguments) for each in statements if each.operation == "linear"), default=0)
         self._first: dict[int, int] = {}
+        self._statements = statements
 
     def linear(self, index: int, arguments: Sequence[Any], inputs: Mapping[str, tuple[int, int]]) -> str:
         """A product of a vector and a matrix in memory."""
@@ -230,6 +238,24 @@ class _Scratch:
                 terms.append(_term(operand))
         first = self._take(index, length)
         return f"for (int j = 0; j < {length}; j++) scratch[{first} + j] = {_CODE[operation].format(*terms)}"
+
+    def table(self, index: int, arguments: Sequence[Any], inputs: Mapping[str, tuple[int, int]]) -> str:
+        """Lanes of an input."""
+        name, lane, length = arguments
+        buffer, row = inputs[name]
+        c_type, first = _C_TYPES[self._statements[index].kind], self._take(index, length)
+        load = f"load((const {c_type}*)in[{buffer}] + ({row + lane} + j) * P + i)"
+        return f"for (int j = 0; j < {length}; j++) scratch[{first} + j] = {load}"
+
+    def put(self, index: int, arguments: Sequence[Any], inputs: Mapping[str, tuple[int, int]]) -> str:
+        """A copy with another number at a computed place of each row."""
+        items, place, value = arguments
+        first = self._take(index, items.length)
+        copy = f"for (int j = 0; j < {items.length}; j++) scratch[{first} + j] = (&{self.item(items)})[j]"
+        return f"{copy}; put(scratch + {first}, {items.length}, {_term(place)}, {_term(value)})"
+
+    def take(self, items: Items, place: Any) -> str:
+        return f"take(&{self.item(items)}, {items.length}, {_term(place)})"
 
     def store(self, store: Store) -> str:
         """Items, in rows of a buffer."""

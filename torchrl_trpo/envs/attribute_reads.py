@@ -1,0 +1,49 @@
+"""Which attributes of objects code reads."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torchrl_trpo.envs.branches import replaced
+
+
+@contextlib.contextmanager
+def attribute_reads(objects: Mapping[str, Any], found: set[str]) -> Iterator[None]:
+    """Notes which attributes of objects are read inside the context.
+
+    It does so by ``__getattribute__`` of their classes. Where a class does not let itself be changed, or where the code
+    reads ``__dict__``, all attributes are taken to be read.
+
+    Args:
+        objects: the objects, by their paths.
+        found: the paths of what is read, which are added to.
+    """
+    paths = {id(value): path for path, value in objects.items()}
+    attributes = {path: [*vars(value)] for path, value in objects.items()}
+    originals: dict[type, Any] = {type(value): type(value).__getattribute__ for value in objects.values()}
+
+    def read_all(path: str) -> None:
+        found.update(f"{path}.{name}" for name in attributes[path])
+
+    def noting(original: Any) -> Callable[[Any, str], Any]:
+        def __getattribute__(self: Any, name: str) -> Any:
+            if (path := paths.get(id(self))) is not None:
+                found.add(f"{path}.{name}")
+                if name == "__dict__" and not sys._getframe(1).f_globals.get("__name__", "").startswith(__package__):
+                    read_all(path)
+            return original(self, name)
+
+        return __getattribute__
+
+    with contextlib.ExitStack() as stack:
+        for cls, original in originals.items():
+            try:
+                stack.enter_context(replaced(cls, {"__getattribute__": noting(original)}))
+            except TypeError:
+                for path, value in objects.items():
+                    if type(value) is cls:
+                        read_all(path)
+        yield
