@@ -105,6 +105,9 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
                     self._advance(simulator, *_random_actions(simulator))
             state = FlatState(env, twin, numbers)
             step = CompiledFunction(state, twin, self._advance, _random_actions(twin))
+            read = None
+            with contextlib.suppress(NotCompiled):  # then environments are reset as ever
+                read = CompiledFunction(state, twin, self._read)  # the first call compiles both
             step.compare(lambda: _random_actions(env), self._advance)
         self.compiled_step, self.state = step, state
         self.compiled_read = self.pool = None
@@ -118,9 +121,10 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
                 self._advance(spare, *_random_actions(spare))
             self._random_state = list(drawn)
 
-        with contextlib.suppress(NotCompiled):  # then environments are reset as ever
+        with contextlib.suppress(NotCompiled):
+            if read is None:
+                raise NotCompiled("what it reads after a reset cannot be compiled")
             with self._drawing():
-                read = CompiledFunction(state, twin, self._read)
                 read.compare(list, self._read)
             pool = ResetPool(state, spare, reset)
             self._random_state = list(drawn)
