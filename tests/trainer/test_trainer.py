@@ -84,7 +84,7 @@ def state(trainer):
         **{f"loss {key}": value.clone() for key, value in trainer.loss_module.state_dict().items()},
         **{f"adam {i} {key}": torch.as_tensor(value).clone()
            for i, values in trainer.optimizer.state_dict()["state"].items() for key, value in values.items()},
-        **{f"updater {key}": torch.as_tensor(value)
+        **{f"updater {key}": torch.as_tensor([*str(value).encode()])
            for key, value in trainer.optimization_stepper.updater.state_dict().items()},
     }  # fmt: skip
 

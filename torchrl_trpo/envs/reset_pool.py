@@ -41,7 +41,7 @@ class ResetPool:
         self._reset = reset
         self._lanes: dict[str, Tensor] = {}  # by kind, the lanes of the simulator's buffers that a reset writes
         self._fresh: dict[str, Tensor] = {}  # by kind, these lanes of the environments in the pool, [lanes, ...]
-        self._origins: list[int] = []  # by place, zero or which tensor a reset leaves there
+        self._origins: list[int] = []  # by place, which tensor a reset leaves there; 0 if it does nothing
         self._written: set[int] = set()  # the places with tensors that a reset writes to
         self._same: list[int] = []  # for each place the first one with the same tensor before a reset
         self._next = twin.num_envs  # of the environments in the pool; it is empty
@@ -139,6 +139,7 @@ class ResetPool:
         if difference := before.difference(after):
             raise NotCompiled(f"a reset does more than to write tensors: {difference}")
         self._origins, self._written, self._same = [0] * len(tensors), set(), before.same()
+        shared = after.same()
         lanes: dict[str, list[int]] = {kind: [] for kind in DTYPES}
         device = self._state.layout.device
         fresh = {k: [torch.empty(0, self._n, dtype=dtype, device=device)] for k, dtype in DTYPES.items()}
@@ -146,7 +147,7 @@ class ResetPool:
             slot = self._state.slots[number]
             if new is old and n_writes(new) == writes:
                 continue
-            self._origins[number] = id(new)
+            self._origins[number] = 1 + shared[number]
             if new is old:
                 self._written.add(number)
             if slot is None:
