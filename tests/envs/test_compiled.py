@@ -80,7 +80,7 @@ class Push(BaseScenario):
             self.seen = agent.state.pos
         if "tries" in self.traits:
             found = ScenarioUtils.find_random_pos_for_entity(
-                torch.stack([each.state.pos for each in self.world.entities], 1),
+                torch.stack([entity.state.pos for entity in self.world.entities], 1),
                 None,
                 self.world,
                 0.4,
