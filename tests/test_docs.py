@@ -6,13 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from tensordict.nn import TensorDictSequential
 
 from tests.recipes.test_combinations import ALGORITHMS, ENVIRONMENTS, ONE_GROUP
 from torchrl_trpo.envs import make_env
 from torchrl_trpo.keys import group_keys
-from torchrl_trpo.networks import make_actor, make_critic
+from torchrl_trpo.networks import make_actor, make_central_critic, make_critic
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -53,6 +54,24 @@ def test_the_happo_example(capsys):
         assert sorted(order) == list(range(keys.n_agents))
         assert len(kl) == keys.n_agents
         assert min(kl) > 0
+
+
+@pytest.mark.parametrize("name", ["trpo", "itrpo", "matrpo", "hatrpo"])
+def test_the_code_of_an_algorithms_page(name, capsys):
+    code = (DOCS / "algorithms" / f"{name}.md").read_text().split("<!-- code -->\n```python\n")[1].split("```")[0]
+    task = "gym/Pendulum-v1" if name == "trpo" else "vmas/balance"
+    env = make_env(task, num_envs=4, max_steps=10, kwargs={}, seed=0, device=torch.device("cpu"))
+    (keys,) = group_keys(env)
+    actor = make_actor(env, keys, share_params=name != "hatrpo")
+    central = name in {"matrpo", "hatrpo"}
+    critic = make_central_critic(env, keys) if central else make_critic(env, keys, share_params=True)
+    before = [parameter.detach().clone() for parameter in (*actor.parameters(), *critic.parameters())]
+    exec(code, {"actor": actor, "critic": critic, "collector": [env.rollout(10, actor)]})
+    after = (*actor.parameters(), *critic.parameters())
+    assert not any(torch.equal(new, old) for new, old in zip(after, before, strict=True))
+    accepted, kl = (json.loads(part.lower()) for part in re.findall(r"\[.*?\]", capsys.readouterr().out))
+    assert accepted == [True] * (keys.n_agents if name == "hatrpo" else 1)
+    assert 0 < min(kl) <= max(kl) <= 0.01
 
 
 def test_the_table_is_what_is_tested():
