@@ -228,9 +228,12 @@ class CompiledFunction:
             ours = results_of(functools.partial(self, *arguments))
             if ours:
                 call = functools.partial(function, simulator, *arguments)
-                exact, *others = (results_of(call, change) for change in (0.0, 2.0**-23, -(2.0**-23)))
                 names = [*Places(simulator).paths, *(f"result {number}" for number in range(len(self.slots)))]
-                check_equal(names, ours, exact, others)
+                exact = results_of(call)
+                try:
+                    check_equal(names, ours, exact)
+                except NotCompiled:
+                    check_equal(names, ours, exact, [results_of(call, change) for change in (2.0**-23, -(2.0**-23))])
             else:
                 n_other += 1
             function(simulator, *arguments)  # to another state
