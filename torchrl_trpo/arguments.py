@@ -65,20 +65,21 @@ class RangedSettings:
         return {name: getattr(self, name) for name in self._settings()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads settings saved by :meth:`state_dict`, all or none.
+        """Loads settings saved by :meth:`state_dict`, all or none; words that it does not have stay as they are.
 
         Args:
             state_dict: the settings by name.
 
         Raises:
-            PlainKeyError: if a setting is missing or unknown.
+            PlainKeyError: if a number is missing, or a setting is unknown.
         """
         for name in state_dict:
             if name not in self._settings():
                 raise PlainKeyError(f"{name!r} is not a setting of the updater. {nearest(name, self._settings())}")
-        for name in self._settings():
+        for name in self.RANGES:
             if name not in state_dict:
                 raise PlainKeyError(f"the setting {name!r} is missing from the state_dict, which has {[*state_dict]}.")
-            self._checked(name, state_dict[name])
+        for name, value in state_dict.items():
+            self._checked(name, value)
         for name, value in state_dict.items():
             setattr(self, name, value)

@@ -224,6 +224,8 @@ def test_state_dict_round_trip():
     other = TrustRegionUpdater(TRPOLoss(make_actor()))
     other.load_state_dict(updater.state_dict())
     assert (other.max_kl, other.cg_iters, other.kl_budget) == (0.5, 3, "team")
+    other.load_state_dict({name: getattr(updater, name) for name in updater.RANGES})  # of a version without the word
+    assert other.kl_budget == "team"
     with pytest.raises(ValueError, match=r"^kl_budget: 'teams'\. Did you mean 'team'.*Legal: 'agent', 'team'"):
         other.kl_budget = "teams"
     with pytest.raises(KeyError, match=r"max_kll.*Did you mean 'max_kl'"):

@@ -71,7 +71,9 @@ class ResetPool:
         return {"lanes": self._lanes, "fresh": self._fresh, "next": self._next, **sharing}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores what :meth:`state_dict` gave; one of an older version, without sharing, leaves the pool empty."""
+        if "origins" not in state_dict:
+            return
         device = self._state.layout.device
         self._lanes, self._fresh = (
             {kind: tensor.to(device) for kind, tensor in state_dict[name].items()} for name in ("lanes", "fresh")
