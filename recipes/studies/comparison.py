@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,10 @@ def _evaluate(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
     parser = study_parser("comparison", "Trains, evaluates and compares all algorithms.")
-    parser.add_argument("--plan", choices=PLANS, default=PLANS[0], help="what is run: config/<plan>.yaml")
-    chosen_plan = parser.parse_known_args(arguments)[0].plan
+    plan_parser = ArgumentParser(add_help=False)  # the other options depend on the plan
+    for each in (plan_parser, parser):
+        each.add_argument("--plan", choices=PLANS, default=PLANS[0], help="what is run: config/<plan>.yaml")
+    chosen_plan = plan_parser.parse_known_args(arguments)[0].plan
     parser.set_defaults(output=Path("outputs") / chosen_plan)
     plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / f"{chosen_plan}.yaml"))
     for name in ("tasks", "algorithms"):

@@ -16,12 +16,12 @@ from torchrl_trpo.kernels.buffers import DRAWN_IF
 from torchrl_trpo.kernels.lanes import KINDS, OTHER_KIND, Lanes, Statements, Unsupported, constant_tensor
 from torchrl_trpo.kernels.views import Views, dims_of, without
 
+_SAME_NAME = (
+    *("neg", "abs", "sqrt", "sin", "cos", "tan", "exp", "log", "log1p", "expm1", "tanh", "atanh"),
+    *("reciprocal", "sign", "atan2", "logaddexp"),
+)
 _ELEMENTWISE = {  # operation of aten: the statement's operation; the result has the kind of the arguments
-    **{
-        name: name
-        for name in ("neg", "abs", "sqrt", "sin", "cos", "tan", "exp", "log", "log1p", "expm1", "tanh", "atanh")
-    },
-    **{name: name for name in ("reciprocal", "sign", "atan2", "logaddexp")},
+    **{name: name for name in _SAME_NAME},
     "minimum": "min",
     "maximum": "max",
     "floor_divide": "floordiv",

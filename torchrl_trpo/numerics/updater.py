@@ -195,8 +195,7 @@ class TrustRegionUpdater(RangedSettings):
             radii = self._team_radii(tensordict) if self.kl_budget == "team" else None
             for problem in self.objective.trust_regions(tensordict):
                 snapshots.append(problem.snapshot())
-                max_kl = torch.full_like(problem.parameters[:, 0], self.max_kl)
-                solved.append(self._solve(problem, max_kl if radii is None else radii[list(problem.indices)]))
+                solved.append(self._solve(problem, radii))
                 indices.extend(problem.indices)
             stats: TensorDict = TensorDict.cat(solved)
             self._check_policy_of_data(stats)
@@ -241,8 +240,9 @@ class TrustRegionUpdater(RangedSettings):
         gains = torch.where(gains.isfinite(), gains, 0.0)  # of gradients with which no step is accepted
         return self.max_kl * torch.where(gains.sum() > 0, len(gains) * gains / gains.sum(), 1.0)
 
-    def _solve(self, problem: TrustRegionProblem, max_kl: Tensor) -> TensorDict:
+    def _solve(self, problem: TrustRegionProblem, radii: Tensor | None) -> TensorDict:
         gradient, x, xFx, relative_residual = self._natural_gradient(problem)
+        max_kl = torch.full_like(xFx, self.max_kl) if radii is None else radii[list(problem.indices)]
         step_length = torch.where(xFx > 0, (2 * max_kl / xFx).sqrt(), 0.0)  # to the border in the quadratic model
         full_step = step_length.unsqueeze(-1) * x
         expected = (gradient * full_step).sum(-1)

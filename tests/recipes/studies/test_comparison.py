@@ -67,6 +67,9 @@ def test_a_part_of_the_comparison_is_not_reported_as_the_whole(tmp_path, monkeyp
     with pytest.raises(SystemExit):
         comparison.main(["--tasks", "vmas/balnce"])
     assert "'vmas/balnce' (choose from" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        comparison.main(["--help"])
+    assert "--tasks" in capsys.readouterr().out, "the help has the options that depend on the plan"
 
 
 def test_a_run_that_was_stopped_is_resumed_to_the_same_evaluations(tmp_path):
