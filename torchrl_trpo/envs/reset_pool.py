@@ -44,6 +44,7 @@ class ResetPool:
         self._origins: list[int] = []  # by place, which tensor a reset leaves there; 0 if it does nothing
         self._written: set[int] = set()  # the places with tensors that a reset writes to
         self._same: list[int] = []  # for each place the first one with the same tensor before a reset
+        self._sharing: tuple[Any, list[int]] = (None, [])  # before a reset, and afterwards
         self._next = twin.num_envs  # of the environments in the pool; it is empty
 
     def check(self, rewind: Callable[[], None]) -> None:
@@ -80,6 +81,7 @@ class ResetPool:
         )
         self._next = state_dict["next"]
         self._origins, self._written, self._same = state_dict["origins"], set(state_dict["written"]), state_dict["same"]
+        self._sharing = None, []
 
     def take(self, ended: Tensor) -> bool:
         """Puts fresh environments in the place of ended ones.
@@ -108,9 +110,7 @@ class ResetPool:
                     self._fill()
                 except NotCompiled:  # it has drawn something else for all environments
                     return False
-            reference = self._state.reference
-            same, twins = self._state.same, self._same
-            if same != twins and reference.difference_in_sharing(same, twins, self._written):
+            if self._sharing[0] is not self._state.same and not self._find_sharing():
                 return False
             n_now = min(len(rows), self._n - self._next)
             for kind, lanes in self._lanes.items():
@@ -119,9 +119,16 @@ class ResetPool:
                     self._state.buffers[kind][lanes.unsqueeze(1), rows[:n_now]] = fresh
             self._next += n_now
             rows = rows[n_now:]
-            same = first_with(zip(self._state.same, self._origins, strict=True))
-            if same != self._state.same:
-                self._state.share(same)
+            self._state.share(self._sharing[1])
+        return True
+
+    def _find_sharing(self) -> bool:
+        """Finds which places hold the same tensors after a reset; whether it stands for those that do before."""
+        same, reference = self._state.same, self._state.reference
+        if same != self._same and reference.difference_in_sharing(same, self._same, self._written):
+            return False
+        after = first_with(zip(same, self._origins, strict=True))
+        self._sharing = same, same if after == same else after
         return True
 
     def _fill(self) -> None:
@@ -141,6 +148,7 @@ class ResetPool:
         if difference := before.difference(after):
             raise NotCompiled(f"a reset does more than to write tensors: {difference}")
         self._origins, self._written, self._same = [0] * len(tensors), set(), before.same()
+        self._sharing = None, []
         shared = after.same()
         lanes: dict[str, list[int]] = {kind: [] for kind in DTYPES}
         device = self._state.layout.device
