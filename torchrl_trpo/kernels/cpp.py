@@ -1,7 +1,8 @@
 """Statements for one row as a C++ function of a batch.
 
-The loop takes as many rows at a time as a vector register of the processor holds. It uses PyTorch's own vector
-functions, so that results are those of PyTorch's operations up to rounding.
+The loop takes as many rows at a time as a vector register of the processor holds. Functions such as sin are those of
+PyTorch's own libraries, so that results are those of PyTorch's operations up to rounding. Their headers are not
+included: a compiler would take longer for them than for the code.
 """
 
 from __future__ import annotations
@@ -9,112 +10,162 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torchrl_trpo.kernels.lanes import Statement
-from torchrl_trpo.kernels.writer import DERIVED, FUNCTIONS, FUNCTIONS_OF_TWO, Guard, Store, write
+from torchrl_trpo.kernels.writer import DERIVED, Guard, Store, write
 
 ROWS_AT_A_TIME = 16
 """Buffers have a multiple of as many rows, the most that a register holds."""
 HEAD = r"""
-#include <ATen/cpu/vec/vec.h>
-#include <atomic>
-#include <cstdint>
+#include <stdint.h>
+#if defined(CPU_CAPABILITY_AVX512)
+#include <immintrin.h>
+constexpr int W = 16;
+#define PROCESSOR(name) _mm512_##name##_ps
+#define LIBRARY(name, precision) Sleef_##name##f16##precision
+#define ROUND_TO_ZERO(a) _mm512_roundscale_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)
+#elif defined(CPU_CAPABILITY_AVX2)
+#include <immintrin.h>
+constexpr int W = 8;
+#define PROCESSOR(name) _mm256_##name##_ps
+#define LIBRARY(name, precision) Sleef_##name##f8##precision
+#define ROUND_TO_ZERO(a) _mm256_round_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)
+#else
+constexpr int W = 4;
+#endif
+#define INFINITY __builtin_inff()
+#define NAN __builtin_nanf("")
 #define FN static inline
 #define PART static __attribute__((noinline)) void
-using V = at::vec::Vectorized<float>;
-using F = V;
-using B = V;
-static constexpr int W = V::size();
-static const V FALSE(0.0f), TRUE = FALSE == FALSE;
-FN V where(V condition, V value, V other) { return V::blendv(other, value, condition); }
-FN V only(V v, V valid) { return v & valid; }
-FN bool none(V mask) { return mask.zero_mask() == (1LL << W) - 1; }
-FN V minimum(V a, V b) { return at::vec::minimum(a, b); }
-FN V maximum(V a, V b) { return at::vec::maximum(a, b); }
-FN V neg_of(V a) { return a.neg(); }
-FN V abs_of(V a) { return a.abs(); }
-FN V load(const float* p) { return V::loadu(p); }
-FN V load(const uint8_t* p) {
-  uint32_t t[W];
-  for (int k = 0; k < W; k++) t[k] = p[k] ? 0xffffffffu : 0u;
-  return V::loadu(t);
+typedef float F __attribute__((vector_size(4 * W)));
+typedef int32_t B __attribute__((vector_size(4 * W)));  // all bits of a number are set, or none
+static const B FALSE = {}, TRUE = FALSE == FALSE;
+#define F(number) ((number) - F{})
+template <typename V> FN V where(B condition, V value, V other) { return condition ? value : other; }
+template <typename V> FN V only(V v, B valid) { return (V)((B)v & valid); }
+FN bool none(B mask) {
+  int32_t found = 0;
+  for (int k = 0; k < W; k++) found |= mask[k];
+  return !found;
 }
-template <typename T> FN V load(const T* p) {
-  float t[W];
-  for (int k = 0; k < W; k++) t[k] = (float)p[k];
-  return V::loadu(t);
+FN F minimum(F a, F b) { return (a != a) | (a < b) ? a : b; }
+FN F maximum(F a, F b) { return (a != a) | (a > b) ? a : b; }
+FN F neg_of(F a) { return -a; }
+FN F abs_of(F a) { return (F)((B)a & 0x7fffffff); }
+FN F load(const float* p) {
+  F v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
 }
-FN V shared(const uint8_t* p) { return *p ? TRUE : FALSE; }
-template <typename T> FN V shared(const T* p) { return V((float)*p); }
-FN void store(float* p, V v) { v.store(p); }
-FN void store(uint8_t* p, V v) {
-  uint32_t t[W];
-  v.store(t);
-  for (int k = 0; k < W; k++) p[k] = t[k] != 0;
+FN B load(const uint8_t* p) {
+  B v;
+  for (int k = 0; k < W; k++) v[k] = p[k];
+  return v != 0;
 }
-template <typename T> FN void store(T* p, V v) {
-  float t[W];
-  v.store(t);
-  for (int k = 0; k < W; k++) p[k] = (T)t[k];
+template <typename T> FN F load(const T* p) {
+  F v;
+  for (int k = 0; k < W; k++) v[k] = (float)p[k];
+  return v;
 }
-template <typename T> FN void store_rows(T* p, int64_t stride, int64_t n, V v) {
-  float t[W];
-  v.store(t);
-  for (int k = 0; k < W && k < n; k++) p[k * stride] = std::is_same_v<T, bool> ? (((uint32_t*)t)[k] != 0) : (T)t[k];
+FN B shared(const uint8_t* p) { return *p ? TRUE : FALSE; }
+template <typename T> FN F shared(const T* p) { return F((float)*p); }
+FN void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
+FN void store(uint8_t* p, B v) {
+  for (int k = 0; k < W; k++) p[k] = v[k] != 0;
+}
+template <typename T> FN void store(T* p, F v) {
+  for (int k = 0; k < W; k++) p[k] = (T)v[k];
+}
+FN void store_rows(bool* p, int64_t stride, int64_t n, B v) {
+  for (int k = 0; k < W && k < n; k++) p[k * stride] = v[k] != 0;
+}
+template <typename T> FN void store_rows(T* p, int64_t stride, int64_t n, F v) {
+  for (int k = 0; k < W && k < n; k++) p[k * stride] = (T)v[k];
 }
 // a lane of an input; all rows read the same one
-FN V load_lane(const float* p, V lane, int64_t n_padded, int64_t i) {
-  float t[W];
-  lane.store(t);
-  return V::loadu(p + (int64_t)t[0] * n_padded + i);
+FN F load_lane(const float* p, F lane, int64_t n_padded, int64_t i) {
+  return load(p + (int64_t)lane[0] * n_padded + i);
 }
 // the number at a place of a table, for each row
-FN V take(const V* table, int length, V place) {
-  float p[W], t[W];
-  place.store(p);
-  for (int k = 0; k < W; k++) t[k] = ((const float*)(table + (p[k] >= 0 && p[k] < length ? (int)p[k] : 0)))[k];
-  return V::loadu(t);
+FN F take(const F* table, int length, F place) {
+  F v;
+  for (int k = 0; k < W; k++) v[k] = table[place[k] >= 0 && place[k] < length ? (int)place[k] : 0][k];
+  return v;
 }
-FN void put(V* table, int length, V place, V value) {
-  float p[W], t[W];
-  place.store(p);
-  value.store(t);
+FN void put(F* table, int length, F place, F value) {
   for (int k = 0; k < W; k++)
-    if (p[k] >= 0 && p[k] < length) ((float*)(table + (int)p[k]))[k] = t[k];
+    if (place[k] >= 0 && place[k] < length) table[(int)place[k]][k] = value[k];
 }
+// PyTorch's libraries hold the functions that its own operations call
+#ifdef LIBRARY
+#define FUNCTION(name, precision) \
+  extern "C" F LIBRARY(name, precision)(F); \
+  FN F name##_of(F a) { return LIBRARY(name, precision)(a); }
+#define FUNCTION_OF_TWO(name, precision) \
+  extern "C" F LIBRARY(name, precision)(F, F); \
+  FN F name##_of(F a, F b) { return LIBRARY(name, precision)(a, b); }
+FN F sqrt_of(F a) { return PROCESSOR(sqrt)(a); }
+FN F floor_of(F a) { return PROCESSOR(floor)(a); }
+FN F trunc_of(F a) { return ROUND_TO_ZERO(a); }
+FN F fmadd(F a, F b, F c) { return PROCESSOR(fmadd)(a, b, c); }
+#else
+#define FUNCTION(name, precision) \
+  FN F name##_of(F a) { \
+    for (int k = 0; k < W; k++) a[k] = __builtin_##name##f(a[k]); \
+    return a; \
+  }
+#define FUNCTION_OF_TWO(name, precision) \
+  FN F name##_of(F a, F b) { \
+    for (int k = 0; k < W; k++) a[k] = __builtin_##name##f(a[k], b[k]); \
+    return a; \
+  }
+FUNCTION(sqrt, )
+FUNCTION(floor, )
+FUNCTION(trunc, )
+FN F fmadd(F a, F b, F c) { return a * b + c; }
+#endif
+FUNCTION(sin, _u35)
+FUNCTION(cos, _u35)
+FUNCTION(tan, _u10)
+FUNCTION(exp, _u10)
+FUNCTION(log, _u10)
+FUNCTION(log1p, _u10)
+FUNCTION(expm1, _u10)
+FUNCTION(atanh, _u10)
+FUNCTION_OF_TWO(atan2, _u10)
+FUNCTION_OF_TWO(pow, _u10)
+FUNCTION_OF_TWO(fmod, )
 // y = x w for W rows at once: y[j] is the sum over k of x[k] w[k * SK + j * SN]
-template <int K, int SK, int SN, int B> FN void some_columns(const V* x, const float* w, V* y) {
-  V sums[B];
+template <int K, int SK, int SN, int N> FN void some_columns(const F* x, const float* w, F* y) {
+  F sums[N];
 #pragma GCC unroll 16
-  for (int j = 0; j < B; j++) sums[j] = V(0.0f);
+  for (int j = 0; j < N; j++) sums[j] = F{};
   for (int k = 0; k < K; k++) {
-    const V each = x[k];
+    const F each = x[k];
 #pragma GCC unroll 16
-    for (int j = 0; j < B; j++) sums[j] = at::vec::fmadd(each, V(w[k * SK + j * SN]), sums[j]);
+    for (int j = 0; j < N; j++) sums[j] = fmadd(each, F(w[k * SK + j * SN]), sums[j]);
   }
 #pragma GCC unroll 16
-  for (int j = 0; j < B; j++) y[j] = sums[j];
+  for (int j = 0; j < N; j++) y[j] = sums[j];
 }
 template <int K, int SK, int SN, int N>
-static __attribute__((noinline)) void linear(const V* x, const float* w, V* y) {
+static __attribute__((noinline)) void linear(const F* x, const float* w, F* y) {
   int j = 0;
   for (; j + W <= N; j += W) some_columns<K, SK, SN, W>(x, w + j * SN, y + j);
   if constexpr (N % W) some_columns<K, SK, SN, N % W>(x, w + j * SN, y + j);
 }
 // the polynomial is the best of its degree for tanh(a) / a, with an error of 4e-9
-FN V tanh_of(V a) {
-  using at::vec::fmadd;
-  const V z = a * a;
-  V p = fmadd(z, V(-0.005717033f), V(0.020650575f));
-  p = fmadd(z, fmadd(z, fmadd(z, p, V(-0.053743493f)), V(0.13331491f)), V(-0.33333284f));
-  const V far = (V(1.0f) - V(2.0f) / ((a.abs() * V(2.0f)).exp() + V(1.0f))).copysign(a);
-  return where(a.abs() < V(0.625f), fmadd(p * z, a, a), far);
+FN F tanh_of(F a) {
+  const F z = a * a, size = abs_of(a);
+  F p = fmadd(z, F(-0.005717033f), F(0.020650575f));
+  p = fmadd(z, fmadd(z, fmadd(z, p, F(-0.053743493f)), F(0.13331491f)), F(-0.33333284f));
+  const F far = 1.0f - 2.0f / (exp_of(size * 2.0f) + 1.0f);
+  return where(size < 0.625f, fmadd(p * z, a, a), (F)((B)far | ((B)a & INT32_MIN)));
 }
 """
-HEAD += "".join(f"FN V {name}_of(V a) {{ return a.{name}(); }}\n" for name in FUNCTIONS)
-HEAD += "".join(f"FN V {name}_of(V a, V b) {{ return a.{name}(b); }}\n" for name in FUNCTIONS_OF_TWO) + DERIVED
+HEAD += DERIVED
 """What the code of functions needs before it."""
 _PARAMETERS = (
     "int64_t i, int64_t n, int64_t P, const void* const* in, void* const* out, const int64_t* S, "
-    "V* kept, V* scratch, V& fail, const V* any, V* hit, V valid"
+    "F* kept, F* scratch, B& fail, const B* any, B* hit, B valid"
 )
 
 
@@ -144,24 +195,26 @@ def source(
     return f"""{code.functions}
 extern "C" int run(int64_t n, int64_t P, const void* const* in, void* const* out, const int64_t* S) {{
   constexpr int N_ANY = {code.n_any};
-  static std::atomic<bool> last[N_ANY + 1];
-  V kept[{code.n_kept + 1}], scratch[{code.n_scratch + 1}], any[N_ANY + 1], hit[N_ANY + 1], wrong;
-  for (int k = 0; k < N_ANY; k++) any[k] = last[k] ? TRUE : V(0.0f);
+  static bool last[N_ANY + 1];
+  F kept[{code.n_kept + 1}], scratch[{code.n_scratch + 1}];
+  B any[N_ANY + 1], hit[N_ANY + 1], wrong, rows;
+  for (int k = 0; k < W; k++) rows[k] = k;
+  for (int k = 0; k < N_ANY; k++) any[k] = __atomic_load_n(last + k, __ATOMIC_RELAXED) ? TRUE : FALSE;
   for (bool again = true; again;) {{
-    for (auto& each : hit) each = V(0.0f);
-    wrong = V(0.0f);
+    for (auto& each : hit) each = FALSE;
+    wrong = FALSE;
     for (int64_t i = 0; i < n; i += W) {{
-      const V valid = i + W <= n ? TRUE : V::arange(0.0f, 1.0f) < V((float)(n - i));
-      V fail(0.0f);
+      const B valid = i + W <= n ? TRUE : rows < (int32_t)(n - i);
+      B fail = FALSE;
       {code.calls}
-      wrong = wrong | (fail & valid);
+      wrong |= fail & valid;
     }}
     again = false;
     for (int k = 0; k < N_ANY; k++) {{
       const bool found = !none(hit[k]);
       again = again || found == none(any[k]);
-      any[k] = found ? TRUE : V(0.0f);
-      last[k] = found;
+      any[k] = found ? TRUE : FALSE;
+      __atomic_store_n(last + k, found, __ATOMIC_RELAXED);
     }}
   }}
   return none(wrong);

@@ -162,9 +162,9 @@ def write(
             lines.append(Line(None, getattr(scratch, operation)(index, arguments, inputs), _lanes(arguments)))
             continue
         if operation == "item":
-            lines.append(Line(index, scratch.item(*arguments), []))
+            lines.append(Line(index, f"({_type(kind)}){scratch.item(*arguments)}", []))
         elif operation == "take":
-            lines.append(Line(index, scratch.take(*arguments), _lanes(arguments)))
+            lines.append(Line(index, f"({_type(kind)}){scratch.take(*arguments)}", _lanes(arguments)))
         elif operation == "drawn_if":
             place = f"(const float*)in[{inputs[arguments[0]][0]}], {_term(arguments[1])}, P, i"
             lines.append(Line(index, f"load_lane({place})", _lanes(arguments)))
@@ -245,14 +245,14 @@ class _Scratch:
         buffer, row = inputs[name]
         c_type, first = _C_TYPES[self._statements[index].kind], self._take(index, length)
         load = f"load((const {c_type}*)in[{buffer}] + ({row + lane} + j) * P + i)"
-        return f"for (int j = 0; j < {length}; j++) scratch[{first} + j] = {load}"
+        return f"for (int j = 0; j < {length}; j++) scratch[{first} + j] = (F){load}"
 
     def put(self, index: int, arguments: Sequence[Any], inputs: Mapping[str, tuple[int, int]]) -> str:
         """A copy with another number at a computed place of each row."""
         items, place, value = arguments
         first = self._take(index, items.length)
         copy = f"for (int j = 0; j < {items.length}; j++) scratch[{first} + j] = (&{self.item(items)})[j]"
-        return f"{copy}; put(scratch + {first}, {items.length}, {_term(place)}, {_term(value)})"
+        return f"{copy}; put(scratch + {first}, {items.length}, {_term(place)}, (F){_term(value)})"
 
     def take(self, items: Items, place: Any) -> str:
         return f"take(&{self.item(items)}, {items.length}, {_term(place)})"
@@ -310,7 +310,7 @@ def _parts(lines: Sequence[Line], statements: Sequence[Statement]) -> tuple[list
     size = _STATEMENTS_OF_A_PART
 
     def declared(lane: int) -> str:
-        return f"const {'B' if statements[lane].kind == 'b' else 'F'} v{lane}"
+        return f"const {_type(statements[lane].kind)} v{lane}"
 
     part_of = {lane: number // size for number, (lane, *_) in enumerate(lines) if lane is not None}
     kept: dict[int, int] = {}
@@ -326,12 +326,16 @@ def _parts(lines: Sequence[Line], statements: Sequence[Statement]) -> tuple[list
             for read in reads:
                 if part_of[read] != start // size and read not in here:
                     here.add(read)
-                    code.append(f"  {declared(read)} = kept[{kept[read]}];")
+                    code.append(f"  {declared(read)} = ({_type(statements[read].kind)})kept[{kept[read]}];")
             code.append(f"  {line};" if made is None else f"  {declared(made)} = {line};")
             if made in kept:
-                code.append(f"  kept[{kept[made]}] = v{made};")
+                code.append(f"  kept[{kept[made]}] = (F)v{made};")
         parts.append("\n".join(code))
     return parts, len(kept)
+
+
+def _type(kind: str) -> str:
+    return "B" if kind == "b" else "F"
 
 
 def _term(value: Any) -> str:
