@@ -8,6 +8,9 @@ from pathlib import Path
 from pkgutil import walk_packages
 from typing import Any
 
+from docutils import nodes
+from math_core import LatexError, LatexToMathML
+from sphinx.errors import ExtensionError
 from sphinx.util import logging
 from sphinx.util.inspect import signature, stringify_signature
 
@@ -21,7 +24,6 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.coverage",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
@@ -29,6 +31,7 @@ html_theme = "furo"
 html_title = "torchrl-trpo"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_math_renderer = "mathml"
 exclude_patterns = ["results/*.png"]
 
 myst_enable_extensions = ["dollarmath"]
@@ -55,6 +58,13 @@ _ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multip
 _SHORT = "AUTO_LOSS_MASK_KEYS|BaseModel|FieldInfo|MarlGroupMapType|Tensor|NestedKey|TensorDictModuleBase"
 nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|torchrl_trpo(\.\w+)+\.(_\w+|SurrogateLoss|Recipe)")]
 
+# The site is read without a network. A page may link to others, but loads no script, style, font or picture from them.
+_LOADS = re.compile(
+    r"""<(?:audio|embed|iframe|img|link|object|script|source|video)\b[^>]*["'](?:https?:)?//[^"']*"""
+    r"""|(?:@import|url\()\s*["']?(?:https?:)?//[^"')]*|["'](?:https?:)?//[^"'\s]*\.(?:css|m?js)["']"""
+)
+_mathml = LatexToMathML(fancy_error=False)
+
 # What is public: the names that the two packages export, and what the modules on the pages hold, which
 # sphinx.ext.coverage compares. A module that is on no page and not internal fails the build until it is decided.
 INTERNAL = (
@@ -80,6 +90,25 @@ def _check_public(app: Any, env: Any) -> None:
             logging.getLogger(__name__).warning(f"{name} is public, and on no page of docs/api; see docs/conf.py.")
 
 
+def _write_formula(writer: Any, node: nodes.math | nodes.math_block) -> None:
+    """Writes a formula as MathML, which browsers draw by themselves."""
+    display = isinstance(node, nodes.math_block)
+    tag = "div" if display else "span"
+    try:
+        formula = _mathml.convert_with_local_state(node.astext(), displaystyle=display)
+    except LatexError as error:
+        raise ExtensionError(f"{writer.builder.current_docname}: formula {node.astext()!r}", error) from error
+    writer.body.append(f"{writer.starttag(node, tag, '', CLASS='math notranslate nohighlight')}{formula}</{tag}>")
+    raise nodes.SkipNode
+
+
+def _check_self_contained(app: Any, error: Exception | None) -> None:
+    """Warns of what the built pages would load from elsewhere."""
+    for path in sorted(path for path in Path(app.outdir).rglob("*") if path.suffix in {".css", ".html", ".js"}):
+        for loaded in sorted(set(_LOADS.findall(path.read_text()))):
+            logging.getLogger(__name__).warning(f"{path} loads {loaded!r}; the site must need no network.")
+
+
 def _skip_fields(app: Any, what: str, name: str, member: Any, skip: bool, options: Any) -> bool | None:
     """Leaves out the fields of named tuples, which the class docstring describes."""
     return True if type(member).__name__ == "_tuplegetter" else None
@@ -100,3 +129,5 @@ def setup(app: Any) -> None:
     app.connect("autodoc-skip-member", _skip_fields)
     app.connect("autodoc-process-signature", _own_signature)
     app.connect("env-check-consistency", _check_public)
+    app.connect("build-finished", _check_self_contained)
+    app.add_html_math_renderer("mathml", (_write_formula, None), (_write_formula, None))

@@ -104,6 +104,15 @@ def test_few_lines_change_and_the_page_shows_them(name):
     assert shown == ["\n".join(diff) + "\n"]
 
 
+def test_the_migration_goes_through_the_changed_lines():
+    old, new = (Path(loop.__file__).read_text().splitlines()[1:] for loop in (mappo, hatrpo))
+    _, _, *diff = difflib.unified_diff(old, new, lineterm="", n=0)
+    changed = [line for line in diff if line[0] in "-+" and line[1:]]
+    text = (ROOT / "docs" / "migrating.md").read_text()
+    shown = "".join(re.findall(r"```diff\n(.*?)```", text, re.DOTALL)).splitlines()
+    assert shown == changed
+
+
 def test_the_readme_gives_the_largest_count():
     old, *others = (Path(loop.__file__).read_text().splitlines() for loop in LOOPS.values())
     assert f"{max(n_changed(old, new) for new in others)} changed lines" in (ROOT / "README.md").read_text()

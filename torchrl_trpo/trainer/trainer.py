@@ -105,6 +105,7 @@ class TrustRegionStepper(OptimizationStepper):
                     f"the loss{f' of group {group!r}' if len(self._losses) > 1 else ''} has no critic to compute "
                     "advantages with. Give TRPOLoss a critic_network."
                 )
+            _ = loss.value_estimator  # makes the default one: a new trainer has what a checkpoint holds
 
     def register(self, trainer: Trainer, name: str = "optimization_stepper") -> None:
         """Checks that the stepper fits the trainer, and registers it for the trainer's checkpoints.
