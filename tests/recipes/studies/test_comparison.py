@@ -166,7 +166,7 @@ def test_the_report_has_a_table_and_figures(tmp_path):
         writer.writerows(rows(**{name: {**FINALS[name], "vmas/c": returns} for name, returns in close.items()}))
     paths = write_report(data, tmp_path)
     assert all(path.stat().st_size > 0 for path in paths)
-    text = (tmp_path / "comparison.md").read_text()
+    text = (tmp_path / "comparison.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
     assert "| `vmas/a` | 200 | 0.0 | 5.0 [4.0, 6.0] | **10.0 [10.0, 10.0]** |" in text
     assert "| `vmas/b` | 200 | -10.00 | **-2.00 [-3.00, -1.00]** | -5.00 [-5.00, -5.00] |" in text
     assert "| `vmas/c` | 200 | 0.00 | **3.00 [1.00, 5.00]** | **2.50 [2.00, 3.00]** |" in text
