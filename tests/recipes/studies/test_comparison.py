@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import imageio.v3 as imageio
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -45,6 +46,9 @@ def test_a_comparison_trains_evaluates_and_goes_on(tmp_path, monkeypatch):
     for rows in by_cell.values():
         assert all(set(row) == set(comparison.COLUMNS) for row in rows)
     cell = comparison.cells(PLAN)[0]
+    film = comparison.film_cell(PLAN, tmp_path, tmp_path, cell)
+    assert film.name == "balance-hatrpo.gif"
+    assert len(imageio.imread(film)) == 3, "every second picture of five steps"
     monkeypatch.setattr(comparison, "train", lambda *_: pytest.fail("it was done already"))
     assert comparison.run_cell(PLAN, tmp_path, cell) == by_cell["hatrpo"]
     others = {**PLAN, "evaluation": {**PLAN["evaluation"], "episodes": {"vmas": 4}}}
