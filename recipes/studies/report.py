@@ -173,7 +173,7 @@ def _tables(comparison: Comparison, plan: str) -> str:
         digits = "z.1f" if best.abs().max() >= 10 else "z.2f"
         texts = [format(comparison.random[task], digits)]
         for values in finals.values():
-            text = _with_range(*map(float, (values.mean(), values.min(), values.max())), digits)
+            text = _with_range(float(values.mean()), float(values.min()), float(values.max()), digits)
             texts.append(f"**{text}**" if values is best or _may_equal(values, best) else text)
         lines.append(f"| `{task}` | {frames[task]:,} | {' | '.join(texts)} |")
     lines += [

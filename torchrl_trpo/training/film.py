@@ -126,8 +126,10 @@ def film_episodes(
     settings: dict[str, Any] = {"fps": FRAMES_PER_SECOND / every, "output_params": ["-preset", "veryfast"]}
     if path.suffix == ".gif":
         settings = {"duration": 1000 * every / FRAMES_PER_SECOND, "loop": 0}  # again and again
-    pictures = [_mosaic(tiles) for tiles in zip(*films, strict=True)]
-    imageio.mimsave(path, [_few_colors(each) for each in pictures] if path.suffix == ".gif" else pictures, **settings)
+    pictures: list[Any] = [_mosaic(tiles) for tiles in zip(*films, strict=True)]
+    if path.suffix == ".gif":
+        pictures = [_few_colors(picture) for picture in pictures]
+    imageio.mimsave(path, pictures, **settings)
     return path
 
 
