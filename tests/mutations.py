@@ -804,7 +804,7 @@ MUTATIONS = (
     Mutation(
         "branch-unchecked",
         "torchrl_trpo/kernels/cpp.py",
-        "    wrong = wrong | (fail & valid);\n",
+        "      wrong |= fail & valid;\n",
         "",
         "a compiled step that would branch otherwise is not noticed",
         "envs/compiled::test_vmas_raises_its_own_errors",
