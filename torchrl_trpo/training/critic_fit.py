@@ -84,7 +84,6 @@ def fit_critic(
         advantages were computed with; and ``dropped``, the number of rows left out because they are not finite.
 
     Raises:
-        KeyError: if the data has no values or value targets: the loss's value estimator has not been called.
         ValueError: if ``epochs`` or ``minibatch_size`` is below 1, or the loss has a ``value_norm`` that would differ
             from process to process.
     """
