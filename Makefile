@@ -24,8 +24,8 @@ BIN := $(VENV)/bin
 SPHINX := $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --doctree-dir outputs/docs/doctrees
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train evaluate test test-slow gpu-check soak mutations coverage check dist docs linkcheck bench results tuning sensitivity
-.DEFAULT_GOAL := train
+.PHONY: help train evaluate test test-slow gpu-check soak mutations coverage check dist docs linkcheck bench results tuning sensitivity
+.DEFAULT_GOAL := help
 
 # The extras of pyproject.toml that each command needs. An empty file $(VENV)/.test says that those of test are installed.
 EXTRAS_train := recipes,vmas
@@ -40,6 +40,9 @@ SIMULATORS := $(foreach name,pettingzoo mamujoco gym,$(if $(findstring env=$(nam
 SIMULATORS += $(if $(filter trpo,$(ALGO)),gym)
 TRAIN := $(VENV)/.train $(patsubst %,$(VENV)/.%,$(sort $(SIMULATORS)))
 
+help:
+	@sed -n 's/^# //p; /^$$/q' $(firstword $(MAKEFILE_LIST))
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +53,7 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 train: $(TRAIN)
+	@test -f recipes/$(ALGO).py || { echo "There is no algorithm ALGO=$(ALGO). Legal: trpo, itrpo, matrpo, hatrpo, happo, mappo, ippo"; exit 2; }
 	@echo "==> Training $(ALGO) (other settings: make train ARGS=\"env=vmas/navigation seed=1\")"
 	$(BIN)/python -m torchrl_trpo.recipes.$(ALGO) $(ARGS)
 	@echo "==> Done. The lines above say where the learning curve, the film and the metrics are."
