@@ -69,7 +69,7 @@ _mathml = LatexToMathML(fancy_error=False)
 # sphinx.ext.coverage compares. A module that is on no page and not internal fails the build until it is decided.
 INTERNAL = (
     r"torchrl_trpo\.(arguments|keys|seeding|(numerics|distributions|objectives|envs|kernels|networks|trainer|recipes\.studies)(\..*)?|"
-    r"parallel(\.(minibatches|torchrun))?|reporting|config(\..*)?|"
+    r"parallel(\.(minibatches|torchrun))?|reporting(\.style)?|config(\..*)?|"
     r"training(\.(checkpoints|collection_state|console|continuation|critic_gradient|run_folder|signals|summary))?)"
 )
 coverage_ignore_functions = ["main"]

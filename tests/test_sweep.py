@@ -55,7 +55,7 @@ def test_a_sweep_is_summed_up_by_what_differs(tmp_path, capsys):
 
 def test_the_curves_of_a_sweep_have_the_range_of_their_seeds(tmp_path, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: drawn.append(self) or path.touch())
     make_sweep(tmp_path)
     printed(capsys, tmp_path)
     (axis,) = drawn[0].axes

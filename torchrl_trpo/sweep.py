@@ -20,6 +20,7 @@ from typing import Any
 
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.reporting.record import RunRecord, find_runs, finite_mean, flat, read_run, write_rows
+from torchrl_trpo.reporting.style import drawing
 
 _OF_A_RUN = ("seed", "output_dir", "resume", "versions", "film", "checkpoint", "logger", "algorithm")
 """Settings that do not tell two settings of a sweep apart; the algorithm does, if it differs."""
@@ -160,30 +161,25 @@ def _unfinished(settings: Sequence[Setting], folder: Path) -> list[str]:
 
 def _plot(settings: Sequence[Setting], path: Path) -> Path:
     """Plots each setting's mean return and the range over seeds; a cross marks the end of an unfinished run."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5 + 0.3 * len(settings)), layout="constrained")
-    axis = figure.subplots()
-    for index, setting in enumerate(settings):
-        by_frames: dict[float, list[float]] = {}
-        for run in setting.runs:
-            for frames, value in zip(run.column("frames"), run.column("episode_return"), strict=True):
-                by_frames.setdefault(frames, []).append(value)
-            if run.state != "finished" and run.frames:
-                axis.plot(run.frames / 1000, run.column("episode_return")[-1], "x", color=f"C{index}", ms=9)
-        curve = [(f / 1000, [v for v in values if math.isfinite(v)]) for f, values in sorted(by_frames.items())]
-        curve = [(frames, values) for frames, values in curve if values]
-        at = [frames for frames, _ in curve]
-        seeds = f"{len(setting.finished)} of {len(setting.runs) + setting.missing} runs finished"
-        axis.plot(
-            at, [finite_mean(v) for _, v in curve], color=f"C{index}", label=fill(f"{setting.name} ({seeds})", 110)
-        )
-        lows, highs = [min(values) for _, values in curve], [max(values) for _, values in curve]
-        axis.fill_between(at, lows, highs, color=f"C{index}", alpha=0.2, lw=0)
-    axis.set(title="Episode return: mean and range over seeds", xlabel="thousand frames", ylabel="mean over agents")
-    axis.grid(alpha=0.3)
-    figure.legend(fontsize="small", loc="outside lower center")
-    figure.savefig(path, dpi=110)
+    with drawing(path, 1, 1, (10, 5 + 0.35 * len(settings))) as (figure, (axis,)):
+        figure.set_layout_engine("constrained")
+        for index, setting in enumerate(settings):
+            by_frames: dict[float, list[float]] = {}
+            for run in setting.runs:
+                for frames, value in zip(run.column("frames"), run.column("episode_return"), strict=True):
+                    by_frames.setdefault(frames, []).append(value)
+                if run.state != "finished" and run.frames:
+                    axis.plot(run.frames / 1000, run.column("episode_return")[-1], "x", color=f"C{index}", ms=9)
+            curve = [(f / 1000, [v for v in values if math.isfinite(v)]) for f, values in sorted(by_frames.items())]
+            curve = [(frames, values) for frames, values in curve if values]
+            at = [frames for frames, _ in curve]
+            seeds = f"{len(setting.finished)} of {len(setting.runs) + setting.missing} runs finished"
+            label = fill(f"{setting.name} ({seeds})", 100)
+            axis.plot(at, [finite_mean(v) for _, v in curve], color=f"C{index}", label=label)
+            lows, highs = [min(values) for _, values in curve], [max(values) for _, values in curve]
+            axis.fill_between(at, lows, highs, color=f"C{index}", alpha=0.2, lw=0)
+        axis.set(title="Mean and range over seeds", xlabel="thousand frames", ylabel="episode return, mean over agents")
+        figure.legend(loc="outside lower center")
     return path
 
 

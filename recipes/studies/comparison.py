@@ -134,12 +134,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     part = {name: getattr(given, name) for name in ("tasks", "algorithms", "seeds")}
     whole = all(set(chosen) >= set(plan[name]) for name, chosen in part.items())
-    job = functools.partial(run_cell, plan | part, given.output.absolute())
-    results = run_all(job, cells(plan | part), workers=given.workers)
     report = given.report or (Path("docs/results") if whole else given.output)
-    report.mkdir(parents=True, exist_ok=True)
     data = report / f"{chosen_plan}.csv"
-    write_rows(data, COLUMNS, [row for rows in results.values() for row in rows])
+    if not given.redraw:
+        job = functools.partial(run_cell, plan | part, given.output.absolute())
+        results = run_all(job, cells(plan | part), workers=given.workers)
+        report.mkdir(parents=True, exist_ok=True)
+        write_rows(data, COLUMNS, [row for rows in results.values() for row in rows])
     for path in write_report(data, report):
         print(f"  {path}")
 

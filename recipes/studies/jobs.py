@@ -38,6 +38,9 @@ def study_parser(name: str, description: str) -> ArgumentParser:
     parser = ArgumentParser(f"python -m torchrl_trpo.recipes.studies.{name}", description=description)
     parser.add_argument("--output", type=Path, default=Path("outputs") / name, help="where the runs go")
     parser.add_argument("--report", type=Path, help="where tables and figures go (docs/results; of a part: the output)")
+    parser.add_argument(
+        "--redraw", action="store_true", help="trains nothing: writes the report again from its CSV file"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each (default: 2)")
     return parser
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from torchrl_trpo.numerics.statistics import percentile_bootstrap
@@ -23,15 +21,9 @@ from torchrl_trpo.recipes.studies.statistics import (
     interquartile_mean,
     probability_of_improvement,
 )
+from torchrl_trpo.reporting.style import ALGORITHM_COLORS, REFERENCE, drawing
 
 NAMES = {"itrpo": "ITRPO", "matrpo": "MATRPO", "hatrpo": "HATRPO", "mappo": "MAPPO", "ippo": "IPPO"}
-COLORS = {
-    "hatrpo": "tab:red",
-    "matrpo": "tab:orange",
-    "itrpo": "tab:purple",
-    "mappo": "tab:blue",
-    "ippo": "tab:cyan",
-}
 
 
 def display_name(algorithm: str) -> str:
@@ -40,8 +32,8 @@ def display_name(algorithm: str) -> str:
     return f"{NAMES[recipe]} {variant}".strip()
 
 
-def _color(algorithm: str) -> str | None:
-    return COLORS.get(algorithm.partition("-")[0])
+def _color(algorithm: str) -> str:
+    return ALGORITHM_COLORS[algorithm.partition("-")[0]]
 
 
 def _style(algorithm: str) -> str:
@@ -156,16 +148,21 @@ def _tables(comparison: Comparison, plan: str) -> str:
     head = f"| | {' | '.join(display_name(name) for name in names)} |"
     rule = f"|---|{'---|' * len(names)}"
     frames = {task: int(comparison.curves[task, names[0]].frames[-1]) for task in comparison.tasks}
+    command = "make results" if plan == "comparison" else f'make results ARGS="--plan {plan}"'
     hours = sum(float(comparison.curves[task, name].cpu_s[:, -1].sum()) for task in frames for name in names) / 3600
     lines = [
         f"# {'The comparison' if plan == 'comparison' else plan.capitalize().replace('_', ' ')} in numbers",
         "",
-        f"<!-- Written by python -m torchrl_trpo.recipes.studies.comparison --plan {plan} -->",
+        f"<!-- Written by {command} -->",
         "",
-        f"Seeds {', '.join(map(str, seeds))} of each algorithm on each task; {hours:.1f} processor hours of training.",
+        f"Each algorithm was trained on each task with seeds {', '.join(map(str, seeds))}, in {hours:.1f} processor "
+        "hours in all.",
         "",
-        "Return of the deterministic policy at the end, mean over seeds [smallest, largest]; **bold**: the highest "
-        "mean, and those whose 95 % interval of the difference to it (bootstrap over seeds) holds 0.",
+        "## Returns at the end",
+        "",
+        "A cell has the return of the deterministic policy at the end: the mean over seeds [smallest, largest]. The "
+        "highest mean is **bold**. So are those that may equal it: the 95 % interval of the difference, by a bootstrap "
+        "over seeds, holds 0.",
         "",
         head.replace("| |", "| task | frames | random |", 1),
         rule.replace("|---|", "|---|---|---|", 1),
@@ -179,23 +176,39 @@ def _tables(comparison: Comparison, plan: str) -> str:
             text = "{:{d}} [{:{d}}, {:{d}}]".format(*map(float, (values.mean(), values.min(), values.max())), d=digits)
             texts.append(f"**{text}**" if values is best or _may_equal(values, best) else text)
         lines.append(f"| `{task}` | {frames[task]:,} | {' | '.join(texts)} |")
-    lines += ["", "Processor seconds of a run, mean over seeds:", "", head.replace("| |", "| task |", 1), rule]
+    lines += [
+        "",
+        "## Processor seconds",
+        "",
+        "A cell has the processor seconds of a run, mean over seeds.",
+        "",
+        head.replace("| |", "| task |", 1),
+        rule,
+    ]
     for task in comparison.tasks:
         texts = [f"{comparison.curves[task, name].cpu_s[:, -1].mean():.0f}" for name in names]
         lines.append(f"| `{task}` | {' | '.join(texts)} |")
-    lines += ["", "Mean over seeds and its 95 % interval (bootstrap over seeds):", ""]
-    lines += [f"![Returns over frames]({plan}_frames.png)", "", f"![Returns over time]({plan}_cpu.png)"]
+    lines += ["", "## Learning curves"]
+    for name, over in (("frames", "frames"), ("cpu", "processor seconds")):
+        lines += ["", f"![Returns over {over}]({plan}_{name}.png)", ""]
+        lines.append(
+            f"*Returns of the deterministic policy over {over}: means over seeds, with 95 % intervals by a bootstrap "
+            f"over seeds. Drawn by `{command}`.*"
+        )
     if not comparison.learned:
         return "\n".join([*lines, "", "No algorithm learned any task in these frames."]) + "\n"
     left_out = [f"`{task}`" for task in comparison.tasks if task not in comparison.learned]
-    without = f" without {', '.join(left_out)}, which no algorithm learned in these frames" if left_out else ""
     lines += [
         "",
-        f"Scores over all tasks{without}. 0 is a random policy, 1 the best algorithm's mean at equal frames, which",
-        "the bootstrap holds fixed. Equal processor seconds are those that a task's cheapest algorithm takes for all",
-        "frames; a run that has not been evaluated until then has 0. Intervals of 95 %, from resampled seeds:",
+        "## Scores over all tasks",
+        "",
+        "A score is 0 for a random policy and 1 for the best algorithm's mean at equal frames. The bootstrap holds "
+        "that mean fixed. Equal processor seconds are those that a task's cheapest algorithm takes for all frames. A "
+        "run without an evaluation until then has 0. Brackets hold 95 % intervals, from resampled seeds.",
         "",
     ]
+    if left_out:
+        lines += [f"There is no score where no algorithm learned a task in these frames: {', '.join(left_out)}.", ""]
     lines += [head.replace("| |", "| score |", 1), rule]
     budgets = (("equal frames", False), ("equal processor seconds", True))
     for title, equal_cpu in budgets:
@@ -208,7 +221,11 @@ def _tables(comparison: Comparison, plan: str) -> str:
             lines.append(
                 f"| P(better than {display_name(other)}), {title} | {' | '.join(map(_value_with_interval, chances))} |"
             )
-    lines += ["", f"![Aggregate scores]({plan}_scores.png)"]
+    lines += ["", f"![Aggregate scores]({plan}_scores.png)", ""]
+    lines.append(
+        "*Interquartile means of the scores, and the probability of being better than MAPPO, with 95 % intervals. "
+        f"Drawn by `{command}`.*"
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -237,54 +254,53 @@ def _plot_curves(comparison: Comparison, x: str, label: str, path: Path) -> None
     """One axis for each task: the mean over seeds and its 95 % bootstrap interval."""
     columns = min(4, len(comparison.tasks))
     rows = -(-len(comparison.tasks) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.6), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis, task in zip(axes, comparison.tasks, strict=False):
-        for name in comparison.algorithms:
-            curves = comparison.curves[task, name]
-            positions = curves.frames / 1000 if x == "frames" else curves.cpu_s.mean(0)
-            bands = [aggregate(point.unsqueeze(0), _mean) for point in curves.returns.unbind(1)]
-            mean, low, high = zip(*bands, strict=True)
-            axis.plot(positions, mean, color=_color(name), ls=_style(name), label=display_name(name), lw=1.6)
-            axis.fill_between(positions, low, high, color=_color(name), alpha=0.15, lw=0)
-        axis.axhline(comparison.random[task], color="gray", ls=":", lw=1, label="random")
-        axis.set_title(task.partition("/")[2], fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.set_xlim(left=0)
-    for axis in axes[len(comparison.tasks) :]:
-        axis.remove()
-    figure.supxlabel(label)
-    figure.supylabel("episode return, deterministic")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    figure.savefig(path, dpi=120)
+    with drawing(path, rows, columns, (3.6 * columns, 3.0 * rows + 0.9)) as (figure, axes):
+        figure.set_layout_engine("constrained")
+        for axis, task in zip(axes, comparison.tasks, strict=False):
+            for name in comparison.algorithms:
+                curves = comparison.curves[task, name]
+                positions = curves.frames / 1000 if x == "frames" else curves.cpu_s.mean(0)
+                bands = [aggregate(point.unsqueeze(0), _mean) for point in curves.returns.unbind(1)]
+                mean, low, high = zip(*bands, strict=True)
+                axis.plot(positions, mean, color=_color(name), ls=_style(name), label=display_name(name))
+                axis.fill_between(positions, low, high, color=_color(name), alpha=0.15, lw=0)
+            axis.axhline(comparison.random[task], **REFERENCE, label="random")
+            axis.set_title(task.partition("/")[2])
+            axis.set_xlim(left=0)
+        for axis in axes[len(comparison.tasks) :]:
+            axis.remove()
+        figure.supxlabel(label)
+        figure.supylabel("episode return, mean over agents")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 2 * columns))
 
 
 def _plot_scores(comparison: Comparison, path: Path) -> None:
     """Aggregate scores, and the probability that an algorithm is better than MAPPO, with 95 % intervals."""
-    figure = Figure(figsize=(12, 0.45 * len(comparison.algorithms) + 1.6), layout="constrained")
-    axes: Sequence[Axes] = figure.subplots(1, 3, sharey=True)
-    titles = ("IQM score, equal frames", "IQM score, equal processor seconds", "P(better than MAPPO), equal frames")
-    for position, name in enumerate(reversed(comparison.algorithms)):
-        values = [
-            aggregate(comparison.scores(name)),
-            aggregate(comparison.scores(name, equal_cpu=True)),
-            _improvement(comparison, name, "mappo", False) if "mappo" in comparison.algorithms else None,
-        ]
-        for axis, value in zip(axes, values, strict=True):
-            if value is not None:
-                axis.barh(position, value[2] - value[1], left=value[1], height=0.6, color=_color(name), alpha=0.4)
-                axis.plot([value[0], value[0]], [position - 0.3, position + 0.3], color="black", lw=2)
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=10)
-        axis.use_sticky_edges = False  # which would leave the bars no margin
-        axis.autoscale_view()
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(
-        range(len(comparison.algorithms)), [display_name(name) for name in reversed(comparison.algorithms)]
+    panels = (
+        ("Equal frames", "score, interquartile mean"),
+        ("Equal processor seconds", "score, interquartile mean"),
+        ("Better than MAPPO, equal frames", "probability"),
     )
-    axes[0].set_xlabel("0: random policy, 1: the best mean")
-    axes[1].set_xlabel("0: random policy, 1: the best mean")
-    axes[2].axvline(0.5, color="gray", ls="--", lw=1)
-    axes[2].set(xlim=(0, 1), xlabel="probability")
-    figure.savefig(path, dpi=120)
+    names = list(reversed(comparison.algorithms))
+    with drawing(path, 1, 3, (14, 0.5 * len(names) + 1.6), sharey=True) as (figure, axes):
+        figure.set_layout_engine("constrained")
+        for position, name in enumerate(names):
+            values = [
+                aggregate(comparison.scores(name)),
+                aggregate(comparison.scores(name, equal_cpu=True)),
+                _improvement(comparison, name, "mappo", False) if "mappo" in names else None,
+            ]
+            for axis, value in zip(axes, values, strict=True):
+                if value is not None:
+                    axis.plot(value[1:], [position] * 2, color=_color(name), ls=_style(name), lw=5, alpha=0.5)
+                    axis.plot(value[0], position, "o", color=_color(name), ms=11)
+        for axis, (title, label) in zip(axes, panels, strict=True):
+            axis.set(title=title, xlabel=label)
+            axis.grid(visible=False, axis="y")
+        axes[1].sharex(axes[0])
+        axes[0].autoscale_view()
+        axes[0].set_yticks(range(len(names)), [display_name(name) for name in names])
+        axes[0].set_ylim(-0.5, len(names) - 0.5)
+        axes[2].axvline(0.5, **REFERENCE)
+        axes[2].set_xlim(0, 1)

@@ -8,23 +8,32 @@ sensitivity.csv, a row for each run, and a figure for each sweep.
 
 from __future__ import annotations
 
+import csv
 import functools
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from torchrl_trpo.recipes.studies.jobs import CONFIG, config, run_all, study_parser, train
 from torchrl_trpo.reporting.record import read_run, write_rows
+from torchrl_trpo.reporting.style import ALGORITHM_COLORS, REFERENCE, drawing
 
 MEASURED = ("evaluation_return", "cpu_s", "accepted", "kl_ratio", "explained_variance")
 """The results of a run: the deterministic policy's return at the end, the processor seconds, and means over the second
 half of the iterations: the share of accepted steps, the KL divergence divided by ``max_kl``, the explained variance."""
+
+
+_UNITS = {
+    "updater.max_kl": " [nats]",
+    "updater.fisher_subsample": " [share of rows]",
+    "updater.accept_ratio": " [share of the promise]",
+}
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,18 @@ def write_report(plan: Mapping[str, Any], measured: Mapping[Trial, Mapping[str, 
     return paths
 
 
+def read_measured(data: Path) -> dict[Trial, dict[str, float]]:
+    """Reads the results that :func:`write_report` has written to ``sensitivity.csv``."""
+    with data.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        Trial(row["task"], tuple(json.loads(row["changed"]).items()), int(row["seed"])): {
+            name: float(row[name] or "nan") for name in MEASURED
+        }
+        for row in rows
+    }
+
+
 def _plot(
     plan: Mapping[str, Any],
     space: Mapping[str, Sequence[float]],
@@ -103,40 +124,42 @@ def _plot(
     measured: Mapping[Trial, Mapping[str, float]],
     path: Path,
 ) -> None:
-    """The return on each task over a setting, then its processor seconds: lines are means, dots are seeds.
+    """The return on each task over a setting, then its processor seconds: means and ranges over seeds.
 
     The y axes are the same in the figures of all sweeps, so that noise looks small.
     """
     (name, values), *others = space.items()
     curves = [{second: each} for second, choices in others for each in choices] or [{}]
     panels = [*((task, "evaluation_return") for task in plan["tasks"]), (plan["tasks"][0], "cpu_s")]
-    figure = Figure(figsize=(3.3 * len(panels), 2.9), layout="constrained")
-    for axis, (task, column) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for curve in curves:
-            points = []
-            for value in values:
-                changed = _changed({name: value, **curve}, defaults)
-                runs = [measured.get(Trial(task, changed, seed)) for seed in plan["seeds"]]
-                points.append([run[column] for run in runs if run is not None])
-            label = ", ".join(f"{key.rpartition('.')[2]}: {each}" for key, each in curve.items())
-            means = [sum(each) / len(each) if each else float("nan") for each in points]
-            (line,) = axis.plot(range(len(values)), means, marker="o", ms=4, label=label or None)
-            for position, each in enumerate(points):
-                axis.plot([position] * len(each), each, ls="", marker=".", ms=4, alpha=0.5, color=line.get_color())
-        axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-        if defaults[name] in values:
-            axis.axvline(values.index(defaults[name]), color="gray", ls=":", lw=1)
-        axis.grid(alpha=0.3)
-        axis.set_xlabel(name)
-        quantity = "return" if column == "evaluation_return" else "processor seconds"
-        axis.set_title(f"{task.partition('/')[2]}: {quantity}", fontsize=10)
-        everywhere = [run[column] for trial, run in measured.items() if trial.task == task]
-        low, high = 0.0 if column == "cpu_s" else min(everywhere), max(everywhere)
-        margin = 0.05 * (high - low) or 0.05
-        axis.set_ylim(0.0 if column == "cpu_s" else low - margin, high + margin)
-        if others and axis is figure.axes[0]:
-            axis.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    color = ALGORITHM_COLORS[plan["recipe"]]
+    with drawing(path, 1, len(panels), (4.2 * len(panels), 3.6)) as (figure, axes):
+        figure.set_layout_engine("constrained")
+        for axis, (task, column) in zip(axes, panels, strict=True):
+            for shift, (curve, style) in enumerate(zip(curves, itertools.cycle(("o-", "s--", "^:")))):
+                points = []
+                for value in values:
+                    changed = _changed({name: value, **curve}, defaults)
+                    runs = [measured.get(Trial(task, changed, seed)) for seed in plan["seeds"]]
+                    points.append([run[column] for run in runs if run is not None] or [math.nan])
+                label = ", ".join(f"{key.rpartition('.')[2]} {each:,}" for key, each in curve.items())
+                means = [sum(each) / len(each) for each in points]
+                below = [mean - min(each) for mean, each in zip(means, points, strict=True)]
+                above = [max(each) - mean for mean, each in zip(means, points, strict=True)]
+                at = [position + 0.07 * (shift - (len(curves) - 1) / 2) for position in range(len(values))]
+                axis.errorbar(at, means, [below, above], fmt=style, color=color, elinewidth=1.2, capsize=3, label=label)
+            axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+            if defaults[name] in values:
+                axis.axvline(values.index(defaults[name]), **REFERENCE)
+            quantity = "episode return" if column == "evaluation_return" else "processor seconds of a run"
+            axis.set(
+                title=task.partition("/")[2], xlabel=name.rpartition(".")[2] + _UNITS.get(name, ""), ylabel=quantity
+            )
+            everywhere = [run[column] for trial, run in measured.items() if trial.task == task]
+            low, high = 0.0 if column == "cpu_s" else min(everywhere), max(everywhere)
+            margin = 0.05 * (high - low) or 0.05
+            axis.set_ylim(0.0 if column == "cpu_s" else low - margin, high + margin)
+            if others and axis is axes[0]:
+                axis.legend()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -147,9 +170,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     whole = set(given.sweeps) == set(plan["sweeps"])
     plan["sweeps"] = {name: plan["sweeps"][name] for name in given.sweeps}
+    report = given.report or (Path("docs/results") if whole else given.output)
     job = functools.partial(run_trial, plan, given.output.absolute())
-    measured = run_all(job, trials(plan), workers=given.workers)
-    for path in write_report(plan, measured, given.report or (Path("docs/results") if whole else given.output)):
+    if given.redraw:
+        measured = read_measured(report / "sensitivity.csv")
+    else:
+        measured = run_all(job, trials(plan), workers=given.workers)
+    for path in write_report(plan, measured, report):
         print(f"  {path}")
 
 

@@ -8,6 +8,7 @@ writes the trials to docs/results/tuning.csv and tuning.md, and each task's best
 
 from __future__ import annotations
 
+import csv
 import functools
 import itertools
 import json
@@ -71,6 +72,16 @@ def run_search(plan: Mapping[str, Any], root: Path, search: tuple[str, str]) -> 
     ]
 
 
+def read_trials(data: Path) -> list[dict[str, Any]]:
+    """Reads the trials that :func:`write_outcome` has written to ``tuning.csv``."""
+    with data.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    numbers = ("evaluation_return", "cpu_s")
+    return [
+        {**row, "settings": json.loads(row["settings"]), **{name: float(row[name]) for name in numbers}} for row in rows
+    ]
+
+
 def write_outcome(
     found: Sequence[Mapping[str, Any]], choose: Mapping[str, Any], report: Path, config: Path
 ) -> list[Path]:
@@ -117,11 +128,16 @@ def _table(
     lines = [
         "# The search for settings",
         "",
-        "<!-- Written by python -m torchrl_trpo.recipes.studies.tuning -->",
+        "<!-- Written by make tuning -->",
         "",
-        f"{len(found)} trials, {hours:.1f} processor hours. Return of the deterministic policy. **Bold**: taken, the",
-        f"best with {_short(choose)}: [why](README.md#the-comparison).",
-        "The mean is of the place between a task's worst trial of all algorithms, 0, and its best, 1.",
+        f"`make tuning` has run {len(found)} trials, in {hours:.1f} processor hours. Each algorithm has a table. A "
+        "cell has the return of the deterministic policy at the end of a trial.",
+        "",
+        f"**Bold** is the trial that was taken: the best of those with `{_short(choose)}` "
+        "([why](README.md#how-the-settings-were-chosen)).",
+        "",
+        "The last row sums a column up. On each task the worst trial of all algorithms is 0 and the best one is 1. The "
+        "row has the mean over the tasks.",
     ]
     for algorithm in dict.fromkeys(trial["algorithm"] for trial in found):
         by_settings: dict[str, list[Mapping[str, Any]]] = {}
@@ -162,11 +178,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = study_parser("tuning", "Searches settings.")
     parser.add_argument("--config", type=Path, default=CONFIG / "hyperparameters" / "finetuned")
     given = parser.parse_args(arguments)
-    searches = list(itertools.product(plan["tasks"], plan["space"]))
-    job = functools.partial(run_search, plan, given.output.absolute())
-    results = run_all(job, searches, workers=given.workers)
-    found = [trial for each in results.values() for trial in each]
-    for path in write_outcome(found, plan["choose"], given.report or Path("docs/results"), given.config):
+    report = given.report or Path("docs/results")
+    if given.redraw:
+        found = read_trials(report / "tuning.csv")
+    else:
+        job = functools.partial(run_search, plan, given.output.absolute())
+        searches = list(itertools.product(plan["tasks"], plan["space"]))
+        results = run_all(job, searches, workers=given.workers)
+        found = [trial for each in results.values() for trial in each]
+    for path in write_outcome(found, plan["choose"], report, given.config):
         print(f"  {path}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torchrl._utils import logger
 
 from torchrl_trpo.reporting.diagnosis import Threshold
-from torchrl_trpo.reporting.record import RunRecord, read_run, replacing
+from torchrl_trpo.reporting.record import RunRecord, read_run
+from torchrl_trpo.reporting.style import ALGORITHM_COLORS, REFERENCE, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +27,7 @@ _PANELS: tuple[_Panel, ...] = (
     (
         "Surrogate's improvement",
         "advantage's units",
-        {"improvement": "reached", "expected_improvement": "linear model, full step"},
+        {"improvement": "reached", "expected_improvement": "linear model"},
         {},
     ),
     ("Step fraction", "share of the full step", {"step_fraction": ""}, {"ylim": (-0.05, 1.05)}),
@@ -100,19 +102,14 @@ def plot_diagnostics(record: RunRecord, path: Path) -> Path:
 def _plot(record: RunRecord, panels: Sequence[_Panel], path: Path) -> Path:
     """Draws panels in rows of three, laid out by hand, which is fast."""
     rows = max(1, math.ceil(len(panels) / _COLUMNS))
-    height = 3.1 * rows + 0.4
-    from matplotlib.figure import Figure  # takes half a second, which --help does not need
-
-    figure = Figure(figsize=(13, height))
-    figure.subplots_adjust(0.06, 0.55 / height, 0.985, 1 - 0.75 / height, wspace=0.24, hspace=0.42)
-    figure.suptitle(record.title)
-    axes = figure.subplots(rows, _COLUMNS, squeeze=False).flatten()
-    for axis, panel in zip(axes, panels, strict=False):
-        _draw(axis, record, *panel)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    with replacing(path) as file:  # whoever looks while the run goes on sees a whole picture
-        figure.savefig(file, dpi=100)
+    height = 3.3 * rows + 0.5
+    with drawing(path, rows, _COLUMNS, (13, height)) as (figure, axes):
+        figure.subplots_adjust(0.085, 0.65 / height, 0.985, 1 - 0.95 / height, wspace=0.34, hspace=0.55)
+        figure.suptitle(record.title)
+        for axis, panel in zip(axes, panels, strict=False):
+            _draw(axis, record, *panel)
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
     return path
 
 
@@ -125,15 +122,16 @@ def _draw(
         columns = {name: name.removeprefix("episode_return_") for name in groups} or columns
     frames = [frames / 1000 for frames in record.column("frames")]
     marker = "." if len(frames) < 30 else ""
-    for index, (name, label) in enumerate(columns.items()):
-        axis.plot(frames, record.column(name), color=f"C{index}", marker=marker, label=label or None)
+    own = ALGORITHM_COLORS.get(record.config["algorithm"].lower(), "C0")
+    colors = [own, "#8C8C8C", *(color for color in ALGORITHM_COLORS.values() if color != own)]
+    for color, (name, label) in zip(itertools.cycle(colors), columns.items(), strict=False):
+        axis.plot(frames, record.column(name), color=color, marker=marker, label=label or None)
     if title == "KL divergence" and record.max_kl is not None:
-        axis.axhline(record.max_kl, color="gray", ls="--", lw=1, label="max_kl")
+        axis.axhline(record.max_kl, **REFERENCE, label="max_kl")
     if title == "KL divergence":
         axis.set_ylim(0, None if record.max_kl is None else 1.15 * record.max_kl)
     if title == "CG residual":
-        axis.axhline(Threshold.CG_RESIDUAL, color="gray", ls="--", lw=1, label="converged below")
+        axis.axhline(Threshold.CG_RESIDUAL, **REFERENCE, label="converged below")
     axis.set(title=title, ylabel=unit, xlabel="thousand frames", **settings)
-    axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize="small", loc="best")
+        axis.legend(loc="best")

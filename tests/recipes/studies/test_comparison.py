@@ -64,6 +64,10 @@ def test_a_part_of_the_comparison_is_not_reported_as_the_whole(tmp_path, monkeyp
     assert Path("runs/comparison.md").exists()
     comparison.main([])
     assert Path("docs/results/comparison.md").exists()
+    monkeypatch.setattr(comparison, "run_all", lambda *_, **__: pytest.fail("the runs are not asked for"))
+    Path("docs/results/comparison.md").unlink()
+    comparison.main(["--redraw"])
+    assert Path("docs/results/comparison.md").exists()
     with pytest.raises(SystemExit):
         comparison.main(["--tasks", "vmas/balnce"])
     assert "'vmas/balnce' (choose from" in capsys.readouterr().err
@@ -180,8 +184,7 @@ def test_the_outcome_of_a_search_is_the_best_trial_of_each_task(tmp_path):
     tuning.write_outcome(found, {"gamma": 0.9}, tmp_path, tmp_path / "finetuned")
     best = OmegaConf.load(tmp_path / "finetuned" / "mappo" / "vmas" / "balance.yaml")
     assert best == {"updater": {"lr": 0.2}, "gamma": 0.9}
-    with (tmp_path / "tuning.csv").open() as file:
-        assert [json.loads(row["settings"]) for row in csv.DictReader(file)] == tried
+    assert tuning.read_trials(tmp_path / "tuning.csv") == found
     text = (tmp_path / "tuning.md").read_text()
     assert "| mappo | lr=0.1 gamma=0.9 | lr=0.1 gamma=0.8 | lr=0.2 gamma=0.9 | lr=0.2 gamma=0.8 |" in text
     assert "| `vmas/balance` | 1 | 5 | **3** | 2 |\n| mean | 0.00 | 1.00 | 0.50 | 0.25 |" in text
@@ -225,10 +228,7 @@ def test_tuned_settings_are_those_of_a_run(recipe, task):
 
 
 def test_tuned_settings_are_the_best_that_were_found(tmp_path):
-    with (CONFIG_DIR.parents[1] / "docs" / "results" / "tuning.csv").open(newline="") as file:
-        found = [row | {"settings": json.loads(row["settings"])} for row in csv.DictReader(file)]
-    for row in found:
-        row |= {name: float(row[name]) for name in ("evaluation_return", "cpu_s")}
+    found = tuning.read_trials(CONFIG_DIR.parents[1] / "docs" / "results" / "tuning.csv")
     choose = OmegaConf.load(CONFIG_DIR / "tuning.yaml").choose
     tuning.write_outcome(found, choose, tmp_path, tmp_path)
     written = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.glob("*/*/*.yaml")}
@@ -269,8 +269,7 @@ def test_a_sensitivity_sweep_runs_each_setting_once(tmp_path):
         assert 0 <= values["kl_ratio"] <= 1
     paths = sensitivity.write_report(plan, measured, tmp_path)
     assert all(path.stat().st_size > 0 for path in paths)
-    with paths[0].open() as file:
-        assert [json.loads(row["changed"]) for row in csv.DictReader(file)] == [{}, {"updater.damping": 1.0}]
+    assert sensitivity.read_measured(paths[0]) == measured
 
 
 def test_results_come_in_the_order_of_their_jobs():
