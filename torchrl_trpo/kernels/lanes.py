@@ -62,7 +62,8 @@ class Lanes:
     """A tensor as an object array of lanes and constants.
 
     Args:
-        values: the lanes, in the tensor's shape, with size 1 along the batch dimension.
+        values: the lanes, in the tensor's shape, with size 1 along the batch dimension. It has size k if a dimension
+            of size k has been joined to it.
         axis: the batch dimension; None if all rows have the same values.
         n_rows: the size of the batch.
         kind: the kind of the lanes.
@@ -77,11 +78,11 @@ class Lanes:
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape, with the batch dimension."""
-        return tuple(self.n_rows if d == self.axis else size for d, size in enumerate(self.values.shape))
+        return tuple(self.n_rows * size if d == self.axis else size for d, size in enumerate(self.values.shape))
 
     def of_rows(self) -> np.ndarray | None:
         """The lanes of a tensor with the batch as its first dimension; None if it has no such dimension."""
-        if self.axis == 0:
+        if self.axis == 0 and len(self.values) == 1:
             return self.values
         if self.axis is not None or self.values.shape[:1] != (self.n_rows,):
             return None
@@ -236,7 +237,12 @@ def aligned(*tensors: Any) -> tuple[list[np.ndarray], int | None, int]:
     if len(axes) > 1:
         raise Unsupported("rows are combined with other rows")
     axis = next(iter(axes), None)
-    return [_of_one_row(tensor, axis) for tensor in found], axis, n_rows
+    arrays = [_of_one_row(tensor, axis) for tensor in found]
+    if axis is not None:
+        size = max(array.shape[axis] for array in arrays if array.ndim >= -axis)
+        shapes = [(*a.shape[:axis], size, *a.shape[axis:][1:]) if a.ndim >= -axis else a.shape for a in arrays]
+        arrays = [np.broadcast_to(array, shape) for array, shape in zip(arrays, shapes, strict=True)]
+    return arrays, axis, n_rows
 
 
 def _of_one_row(tensor: Lanes, axis: int | None) -> np.ndarray:

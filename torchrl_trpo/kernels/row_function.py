@@ -72,5 +72,5 @@ class RowFunction:
         Returns:
             Whether the results are right: the function branches as it did when it was traced.
         """
-        self._draws.draw()
+        self._draws.draw({})
         return bool(self._run(self._layout.n, self._layout.padded, *self._pointers))
