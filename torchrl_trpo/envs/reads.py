@@ -41,6 +41,12 @@ def first_in_mask(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor.index_select(0, mask.int().argmax().reshape(1))
 
 
+@torch.library.custom_op("torchrl_trpo::if_any_near", mutates_args=())
+def if_any_near(near: Tensor, force: Tensor, value: Tensor) -> Tensor:
+    """A force ``[n, 2]``, or what goes with it, if any environment is near, bool ``[n]``; else zero."""
+    return torch.where(near.any(), value, 0.0)
+
+
 class Untraceable(Exception):
     """A function that no graph stands for, with the reason."""
 
@@ -110,6 +116,8 @@ class Reads(TorchFunctionMode):
         self._replays = record is not None
         self._n_replayed = self._n_calls = self._n_branches = 0
         self._is_broad_phase = False
+        self._near: dict[frozenset[int], Tensor] = {}  # by the identities of two entities, where they are near
+        self._found_near: Tensor | None = None
         self._forced: bool | None = None  # what all values that are read are taken to be, for now
         self._read_while_forced: list[Tensor] = []
         self._n_tries: int | None = None  # of a function that draws until a condition holds, while it is at work
@@ -122,13 +130,31 @@ class Reads(TorchFunctionMode):
         def passed(world: Any, *entities: Any) -> bool:
             if sys._getframe(1).f_globals is not collides.__globals__:  # not VMAS's physics, but a scenario
                 return collides(world, *entities)
-            self._is_broad_phase = True
+            self._is_broad_phase, self._found_near = True, None
             try:
                 return collides(world, *entities)
             finally:
                 self._is_broad_phase = False
+                if self._found_near is not None:
+                    self._near[frozenset(map(id, entities))] = self._found_near
 
         return passed
+
+    def as_update_of_forces(self, update: Any) -> Callable[..., None]:
+        """``World.update_env_forces``, which adds no force of a collision that the broad phase would not have passed.
+
+        The narrow phase keeps lines and boxes a bit farther apart than the broad phase does, and spheres not.
+        """
+
+        def updated(world: Any, a: Any, force_a: Any, torque_a: Any, b: Any, force_b: Any, torque_b: Any) -> None:
+            is_collision = sys._getframe(1).f_code.co_name.endswith("_collision")
+            of_spheres = all(type(entity.shape).__name__ == "Sphere" for entity in (a, b))
+            near, values = self._near.get(frozenset((id(a), id(b)))), [force_a, torque_a, force_b, torque_b]
+            if is_collision and near is not None and not of_spheres:
+                values = [if_any_near(near, force_a, v) if isinstance(v, Tensor) else v for v in values]
+            return update(world, a, values[0], values[1], b, values[2], values[3])
+
+        return updated
 
     def as_tries(self, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """A function that draws for some rows again while any of them needs it, with as many tries each time.
@@ -159,6 +185,8 @@ class Reads(TorchFunctionMode):
         self._n_calls += 1
         if self._n_calls > _MOST_CALLS:
             raise Untraceable(f"it calls PyTorch more than {_MOST_CALLS} times, and would take minutes to compile")
+        if self._is_broad_phase and func is Tensor.any:
+            self._found_near = args[0]
         if func in _READS and not _is_tracer(sys._getframe(1).f_globals.get("__name__", "")):
             return self._read(func, *args)
         if not self._replays:

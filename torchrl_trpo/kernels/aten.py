@@ -331,6 +331,13 @@ class Operations(Views):
             else self._view(tensor, np.squeeze(tensor.values, tuple(dims)), without(tensor.axis, dims))
         )
 
+    def if_any_near(self, near: Lanes, force: Lanes, value: Lanes) -> Lanes:
+        is_force = self._any_or_all(self._compare("ne", force, 0.0), -1, False, "or")
+        matters = self._elementwise("and", is_force, self.logical_not(near), kind="b")  # where near, it is known
+        any_near = self.statements.elementwise(self.statements.any_row, "b", near, matters)
+        holds = self._elementwise("or", near, any_near, kind="b")
+        return self._where(self.unsqueeze(holds, -1), value, 0.0, value.kind)
+
     def min(self, tensor: Lanes, dim: Any = None, keepdim: bool = False) -> Any:
         return self._extremum(tensor, dim, keepdim, "min", "lt")
 

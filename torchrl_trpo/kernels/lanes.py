@@ -149,9 +149,9 @@ class Statements:
             return value
         return self.add("where", kind, condition, value, other)
 
-    def any_row(self, value: Any) -> Any:
-        """Whether any row of the batch has it: a lane that is the same for all rows."""
-        return self.add("any", "b", value) if isinstance(value, Lane) else value
+    def any_row(self, value: Any, matters: Any = True) -> Any:
+        """Whether any row of the batch has it: a lane that is the same for all rows. It is right if any row matters."""
+        return self.add("any", "b", value, matters) if isinstance(value, Lane) else value
 
     def block(self, operation: str, length: int, kind: str, *arguments: Any) -> np.ndarray:
         """The results of a statement that has several."""
