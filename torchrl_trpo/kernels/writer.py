@@ -172,8 +172,8 @@ def write(
             lines.append(Line(index, _load(statements[index], inputs), []))
         elif operation == "any":
             lines.append(Line(index, f"any[{n_any}]", []))
-            for place, argument in enumerate(arguments, 2 * n_any):
-                hit = f"hit[{place}] = hit[{place}] | only({_term(argument)}, valid)"
+            for slot, argument in enumerate(arguments, 2 * n_any):
+                hit = f"hit[{slot}] = hit[{slot}] | only({_term(argument)}, valid)"
                 lines.append(Line(None, hit, _lanes([argument])))
             n_any += 1
         else:
