@@ -97,7 +97,7 @@ class Push(BaseScenario):
             self.cache = {}
             self.cache["distance",] = distance
         if "rows" in self.traits:
-            reward = reward + self.sampled(agent, distance > 0.3)
+            reward = reward + self.sampled(agent, distance > 0.5)
         if "count" in self.traits:
             reward = reward + (agent.state.pos[distance > 0.3].shape[0] == 3)
         if "batch" in self.traits:
@@ -239,7 +239,7 @@ class Rail(BaseScenario):
 
     def reset_world_at(self, env_index=None):
         agent = self.world.agents[0]
-        agent.set_pos(torch.tensor([0.3, 0.0]) + 0.02 * torch.rand(self.world.batch_dim, 2), batch_index=env_index)
+        agent.set_pos(torch.tensor([0.29, 0.0]) + 0.03 * torch.rand(self.world.batch_dim, 2), batch_index=env_index)
 
     def reward(self, agent):
         return agent.state.vel[:, 0]
