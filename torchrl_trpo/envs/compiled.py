@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from torchrl_trpo.envs.flat_state import FlatState
 from torchrl_trpo.envs.reads import Untraceable
 from torchrl_trpo.envs.tracing import Places, first_with, left_as_it_is, trace
-from torchrl_trpo.kernels.aten import Lowered, Operations
+from torchrl_trpo.kernels.aten import Operations
 from torchrl_trpo.kernels.buffers import Buffers, Columns, Draws, NotCompiled, Slot
-from torchrl_trpo.kernels.lanes import DTYPES, Lanes, Unsupported
+from torchrl_trpo.kernels.lanes import DTYPES, Lanes, Lowered, Unsupported
 from torchrl_trpo.kernels.rows import compile_rows
 from torchrl_trpo.kernels.writer import Guard, Store
 from torchrl_trpo.seeding import device_state, forked_generators, set_device_state

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from torchrl_trpo.kernels.buffers import DRAWN_IF
-from torchrl_trpo.kernels.lanes import KINDS, OTHER_KIND, Lanes, Statements, Unsupported, constant_tensor
+from torchrl_trpo.kernels.lanes import KINDS, OTHER_KIND, Lanes, Lowered, Unsupported, constant_tensor
 from torchrl_trpo.kernels.views import Views, dims_of, without
 
 _SAME_NAME = (
@@ -34,32 +34,6 @@ _ELEMENTWISE = {  # operation of aten: the statement's operation; the result has
 _LOGICAL = {"logical_and": "and", "logical_or": "or", "logical_xor": "xor"}
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _SAME = ("detach", "alias", "lift_fresh_copy", "clone", "contiguous", "conj_physical")
-
-
-class Lowered(NamedTuple):
-    """A graph as statements for one row.
-
-    Attributes:
-        inputs: the inputs of the graph.
-        outputs: the outputs of the graph.
-        statements: the statements that compute them.
-        draws: the random tensors: for each its shape, with the batch first, and the method of ``Tensor`` that fills
-            one, with its arguments, as :class:`~torchrl_trpo.kernels.buffers.Draws` takes them. They are the inputs
-            ``draw0``, ``draw1``, ... of the statements.
-        used: how many of the numbers that are drawn under conditions a row has used, a lane or constant; None if
-            there are none.
-        masks: by the numbers of random tensors the rows that are drawn, bool ``[n]``; all of those that are not here.
-        firsts: for each of the inputs ``first0``, ``first1``, ... that all rows share a tensor, and a mask bool
-            ``[n]``: the input is the tensor's first row in the mask.
-    """
-
-    inputs: list[Lanes]
-    outputs: list[Any]
-    statements: Statements
-    draws: list[tuple[tuple[int, ...], str, tuple[float, ...]]]
-    used: Any
-    masks: dict[int, Lanes]
-    firsts: list[tuple[Lanes, Lanes]]
 
 
 class _Pairs(NamedTuple):

@@ -208,6 +208,32 @@ class Statements:
         return Lanes(values, None if axis is None else values.ndim + axis, n_rows, kind)
 
 
+class Lowered(NamedTuple):
+    """A graph as statements for one row.
+
+    Attributes:
+        inputs: the inputs of the graph.
+        outputs: the outputs of the graph.
+        statements: the statements that compute them.
+        draws: the random tensors: for each its shape, with the batch first, and the method of ``Tensor`` that fills
+            one, with its arguments, as :class:`~torchrl_trpo.kernels.buffers.Draws` takes them. They are the inputs
+            ``draw0``, ``draw1``, ... of the statements.
+        used: how many of the numbers that are drawn under conditions a row has used, a lane or constant; None if
+            there are none.
+        masks: by the numbers of random tensors the rows that are drawn, bool ``[n]``; all of those that are not here.
+        firsts: for each of the inputs ``first0``, ``first1``, ... that all rows share a tensor, and a mask bool
+            ``[n]``: the input is the tensor's first row in the mask.
+    """
+
+    inputs: list[Lanes]
+    outputs: list[Any]
+    statements: Statements
+    draws: list[tuple[tuple[int, ...], str, tuple[float, ...]]]
+    used: Any
+    masks: dict[int, Lanes]
+    firsts: list[tuple[Lanes, Lanes]]
+
+
 def constant(value: Any, kind: str, n_rows: int) -> Lanes:
     """A number as a tensor without dimensions."""
     values = np.empty((), object)

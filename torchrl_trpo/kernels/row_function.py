@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_trpo.kernels.aten import Lowered
 from torchrl_trpo.kernels.buffers import Buffers, Draws, NotCompiled
 from torchrl_trpo.kernels.compiler import Function
 from torchrl_trpo.kernels.cpp import source
-from torchrl_trpo.kernels.lanes import Lanes
+from torchrl_trpo.kernels.lanes import Lanes, Lowered
 from torchrl_trpo.kernels.writer import Guard, Store
 
 
