@@ -41,6 +41,7 @@ nb_execution_mode = "cache"
 nb_execution_cache_path = str(Path(__file__).parents[1] / "outputs" / "docs" / "executed")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
+nb_merge_streams = True
 nb_mime_priority_overrides = [("*", "image/gif", 5)]
 
 autodoc_default_options = {"members": True, "show-inheritance": True}

@@ -28,7 +28,8 @@ from torchrl_trpo.reporting.record import write_rows
 from torchrl_trpo.seeding import untouched_generators
 from torchrl_trpo.training.checkpoints import read_record
 from torchrl_trpo.training.episodes import play_episodes
-from torchrl_trpo.training.policy import make_run_env, policy_at
+from torchrl_trpo.training.film import film_run
+from torchrl_trpo.training.policy import find_run, make_run_env, policy_at
 from torchrl_trpo.training.run_folder import replace_file
 
 PLANS = ("comparison", "differing_agents")
@@ -119,6 +120,17 @@ def _evaluate(
         env.close()
 
 
+def film_cell(plan: Mapping[str, Any], root: Path, folder: Path, cell: Cell) -> Path | None:
+    """Films an episode of a run's last policy as ``<task>-<algorithm>.gif``, small enough for a page with many."""
+    checkpoint, settings = find_run(cell.folder(root))
+    cpu = torch.device("cpu")
+    path = folder / f"{cell.task.rpartition('/')[2]}-{cell.algorithm}.gif"
+    seed = plan["evaluation"]["seed"] + cell.seed
+    with untouched_generators(seed):
+        policy = policy_at(checkpoint, settings, cpu)
+        return film_run(settings, policy, path, seed=seed, device=cpu, episodes=1, shrink=3, every=2)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
     parser = study_parser("comparison", "Trains, evaluates and compares all algorithms.")
@@ -131,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("tasks", "algorithms"):
         parser.add_argument(f"--{name}", nargs="+", choices=plan[name], default=plan[name], metavar=name.upper())
     parser.add_argument("--seeds", nargs="+", type=int, default=plan["seeds"])
+    parser.add_argument("--films", type=Path, help="a folder for films of the first seed's trained policies")
     given = parser.parse_args(arguments)
     part = {name: getattr(given, name) for name in ("tasks", "algorithms", "seeds")}
     whole = all(set(chosen) >= set(plan[name]) for name, chosen in part.items())
@@ -141,7 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = run_all(job, cells(plan | part), workers=given.workers)
         report.mkdir(parents=True, exist_ok=True)
         write_rows(data, COLUMNS, [row for rows in results.values() for row in rows])
-    for path in write_report(data, report):
+    paths: list[Path | None] = [*write_report(data, report)]
+    if given.films:
+        given.films.mkdir(parents=True, exist_ok=True)
+        film = functools.partial(film_cell, plan, given.output, given.films)
+        first = cells(plan | part | {"seeds": given.seeds[:1]})
+        paths += [film(cell) for cell in first if cell.algorithm != "random"]
+    for path in filter(None, paths):
         print(f"  {path}")
 
 

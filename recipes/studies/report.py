@@ -146,7 +146,7 @@ def _tables(comparison: Comparison, plan: str) -> str:
     names = comparison.algorithms
     seeds = comparison.seeds
     head = f"| | {' | '.join(display_name(name) for name in names)} |"
-    rule = f"|---|{'---|' * len(names)}"
+    rule = f"|---|{'---:|' * len(names)}"
     frames = {task: int(comparison.curves[task, names[0]].frames[-1]) for task in comparison.tasks}
     command = "make results" if plan == "comparison" else f'make results ARGS="--plan {plan}"'
     hours = sum(float(comparison.curves[task, name].cpu_s[:, -1].sum()) for task in frames for name in names) / 3600
@@ -165,7 +165,7 @@ def _tables(comparison: Comparison, plan: str) -> str:
         "over seeds, holds 0.",
         "",
         head.replace("| |", "| task | frames | random |", 1),
-        rule.replace("|---|", "|---|---|---|", 1),
+        rule.replace("|---|", "|---|---:|---:|", 1),
     ]
     for task in comparison.tasks:
         finals = {name: comparison.final(task, name) for name in names}
@@ -173,7 +173,7 @@ def _tables(comparison: Comparison, plan: str) -> str:
         digits = "z.1f" if best.abs().max() >= 10 else "z.2f"
         texts = [format(comparison.random[task], digits)]
         for values in finals.values():
-            text = "{:{d}} [{:{d}}, {:{d}}]".format(*map(float, (values.mean(), values.min(), values.max())), d=digits)
+            text = _with_range(*map(float, (values.mean(), values.min(), values.max())), digits)
             texts.append(f"**{text}**" if values is best or _may_equal(values, best) else text)
         lines.append(f"| `{task}` | {frames[task]:,} | {' | '.join(texts)} |")
     lines += [
@@ -214,13 +214,12 @@ def _tables(comparison: Comparison, plan: str) -> str:
     for title, equal_cpu in budgets:
         for statistic, function in (("interquartile mean", interquartile_mean), ("mean", _mean)):
             scores = [aggregate(comparison.scores(name, equal_cpu=equal_cpu), function) for name in names]
-            lines.append(f"| {statistic}, {title} | {' | '.join(map(_value_with_interval, scores))} |")
+            lines.append(f"| {statistic}, {title} | {' | '.join(itertools.starmap(_with_range, scores))} |")
     for other in [name for name in ("mappo", "ippo") if name in names]:
         for title, equal_cpu in budgets:
             chances = [_improvement(comparison, name, other, equal_cpu) for name in names]
-            lines.append(
-                f"| P(better than {display_name(other)}), {title} | {' | '.join(map(_value_with_interval, chances))} |"
-            )
+            texts = ["" if chance is None else _with_range(*chance) for chance in chances]
+            lines.append(f"| P(better than {display_name(other)}), {title} | {' | '.join(texts)} |")
     lines += ["", f"![Aggregate scores]({plan}_scores.png)", ""]
     lines.append(
         "*Interquartile means of the scores, and the probability of being better than MAPPO, with 95 % intervals. "
@@ -246,8 +245,9 @@ def _may_equal(values: Tensor, best: Tensor) -> bool:
     return high >= 0
 
 
-def _value_with_interval(value: tuple[float, float, float] | None) -> str:
-    return "" if value is None else f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
+def _with_range(value: float, low: float, high: float, digits: str = ".2f") -> str:
+    """The value and its range, between which alone a line may break."""
+    return f"{value:{digits}} [{low:{digits}},\N{NO-BREAK SPACE}{high:{digits}}]"
 
 
 def _plot_curves(comparison: Comparison, x: str, label: str, path: Path) -> None:

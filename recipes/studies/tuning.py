@@ -144,7 +144,7 @@ def _table(
         for trial in found:
             if trial["algorithm"] == algorithm:
                 by_settings.setdefault(_short(trial["settings"]), []).append(trial)
-        lines += ["", f"| {algorithm} | {' | '.join(by_settings)} |", f"|---|{'---|' * len(by_settings)}"]
+        lines += ["", f"| {algorithm} | {' | '.join(by_settings)} |", f"|---|{'---:|' * len(by_settings)}"]
         means = dict.fromkeys(by_settings, 0.0)
         for row, task in enumerate(tasks):
             texts = []

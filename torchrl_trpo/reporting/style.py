@@ -23,7 +23,7 @@ ALGORITHM_COLORS = {
     "trpo": "#000000",
 }
 """The colour of each algorithm in all figures: the palette of Okabe and Ito (2008), without its yellow."""
-REFERENCE: dict[str, Any] = {"color": "#767676", "ls": "--", "lw": 1.2}
+REFERENCE: dict[str, Any] = {"color": "#767676", "ls": "--", "lw": 1.2, "zorder": 1}
 """How lines to compare with are drawn, such as a limit or a random policy."""
 _DPI = 120
 _STYLE: Any = {  # of matplotlib's rcParams

@@ -21,7 +21,6 @@ from torchrl_trpo.networks.recurrent import carry_states
 from torchrl_trpo.training.policy import make_run_env
 
 FRAMES_PER_SECOND = 20
-_EPISODES = 4
 
 
 def film_run(
@@ -32,8 +31,11 @@ def film_run(
     seed: int,
     device: torch.device,
     deterministic: bool = True,
+    episodes: int = 4,
+    shrink: float = 1.0,
+    every: int = 1,
 ) -> Path | None:
-    """Films four episodes of a run's policy in the run's environment.
+    """Films episodes of a run's policy in the run's environment.
 
     Args:
         config: the run's settings, as in its ``config.yaml``.
@@ -45,27 +47,38 @@ def film_run(
         seed: the seed of the environments' randomness.
         device: the policy's device.
         deterministic: whether the policy acts deterministically; otherwise it samples.
+        episodes: the number of episodes, which are shown side by side.
+        shrink: by how much the film is smaller than usual.
+        every: how many steps there are from one picture to the next.
 
     Returns:
         The path; or None, after a warning, if the environment cannot be drawn.
     """
     try:
-        stage = make_run_env(config, num_envs=_EPISODES, seed=seed, device=device, render=True)
+        stage = make_run_env(config, num_envs=episodes, seed=seed, device=device, render=True)
     except (SettingError, EnvironmentFault) as error:
         logger.warning(f"No film: {error}")
         return None
     try:
-        if stage.batch_size != (_EPISODES,):
-            logger.warning(f"No film: the factory makes {stage.batch_size[0]} environments, and not {_EPISODES}.")
+        if stage.batch_size != (episodes,):
+            logger.warning(f"No film: the factory makes {stage.batch_size[0]} environments, and not {episodes}.")
             return None
         carry_states(stage, policy)
-        return film_episodes(stage, policy, path, max_steps=config["env"]["max_steps"], deterministic=deterministic)
+        settings: dict[str, Any] = {"deterministic": deterministic, "shrink": shrink, "every": every}
+        return film_episodes(stage, policy, path, max_steps=config["env"]["max_steps"], **settings)
     finally:
         stage.close(raise_if_closed=False)
 
 
 def film_episodes(
-    env: EnvBase, policy: TensorDictModuleBase, path: Path, *, max_steps: int, deterministic: bool = True
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    path: Path,
+    *,
+    max_steps: int,
+    deterministic: bool = True,
+    shrink: float = 1.0,
+    every: int = 1,
 ) -> Path | None:
     """Films one episode in each environment of a batch, side by side.
 
@@ -81,6 +94,8 @@ def film_episodes(
     Keyword Args:
         max_steps: the maximal length of an episode, in steps.
         deterministic: whether the policy acts deterministically; otherwise it samples.
+        shrink: by how much the film is smaller than usual.
+        every: how many steps there are from one picture to the next; the film runs at the same speed.
 
     Returns:
         The path; or None, after a warning, if the environment cannot be drawn.
@@ -88,7 +103,7 @@ def film_episodes(
     data = env.reset()
     num_envs = env.batch_size[0]
     try:
-        render = _choose_renderer(env.base_env, math.ceil(num_envs**0.5))
+        render = _choose_renderer(env.base_env, shrink * math.ceil(num_envs**0.5))
         render(0)
     except Exception as error:  # its type depends on the simulator and on what is missing
         logger.warning(f"No film: the environment cannot be drawn here ({type(error).__name__}: {error}).")
@@ -101,32 +116,34 @@ def film_episodes(
     acting = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     with torch.no_grad(), set_exploration_type(acting):
         for step in range(max_steps + 1):
-            for index, film in enumerate(films):
-                film.append(render(index) if running[index] else film[-1])
+            if step % every == 0:
+                for index, film in enumerate(films):
+                    film.append(render(index) if running[index] else film[-1])
             if step == max_steps or not any(running):
                 break
             data = env.step(policy(data))["next"]
             running = [was and not done for was, done in zip(running, data["done"].flatten().tolist(), strict=True)]
-    settings: dict[str, Any] = {"fps": FRAMES_PER_SECOND, "output_params": ["-preset", "veryfast"]}
+    settings: dict[str, Any] = {"fps": FRAMES_PER_SECOND / every, "output_params": ["-preset", "veryfast"]}
     if path.suffix == ".gif":
-        settings = {"duration": 1000 / FRAMES_PER_SECOND, "loop": 0}  # again and again
-    imageio.mimsave(path, [_mosaic(tiles) for tiles in zip(*films, strict=True)], **settings)
+        settings = {"duration": 1000 * every / FRAMES_PER_SECOND, "loop": 0}  # again and again
+    pictures = [_mosaic(tiles) for tiles in zip(*films, strict=True)]
+    imageio.mimsave(path, [_few_colors(each) for each in pictures] if path.suffix == ".gif" else pictures, **settings)
     return path
 
 
-def _choose_renderer(env: Any, shrink: int) -> Callable[[int], np.ndarray]:
+def _choose_renderer(env: Any, shrink: float) -> Callable[[int], np.ndarray]:
     """The function that draws one environment of a batch, given its index, smaller by a factor."""
     if isinstance(env, SerialEnv):
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame, without a display
         # The public env.render() would draw all environments, also those whose episode has ended.
-        return lambda index: _shrink(np.asarray(env._envs[index].render()), shrink)
+        return lambda index: _shrink(np.asarray(env._envs[index].render()), max(1, round(shrink)))
     size = env.scenario.viewer_size
-    env.scenario.viewer_size = tuple(each // shrink for each in size)  # read when the first picture is drawn
+    env.scenario.viewer_size = tuple(int(each / shrink) for each in size)  # read when the first picture is drawn
     try:
         env.render(mode="rgb_array")
     except Exception as error:  # its type depends on which part of OpenGL is missing
         logger.info(f"VMAS's renderer is not available here ({type(error).__name__}); drawing with matplotlib.")
-        return lambda index: draw_world(env, index, 560 // shrink)
+        return lambda index: draw_world(env, index, int(560 / shrink))
     finally:
         env.scenario.viewer_size = size
     return lambda index: np.asarray(env.render(mode="rgb_array", env_index=index))
@@ -184,6 +201,13 @@ def _shrink(picture: np.ndarray, factor: int) -> np.ndarray:
     from PIL import Image  # of imageio
 
     return np.asarray(Image.fromarray(picture).reduce(factor))
+
+
+def _few_colors(picture: np.ndarray) -> np.ndarray:
+    """Rounds to 64 colors, which take two thirds of the bytes in a GIF."""
+    from PIL import Image  # of imageio
+
+    return np.asarray(Image.fromarray(picture).quantize(64, dither=Image.Dither.NONE).convert("RGB"))
 
 
 def _mosaic(tiles: Sequence[np.ndarray]) -> np.ndarray:

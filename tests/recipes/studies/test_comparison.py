@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import imageio.v3 as imageio
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -45,6 +46,9 @@ def test_a_comparison_trains_evaluates_and_goes_on(tmp_path, monkeypatch):
     for rows in by_cell.values():
         assert all(set(row) == set(comparison.COLUMNS) for row in rows)
     cell = comparison.cells(PLAN)[0]
+    film = comparison.film_cell(PLAN, tmp_path, tmp_path, cell)
+    assert film.name == "balance-hatrpo.gif"
+    assert len(imageio.imread(film)) == 3, "every second picture of five steps"
     monkeypatch.setattr(comparison, "train", lambda *_: pytest.fail("it was done already"))
     assert comparison.run_cell(PLAN, tmp_path, cell) == by_cell["hatrpo"]
     others = {**PLAN, "evaluation": {**PLAN["evaluation"], "episodes": {"vmas": 4}}}
@@ -166,7 +170,7 @@ def test_the_report_has_a_table_and_figures(tmp_path):
         writer.writerows(rows(**{name: {**FINALS[name], "vmas/c": returns} for name, returns in close.items()}))
     paths = write_report(data, tmp_path)
     assert all(path.stat().st_size > 0 for path in paths)
-    text = (tmp_path / "comparison.md").read_text()
+    text = (tmp_path / "comparison.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
     assert "| `vmas/a` | 200 | 0.0 | 5.0 [4.0, 6.0] | **10.0 [10.0, 10.0]** |" in text
     assert "| `vmas/b` | 200 | -10.00 | **-2.00 [-3.00, -1.00]** | -5.00 [-5.00, -5.00] |" in text
     assert "| `vmas/c` | 200 | 0.00 | **3.00 [1.00, 5.00]** | **2.50 [2.00, 3.00]** |" in text
