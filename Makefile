@@ -11,6 +11,7 @@
 # make results   trains, evaluates and compares all algorithms on all tasks, hours; stopped, it goes on where it was
 # make tuning    searches the settings of each algorithm on each task, hours, as it was done for the comparison
 # make sensitivity   measures what each setting of the trust region does, about an hour
+# make dist    the source archive and the wheel in dist/, tried in an empty environment
 # make test-slow   the learning results of the README, about 20 minutes on 2 cores
 # Each creates the virtual environment $(VENV) if there is none, and installs into it what it needs and what is not there yet.
 
@@ -23,8 +24,8 @@ BIN := $(VENV)/bin
 SPHINX := $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --doctree-dir outputs/docs/doctrees
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train evaluate test test-slow gpu-check soak mutations coverage check docs linkcheck bench results tuning sensitivity
-.DEFAULT_GOAL := train
+.PHONY: help train evaluate test test-slow gpu-check soak mutations coverage check dist docs linkcheck bench results tuning sensitivity
+.DEFAULT_GOAL := help
 
 # The extras of pyproject.toml that each command needs. An empty file $(VENV)/.test says that those of test are installed.
 EXTRAS_train := recipes,vmas
@@ -39,6 +40,9 @@ SIMULATORS := $(foreach name,pettingzoo mamujoco gym,$(if $(findstring env=$(nam
 SIMULATORS += $(if $(filter trpo,$(ALGO)),gym)
 TRAIN := $(VENV)/.train $(patsubst %,$(VENV)/.%,$(sort $(SIMULATORS)))
 
+help:
+	@sed -n 's/^# //p; /^$$/q' $(firstword $(MAKEFILE_LIST))
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +53,7 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 train: $(TRAIN)
+	@test -f recipes/$(ALGO).py || { echo "There is no algorithm ALGO=$(ALGO). Legal: trpo, itrpo, matrpo, hatrpo, happo, mappo, ippo"; exit 2; }
 	@echo "==> Training $(ALGO) (other settings: make train ARGS=\"env=vmas/navigation seed=1\")"
 	$(BIN)/python -m torchrl_trpo.recipes.$(ALGO) $(ARGS)
 	@echo "==> Done. The lines above say where the learning curve, the film and the metrics are."
@@ -93,6 +98,17 @@ check: $(VENV)/.check
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/types .
 	cd $(VENV)/types && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p torchrl_trpo
 	@echo "==> Done."
+
+dist: $(VENV)/.check
+	@echo "==> Building the source archive, and the wheel from it"
+	rm -rf dist outputs/dist
+	$(BIN)/python -m build --outdir dist .
+	@echo "==> Trying the wheel in an empty environment"
+	$(PYTHON) -m venv outputs/dist/venv
+	outputs/dist/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[recipes,vmas]"
+	cd outputs/dist && venv/bin/python -m torchrl_trpo.recipes.hatrpo train.total_frames=12000 output_dir=run
+	cd outputs/dist && venv/bin/python -m torchrl_trpo.evaluate run --episodes 10
+	@echo "==> Done: dist/"
 
 results: $(VENV)/.results
 	@echo "==> Comparing all algorithms on all tasks, 2 runs at a time; runs go to outputs/comparison, the report to docs/results"

@@ -9,9 +9,8 @@ from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import PPOLoss
 
 from torchrl_trpo.distributions.divergence import sum_events
+from torchrl_trpo.errors import PlainKeyError
 from torchrl_trpo.keys import entry, group_of, path
-
-LOG_PROB_ROLE = "sample_log_prob (a policy with return_log_prob=True writes it)"
 
 
 def collected_log_prob(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
@@ -22,7 +21,15 @@ def collected_log_prob(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
     ValueError if discrete ones ``[*B, n]`` may be those of ``n`` agents, or of ``n`` actions of one.
     """
     keys, batch_dims = loss.tensor_keys, tensordict.batch_dims
-    log_prob = entry(tensordict, keys.sample_log_prob, LOG_PROB_ROLE)
+    try:
+        log_prob = entry(tensordict, keys.sample_log_prob, "sample_log_prob")
+    except PlainKeyError:
+        if any("log_prob" in path(key)[-1] for key in tensordict.keys(True)):
+            raise
+        raise PlainKeyError(
+            f"the log-probability {keys.sample_log_prob!r} is not in the data, nor any other. Legal: data that a "
+            "policy with return_log_prob=True has collected, as ProbabilisticActor(..., return_log_prob=True)."
+        ) from None
     action = entry(tensordict, keys.action, "action")
     pairs = [(log_prob, action if isinstance(action, Tensor) else None)]
     if is_tensor_collection(log_prob):

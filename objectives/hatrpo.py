@@ -146,9 +146,9 @@ class HATRPOSequentialObjective(LossModule):
             self._warned_of_rewards = True
             warnings.warn(
                 "The agents' rewards differ. HATRPO's guarantee that no update lowers the expected return (Kuba et al. "
-                "2022, theorem 2) is for one reward that all agents share. With CentralCriticValueEstimator, "
-                "team_reward='mean' or 'sum' makes one of them; rewards that compete are a task for ITRPO or MATRPO.",
-                stacklevel=3,
+                "2022, theorem 2) is for one reward that all agents share. AgentGAE and CentralCriticValueEstimator "
+                "make one with team_reward='mean' or 'sum'; rewards that compete are a task for ITRPO or MATRPO.",
+                stacklevel=4,
             )
 
     @property

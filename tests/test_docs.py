@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import re
+import sys
 import textwrap
 
 import pytest
@@ -16,6 +18,7 @@ from torchrl.collectors import Collector
 from tests.examples import PAGES, ROOT, RUN, commands, example, examples
 from tests.recipes.test_combinations import ALGORITHMS, ENVIRONMENTS, ONE_GROUP
 from tests.recipes.test_recipes import CONFIG_DIR, config
+from tests.training.test_resume import metrics
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.config.overrides import check_overrides, compose_settings
 from torchrl_trpo.config.schema import RECIPES as SETTINGS
@@ -327,3 +330,42 @@ def test_the_table_is_what_is_tested():
         for cell, algorithm in zip(cells, ALGORITHMS, strict=True):
             tested = not algorithm.endswith("all") or name in ONE_GROUP
             assert cell.strip() == ("x" if tested else "–"), (name, algorithm)
+
+
+def saved(code, name, tmp_path, monkeypatch):
+    """Saves an example under its name, where Python finds it."""
+    (tmp_path / name).write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
+
+
+@example("docs/bring-your-own.md", "shelves.py")
+@pytest.mark.filterwarnings("ignore:PettingZoo in TorchRL is tested using version:UserWarning")
+def test_a_game_of_ones_own(code, tmp_path, monkeypatch):
+    saved(code, "shelves.py", tmp_path, monkeypatch)
+    settings = ["env=custom", "env.factory=shelves.make", "env.max_steps=10", "env.num_envs=2", "film=false"]
+    hatrpo.train(config("hatrpo", tmp_path / "run", *settings, "train.frames_per_batch=40", "train.total_frames=80"))
+    assert all(float(row["kl"]) > 0 for row in metrics(tmp_path / "run"))
+
+
+@example("docs/bring-your-own.md", "meeting.py")
+def test_an_environment_of_ones_own(code, tmp_path, monkeypatch):
+    saved(code, "meeting.py", tmp_path, monkeypatch)
+    settings = ["env=custom", "env.factory=meeting.Meeting", "env.kwargs.n_agents=2", "env.max_steps=7"]
+    settings += ["env.num_envs=4", "film=false", "train.frames_per_batch=40", "checkpoint.every=1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    hatrpo.train(config("hatrpo", whole, *settings, "train.total_frames=120"))
+    hatrpo.train(config("hatrpo", parts, *settings, "train.total_frames=80"))
+    hatrpo.train(config("hatrpo", tmp_path / "unused", *settings, "train.total_frames=120", f"resume={parts}"))
+    assert metrics(parts) == metrics(whole), "a resumed run goes on where it was, as the page says"
+
+
+@example("docs/bring-your-own.md", "attention.py")
+def test_a_policy_of_ones_own(code, tmp_path, monkeypatch):
+    saved(code, "attention.py", tmp_path, monkeypatch)
+    train = importlib.import_module("attention").train
+    before = None
+    for loss, _ in train(num_envs=4, frames=80, batch=40):
+        after = [parameter.detach().clone() for parameter in loss.parameters()]
+        assert before is None or not any(map(torch.equal, after, before))
+        before = after

@@ -25,7 +25,7 @@ __all__ = [
     "load_policy",
     "output_hessian_product",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "distributions.divergence": ("entropy", "kl_divergence"),

@@ -20,10 +20,12 @@ from typing import Any
 
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.reporting.record import RunRecord, find_runs, finite_mean, flat, read_run, write_rows
-from torchrl_trpo.reporting.style import drawing
+from torchrl_trpo.reporting.style import ALGORITHM_COLORS, drawing
 
-_OF_A_RUN = ("seed", "output_dir", "resume", "versions", "film", "checkpoint", "logger", "algorithm")
-"""Settings that do not tell two settings of a sweep apart; the algorithm does, if it differs."""
+_OF_A_RUN = ("seed", "output_dir", "resume", "versions", "film", "checkpoint", "logger")
+"""Settings that do not tell two settings of a sweep apart."""
+_FIRST = ("algorithm", "env.name")
+"""What a run is called by, if it differs; settings that follow from it, as MAPPO's ``clip_epsilon``, are left out."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The values, as on the command line."""
-        return " ".join(f"{name}={_plain(value)}" for name, value in self.values.items()) or "all runs"
+        """The values, as on the command line, after the algorithm and the task."""
+        first = [str(self.values[name]) for name in _FIRST if name in self.values]
+        others = [f"{name}={_plain(value)}" for name, value in self.values.items() if name not in _FIRST]
+        return " ".join([*first, *others]) or "all runs"
 
     @property
     def finished(self) -> list[RunRecord]:
@@ -83,8 +87,12 @@ def read_sweep(folder: Path) -> list[Setting]:
         raise SettingError(f"folder: there is no run in {str(folder)!r}. Legal: the folder of a sweep.")
     flattened = [flat(record.config) for record in records]
     names = list(dict.fromkeys(name for settings in flattened for name in settings))
-    differ = [name for name in names if len({_key(settings.get(name)) for settings in flattened}) > 1]
-    differ = [name for name in differ if name.partition(".")[0] not in _OF_A_RUN or name == "algorithm"]
+    first = [name for name in _FIRST if _differs(name, flattened)]
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for settings in flattened:
+        kinds.setdefault(_key([settings.get(name) for name in first]), []).append(settings)
+    names = [name for name in names if name not in _FIRST and name.partition(".")[0] not in _OF_A_RUN]
+    differ = [*first, *(name for name in names if any(_differs(name, runs) for runs in kinds.values()))]
     jobs = _jobs(folder)
     begun = {record.folder.name for record in records}
     lost = Counter(_without_seed(job) for number, job in jobs.items() if number not in begun)
@@ -93,7 +101,7 @@ def read_sweep(folder: Path) -> list[Setting]:
         groups.setdefault(_key([settings.get(name) for name in differ]), []).append(index)
     found = []
     for indices in groups.values():
-        values = {name: flattened[indices[0]].get(name) for name in differ}
+        values = {name: flattened[indices[0]][name] for name in differ if name in flattened[indices[0]]}
         runs = [records[index] for index in indices]
         own = {_without_seed(jobs.get(run.folder.name, [])) for run in runs}
         found.append(Setting(values, runs, sum(lost.pop(job, 0) for job in own)))
@@ -160,25 +168,33 @@ def _unfinished(settings: Sequence[Setting], folder: Path) -> list[str]:
 
 
 def _plot(settings: Sequence[Setting], path: Path) -> Path:
-    """Plots each setting's mean return and the range over seeds; a cross marks the end of an unfinished run."""
-    with drawing(path, 1, 1, (10, 5 + 0.35 * len(settings))) as (figure, (axis,)):
+    """Plots each setting's mean return and range over seeds, by task; a cross marks the end of an unfinished run."""
+    tasks = list(dict.fromkeys(setting.values.get("env.name", "") for setting in settings))
+    kinds = [(str(s.values.get("algorithm", "")).lower(), s.values.get("env.name", "")) for s in settings]
+    size = (4 + 6 * len(tasks), 5 + 0.35 * len(settings))
+    with drawing(path, 1, len(tasks), size) as (figure, axes):
         figure.set_layout_engine("constrained")
         for index, setting in enumerate(settings):
+            algorithm, task = kinds[index]
+            axis = axes[tasks.index(task)]
+            color = ALGORITHM_COLORS.get(algorithm, f"C{index}") if len({*kinds}) == len(kinds) else f"C{index}"
             by_frames: dict[float, list[float]] = {}
             for run in setting.runs:
                 for frames, value in zip(run.column("frames"), run.column("episode_return"), strict=True):
                     by_frames.setdefault(frames, []).append(value)
                 if run.state != "finished" and run.frames:
-                    axis.plot(run.frames / 1000, run.column("episode_return")[-1], "x", color=f"C{index}", ms=9)
+                    axis.plot(run.frames / 1000, run.column("episode_return")[-1], "x", color=color, ms=9)
             curve = [(f / 1000, [v for v in values if math.isfinite(v)]) for f, values in sorted(by_frames.items())]
             curve = [(frames, values) for frames, values in curve if values]
             at = [frames for frames, _ in curve]
             seeds = f"{len(setting.finished)} of {len(setting.runs) + setting.missing} runs finished"
             label = fill(f"{setting.name} ({seeds})", 100)
-            axis.plot(at, [finite_mean(v) for _, v in curve], color=f"C{index}", label=label)
+            axis.plot(at, [finite_mean(v) for _, v in curve], color=color, label=label)
             lows, highs = [min(values) for _, values in curve], [max(values) for _, values in curve]
-            axis.fill_between(at, lows, highs, color=f"C{index}", alpha=0.2, lw=0)
-        axis.set(title="Mean and range over seeds", xlabel="thousand frames", ylabel="episode return, mean over agents")
+            axis.fill_between(at, lows, highs, color=color, alpha=0.2, lw=0)
+        for axis, task in zip(axes, tasks, strict=True):
+            axis.set(title=task or "Mean and range over seeds", xlabel="thousand frames")
+        axes[0].set_ylabel("episode return, mean over agents")
         figure.legend(loc="outside lower center")
     return path
 
@@ -198,6 +214,10 @@ def _jobs(folder: Path) -> dict[str, list[str]]:
 
 def _without_seed(job: Sequence[str]) -> tuple[str, ...]:
     return tuple(override for override in job if not override.startswith("seed="))
+
+
+def _differs(name: str, runs: Sequence[Mapping[str, Any]]) -> bool:
+    return len({_key(settings.get(name)) for settings in runs}) > 1
 
 
 def _key(value: Any) -> str:

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from vmas.simulator.core import Agent, Landmark, Sphere, World
+from vmas.simulator.core import Agent, Landmark, Line, Sphere, World
 from vmas.simulator.scenario import BaseScenario
 from vmas.simulator.utils import ScenarioUtils
 
@@ -52,6 +52,7 @@ class Push(BaseScenario):
             entity.set_pos(position if env_index is None else position[0], batch_index=env_index)
         if "sharing" in self.traits:
             self.seen = self.ball.state.pos
+        self.cache = {}
         if env_index is None:
             self.calls = torch.zeros(self.world.batch_dim)
         else:
@@ -92,11 +93,31 @@ class Push(BaseScenario):
             reward = reward + self.order[0].index + vars(agent)["index"]
         if "lookup" in self.traits:
             reward = reward + {1.0: 0.5, 3.0: 4.0}[self.bonus]
+        if "cache" in self.traits and agent is self.world.agents[0]:
+            self.cache = {}
+            self.cache["distance",] = distance
+        if "rows" in self.traits:
+            reward = reward + self.sampled(agent, distance > 0.5)
+        if "count" in self.traits:
+            reward = reward + (agent.state.pos[distance > 0.3].shape[0] == 3)
         if "batch" in self.traits:
             reward = reward - reward.mean()
         if "counter" in self.traits:
             self.n_steps += 1
         return reward
+
+    def sampled(self, agent, far):
+        """The far environments choose among random positions, all of them among those of the first one."""
+        positions = agent.state.pos[far]
+        samples = torch.randn(positions.shape[0], 3, 2)
+        samples[:, 1:] += positions[:, None]
+        flat = samples.view(samples.shape[0] * samples.shape[1], 2)
+        flat[flat[:, 1] > 0.2, 0] *= -2
+        values = torch.stack([each.norm(dim=-1) for each in (samples, samples - positions[:, None])]).sum(0)
+        chosen = values.argmax(1).unsqueeze(0).unsqueeze(-1).expand(-1, -1, 2)
+        found = torch.zeros(self.world.batch_dim, 2)
+        found[far] = torch.gather(samples, 1, chosen)[0] + torch.rand(positions.shape[0], 1)
+        return found.sum(-1)
 
     def observation(self, agent):
         if "memory" in self.traits:
@@ -167,7 +188,7 @@ def test_it_gives_what_vmas_gives(scenario, continuous):
 
 COMPILED = """
     asym_joint balance ball_passage ball_trajectory buzz_wire circle_trajectory diff_drive discovery dispersion drone
-    dropout flocking give_way goal het_mass joint_passage joint_passage_size kinematic_bicycle line_trajectory
+    dropout flocking football give_way goal het_mass joint_passage joint_passage_size kinematic_bicycle line_trajectory
     multi_give_way navigation passage reverse_transport sampling simple simple_adversary simple_crypto simple_push
     simple_reference simple_speaker_listener simple_spread simple_tag simple_world_comm transport vel_control wheel
     wind_flocking"""
@@ -186,15 +207,54 @@ def test_scenarios_that_compile(scenario):
     assert env.state.attach()
 
 
-@pytest.mark.parametrize("traits", [(), ("memory",), ("noise",), ("branch",), ("tries",)])
+@pytest.mark.parametrize("traits", [(), ("memory",), ("noise",), ("branch",), ("tries",), ("rows",)])
 def test_traits_that_compile(traits):
     """Branches on data, which go either way here, noise of the actions, and observations that change the scenario.
 
-    And positions that are drawn again until none is too close: the random numbers that follow are VMAS's.
+    And positions that are drawn again until none is too close: the random numbers that follow are VMAS's. And random
+    numbers for the environments of a mask, of which all take those of the first one, as in VMAS's football.
     """
     ours, theirs = both(traits=traits)
     assert is_compiled(ours)
     go_on(ours, theirs, 40)
+
+
+def test_what_a_reset_empties_and_a_step_fills_before_it_reads_it(monkeypatch):
+    """After a reset VMAS took the next step, since the dict had no entries; and environments were reset one by one."""
+    ours, theirs = both(traits=("cache",))
+    assert ours.pool is not None
+    go_on(ours, theirs, 2)
+    monkeypatch.setattr(ours, "_advance", None)
+    go_on(ours, theirs, 5)
+
+
+class Rail(BaseScenario):
+    """Spheres beyond the end of a line: its narrow phase begins 1/150 farther out than the broad phase."""
+
+    def make_world(self, batch_dim, device, **kwargs):
+        world = World(batch_dim, device, substeps=2)
+        world.add_agent(Agent(name="agent", shape=Sphere(0.1), u_multiplier=0.02))
+        world.add_landmark(Landmark(name="line", collide=True, rotatable=True, shape=Line(0.4)))
+        return world
+
+    def reset_world_at(self, env_index=None):
+        agent = self.world.agents[0]
+        agent.set_pos(torch.tensor([0.29, 0.0]) + 0.03 * torch.rand(self.world.batch_dim, 2), batch_index=env_index)
+
+    def reward(self, agent):
+        return agent.state.vel[:, 0]
+
+    def observation(self, agent):
+        return torch.cat([agent.state.pos, agent.state.vel, self.world.landmarks[0].state.rot], -1)
+
+
+@pytest.mark.parametrize("n", [1, 3, 30])
+def test_the_broad_phase_decides_over_all_environments(n):
+    """The narrow phase pushed where VMAS does not ask it, because no environment is near."""
+    ours, theirs = make(Rail(), n=n), make(Rail(), compiled=False, n=n)
+    assert is_compiled(ours)
+    for _ in range(4):
+        go_on(ours, theirs, 10)
 
 
 def test_attributes_may_share_a_tensor_at_one_time_and_another_at_one(monkeypatch):
@@ -267,6 +327,7 @@ def test_an_if_that_changes_tensors_alone_goes_both_ways(monkeypatch):
         (("batch",), "rows"),
         (("tuple",), "offset.0 changes, and is shared by all environments"),
         (("counter",), "n_steps changes from"),
+        (("count",), "computes with the number of rows"),
         (("gradients",), "gradients are to pass through it"),
     ],
 )

@@ -30,7 +30,7 @@ from torchrl_trpo.errors import SettingError
 
 NUM_ENVS = 3
 ENDED = torch.tensor([True, False, True])
-IN_A_NEW_PROCESS = ("football", "sampling", "simple_reference")  # opponents that remember, new objects, drawn goals
+IN_A_NEW_PROCESS = ("football", "simple_reference")  # opponents that remember, drawn goals
 CPU = torch.device("cpu")
 
 

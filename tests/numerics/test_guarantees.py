@@ -428,6 +428,7 @@ def try_updates(layout, updates):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @OLD_DATA
+@pytest.mark.filterwarnings("ignore:The gradient of region")
 def test_every_update(layout):
     try_updates(layout, math.ceil(UPDATES / len(LAYOUTS)))
     print(RECORD)

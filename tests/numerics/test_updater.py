@@ -131,7 +131,11 @@ def test_non_finite_data_moves_nothing(share_params, key, bad):
     data = make_data(actor)
     data[key][2, 3, 1].fill_(bad)  # one row of agent 1
     before = bits(actor)
-    stats = TrustRegionUpdater(TRPOLoss(actor)).step(data)
+    updater = TrustRegionUpdater(TRPOLoss(actor))
+    with pytest.warns(UserWarning, match=rf"gradient of region {0 if share_params else 1} is not finite") as told:
+        stats = updater.step(data)
+    assert told[0].filename == __file__
+    updater.step(data)  # says it once
     if share_params:
         assert same_bits(actor, before)
         assert not stats["accepted"].any()

@@ -458,7 +458,7 @@ def test_losses_that_cannot_be_updated_in_sequence(loss, error, message):
             KeyError,
             r"is not in the data, and .* Give ClipPPOLoss a critic",
         ),
-        (lambda data: data.pop(LOG_PROB), KeyError, r"sample_log_prob \(a policy with return_log_prob=True"),
+        (lambda data: data.pop(LOG_PROB), KeyError, r"action_log_prob.* not in the data.*return_log_prob=True"),
         (lambda data: data.set("advantage", data["advantage"][..., 0]), ValueError, r"Use advantage\.unsqueeze\(-1\)"),
     ],
     ids=["no advantage", "no log-probability", "advantage without its last dimension"],

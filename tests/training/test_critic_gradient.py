@@ -90,3 +90,12 @@ def test_random_critic_is_never_recorded(monkeypatch):
     for _ in range(2):
         *_, calls = fit(loss, optimizer, data, recorded=True, monkeypatch=monkeypatch)
         assert calls >= FIT["epochs"] * len(data) / FIT["minibatch_size"]
+
+
+def test_data_without_value_targets_is_refused():
+    loss = make_loss()
+    data = make_batch().exclude(TARGET)
+    with pytest.raises(
+        KeyError, match=r"value_target, which loss\.value_estimator\(data\) writes: .* is not in the data"
+    ):
+        fit_critic(loss, critic_optimizer([loss], lr=1e-3), data, **FIT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import re
@@ -13,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from torchrl_trpo.config.schema import Recipe
+from torchrl_trpo.config.schema import RECIPES, Recipe
 from torchrl_trpo.envs import resolve_device
 from torchrl_trpo.errors import SettingError, nearest, nearest_multiples
 from torchrl_trpo.keys import GroupKeys
@@ -76,7 +77,7 @@ def find_problems(cfg: DictConfig, recipe: type[Recipe], *, knows_env: bool = Tr
         for detail in error.errors(include_url=False):
             name = ".".join(map(str, detail["loc"]))
             if detail["type"] == "extra_forbidden":
-                problems[name] = f"setting {name!r} does not exist. {nearest(name, known)}"
+                problems[name] = _unknown(name, known)
                 continue
             while name not in known and not _parts(name, known):  # pydantic's place may go on inside the value
                 name = name.rpartition(".")[0]
@@ -132,6 +133,18 @@ def _wrong_value(name: str, known: Mapping[str, FieldInfo], value: object) -> st
     if name in known and known[name].title:
         return f"{name} must be {known[name].title}, got {shown}."
     return f"{name}: {shown}. {_legal(name, known, value)}"
+
+
+def _unknown(name: str, known: Mapping[str, FieldInfo]) -> str:
+    """What to type instead of a setting that does not exist."""
+    said = f"setting {name!r} does not exist."
+    section = name.rpartition(".")[0]
+    legal = [each for each in known if each.rpartition(".")[0] == section] or list(known)
+    if others := [recipe for recipe, model in RECIPES.items() if name in dict(fields(model))]:
+        return f"{said} It is one of {', '.join(others)}. {nearest('', legal)}"
+    if near := difflib.get_close_matches(name, known, cutoff=0.5):
+        return f"{said} Did you mean {' or '.join(map(repr, near))}? Legal: what --help lists."
+    return f"{said} {nearest(name, legal)}"
 
 
 def _legal(name: str, known: Mapping[str, FieldInfo], value: object = "") -> str:

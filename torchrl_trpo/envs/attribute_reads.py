@@ -11,7 +11,9 @@ from torchrl_trpo.envs.branches import replaced
 
 
 @contextlib.contextmanager
-def attribute_reads(objects: Mapping[str, Any], found: set[str]) -> Iterator[None]:
+def attribute_reads(
+    objects: Mapping[str, Any], found: set[str], written_first: set[str] | None = None
+) -> Iterator[None]:
     """Notes which attributes of objects are read inside the context.
 
     It does so by ``__getattribute__`` of their classes. Where a class does not let itself be changed, or where the code
@@ -20,6 +22,7 @@ def attribute_reads(objects: Mapping[str, Any], found: set[str]) -> Iterator[Non
     Args:
         objects: the objects, by their paths.
         found: the paths of what is read, which are added to.
+        written_first: the paths of what is written before it is read, which are added to.
     """
     paths = {id(value): path for path, value in objects.items()}
     attributes = {path: [*vars(value)] for path, value in objects.items()}
@@ -38,10 +41,19 @@ def attribute_reads(objects: Mapping[str, Any], found: set[str]) -> Iterator[Non
 
         return __getattribute__
 
+    def noting_writes(original: Any) -> Callable[[Any, str, Any], None]:
+        def __setattr__(self: Any, name: str, value: Any) -> None:
+            if (path := f"{paths.get(id(self))}.{name}") not in found and written_first is not None:
+                written_first.add(path)
+            original(self, name, value)
+
+        return __setattr__
+
     with contextlib.ExitStack() as stack:
         for cls, original in originals.items():
             try:
-                stack.enter_context(replaced(cls, {"__getattribute__": noting(original)}))
+                noted = {"__getattribute__": noting(original), "__setattr__": noting_writes(cls.__setattr__)}
+                stack.enter_context(replaced(cls, noted))
             except TypeError:
                 for path, value in objects.items():
                     if type(value) is cls:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,41 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from torchrl_trpo.envs.flat_state import FlatState
 from torchrl_trpo.envs.reads import Untraceable
 from torchrl_trpo.envs.tracing import Places, first_with, left_as_it_is, trace
-from torchrl_trpo.kernels.aten import Lowered, Operations
+from torchrl_trpo.kernels.aten import Operations
 from torchrl_trpo.kernels.buffers import Buffers, Columns, Draws, NotCompiled, Slot
-from torchrl_trpo.kernels.lanes import DTYPES, Lanes, Unsupported
+from torchrl_trpo.kernels.lanes import DTYPES, Lanes, Lowered, Unsupported
 from torchrl_trpo.kernels.rows import compile_rows
 from torchrl_trpo.kernels.writer import Guard, Store
 from torchrl_trpo.seeding import device_state, forked_generators, set_device_state
+
+
+class _Part:
+    """Values of a function that are needed beforehand, because all environments together decide by them."""
+
+    def __init__(
+        self, layout: Buffers, lowered: Lowered, values: Sequence[Lanes], inputs: Mapping[str, tuple[int, int]]
+    ) -> None:
+        own = Buffers(layout.n, layout.device)
+        slots, stores = [], []
+        for lanes in values:
+            of_rows = lanes.of_rows()
+            if of_rows is None:
+                raise NotCompiled("x[mask] is of other rows than the environments")
+            slots.append(own.add(lanes.kind, of_rows.shape[1:]))
+            for lane, value in zip(slots[-1].lanes, of_rows.flat, strict=True):
+                value = lowered.statements.convert(value, lanes.kind)
+                stores.append(Store(value, lanes.kind, slots[-1].buffer, lane))
+        self._layout, self._columns = own, Columns(own, slots)
+        self._outputs = np.array([buffer.data_ptr() for buffer in self._columns.buffers.values()], np.uint64)
+        try:
+            self._run = compile_rows(layout.device, lowered.statements.all, inputs, stores, []) if values else None
+        except KeyError as error:
+            raise NotCompiled(f"rows are chosen by random numbers, or by other rows: {error}") from error
+
+    def __call__(self, inputs: np.ndarray) -> list[Tensor]:
+        if self._run is not None:
+            self._run(self._layout.n, self._layout.padded, inputs, self._outputs)
+        return self._columns.tensors
 
 
 class CompiledFunction:
@@ -71,12 +100,17 @@ class CompiledFunction:
             guards = [Guard.of(lowered.statements, lanes, expected) for lanes, expected in branches]
             names = [name for name, *_ in inputs[n_places:]]
             names += [f"draw{number}" for number in range(len(lowered.draws))]
+            names += [f"first{number}" for number in range(len(lowered.firsts))]
             buffers = {
                 path: (len(DTYPES) + number, 0) if slot is None else (slot.buffer, slot.lane)
                 for number, (path, slot) in enumerate(zip(before.paths, state.slots, strict=True))
             }
             buffers |= {name: (len(DTYPES) + n_places + number, 0) for number, name in enumerate(names)}
             self._run = compile_rows(state.layout.device, lowered.statements.all, buffers, stores, guards)
+            buffers = {name: place for name, place in buffers.items() if name[:5] != "first"}
+            self._of_firsts = _Part(state.layout, lowered, [each for pair in lowered.firsts for each in pair], buffers)
+            buffers = {name: place for name, place in buffers.items() if name[:4] != "draw"}
+            self._of_masks = _Part(state.layout, lowered, [*lowered.masks.values()], buffers)
         except Unsupported as error:
             raise NotCompiled(f"it cannot be computed for one environment (a row) alone: {error}") from error
         except Untraceable as error:
@@ -87,7 +121,11 @@ class CompiledFunction:
         self._arguments = Columns.like(state.layout.n, arguments)
         self._drawn = Draws(state.layout, self.draws)
         self._inputs = np.zeros(len(state.addresses) + len(names), np.uint64)
-        self._inputs[len(state.addresses) + len(arguments) :] = self._drawn.addresses
+        self._masked = list(lowered.masks)
+        firsts = [torch.empty(lanes.shape[1:], dtype=DTYPES[lanes.kind]) for lanes, _ in lowered.firsts]
+        self._firsts = [tensor.to(state.layout.device) for tensor in firsts]
+        addresses = [*self._drawn.addresses, *(tensor.data_ptr() for tensor in self._firsts)]
+        self._inputs[len(state.addresses) + len(arguments) :] = addresses
         self._outputs = np.zeros(2 * len(DTYPES), np.uint64)
 
     def _stores(self, lowered: Lowered, n_places: int, n_results: int) -> list[Store]:
@@ -166,10 +204,14 @@ class CompiledFunction:
         """
         state, n, device = self._state, self._state.layout.n, self._state.layout.device
         generator = device_state(device) if self.draws else None
-        self._drawn.draw()
         n_state = len(state.addresses)
         self._inputs[:n_state] = state.addresses
         self._inputs[n_state : n_state + len(arguments)] = arguments
+        masks = dict(zip(self._masked, self._of_masks(self._inputs), strict=True))
+        self._drawn.draw(masks)
+        of_firsts = self._of_firsts(self._inputs)
+        for first, tensor, mask in zip(self._firsts, of_firsts[::2], of_firsts[1::2], strict=True):
+            first.copy_(tensor[mask.int().argmax()])
         self._outputs[:] = [buffer.data_ptr() for buffer in (*after.values(), *results.values())]
         if not self._run(n, state.layout.padded, self._inputs, self._outputs):
             if generator is not None:
@@ -179,7 +221,7 @@ class CompiledFunction:
             state.share(self._sharing_after(rows is not None))
         if self._used is not None and generator is not None:
             set_device_state(device, generator)
-            self._drawn.draw(int(self.results.view(results, self._used)[0]))
+            self._drawn.draw(masks, int(self.results.view(results, self._used)[0]))
         if rows is not None and self.changes_state:
             is_changed = torch.zeros(state.layout.padded, dtype=torch.bool, device=device)
             is_changed[:n] = rows
@@ -218,7 +260,8 @@ class CompiledFunction:
             with left_as_it_is(simulator), forked_generators(self._state.layout.device):
                 if change:
                     places = Places(simulator)
-                    places.put([_changed(tensor, change) for tensor in places.tensors])
+                    pairs = zip(places.tensors, self._state.slots, strict=True)
+                    places.put([tensor if slot is None else _changed(tensor, change) for tensor, slot in pairs])
                 if (returned := call()) is None:
                     return []
                 return [tensor.clone() for tensor in (*Places(simulator).tensors, *tree_leaves(returned))]

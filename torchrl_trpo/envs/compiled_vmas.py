@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from torch import Tensor
 
+from torchrl_trpo.envs.attribute_reads import attribute_reads
 from torchrl_trpo.envs.compiled import CompiledFunction
 from torchrl_trpo.envs.flat_state import FlatState
 from torchrl_trpo.envs.reset_pool import ResetPool
@@ -64,6 +65,7 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         self.compiled_read: CompiledFunction | None = None
         self.pool: ResetPool | None = None
         self._variants: list[tuple[FlatState, CompiledFunction, CompiledFunction | None, ResetPool | None]] = []
+        self._refilled: set[tuple[str, str]] = set()  # objects' paths and attributes: see _find_refilled
         self._before_reset: list[Any] | None = None  # the random numbers before the last reset of all environments
         self.n_left_to_vmas = 0  # steps in a row, because of a change in VMAS's objects
         self.why_not_compiled: str | None = None
@@ -103,6 +105,7 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             for simulator in (env, twin, spare):
                 for _ in range(2):  # the first steps make attributes
                     self._advance(simulator, *_random_actions(simulator))
+            self._refilled = self._find_refilled(twin)
             state = FlatState(env, twin, numbers)
             step = CompiledFunction(state, twin, self._advance, _random_actions(twin))
             read = None
@@ -113,7 +116,7 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         self.compiled_read = self.pool = None
 
         def reset() -> None:
-            with self._drawing():
+            with self._drawing(), self._keeping(spare):
                 undecorated(spare, "reset")(return_observations=False)
 
         def rewind() -> None:
@@ -147,7 +150,29 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
 
     def _reset_all(self) -> None:
         self._before_reset = list(self._random_state)
-        super()._reset_all()
+        with self._keeping(self._env):
+            super()._reset_all()
+
+    def _find_refilled(self, simulator: Any) -> set[tuple[str, str]]:
+        """The containers that a reset empties, and that a step fills before it reads them."""
+        written: set[str] = set()
+        with left_as_it_is(simulator):
+            undecorated(simulator, "reset")(return_observations=False)
+            empty = Places(simulator)
+            with attribute_reads(empty.objects, set(), written):
+                self._advance(simulator, *_random_actions(simulator))
+            changed = set(empty.paths) ^ set(Places(simulator).paths)
+        found = [path.rpartition(".") for path in written if any(each.startswith(f"{path}.") for each in changed)]
+        return {(path, name) for path, _, name in found}
+
+    @contextlib.contextmanager
+    def _keeping(self, simulator: Any) -> Iterator[None]:
+        """Puts back containers that a reset empties; what is in them is never read."""
+        objects = Places(simulator).objects if self._refilled else {}
+        held = [(vars(objects[path]), name, vars(objects[path])[name]) for path, name in self._refilled]
+        yield
+        for attributes, name, value in held:
+            attributes[name] = value
 
     def make_twin_env(self, num_envs: int) -> BatchedResetVmasEnv:
         """The same environment with another number of environments, which is not compiled."""

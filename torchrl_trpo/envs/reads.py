@@ -29,6 +29,24 @@ def draw_if(is_due: Tensor, like: Tensor) -> Tensor:
     return torch.rand_like(like)
 
 
+@torch.library.custom_op("torchrl_trpo::draw_in_mask", mutates_args=())
+def draw_in_mask(mask: Tensor, size: Sequence[int], method: str) -> Tensor:
+    """Random numbers for all rows, in a trace: they are drawn for those in a mask, and are not used otherwise."""
+    return getattr(torch.empty(size, device=mask.device), method)()
+
+
+@torch.library.custom_op("torchrl_trpo::first_in_mask", mutates_args=())
+def first_in_mask(tensor: Tensor, mask: Tensor) -> Tensor:
+    """The first row of ``tensor[mask]``, ``[1, ...]``, in a trace."""
+    return tensor.index_select(0, mask.int().argmax().reshape(1))
+
+
+@torch.library.custom_op("torchrl_trpo::if_any_near", mutates_args=())
+def if_any_near(near: Tensor, force: Tensor, value: Tensor) -> Tensor:
+    """A force ``[n, 2]``, or what goes with it, if any environment is near, bool ``[n]``; else zero."""
+    return torch.where(near.any(), value, 0.0)
+
+
 class Untraceable(Exception):
     """A function that no graph stands for, with the reason."""
 
@@ -36,10 +54,37 @@ class Untraceable(Exception):
 _READS = {Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item}
 _BY_ROW = {  # functions that may be applied to x[mask] row by row
     *("add", "sub", "mul", "div", "true_divide", "rsub", "neg", "abs", "sqrt", "exp", "sin", "cos", "pow", "square"),
-    *("minimum", "maximum", "clamp", "where", "norm", "vector_norm", "linalg_vector_norm", "squeeze", "unsqueeze"),
+    *("minimum", "maximum", "clamp", "where", "isnan", "invert", "zeros_like"),
     *("lt", "le", "gt", "ge", "eq", "ne", "to", "float", "long", "int", "bool", "clone"),
     *("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"),
 }
+_BY_DIMENSION = {  # and these, if the mask has one dimension, as x[mask] has then as many as x
+    *("norm", "vector_norm", "linalg_vector_norm", "squeeze", "unsqueeze"),
+    *("sum", "argmax", "cat", "stack", "view", "expand"),
+}
+_SIZED = {torch.zeros: None, torch.ones: None, torch.randn: "normal_", torch.rand: "uniform_"}
+
+
+class _Rows(int):
+    """The number of rows of ``x[mask]``, of which sizes are made and nothing else."""
+
+    mask: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor, number: int) -> _Rows:
+        rows = cls(number)
+        rows.mask = mask
+        return rows
+
+    def __mul__(self, other: int) -> _Rows:
+        return _Rows.of(self.mask, int.__mul__(self, other))
+
+    def _refuse(self, *_: Any) -> Any:
+        raise Untraceable("it computes with the number of rows of x[mask]")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __rmul__ = __floordiv__ = __mod__ = __pow__ = _refuse
+    __truediv__ = __rtruediv__ = __float__ = __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __hash__ = int.__hash__
 
 
 def _is_tracer(module: str) -> bool:
@@ -71,6 +116,8 @@ class Reads(TorchFunctionMode):
         self._replays = record is not None
         self._n_replayed = self._n_calls = self._n_branches = 0
         self._is_broad_phase = False
+        self._near: dict[frozenset[int], Tensor] = {}  # by the identities of two entities, where they are near
+        self._found_near: Tensor | None = None
         self._forced: bool | None = None  # what all values that are read are taken to be, for now
         self._read_while_forced: list[Tensor] = []
         self._n_tries: int | None = None  # of a function that draws until a condition holds, while it is at work
@@ -83,13 +130,31 @@ class Reads(TorchFunctionMode):
         def passed(world: Any, *entities: Any) -> bool:
             if sys._getframe(1).f_globals is not collides.__globals__:  # not VMAS's physics, but a scenario
                 return collides(world, *entities)
-            self._is_broad_phase = True
+            self._is_broad_phase, self._found_near = True, None
             try:
                 return collides(world, *entities)
             finally:
                 self._is_broad_phase = False
+                if self._found_near is not None:
+                    self._near[frozenset(map(id, entities))] = self._found_near
 
         return passed
+
+    def as_update_of_forces(self, update: Any) -> Callable[..., None]:
+        """``World.update_env_forces``, which adds no force of a collision that the broad phase would not have passed.
+
+        The narrow phase keeps lines and boxes a bit farther apart than the broad phase does, and spheres not.
+        """
+
+        def updated(world: Any, a: Any, force_a: Any, torque_a: Any, b: Any, force_b: Any, torque_b: Any) -> None:
+            is_collision = sys._getframe(1).f_code.co_name.endswith("_collision")
+            of_spheres = all(type(entity.shape).__name__ == "Sphere" for entity in (a, b))
+            near, values = self._near.get(frozenset((id(a), id(b)))), [force_a, torque_a, force_b, torque_b]
+            if is_collision and near is not None and not of_spheres:
+                values = [if_any_near(near, force_a, v) if isinstance(v, Tensor) else v for v in values]
+            return update(world, a, values[0], values[1], b, values[2], values[3])
+
+        return updated
 
     def as_tries(self, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """A function that draws for some rows again while any of them needs it, with as many tries each time.
@@ -120,6 +185,8 @@ class Reads(TorchFunctionMode):
         self._n_calls += 1
         if self._n_calls > _MOST_CALLS:
             raise Untraceable(f"it calls PyTorch more than {_MOST_CALLS} times, and would take minutes to compile")
+        if self._is_broad_phase and func is Tensor.any:
+            self._found_near = args[0]
         if func in _READS and not _is_tracer(sys._getframe(1).f_globals.get("__name__", "")):
             return self._read(func, *args)
         if not self._replays:
@@ -133,13 +200,21 @@ class Reads(TorchFunctionMode):
             if isinstance(mask, Tensor) and mask.dtype == torch.bool and _is_view(rest):
                 tensor = tensor[(slice(None),) * mask.ndim + tuple(rest)] if rest else tensor
                 return self._write(tensor, mask, *value) if value else self._tag(tensor.clone(), mask)
-            is_of_rows = isinstance(mask, slice) and mask == slice(None) and _is_view(rest)
-            if id(tensor) in self._masked and is_of_rows and not any(isinstance(each, Tensor) for each in value):
-                of_rows = func(*args)  # of x[mask], in all of its rows
-                return of_rows if value else self._tag(of_rows, self._masked[id(tensor)][1])
-        masked = [each for each in (*args, *(kwargs or {}).values()) if id(each) in self._masked]
+            keeps_rows = mask is ... or (isinstance(mask, slice) and mask == slice(None)) or tensor.shape[:1] == (1,)
+            masks = [self._masked[id(each)][1] for each in (tensor, *value) if id(each) in self._masked]
+            if id(tensor) in self._masked and masks[0].ndim == 1 and keeps_rows and _is_view((mask, *rest)):
+                if not value:  # of all rows of x[mask]
+                    return self._tag(func(*args), masks[0])
+                if len(masks) == 2 or not isinstance(value[0], Tensor):
+                    self._check_same(masks[0], masks[-1])
+                    return func(*args)
+        flat = [*_flat(args), *_flat((kwargs or {}).values())]
+        masked = [each for each in flat if id(each) in self._masked]
         if masked:
             return self._call_by_row(func, masked, args, kwargs or {})
+        for rows in flat:
+            if isinstance(rows, _Rows):
+                return self._tag(self._make(func, rows.mask, args, kwargs or {}), rows.mask)
         return func(*args, **(kwargs or {}))
 
     def _read(self, func: Callable[..., Any], tensor: Tensor) -> Any:
@@ -231,15 +306,45 @@ class Reads(TorchFunctionMode):
         self, func: Callable[..., Any], masked: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
         name = func.__name__.strip("_")
-        if name not in _BY_ROW and name[1:] not in _BY_ROW:  # __iadd__, add_, __radd__
-            raise Untraceable(f"it applies {func.__name__} to x[mask], which cannot be done row by row")
+        if name == "get":
+            return self._get(func, *args)
+        if func in (torch.gather, Tensor.gather):
+            return self._gather(*args, **kwargs)
         mask = self._masked[id(masked[0])][1]
+        is_by_row = name in _BY_ROW or name[1:] in _BY_ROW  # __iadd__, add_, __radd__
+        if not is_by_row and not (name in _BY_DIMENSION and mask.ndim == 1):
+            raise Untraceable(f"it applies {func.__name__} to x[mask], which cannot be done row by row")
         for other in masked[1:]:
             self._check_same(mask, self._masked[id(other)][1])
-        for each in args:
+        for each in _flat(args):
             if isinstance(each, Tensor) and id(each) not in self._masked and each.ndim >= masked[0].ndim:
                 raise Untraceable(f"{func.__name__} of x[mask] and a tensor of shape {tuple(each.shape)}")
         return self._tag(func(*args, **kwargs), mask)
+
+    def _get(self, getter: Any, tensor: Tensor) -> Any:
+        """An attribute of x[mask]."""
+        name, mask = getter.__self__.__name__, self._masked[id(tensor)][1]
+        if name == "shape" and mask.ndim == 1 and len(tensor) % len(mask) == 0:
+            return torch.Size((_Rows.of(mask, len(tensor)), *tensor.shape[1:]))
+        if name not in {"device", "dtype"}:
+            raise Untraceable(f"it reads {name} of x[mask]")
+        return getattr(tensor, name)
+
+    def _make(self, func: Callable[..., Any], mask: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """A new tensor with the rows of x[mask]."""
+        if func not in _SIZED or (_SIZED[func] and id(mask) in self._masked):
+            raise Untraceable(f"it calls {func.__name__} with the number of rows of x[mask]")
+        if _SIZED[func] is None:
+            return func(*args, **kwargs)
+        return draw_in_mask(mask, [int(size) for size in _flat(args)], _SIZED[func])
+
+    def _gather(self, table: Tensor, dim: int, index: Tensor) -> Tensor:
+        """Entries of the first row of x[mask], at places that each row has."""
+        if {id(table), id(index)} - {*self._masked} or dim == 0 or index.shape[0] != 1:
+            raise Untraceable("it gathers entries of x[mask] of each row")
+        mask = self._masked[id(table)][1]
+        self._check_same(mask, self._masked[id(index)][1])
+        return self._tag(first_in_mask(table, mask).gather(dim, index), mask)
 
     def _check_same(self, mask: Tensor, other: Tensor) -> None:
         """Two masks in one statement must be equal, whenever it runs."""
@@ -247,3 +352,8 @@ class Reads(TorchFunctionMode):
             if mask.shape != other.shape:
                 raise Untraceable("x[mask] with two masks")
             self.guards.append(((mask == other).all(), True))
+
+
+def _flat(values: Any) -> list[Any]:
+    """Values, and those of lists and tuples."""
+    return [each for value in values for each in (_flat(value) if isinstance(value, (list, tuple)) else [value])]

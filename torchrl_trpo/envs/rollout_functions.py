@@ -22,9 +22,8 @@ from torchrl_trpo.envs.torchrl_step import (
     twin_of,
 )
 from torchrl_trpo.envs.tracing import trace
-from torchrl_trpo.kernels.aten import Lowered
 from torchrl_trpo.kernels.buffers import Buffers, NotCompiled, unused_size
-from torchrl_trpo.kernels.lanes import Unsupported
+from torchrl_trpo.kernels.lanes import Lowered, Unsupported
 from torchrl_trpo.kernels.networks import NetworkOperations
 from torchrl_trpo.kernels.record import record
 from torchrl_trpo.kernels.row_function import RowFunction

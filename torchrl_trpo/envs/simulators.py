@@ -142,7 +142,7 @@ def _custom(
             "takes kwargs and returns a torchrl EnvBase, from an installed package or the working directory."
         ) from error
     known = {"num_envs": num_envs, "device": device, "seed": seed}
-    taken = inspect.signature(make).parameters
+    taken = _signature(make).parameters
     known = {argument: value for argument, value in known.items() if argument in taken and argument not in kwargs}
     _check_arguments(name, make, kwargs, *known)
     return functools.partial(make, **known, **kwargs)
@@ -181,9 +181,16 @@ def named_construction(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
         ) from error
 
 
+def _signature(constructor: Callable[..., Any]) -> inspect.Signature:
+    """What a function or class takes; the metaclass of TorchRL's environments hides it."""
+    if isinstance(constructor, type) and issubclass(constructor, EnvBase):
+        constructor = functools.partial(constructor.__init__, None)
+    return inspect.signature(constructor)
+
+
 def _check_arguments(name: str, constructor: Callable[..., Any], kwargs: Mapping[str, Any], *given: str) -> None:
     """Refuses arguments with which a constructor cannot be called, beside the given ones."""
-    signature = inspect.signature(constructor)
+    signature = _signature(constructor)
     try:
         signature.bind(**dict.fromkeys(given), **kwargs)
     except TypeError as error:

@@ -194,8 +194,8 @@ def trace(
     """Traces a function of a simulator.
 
     Python decides by the values of tensors at some places: in assertions and in ``if``. The graph has the decisions of
-    this call, and gives the values that they were made by. The broad phase of VMAS's collisions is taken as passed: of
-    what does not touch, the narrow phase gives a force of zero. Where an ``if`` of the scenario only changes tensors of
+    this call, and gives the values that they were made by. The broad phase of VMAS's collisions is taken as passed, and
+    decides over all environments whether there is a force. Where an ``if`` of the scenario only changes tensors of
     its objects, the graph has both ways, and takes one by the value.
 
     Args:
@@ -244,7 +244,10 @@ def _trace(
         before.put(tensors)
         scenario, world = type(simulator.scenario), type(simulator.world)
         methods = branching_by(reads.branch, scenario, BaseScenario) if merges else {}
-        broad_phase = {"collides": reads.as_broad_phase(world.collides)}
+        broad_phase = {
+            "collides": reads.as_broad_phase(world.collides),
+            "update_env_forces": reads.as_update_of_forces(world.update_env_forces),
+        }
         tries = {"find_random_pos_for_entity": staticmethod(reads.as_tries(ScenarioUtils.find_random_pos_for_entity))}
         with reads, replaced(scenario, methods), replaced(world, broad_phase), replaced(ScenarioUtils, tries):
             with attribute_reads(before.objects, read):

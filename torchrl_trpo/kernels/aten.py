@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from torchrl_trpo.kernels.buffers import DRAWN_IF
-from torchrl_trpo.kernels.lanes import KINDS, OTHER_KIND, Lanes, Statements, Unsupported, constant_tensor
+from torchrl_trpo.kernels.lanes import KINDS, OTHER_KIND, Lanes, Lowered, Unsupported, constant_tensor
 from torchrl_trpo.kernels.views import Views, dims_of, without
 
 _SAME_NAME = (
@@ -36,27 +36,6 @@ _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _SAME = ("detach", "alias", "lift_fresh_copy", "clone", "contiguous", "conj_physical")
 
 
-class Lowered(NamedTuple):
-    """A graph as statements for one row.
-
-    Attributes:
-        inputs: the inputs of the graph.
-        outputs: the outputs of the graph.
-        statements: the statements that compute them.
-        draws: the random tensors: for each its shape, with the batch first, and the method of ``Tensor`` that fills
-            one, with its arguments, as :class:`~torchrl_trpo.kernels.buffers.Draws` takes them. They are the inputs
-            ``draw0``, ``draw1``, ... of the statements.
-        used: how many of the numbers that are drawn under conditions a row has used, a lane or constant; None if
-            there are none.
-    """
-
-    inputs: list[Lanes]
-    outputs: list[Any]
-    statements: Statements
-    draws: list[tuple[tuple[int, ...], str, tuple[float, ...]]]
-    used: Any
-
-
 class _Pairs(NamedTuple):
     """``row & column``, a bool for each pair of rows: ``[n, 1]`` and ``[n]``. Only ``any`` and ``all`` can follow."""
 
@@ -76,6 +55,8 @@ class Operations(Views):
         super().__init__(n_rows)
         self._graph = graph
         self.draws: list[tuple[tuple[int, ...], str, tuple[float, ...]]] = []
+        self.masks: dict[int, Lanes] = {}
+        self.firsts: list[tuple[Lanes, Lanes]] = []
         self._n_drawn_if, self._used = 0, 0
 
     def lower(self, inputs: Sequence[tuple[str, Tensor, int | None]]) -> Lowered:
@@ -94,10 +75,9 @@ class Operations(Views):
             kind = KINDS.get(tensor.dtype, OTHER_KIND)
             lanes.append(self.statements.inputs(name, shape, axis, self._n_rows, kind))
         outputs = self._run(lanes)
-        if not self._n_drawn_if:
-            return Lowered(lanes, outputs, self.statements, self.draws, None)
-        draws = [*self.draws, ((self._n_rows, self._n_drawn_if), DRAWN_IF, ())]
-        return Lowered(lanes, outputs, self.statements, draws, self._used)
+        drawn_if = [((self._n_rows, self._n_drawn_if), DRAWN_IF, ())] if self._n_drawn_if else []
+        used = self._used if drawn_if else None
+        return Lowered(lanes, outputs, self.statements, [*self.draws, *drawn_if], used, self.masks, self.firsts)
 
     def _run(self, inputs: Sequence[Lanes]) -> list[Any]:
         values: dict[fx.Node, Any] = {}
@@ -237,6 +217,17 @@ class Operations(Views):
             raise Unsupported("several random numbers of a row that are not always drawn")
         return self._next(like.shape, is_due.values[()])
 
+    def draw_in_mask(self, mask: Lanes, size: Sequence[int], method: str) -> Lanes:
+        if self._n_drawn_if:
+            raise Unsupported("other random numbers after some that are not always drawn")
+        self.masks[len(self.draws)] = mask
+        return self._draw(size, method, 0.0, 1.0)
+
+    def first_in_mask(self, tensor: Lanes, mask: Lanes) -> Lanes:
+        self.firsts.append((tensor, mask))
+        name, shape = f"first{len(self.firsts) - 1}", (1, *tensor.shape[1:])
+        return self.statements.inputs(name, shape, None, self._n_rows, tensor.kind)
+
     def _next(self, size: Sequence[int], is_due: Any) -> Lanes:
         """The next of the numbers that are not always drawn, ``[n, 1, ...]``."""
         values = np.empty((1,) * len(size), object)
@@ -305,14 +296,21 @@ class Operations(Views):
         if tensor.axis in dims:
             is_any = operation == "or"  # all rows have it if not any row lacks it
             tensor = tensor if is_any else self.logical_not(tensor)
-            hits = self.statements.elementwise(self.statements.any_row, "b", tensor)
-            tensor = Lanes(hits.values, None, self._n_rows, "b")
+            tensor = self._reduce(Lanes(tensor.values, None, self._n_rows, "b"), tensor.axis, True, "or", "b")
+            tensor = self.statements.elementwise(self.statements.any_row, "b", tensor)
             tensor = tensor if is_any else self.logical_not(tensor)
         return (
             tensor
             if keepdim
             else self._view(tensor, np.squeeze(tensor.values, tuple(dims)), without(tensor.axis, dims))
         )
+
+    def if_any_near(self, near: Lanes, force: Lanes, value: Lanes) -> Lanes:
+        is_force = self._any_or_all(self._compare("ne", force, 0.0), -1, False, "or")
+        matters = self._elementwise("and", is_force, self.logical_not(near), kind="b")  # where near, it is known
+        any_near = self.statements.elementwise(self.statements.any_row, "b", near, matters)
+        holds = self._elementwise("or", near, any_near, kind="b")
+        return self._where(self.unsqueeze(holds, -1), value, 0.0, value.kind)
 
     def min(self, tensor: Lanes, dim: Any = None, keepdim: bool = False) -> Any:
         return self._extremum(tensor, dim, keepdim, "min", "lt")
@@ -343,6 +341,22 @@ class Operations(Views):
             hit = self._compare("eq", self._drop(index, dim), position)
             parts.append(self._where(hit, value, self.select(tensor, dim, position), tensor.kind))
         return self.stack(parts, dim)
+
+    def argmax(self, tensor: Lanes, dim: int, keepdim: bool = False) -> Lanes:
+        return self.max(tensor, dim, keepdim)[1]
+
+    def argmin(self, tensor: Lanes, dim: int, keepdim: bool = False) -> Lanes:
+        return self.min(tensor, dim, keepdim)[1]
+
+    def gather(self, tensor: Lanes, dim: int, index: Lanes, **_: Any) -> Lanes:
+        (dim,) = dims_of(dim, tensor.ndim)
+        differ = [d for d, sizes in enumerate(zip(tensor.shape, index.shape, strict=True)) if len({*sizes}) > 1]
+        if dim == tensor.axis or not set(differ) <= {dim}:
+            raise Unsupported("gather of some entries")
+        result, *others = (self.unsqueeze(part, dim) for part in self.unbind(tensor, dim))
+        for position, other in enumerate(others, 1):
+            result = self._where(self._compare("eq", index, position), other, result, tensor.kind)
+        return result
 
     # Products
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -134,16 +134,21 @@ class Draws:
         self._columns = Columns.like(layout.n, empty)
         self.addresses = self._columns.addresses
 
-    def draw(self, n_used: int | None = None) -> None:
+    def draw(self, masks: Mapping[int, Tensor], n_used: int | None = None) -> None:
         """Draws them from the device's global generator, as the function does.
 
         Args:
+            masks: by the numbers of random tensors the rows that are drawn, bool ``[n]``. Default: all.
             n_used: how many numbers each row needs of those that are drawn under a condition. Default: all.
         """
-        for column, (_, method, parameters) in zip(self._columns.tensors, self._draws, strict=True):
+        pairs = zip(self._columns.tensors, self._draws, strict=True)
+        for number, (column, (_, method, parameters)) in enumerate(pairs):
             if method == DRAWN_IF:
                 drawn = column.new_empty(column.shape[1] if n_used is None else n_used, len(column)).uniform_()
                 column[:, : len(drawn)] = drawn.T
+            elif number in masks:
+                rows = masks[number].nonzero().squeeze(1)
+                column[rows] = getattr(column.new_empty(len(rows), *column.shape[1:]), method)(*parameters)
             else:
                 column.copy_(getattr(column.new_empty(column.shape), method)(*parameters))
 

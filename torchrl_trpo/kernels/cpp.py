@@ -188,8 +188,8 @@ def source(
         int64_t* strides)``. The buffers are ``[lanes, n_padded]``, those of shared inputs ``[lanes]``. ``strides`` are
         those of the outputs that are stored by row. Behind the rows, outputs are zero: vector functions may choose
         their way by all numbers of a register. The function returns whether the guards hold. What any row of the batch
-        has is known after the loop. So it is taken to be as in the last call, and the loop runs again if it is not:
-        each depends on earlier ones only, so this ends.
+        has is known after the loop. So it is taken to be as in the last call, and the loop runs again if it is not, and
+        that matters to a row: each depends on earlier ones only, so this ends.
     """
     code = write(statements, inputs, stores, guards, _PARAMETERS)
     return f"""{code.functions}
@@ -197,7 +197,7 @@ extern "C" int run(int64_t n, int64_t P, const void* const* in, void* const* out
   constexpr int N_ANY = {code.n_any};
   static bool last[N_ANY + 1];
   F kept[{code.n_kept + 1}], scratch[{code.n_scratch + 1}];
-  B any[N_ANY + 1], hit[N_ANY + 1], wrong, rows;
+  B any[N_ANY + 1], hit[2 * N_ANY + 1], wrong, rows;
   for (int k = 0; k < W; k++) rows[k] = k;
   for (int k = 0; k < N_ANY; k++) any[k] = __atomic_load_n(last + k, __ATOMIC_RELAXED) ? TRUE : FALSE;
   for (bool again = true; again;) {{
@@ -211,8 +211,8 @@ extern "C" int run(int64_t n, int64_t P, const void* const* in, void* const* out
     }}
     again = false;
     for (int k = 0; k < N_ANY; k++) {{
-      const bool found = !none(hit[k]);
-      again = again || found == none(any[k]);
+      const bool found = !none(hit[2 * k]);
+      again = again || (found == none(any[k]) && !none(hit[2 * k + 1]));
       any[k] = found ? TRUE : FALSE;
       __atomic_store_n(last + k, found, __ATOMIC_RELAXED);
     }}

@@ -100,12 +100,12 @@ extern "C" __global__ void run(int n, int P, int n_in, int n_out, void** table) 
   int64_t* const any = (int64_t*)(out + n_out);
   int64_t* const found = any + N_ANY;
   F kept[{code.n_kept + 1}], scratch[{code.n_scratch + 1}];
-  B fail = false, hit[N_ANY + 1] = {{}};
+  B fail = false, hit[2 * N_ANY + 1] = {{}};
   const B valid = true;
   {code.calls}
-  for (int k = 0; k < N_ANY; k++)
+  for (int k = 0; k < 2 * N_ANY; k++)
     if (hit[k]) found[k] = 1;
-  if (fail) found[N_ANY] = 1;
+  if (fail) found[2 * N_ANY] = 1;
 }}
 """,
             device,
@@ -125,12 +125,13 @@ extern "C" __global__ void run(int n, int P, int n_in, int n_out, void** table) 
         """
         addresses = np.concatenate([inputs, outputs]).view(np.int64)
         while True:
-            table = np.concatenate([addresses, self._any, np.zeros(len(self._any) + 1, np.int64)])
+            table = np.concatenate([addresses, self._any, np.zeros(2 * len(self._any) + 1, np.int64)])
             on_device = torch.from_numpy(table).to(self._device, non_blocking=True)
             sizes = [n, padded, len(inputs), len(outputs)]
             self._launch(math.ceil(n / _ROWS_OF_A_BLOCK), [*sizes, on_device])
-            *found, wrong = on_device[len(addresses) + len(self._any) :].tolist()  # the one wait
-            if found == self._any.tolist():
+            *hits, wrong = on_device[len(addresses) + len(self._any) :].tolist()  # the one wait
+            found, matters = np.array(hits[::2], np.int64), np.array(hits[1::2], bool)
+            if not (matters & (found != self._any)).any():
                 return not wrong
             self._any[:] = found
 

@@ -62,7 +62,8 @@ class Lanes:
     """A tensor as an object array of lanes and constants.
 
     Args:
-        values: the lanes, in the tensor's shape, with size 1 along the batch dimension.
+        values: the lanes, in the tensor's shape, with size 1 along the batch dimension. It has size k if a dimension
+            of size k has been joined to it.
         axis: the batch dimension; None if all rows have the same values.
         n_rows: the size of the batch.
         kind: the kind of the lanes.
@@ -77,11 +78,11 @@ class Lanes:
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape, with the batch dimension."""
-        return tuple(self.n_rows if d == self.axis else size for d, size in enumerate(self.values.shape))
+        return tuple(self.n_rows * size if d == self.axis else size for d, size in enumerate(self.values.shape))
 
     def of_rows(self) -> np.ndarray | None:
         """The lanes of a tensor with the batch as its first dimension; None if it has no such dimension."""
-        if self.axis == 0:
+        if self.axis == 0 and len(self.values) == 1:
             return self.values
         if self.axis is not None or self.values.shape[:1] != (self.n_rows,):
             return None
@@ -148,9 +149,9 @@ class Statements:
             return value
         return self.add("where", kind, condition, value, other)
 
-    def any_row(self, value: Any) -> Any:
-        """Whether any row of the batch has it: a lane that is the same for all rows."""
-        return self.add("any", "b", value) if isinstance(value, Lane) else value
+    def any_row(self, value: Any, matters: Any = True) -> Any:
+        """Whether any row of the batch has it: a lane that is the same for all rows. It is right if any row matters."""
+        return self.add("any", "b", value, matters) if isinstance(value, Lane) else value
 
     def block(self, operation: str, length: int, kind: str, *arguments: Any) -> np.ndarray:
         """The results of a statement that has several."""
@@ -207,6 +208,32 @@ class Statements:
         return Lanes(values, None if axis is None else values.ndim + axis, n_rows, kind)
 
 
+class Lowered(NamedTuple):
+    """A graph as statements for one row.
+
+    Attributes:
+        inputs: the inputs of the graph.
+        outputs: the outputs of the graph.
+        statements: the statements that compute them.
+        draws: the random tensors: for each its shape, with the batch first, and the method of ``Tensor`` that fills
+            one, with its arguments, as :class:`~torchrl_trpo.kernels.buffers.Draws` takes them. They are the inputs
+            ``draw0``, ``draw1``, ... of the statements.
+        used: how many of the numbers that are drawn under conditions a row has used, a lane or constant; None if
+            there are none.
+        masks: by the numbers of random tensors the rows that are drawn, bool ``[n]``; all of those that are not here.
+        firsts: for each of the inputs ``first0``, ``first1``, ... that all rows share a tensor, and a mask bool
+            ``[n]``: the input is the tensor's first row in the mask.
+    """
+
+    inputs: list[Lanes]
+    outputs: list[Any]
+    statements: Statements
+    draws: list[tuple[tuple[int, ...], str, tuple[float, ...]]]
+    used: Any
+    masks: dict[int, Lanes]
+    firsts: list[tuple[Lanes, Lanes]]
+
+
 def constant(value: Any, kind: str, n_rows: int) -> Lanes:
     """A number as a tensor without dimensions."""
     values = np.empty((), object)
@@ -236,7 +263,12 @@ def aligned(*tensors: Any) -> tuple[list[np.ndarray], int | None, int]:
     if len(axes) > 1:
         raise Unsupported("rows are combined with other rows")
     axis = next(iter(axes), None)
-    return [_of_one_row(tensor, axis) for tensor in found], axis, n_rows
+    arrays = [_of_one_row(tensor, axis) for tensor in found]
+    if axis is not None:
+        size = max(array.shape[axis] for array in arrays if array.ndim >= -axis)
+        shapes = [(*a.shape[:axis], size, *a.shape[axis:][1:]) if a.ndim >= -axis else a.shape for a in arrays]
+        arrays = [np.broadcast_to(array, shape) for array, shape in zip(arrays, shapes, strict=True)]
+    return arrays, axis, n_rows
 
 
 def _of_one_row(tensor: Lanes, axis: int | None) -> np.ndarray:

@@ -251,18 +251,6 @@ class NetworkOperations(Operations):
             parts.append(self._elementwise("add", part, added))
         return self.stack(parts, dim)
 
-    def argmax(self, tensor: Lanes, dim: int, keepdim: bool = False) -> Lanes:
-        return self.max(tensor, dim, keepdim)[1]
-
-    def gather(self, tensor: Lanes, dim: int, index: Lanes, **_: Any) -> Lanes:
-        (dim,) = dims_of(dim, tensor.ndim)
-        if dim == tensor.axis or index.shape[dim] != 1:
-            raise Unsupported("gather of several entries")
-        result, *others = (self.unsqueeze(part, dim) for part in self.unbind(tensor, dim))
-        for position, other in enumerate(others, 1):
-            result = self._where(self._compare("eq", index, position), other, result, tensor.kind)
-        return result
-
 
 def _of_all(value: Any) -> Any:
     """A number, or a tensor that all rows share, without the dimension along which it is repeated for them."""

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_trpo.kernels.aten import Lowered
 from torchrl_trpo.kernels.buffers import Buffers, Draws, NotCompiled
 from torchrl_trpo.kernels.compiler import Function
 from torchrl_trpo.kernels.cpp import source
-from torchrl_trpo.kernels.lanes import Lanes
+from torchrl_trpo.kernels.lanes import Lanes, Lowered
 from torchrl_trpo.kernels.writer import Guard, Store
 
 
@@ -72,5 +71,5 @@ class RowFunction:
         Returns:
             Whether the results are right: the function branches as it did when it was traced.
         """
-        self._draws.draw()
+        self._draws.draw({})
         return bool(self._run(self._layout.n, self._layout.padded, *self._pointers))

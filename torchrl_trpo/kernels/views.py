@@ -66,7 +66,7 @@ class Views:
         ]
         axis = None if tensor.axis is None else tensor.axis + added
         if axis is not None:
-            shape[axis] = 1
+            shape[axis] = tensor.values.shape[axis - added]
         return self._view(tensor, np.broadcast_to(tensor.values, shape), axis)
 
     def view(self, tensor: Lanes, size: Sequence[int]) -> Lanes:
@@ -77,8 +77,8 @@ class Views:
             return self._view(tensor, tensor.values.reshape(shape), None)
         before = math.prod(tensor.shape[: tensor.axis])
         for axis, length in enumerate(shape):
-            if length == self._n_rows and math.prod(shape[:axis]) == before:
-                shape[axis] = 1
+            if length % self._n_rows == 0 and math.prod(shape[:axis]) == before:
+                shape[axis] = length // self._n_rows
                 return self._view(tensor, tensor.values.reshape(shape), axis)
         raise Unsupported(f"a view of {tensor.shape} as {tuple(shape)}")
 
@@ -112,7 +112,7 @@ class Views:
         dim %= tensor.ndim
         if dim != tensor.axis:
             return self._view(tensor, np.take(tensor.values, indices, dim), tensor.axis)
-        if list(indices) == list(range(self._n_rows)):
+        if list(indices) == list(range(tensor.shape[dim])):
             return tensor
         raise Unsupported("some rows are read")
 

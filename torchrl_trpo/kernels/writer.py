@@ -172,8 +172,9 @@ def write(
             lines.append(Line(index, _load(statements[index], inputs), []))
         elif operation == "any":
             lines.append(Line(index, f"any[{n_any}]", []))
-            hit = f"hit[{n_any}] = hit[{n_any}] | only({_term(arguments[0])}, valid)"
-            lines.append(Line(None, hit, _lanes(arguments)))
+            for slot, argument in enumerate(arguments, 2 * n_any):
+                hit = f"hit[{slot}] = hit[{slot}] | only({_term(argument)}, valid)"
+                lines.append(Line(None, hit, _lanes([argument])))
             n_any += 1
         else:
             lines.append(Line(index, _CODE[operation].format(*map(_term, arguments)), _lanes(arguments)))

@@ -143,7 +143,7 @@ class TrustRegionUpdater(RangedSettings):
                 f"have; got {type(objective).__name__}."
             )
         self.objective = objective
-        self._warned_of_data = False
+        self._warned_of_data = self._warned_of_gradient = False
         self.max_kl = max_kl
         self.damping = damping
         self.cg_iters = cg_iters
@@ -198,23 +198,35 @@ class TrustRegionUpdater(RangedSettings):
                 solved.append(self._solve(problem, radii))
                 indices.extend(problem.indices)
             stats: TensorDict = TensorDict.cat(solved)
-            self._check_policy_of_data(stats)
             order = torch.tensor(indices).to(stats["kl"].device, non_blocking=True)
+            self._warn(stats.set("order", order))
             return stats[order.argsort()].set("order", order)
         except BaseException:
             for restore in reversed(snapshots):
                 restore()
             raise
 
-    def _check_policy_of_data(self, stats: TensorDict) -> None:
-        """Warns once when most of the data is not from the policy that the step starts at.
+    def _warn(self, stats: TensorDict) -> None:
+        """Warns once when a gradient is not finite, and once when most of the data is not from the policy.
 
         A few log-probabilities may differ by any amount: those of squashed actions at their bounds are all rounding.
         """
-        mismatches = stats.pop("mismatch", None)
-        if self._warned_of_data or mismatches is None or mismatches.is_meta:
+        wrong = ~stats["grad_norm"].isfinite() & ~stats["accepted"]
+        infinite = wrong.any()
+        mismatch = stats.pop("mismatch", infinite.to(stats["kl"])).max()
+        if infinite.is_meta or (self._warned_of_data and self._warned_of_gradient):
             return
-        if not float(mismatches.max()) > 0.5:  # waits for the device
+        infinite, mismatch = torch.stack([infinite.to(mismatch), mismatch]).tolist()  # waits for the device
+        if infinite and not self._warned_of_gradient:
+            self._warned_of_gradient = True
+            regions = ", ".join(map(str, stats["order"][wrong].tolist()))
+            warnings.warn(
+                f"The gradient of region {regions} is not finite, so that it kept its policy. Likely: a NaN or an "
+                "infinity among the advantages, observations, actions or log-probabilities of the data. Each step says "
+                "so in accepted and grad_norm.",
+                stacklevel=3,
+            )
+        if mismatch <= 0.5 or infinite or self._warned_of_data:
             return
         self._warned_of_data = True
         warnings.warn(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrl.objectives import PPOLoss
 
 from torchrl_trpo.arguments import positive_whole
-from torchrl_trpo.keys import finite_where_masked, non_finite, reads_init
+from torchrl_trpo.keys import entry, finite_where_masked, non_finite, reads_init
 from torchrl_trpo.numerics.statistics import read, variance
 from torchrl_trpo.objectives.policy_update import critic_network_parameters, mask_keys, row_mask, trained
 from torchrl_trpo.parallel.minibatches import average_gradients, count_by_rank, draw_minibatches
@@ -172,6 +172,8 @@ def _rows_of_fit(loss: PPOLoss, data: TensorDictBase) -> tuple[TensorDict, Tenso
     """
     keys = loss.tensor_keys
     recurrent = reads_init(loss.critic_network)
+    for name in ("value_target", "value"):
+        entry(data, getattr(keys, name), f"{name}, which loss.value_estimator(data) writes")
     names = [*loss.critic_network.in_keys, keys.value_target, keys.value, *mask_keys(loss)]
     present = {name: value for name in names if (value := data.get(name, None)) is not None}
     rows = TensorDict(present, batch_size=data.batch_size)
