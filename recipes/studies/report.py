@@ -293,8 +293,9 @@ def _plot_scores(comparison: Comparison, path: Path) -> None:
             ]
             for axis, value in zip(axes, values, strict=True):
                 if value is not None:
-                    axis.plot(value[1:], [position] * 2, color=_color(name), ls=_style(name), lw=5, alpha=0.5)
-                    axis.plot(value[0], position, "o", color=_color(name), ms=11)
+                    axis.plot(value[1:], [position] * 2, color=_color(name), lw=5, alpha=0.5)
+                    filled = _color(name) if _style(name) == "-" else "white"  # of variants hollow
+                    axis.plot(value[0], position, "o", color=_color(name), markerfacecolor=filled, mew=2, ms=11)
         for axis, (title, label) in zip(axes, panels, strict=True):
             axis.set(title=title, xlabel=label)
             axis.grid(visible=False, axis="y")
