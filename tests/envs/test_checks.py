@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, StepCounter, TransformedEnv
 
+from tests.environments import Copy
 from torchrl_trpo.envs import BatchedResetVmasEnv, make_env
 from torchrl_trpo.envs.checks import EnvironmentFault, find_non_finite
 from torchrl_trpo.errors import SettingError
@@ -227,3 +228,22 @@ def test_the_state_is_single_precision():
     assert env.observation_spec["state"].dtype == torch.float32
     assert env.rollout(2)["next", "state"].dtype == torch.float32
     env.close(raise_if_closed=False)
+
+
+class Unseeded(Copy):
+    """Draws other observations each time, whatever the seed."""
+
+    def _set_seed(self, seed):
+        self.generator = torch.Generator()
+        self.generator.seed()
+
+
+def make_unseeded(num_envs):
+    return Unseeded({"agents": (2, 3, ("discrete", 3))}, num_envs)
+
+
+@pytest.mark.parametrize("factory", ["tests.envs.test_checks.make_unseeded", "tests.environments.make_copy"])
+def test_a_seed_that_is_not_heeded_is_told(factory, caplog):
+    make_env("custom", factory=factory, num_envs=4, max_steps=5, kwargs={}, seed=3, device=torch.device("cpu"))
+    told = "Two resets of the environment with seed 3 differ in ('agents', 'observation')" in caplog.text
+    assert told == factory.endswith("unseeded")

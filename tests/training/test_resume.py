@@ -320,8 +320,8 @@ def test_buffers_are_not_the_environments_state(tmp_path, caplog):
     """A buffer was once taken for it: an old observation was continued in a new episode, and nothing said so."""
     RECIPES["hatrpo"].train(config("hatrpo", tmp_path, *custom("true")))
     assert components(tmp_path)[collection_of(tmp_path)]["simulator"] == {}
+    assert "begins new episodes" in caplog.text, "it is told while there is time to change it"
     resume(tmp_path, "film=false")
-    assert "begins new episodes" in caplog.text
     assert len(metrics(tmp_path)) == 6
 
 

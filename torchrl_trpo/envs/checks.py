@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
+from torchrl._utils import logger
 from torchrl.data import OneHot, TensorSpec
 from torchrl.envs import ActionMask, Compose, EnvBase, TransformedEnv
 from torchrl.envs.utils import check_env_specs
@@ -70,6 +71,30 @@ def check_specs(env: EnvBase, name: str, seed: int) -> None:
         ) from error
     finally:
         log.setLevel(level)
+
+
+def check_seed(env: EnvBase, seed: int) -> None:
+    """Warns if two resets with the same seed differ, so that a run cannot be repeated.
+
+    It leaves the global random generators as they were, and the environment seeded and reset.
+
+    Args:
+        env: the environment, one or a batch.
+        seed: the seed.
+    """
+    observed = []
+    for _ in range(2):
+        with untouched_generators(seed):
+            env.set_seed(seed)
+            observed.append(env.reset())
+    for key in env.full_observation_spec.keys(True, True):
+        one, other = (data.get(key) for data in observed)
+        if isinstance(one, Tensor) and not torch.equal(one.nan_to_num(), other.nan_to_num()):
+            logger.warning(
+                f"Two resets of the environment with seed {seed} differ in {key}, so that a run cannot be repeated. "
+                "Likely: it draws random numbers that its _set_seed, or its reset(seed=...), does not seed."
+            )
+            return
 
 
 class _LegalActions(ActionMask):

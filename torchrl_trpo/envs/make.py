@@ -20,7 +20,7 @@ from torchrl.envs import (
 )
 
 from torchrl_trpo.envs.absent_agents import WithoutAbsent
-from torchrl_trpo.envs.checks import check_specs
+from torchrl_trpo.envs.checks import check_seed, check_specs
 from torchrl_trpo.envs.normalization import ObservationNorm
 from torchrl_trpo.envs.parallel_env import RestorableParallelEnv
 from torchrl_trpo.envs.simulators import SIMULATORS, named_construction
@@ -142,6 +142,8 @@ def make_env(
             f"state=True: {name!r} has no global state. Legal: state=False, with critics of observations."
         )
     check_specs(env, name, seed)
+    if library == "custom":
+        check_seed(env, seed)
 
     if not env.batch_size:
         env.close(raise_if_closed=False)

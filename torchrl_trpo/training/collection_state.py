@@ -20,7 +20,7 @@ class CollectionState:
     """A collector's last step, its transforms and its simulator, as a ``state_dict``.
 
     Only ``get_extra_state`` gives a simulator's whole state; its buffers alone may be a part of it. A simulator without
-    that method begins new episodes when it is resumed, and a warning says so.
+    that method begins new episodes when it is resumed, and a warning says so when its state is first saved.
 
     Args:
         collector: the collector.
@@ -41,9 +41,12 @@ class CollectionState:
         if not self._is_checked:
             _check_plain(simulator)
             self._is_checked = True
+        if not _has_extra_state(simulator):
+            simulator = {}
+            self._warn_of_new_episodes("The environment's own state cannot be saved (it has no get_extra_state).")
         return {
             "transforms": env.transform.state_dict(),
-            "simulator": simulator if _has_extra_state(simulator) else {},
+            "simulator": simulator,
             "step": _pack(self._last_step),
         }
 
