@@ -184,7 +184,7 @@ def named_construction(name: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
 def _signature(constructor: Callable[..., Any]) -> inspect.Signature:
     """What a function or class takes; the metaclass of TorchRL's environments hides it."""
     if isinstance(constructor, type) and issubclass(constructor, EnvBase):
-        constructor = functools.partial(constructor.__init__, None)
+        constructor = functools.partial(constructor.__init__, None)  # type: ignore[misc]
     return inspect.signature(constructor)
 
 
