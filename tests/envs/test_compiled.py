@@ -196,6 +196,7 @@ COMPILED = """
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", COMPILED.split())
+@pytest.mark.filterwarnings("ignore:Force limits not specified")
 def test_scenarios_that_compile(scenario):
     """Each is compared with VMAS when it is compiled. After three steps, no step is left to VMAS."""
     env = make(scenario, n=60)
