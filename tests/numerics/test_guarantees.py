@@ -1,6 +1,6 @@
 """What holds for every update, whatever the policy, the batch, the mask, the rewards' scale and the settings.
 
-``GUARANTEE_UPDATES`` is the number of updates that are tried, 90 if it is not set. Ten thousand, with a summary::
+``GUARANTEE_UPDATES`` is the number of updates that are tried, 60 if it is not set. Ten thousand, with a summary::
 
     GUARANTEE_UPDATES=10000 python -m pytest -s tests/numerics/test_guarantees.py
     python -m tests.numerics.test_guarantees 10000
@@ -49,7 +49,7 @@ from torchrl_trpo.distributions.divergence import entropy
 from torchrl_trpo.objectives import HATRPOSequentialObjective
 from torchrl_trpo.objectives.policy_network import distribution_keys, input_keys
 
-UPDATES = int(os.environ.get("GUARANTEE_UPDATES", "90"))
+UPDATES = int(os.environ.get("GUARANTEE_UPDATES", "60"))
 UPDATES_PER_EXAMPLE = 3
 """On the same batch: from the second on, the policy is not the one that collected it."""
 LAYOUTS = ["shared", "per_agent", "sequential"]

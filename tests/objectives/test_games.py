@@ -23,7 +23,7 @@ from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 
 GAMES, UPDATES = {2: 10, 3: 7, 4: 4}, 8
 """Games by the number of agents: with 2 orders, 3 numbers of actions and 8 updates of each, 1008 updates."""
-FEW = [(n, "random", 4) for n in GAMES]
+FEW = [(n, "random", 4) for n in (2, 3)]
 ALL = [(n, order, GAMES[n]) for n in GAMES for order in ("random", "fixed")]
 
 

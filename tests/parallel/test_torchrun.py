@@ -161,6 +161,7 @@ def train_and_die(folder):
     return told.getvalue()
 
 
+@pytest.mark.slow
 def test_a_job_that_has_lost_a_process_goes_on_when_it_is_started_anew(tmp_path):
     on_ranks(2, train, "hatrpo", tmp_path / "quiet", *OVERRIDES, job="job")
     (told,) = on_ranks(2, train_and_die, tmp_path / "disturbed", job="job", lost=[1])

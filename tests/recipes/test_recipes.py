@@ -211,6 +211,7 @@ def test_resume_continues(tmp_path, capsys):
         hatrpo.train(config("hatrpo", tmp_path, f"resume={tmp_path / 'nowhere'}"))
 
 
+@pytest.mark.filterwarnings("ignore:The gradient of region")
 def test_one_nan_costs_one_iteration(tmp_path, monkeypatch, capfd):
     """A single NaN reward once made the critic NaN, and with it every later advantage.
 

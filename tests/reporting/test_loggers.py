@@ -97,6 +97,7 @@ def test_wandb_offline(tmp_path, film, monkeypatch):
     assert b"updater.max_kl" in b"".join(path.read_bytes() for path in records)
 
 
+@pytest.mark.slow
 def test_mlflow(tmp_path, film):
     mlflow = pytest.importorskip("mlflow")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
