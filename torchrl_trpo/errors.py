@@ -41,6 +41,20 @@ def require(extras: str, *modules: str, importer: str) -> None:
         raise ImportError(f"{importer} needs {', '.join(missing)}. Use: {command}", name=importer)
 
 
+def question(given: object, legal: Iterable[object]) -> str:
+    """Asks for the nearest legal values.
+
+    Args:
+        given: the value that is not legal.
+        legal: the legal values.
+
+    Returns:
+        ``"Did you mean 'x'? "``, or nothing when nothing is near.
+    """
+    close = difflib.get_close_matches(str(given), [str(value) for value in legal], n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
+
+
 def nearest(given: object, legal: Iterable[object]) -> str:
     """Describes the legal values for an error message, nearest names first.
 
@@ -52,9 +66,7 @@ def nearest(given: object, legal: Iterable[object]) -> str:
         ``"Did you mean 'x'? Legal: 'x', 'y'."``, without the question when nothing is near.
     """
     names = [str(value) for value in legal]
-    close = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5)
-    question = f"Did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
-    return f"{question}Legal: {', '.join(repr(name) for name in names) or 'nothing'}."
+    return f"{question(given, names)}Legal: {', '.join(repr(name) for name in names) or 'nothing'}."
 
 
 def nearest_multiples(value: int, step: int) -> str:

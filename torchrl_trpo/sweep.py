@@ -169,15 +169,14 @@ def _unfinished(settings: Sequence[Setting], folder: Path) -> list[str]:
 
 def _plot(settings: Sequence[Setting], path: Path) -> Path:
     """Plots each setting's mean return and range over seeds, by task; a cross marks the end of an unfinished run."""
-    tasks = list(dict.fromkeys(setting.values.get("env.name", "") for setting in settings))
     kinds = [(str(s.values.get("algorithm", "")).lower(), s.values.get("env.name", "")) for s in settings]
+    tasks = list(dict.fromkeys(task for _, task in kinds))
+    colors: Any = ALGORITHM_COLORS if len({*kinds}) == len(kinds) else {}
     size = (4 + 6 * len(tasks), 5 + 0.35 * len(settings))
     with drawing(path, 1, len(tasks), size) as (figure, axes):
         figure.set_layout_engine("constrained")
-        for index, setting in enumerate(settings):
-            algorithm, task = kinds[index]
-            axis = axes[tasks.index(task)]
-            color = ALGORITHM_COLORS.get(algorithm, f"C{index}") if len({*kinds}) == len(kinds) else f"C{index}"
+        for index, (setting, (algorithm, task)) in enumerate(zip(settings, kinds, strict=True)):
+            axis, color = axes[tasks.index(task)], colors.get(algorithm, f"C{index}")
             by_frames: dict[float, list[float]] = {}
             for run in setting.runs:
                 for frames, value in zip(run.column("frames"), run.column("episode_return"), strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import re
@@ -16,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from torchrl_trpo.config.schema import RECIPES, Recipe
 from torchrl_trpo.envs import resolve_device
-from torchrl_trpo.errors import SettingError, nearest, nearest_multiples
+from torchrl_trpo.errors import SettingError, nearest, nearest_multiples, question
 from torchrl_trpo.keys import GroupKeys
 from torchrl_trpo.reporting.loggers import logger_problem
 
@@ -142,8 +141,8 @@ def _unknown(name: str, known: Mapping[str, FieldInfo]) -> str:
     legal = [each for each in known if each.rpartition(".")[0] == section] or list(known)
     if others := [recipe for recipe, model in RECIPES.items() if name in dict(fields(model))]:
         return f"{said} It is one of {', '.join(others)}. {nearest('', legal)}"
-    if near := difflib.get_close_matches(name, known, cutoff=0.5):
-        return f"{said} Did you mean {' or '.join(map(repr, near))}? Legal: what --help lists."
+    if asked := question(name, known):
+        return f"{said} {asked}Legal: what --help lists."
     return f"{said} {nearest(name, legal)}"
 
 

@@ -35,9 +35,8 @@ class CompilerError(NotCompiled):
 class Function:
     """A function of :func:`source`, which is compiled at its first call, with all others that wait for theirs.
 
-    Most of a compiler's time goes to PyTorch's headers, which it reads once for all of them. Code that has been
-    compiled before is only loaded: the libraries are in ``$TORCHRL_TRPO_CACHE``, by default ``~/.cache/torchrl_trpo``,
-    by code, PyTorch and processor.
+    A compiler begins once for all of them. Code that has been compiled before is only loaded: the libraries are in
+    ``$TORCHRL_TRPO_CACHE``, by default ``~/.cache/torchrl_trpo``, by code, PyTorch and processor.
 
     Args:
         code: the code.
@@ -107,9 +106,8 @@ def _compile(code: str, command: Sequence[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         file = Path(scratch, "kernel.cpp")
         file.write_text(code)
-        include = [f"-I{path}" for path in cpp_extension.include_paths()]
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
-        arguments = [*command, *include, str(file), "-o", str(file.with_suffix(".so")), *libraries]
+        arguments = [*command, str(file), "-o", str(file.with_suffix(".so")), *libraries]
         result = subprocess.run(arguments, capture_output=True, text=True, check=False)
         if result.returncode:
             raise CompilerError(f"{command[0]} failed: {result.stderr.strip()[:500]}")
@@ -123,5 +121,4 @@ def _compiler() -> tuple[str, ...]:
     if compiler is None:
         raise CompilerError("there is no C++ compiler. Install g++, or set CXX to one")
     capability = torch.backends.cpu.get_cpu_capability()
-    defines = f"-DCPU_CAPABILITY_{capability}", f"-DCPU_CAPABILITY={capability}"
-    return (compiler, *defines, *_ISA.get(capability, ()))
+    return (compiler, f"-DCPU_CAPABILITY_{capability}", *_ISA.get(capability, ()))

@@ -199,14 +199,14 @@ class TrustRegionUpdater(RangedSettings):
                 indices.extend(problem.indices)
             stats: TensorDict = TensorDict.cat(solved)
             order = torch.tensor(indices).to(stats["kl"].device, non_blocking=True)
-            self._warn(stats.set("order", order))
+            self._warn(stats, order)
             return stats[order.argsort()].set("order", order)
         except BaseException:
             for restore in reversed(snapshots):
                 restore()
             raise
 
-    def _warn(self, stats: TensorDict) -> None:
+    def _warn(self, stats: TensorDict, order: Tensor) -> None:
         """Warns once when a gradient is not finite, and once when most of the data is not from the policy.
 
         A few log-probabilities may differ by any amount: those of squashed actions at their bounds are all rounding.
@@ -219,7 +219,7 @@ class TrustRegionUpdater(RangedSettings):
         infinite, mismatch = torch.stack([infinite.to(mismatch), mismatch]).tolist()  # waits for the device
         if infinite and not self._warned_of_gradient:
             self._warned_of_gradient = True
-            regions = ", ".join(map(str, stats["order"][wrong].tolist()))
+            regions = ", ".join(map(str, order[wrong].tolist()))
             warnings.warn(
                 f"The gradient of region {regions} is not finite, so that it kept its policy. Likely: a NaN or an "
                 "infinity among the advantages, observations, actions or log-probabilities of the data. Each step says "

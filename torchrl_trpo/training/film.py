@@ -124,10 +124,9 @@ def film_episodes(
             data = env.step(policy(data))["next"]
             running = [was and not done for was, done in zip(running, data["done"].flatten().tolist(), strict=True)]
     settings: dict[str, Any] = {"fps": FRAMES_PER_SECOND / every, "output_params": ["-preset", "veryfast"]}
-    if path.suffix == ".gif":
-        settings = {"duration": 1000 * every / FRAMES_PER_SECOND, "loop": 0}  # again and again
     pictures: list[Any] = [_mosaic(tiles) for tiles in zip(*films, strict=True)]
     if path.suffix == ".gif":
+        settings = {"duration": 1000 * every / FRAMES_PER_SECOND, "loop": 0}  # again and again
         pictures = [_few_colors(picture) for picture in pictures]
     imageio.mimsave(path, pictures, **settings)
     return path
