@@ -794,6 +794,14 @@ MUTATIONS = (
         "envs/vmas::test_time_limits_are_truncations",
     ),
     Mutation(
+        "unread-draws",
+        "torchrl_trpo/envs/reads.py",
+        '"torchrl_trpo::draw_if", mutates_args=(), tags=_DRAWS',
+        '"torchrl_trpo::draw_if", mutates_args=()',
+        "random numbers that nothing reads are not counted: those that follow are drawn too early",
+        "envs/compiled::test_numbers_are_vmas_s",
+    ),
+    Mutation(
         "stale-constant",
         "torchrl_trpo/envs/flat_state.py",
         "return all(len(holder) == size and values(holder) == held for holder, values, held, size in self._watched)",

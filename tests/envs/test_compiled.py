@@ -220,6 +220,14 @@ def test_traits_that_compile(traits):
     go_on(ours, theirs, 40)
 
 
+def test_numbers_are_vmas_s_after_as_many_tries_as_are_compiled(monkeypatch):
+    """The numbers of the last try, which nothing read, were not counted: what followed was drawn one try too early."""
+    monkeypatch.setattr("torchrl_trpo.envs.reads._MOST_TRIES", 4)
+    ours, theirs = both(traits=("tries",))
+    assert is_compiled(ours)
+    go_on(ours, theirs, 40)
+
+
 def test_what_a_reset_empties_and_a_step_fills_before_it_reads_it(monkeypatch):
     """After a reset VMAS took the next step, since the dict had no entries; and environments were reset one by one."""
     ours, theirs = both(traits=("cache",))

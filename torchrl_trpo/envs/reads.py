@@ -18,18 +18,21 @@ if TYPE_CHECKING:
 _MOST_CALLS = 60_000
 """Of PyTorch's functions in one call of the simulator's; the code for more would take minutes to compile."""
 
-
 _MOST_TRIES = 12
 """Of drawing one position again; a step with more is left to VMAS."""
 
 
-@torch.library.custom_op("torchrl_trpo::draw_if", mutates_args=())
+_DRAWS = torch.Tag.nondeterministic_seeded
+"""Of an operation that draws: it stays in a graph if nothing reads what it draws, since the generator moves on."""
+
+
+@torch.library.custom_op("torchrl_trpo::draw_if", mutates_args=(), tags=_DRAWS)
 def draw_if(is_due: Tensor, like: Tensor) -> Tensor:
     """Uniform random numbers in [0, 1), in a trace: they are drawn if a bool holds, and are not used otherwise."""
     return torch.rand_like(like)
 
 
-@torch.library.custom_op("torchrl_trpo::draw_in_mask", mutates_args=())
+@torch.library.custom_op("torchrl_trpo::draw_in_mask", mutates_args=(), tags=_DRAWS)
 def draw_in_mask(mask: Tensor, size: Sequence[int], method: str) -> Tensor:
     """Random numbers for all rows, in a trace: they are drawn for those in a mask, and are not used otherwise."""
     return getattr(torch.empty(size, device=mask.device), method)()
