@@ -802,6 +802,14 @@ MUTATIONS = (
         "envs/compiled::test_numbers_are_vmas_s",
     ),
     Mutation(
+        "policy-moved-by-others",
+        "torchrl_trpo/numerics/updater.py",
+        "left = self._left.get(region, theta)",
+        "left = theta",
+        "an optimiser that moves the policy as well is not noticed",
+        "numerics/updater::test_an_optimiser",
+    ),
+    Mutation(
         "stale-constant",
         "torchrl_trpo/envs/flat_state.py",
         "return all(len(holder) == size and values(holder) == held for holder, values, held, size in self._watched)",

@@ -32,7 +32,7 @@ from torchrl_trpo.training.film import film_run
 from torchrl_trpo.training.policy import find_run, make_run_env, policy_at
 from torchrl_trpo.training.run_folder import replace_file
 
-PLANS = ("comparison", "differing_agents")
+PLANS = ("comparison", "differing_agents", "at_scale", "at_scale_search")
 """The plans that can be run."""
 COLUMNS = ("task", "algorithm", "seed", "iteration", "frames", "cpu_s", "evaluation_return", "evaluation_std")
 """The columns of ``comparison.csv``."""
@@ -60,26 +60,31 @@ def cells(plan: Mapping[str, Any]) -> list[Cell]:
     return [Cell(task, name, seed) for seed in plan["seeds"] for task in plan["tasks"] for name in algorithms]
 
 
+def settings_of(plan: Mapping[str, Any], cell: Cell) -> tuple[str, dict[str, Any]]:
+    """The recipe that trains a cell, and its settings: the plan's for library, task, recipe and variant, in this order.
+
+    Later ones override earlier ones.
+    """
+    name = plan["algorithms"][0] if cell.algorithm == "random" else cell.algorithm
+    recipe, _, variant = name.partition("-")
+    library = cell.task.partition("/")[0]
+    settings = {"env": cell.task, "seed": cell.seed}
+    for part in (library, cell.task, recipe, variant):
+        settings |= plan["settings"].get(part, {})
+    return recipe, settings
+
+
 def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, Any]]:
     """Trains and evaluates a run, or continues it; gives its evaluations, with the entries :data:`COLUMNS`."""
-    library = cell.task.partition("/")[0]
-    settings = plan["settings"][library]
+    recipe, settings = settings_of(plan, cell)
     iterations = settings["train.total_frames"] // settings["train.frames_per_batch"]
     every = max(1, iterations // plan["evaluation"]["points"])
-    overrides = [
-        f"env={cell.task}",
-        f"hyperparameters={plan['hyperparameters']}",
-        f"seed={cell.seed}",
-        *(f"{name}={value}" for name, value in settings.items()),
-        f"checkpoint.every={every}",
-        f"checkpoint.keep={iterations}",
-    ]
-    folder, is_random = cell.folder(root), cell.algorithm == "random"
-    recipe, _, variant = (plan["algorithms"][0] if is_random else cell.algorithm).partition("-")
-    overrides += [f"{name}={value}" for name, value in plan["variants"][variant].items()] if variant else []
-    cfg = config(recipe, overrides, folder)
+    settings |= {"checkpoint.every": every, "checkpoint.keep": iterations}
+    folder = cell.folder(root)
+    cfg = config(recipe, [f"{name}={value}" for name, value in settings.items()], folder)
     now: Any = OmegaConf.to_container(cfg, resolve=True)
-    played = {"seed": plan["evaluation"]["seed"] + cell.seed, "episodes": plan["evaluation"]["episodes"][library]}
+    episodes = plan["evaluation"]["episodes"][cell.task.partition("/")[0]]
+    played = {"seed": plan["evaluation"]["seed"] + cell.seed, "episodes": episodes}
     now["evaluation"] = played
     done = folder / "comparison.json"
     if done.exists():
@@ -88,7 +93,7 @@ def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, 
         return before["rows"]
     folder.mkdir(parents=True, exist_ok=True)
     points: list[Path | None] = [None]
-    if not is_random:
+    if cell.algorithm != "random":
         train(recipe, cfg)
         found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoints/checkpoint-*")}
         points = [path for iteration, path in sorted(found.items()) if iteration and iteration % every == 0]

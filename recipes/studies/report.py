@@ -23,7 +23,7 @@ from torchrl_trpo.recipes.studies.statistics import (
 )
 from torchrl_trpo.reporting.style import ALGORITHM_COLORS, REFERENCE, drawing
 
-NAMES = {"itrpo": "ITRPO", "matrpo": "MATRPO", "hatrpo": "HATRPO", "mappo": "MAPPO", "ippo": "IPPO"}
+NAMES = {name: name.upper() for name in ALGORITHM_COLORS}
 
 
 def display_name(algorithm: str) -> str:

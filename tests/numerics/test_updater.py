@@ -364,6 +364,28 @@ def test_data_of_another_policy_is_told_once_and_measured(sequential):
     updater.step(data)  # a second warning would be an error
 
 
+@pytest.mark.parametrize("sequential", [False, True], ids=["batched", "sequential"])
+def test_an_optimiser_that_moves_the_policy_too_is_told_once(sequential):
+    """MAPPO's sum of losses was kept: Adam moved the policy after each trust-region step, and nothing said so."""
+    actor = make_actor()
+    loss = make_loss(actor)
+    updater = TrustRegionUpdater(HATRPOSequentialObjective(loss) if sequential else loss)
+    optimizer = torch.optim.Adam(actor.parameters(), lr=1e-4)
+
+    def iterate(moves_policy):
+        data = make_data(actor)
+        updater.step(data)
+        loss(data)["loss_objective"].backward()
+        if moves_policy:
+            optimizer.step()
+
+    iterate(False)
+    iterate(True)
+    with pytest.warns(UserWarning, match=r"not what the last step left.*optimiser of loss_objective"):
+        iterate(True)
+    iterate(True)  # a second warning would be an error
+
+
 def test_a_part_of_a_composite_log_prob_that_was_left_out_is_told():
     actor = make_actor("composite")
     data = make_data(actor)

@@ -143,7 +143,8 @@ class TrustRegionUpdater(RangedSettings):
                 f"have; got {type(objective).__name__}."
             )
         self.objective = objective
-        self._warned_of_data = self._warned_of_gradient = False
+        self._warned: set[str] = set()
+        self._left: dict[tuple[int, ...], Tensor] = {}  # by the regions' indices, the parameters after their last step
         self.max_kl = max_kl
         self.damping = damping
         self.cg_iters = cg_iters
@@ -202,23 +203,25 @@ class TrustRegionUpdater(RangedSettings):
             self._warn(stats, order)
             return stats[order.argsort()].set("order", order)
         except BaseException:
+            self._left.clear()
             for restore in reversed(snapshots):
                 restore()
             raise
 
     def _warn(self, stats: TensorDict, order: Tensor) -> None:
-        """Warns once when a gradient is not finite, and once when most of the data is not from the policy.
+        """Warns once of each: a gradient that is not finite, another policy's data, a policy that something else moves.
 
         A few log-probabilities may differ by any amount: those of squashed actions at their bounds are all rounding.
         """
-        wrong = ~stats["grad_norm"].isfinite() & ~stats["accepted"]
-        infinite = wrong.any()
-        mismatch = stats.pop("mismatch", infinite.to(stats["kl"])).max()
-        if infinite.is_meta or (self._warned_of_data and self._warned_of_gradient):
+        wrong, moved = ~stats["grad_norm"].isfinite() & ~stats["accepted"], stats.pop("moved").any()
+        mismatch = stats.pop("mismatch", torch.zeros_like(stats["kl"])).max()
+        if moved.is_meta or self._warned == {"gradient", "data", "policy"}:
             return
-        infinite, mismatch = torch.stack([infinite.to(mismatch), mismatch]).tolist()  # waits for the device
-        if infinite and not self._warned_of_gradient:
-            self._warned_of_gradient = True
+        found = torch.stack([wrong.any(), (mismatch > 0.5) & ~wrong.any(), moved]).tolist()  # waits for the device
+        causes = {name for name, is_found in zip(("gradient", "data", "policy"), found, strict=True) if is_found}
+        new = causes - self._warned
+        self._warned |= new
+        if "gradient" in new:
             regions = ", ".join(map(str, order[wrong].tolist()))
             warnings.warn(
                 f"The gradient of region {regions} is not finite, so that it kept its policy. Likely: a NaN or an "
@@ -226,19 +229,24 @@ class TrustRegionUpdater(RangedSettings):
                 "so in accepted and grad_norm.",
                 stacklevel=3,
             )
-        if mismatch <= 0.5 or infinite or self._warned_of_data:
-            return
-        self._warned_of_data = True
-        warnings.warn(
-            "The data was not collected by the policy that is updated: its log-probabilities differ by up to "
-            f"{float(stats['log_ratio_max'].max()):.3g} from the policy's (effective sample size "
-            f"{float(stats['ESS'].min()):.2f}). The trust region is around the policy, not around what the data is "
-            "from. Likely causes: a collector with a copy of the policy that is not updated "
-            "(update_policy_weights_), a batch that was used before, rows of a recurrent policy out of order, a part "
-            "of a composite log-probability left out, dropout or batch norm in the policy, most actions at their "
-            "bounds. Each step says more in log_ratio_max and ESS.",
-            stacklevel=3,
-        )
+        if "data" in new:
+            warnings.warn(
+                "The data was not collected by the policy that is updated: its log-probabilities differ by up to "
+                f"{float(stats['log_ratio_max'].max()):.3g} from the policy's (effective sample size "
+                f"{float(stats['ESS'].min()):.2f}). The trust region is around the policy, not around what the data is "
+                "from. Likely causes: a collector with a copy of the policy that is not updated "
+                "(update_policy_weights_), a batch that was used before, rows of a recurrent policy out of order, a "
+                "part of a composite log-probability left out, dropout or batch norm in the policy, most actions at "
+                "their bounds. Each step says more in log_ratio_max and ESS.",
+                stacklevel=3,
+            )
+        if "policy" in new:
+            warnings.warn(
+                "The policy is not what the last step left: something else has changed its parameters, without a trust "
+                "region. Likely causes: an optimiser of loss_objective or loss_entropy, which belong to this step "
+                "alone; a critic that shares layers with the policy; parameters that were loaded since.",
+                stacklevel=3,
+            )
 
     def _team_radii(self, tensordict: TensorDictBase) -> Tensor:
         """The radii ``δ_i``, ``[n_regions]``, which sum up to ``n · max_kl``."""
@@ -267,8 +275,13 @@ class TrustRegionUpdater(RangedSettings):
             max_backtracks=self.max_backtracks,
             accept_ratio=self.accept_ratio,
         )
-        problem.write(theta + search.fraction.unsqueeze(-1) * full_step, search.accepted)
+        found = theta + search.fraction.unsqueeze(-1) * full_step
+        problem.write(found, search.accepted)
+        region = tuple(problem.indices)
+        left = self._left.get(region, theta)
+        self._left[region] = torch.where(search.accepted.unsqueeze(-1), found, theta)
         stats = {
+            "moved": (theta != left).any(-1),
             "accepted": search.accepted,
             "kl": search.kl,
             "improvement": search.improvement,

@@ -32,7 +32,6 @@ PLAN = {
     "algorithms": ["hatrpo", "mappo"],
     "seeds": [0],
     "tasks": ["vmas/balance"],
-    "hyperparameters": "common",
     "settings": {"vmas": TINY},
     "evaluation": {"points": 2, "episodes": {"vmas": 3}, "seed": 10000},
 }
@@ -57,6 +56,28 @@ def test_a_comparison_trains_evaluates_and_goes_on(tmp_path, monkeypatch):
         comparison.run_cell(others, tmp_path, cell)
     with pytest.raises(SettingError, match=r"random/seed-0' holds .*env\.max_steps was 5, now 4"):
         comparison.run_cell(shorter, tmp_path, comparison.cells(PLAN)[-1])
+
+
+def test_a_plan_has_settings_for_tasks_recipes_and_variants():
+    parts = {"vmas": {"gamma": 0.9, "lmbda": 0.9}, "vmas/balance": {"lmbda": 0.8}, "matrpo": {"updater.max_kl": 0.1}}
+    plan = {**PLAN, "algorithms": ["hatrpo", "matrpo-own"], "settings": parts | {"own": {"actor.sharing": "none"}}}
+    own, random = comparison.cells(plan)[1:]
+    settings = {"env": "vmas/balance", "seed": 0, "gamma": 0.9, "lmbda": 0.8}
+    assert comparison.settings_of(plan, random) == ("hatrpo", settings)
+    settings |= {"updater.max_kl": 0.1, "actor.sharing": "none"}
+    assert comparison.settings_of(plan, own) == ("matrpo", settings)
+
+
+@pytest.mark.parametrize("name", comparison.PLANS)
+def test_the_plans_are_legal(name, tmp_path):
+    plan = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{name}.yaml"))
+    known = {part for cell in comparison.cells(plan) for part in (cell.task, *cell.algorithm.split("-", 1))}
+    assert set(plan["settings"]) <= known | {"vmas", "pettingzoo"}
+    for cell in comparison.cells(plan | {"seeds": [0]}):
+        if cell.task != plan["tasks"][0] and cell.algorithm != plan["algorithms"][0]:
+            continue
+        recipe, settings = comparison.settings_of(plan, cell)
+        check_overrides([f"{name}={value}" for name, value in settings.items()], CONFIG_DIR, recipe)
 
 
 def test_a_part_of_the_comparison_is_not_reported_as_the_whole(tmp_path, monkeypatch, capsys):
