@@ -7,12 +7,16 @@ import importlib
 import itertools
 import json
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,12 +103,12 @@ def run_all(function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, worker
     """Runs jobs in other processes; gives the results by job, in the order of the jobs.
 
     When a job fails, its error is printed, the others go on, and the command ends after them. After an interrupt no
-    further job begins. ``function`` is pickled, so a module must define it. BrokenProcessPool is raised if a process
-    was killed, perhaps for lack of memory.
+    further job begins. When this process is killed, the others get SIGTERM. ``function`` is pickled, so a module must
+    define it. BrokenProcessPool is raised if a process was killed, perhaps for lack of memory.
     """
     results: dict[_Job, _Result] = {}
     context, waiting = multiprocessing.get_context("spawn"), iter(jobs)
-    with ProcessPoolExecutor(workers, context) as pool, tqdm(total=len(jobs), unit="run") as bar:
+    with ProcessPoolExecutor(workers, context, _end_with_parent) as pool, tqdm(total=len(jobs), unit="run") as bar:
         running = {pool.submit(function, job): job for job in itertools.islice(waiting, workers)}
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -121,3 +125,14 @@ def run_all(function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, worker
     if failed := [job for job in jobs if job not in results]:
         sys.exit(f"error: {len(failed)} jobs failed, see above and output.txt in their folders: {failed}")
     return {job: results[job] for job in jobs}
+
+
+def _end_with_parent() -> None:
+    """Lets this process have SIGTERM when its parent has ended, at which a run writes a checkpoint and stops."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        wait_for([parent.sentinel] if parent else [])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

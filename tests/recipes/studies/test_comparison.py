@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -329,3 +331,36 @@ def test_an_interrupt_lets_no_other_job_begin(tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert begun.read_text() == "0\n"
+
+
+SLEEPER = """
+import os, pathlib, time
+def sleep(number):
+    pathlib.Path(f"{number}.new").write_text(str(os.getpid()))
+    pathlib.Path(f"{number}.new").rename(str(number))
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow  # three processes that import everything
+def test_the_processes_end_with_a_study_that_is_killed(tmp_path):
+    """They went on, and waited for ever afterwards, so that nobody could continue their runs."""
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    code = (
+        "from torchrl_trpo.recipes.studies import jobs; import sleeper; jobs.run_all(sleeper.sleep, [1, 2], workers=2)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    study = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    begun = [tmp_path / "1", tmp_path / "2"]
+    while not all(path.exists() for path in begun):
+        assert study.poll() is None
+        time.sleep(0.05)
+    study.kill()
+    study.wait()
+    ends = time.monotonic() + 10
+    for path in begun:
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(int(path.read_text()), 0)
+                assert time.monotonic() < ends
+                time.sleep(0.05)
