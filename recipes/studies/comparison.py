@@ -24,7 +24,7 @@ from torchrl.envs.utils import RandomPolicy
 
 from torchrl_trpo.recipes.studies.jobs import CONFIG, check_same, config, run_all, study_parser, train
 from torchrl_trpo.recipes.studies.report import write_report
-from torchrl_trpo.reporting.record import write_rows
+from torchrl_trpo.reporting.record import read_rows, write_rows
 from torchrl_trpo.seeding import untouched_generators
 from torchrl_trpo.training.checkpoints import read_record
 from torchrl_trpo.training.episodes import play_episodes
@@ -34,8 +34,11 @@ from torchrl_trpo.training.run_folder import replace_file
 
 PLANS = ("comparison", "differing_agents", "at_scale", "at_scale_search")
 """The plans that can be run."""
-COLUMNS = ("task", "algorithm", "seed", "iteration", "frames", "cpu_s", "evaluation_return", "evaluation_std")
-"""The columns of ``comparison.csv``."""
+COLUMNS = (
+    *("task", "algorithm", "seed", "iteration", "frames", "cpu_s"),
+    *("evaluation_return", "evaluation_std", "episode_return"),
+)
+"""The columns of ``comparison.csv``; ``episode_return`` is that of training, whose policy explores."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def settings_of(plan: Mapping[str, Any], cell: Cell) -> tuple[str, dict[str, Any
 
 
 def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, Any]]:
-    """Trains and evaluates a run, or continues it; gives its evaluations, with the entries :data:`COLUMNS`."""
+    """Trains and evaluates a run, or continues it; gives its evaluations, each with the entries :data:`COLUMNS`."""
     recipe, settings = settings_of(plan, cell)
     iterations = settings["train.total_frames"] // settings["train.frames_per_batch"]
     every = max(1, iterations // plan["evaluation"]["points"])
@@ -90,7 +93,7 @@ def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, 
     if done.exists():
         before = json.loads(done.read_text())
         check_same(before["settings"], now, folder)
-        return before["rows"]
+        return _with_training(before["rows"], folder)
     folder.mkdir(parents=True, exist_ok=True)
     points: list[Path | None] = [None]
     if cell.algorithm != "random":
@@ -102,7 +105,13 @@ def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, 
     where = {"task": cell.task, "algorithm": cell.algorithm, "seed": cell.seed}
     rows = [where | measured for measured in _evaluate(cfg, points, **played)]
     replace_file(done, json.dumps({"settings": now, "rows": rows}))
-    return rows
+    return _with_training(rows, folder)
+
+
+def _with_training(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run, each with the return of the iteration that it comes after."""
+    returns = {row["iteration"]: row["episode_return"] for row in read_rows(folder / "metrics.csv")}
+    return [{**row, "episode_return": float(returns.get(str(row["iteration"])) or "nan")} for row in rows]
 
 
 def _evaluate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Curves:
     cpu_s: Tensor  # the processor seconds of training until then, [n_runs, n_points]
     returns: Tensor  # [n_runs, n_points]
     stds: Tensor  # the standard deviations of the returns within an evaluation, [n_runs, n_points]
+    exploring: Tensor  # the returns of the policy as it explored in training, [n_runs, n_points]; NaN: not known
 
     def at_cpu(self, seconds: float) -> Tensor:
         """The return of each run at a number of processor seconds, ``[n_runs]``, linear between two evaluations.
@@ -56,6 +57,10 @@ class Curves:
         """
         points = zip(self.cpu_s.numpy(), self.returns.numpy(), strict=True)
         return torch.tensor([np.interp(seconds, *run, left=np.nan) for run in points], dtype=torch.float64)
+
+    def frames_to(self, value: float) -> Tensor:
+        """The frames after which each run first had a return, ``[n_runs]``; infinite if it never had."""
+        return torch.where(self.returns >= value, self.frames, math.inf).amin(1)
 
 
 class Comparison:
@@ -89,8 +94,8 @@ class Comparison:
     @staticmethod
     def _curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> Curves:
         columns = {
-            name: torch.tensor([[float(row[name]) for row in run] for run in runs], dtype=torch.float64)
-            for name in ("frames", "cpu_s", "evaluation_return", "evaluation_std")
+            name: torch.tensor([[_number(row.get(name)) for row in run] for run in runs], dtype=torch.float64)
+            for name in ("frames", "cpu_s", "evaluation_return", "evaluation_std", "episode_return")
         }
         frames, *others = columns.values()
         return Curves(frames[0], *others)
@@ -107,6 +112,11 @@ class Comparison:
         """The processor seconds that the task's cheapest algorithm takes for all its frames, mean over seeds."""
         return min(float(self.curves[task, name].cpu_s[:, -1].mean()) for name in self.algorithms)
 
+    def share_of_best(self, task: str, share: float) -> float:
+        """The return that is a share of the way from the random policy's to the best algorithm's mean at the end."""
+        best = max(float(self.final(task, name).mean()) for name in self.algorithms)
+        return self.random[task] + share * (best - self.random[task])
+
     def scores(self, algorithm: str, *, equal_cpu: bool = False) -> Tensor:
         """Normalised returns: 0 is a random policy, 1 the best algorithm's mean over seeds at equal frames.
 
@@ -115,12 +125,16 @@ class Comparison:
         """
         scores = []
         for task in self.learned:
-            best = max(float(self.final(task, name).mean()) for name in self.algorithms)
-            curves = self.curves[task, algorithm]
+            best, curves = self.share_of_best(task, 1.0), self.curves[task, algorithm]
             returns = curves.at_cpu(self.cpu_budget(task)) if equal_cpu else curves.returns[:, -1]
             score = (returns - self.random[task]) / (best - self.random[task])
             scores.append(score.where(~returns.isnan(), 0.0))
         return torch.stack(scores)
+
+
+def _number(cell: Any) -> float:
+    """A number of a CSV file; NaN where there is none."""
+    return math.nan if cell in (None, "") else float(cell)
 
 
 def write_report(data: Path, folder: Path) -> list[Path]:
@@ -176,18 +190,41 @@ def _tables(comparison: Comparison, plan: str) -> str:
             text = _with_range(float(values.mean()), float(values.min()), float(values.max()), digits)
             texts.append(f"**{text}**" if values is best or _may_equal(values, best) else text)
         lines.append(f"| `{task}` | {frames[task]:,} | {' | '.join(texts)} |")
-    lines += [
-        "",
-        "## Processor seconds",
-        "",
+
+    def section(title: str, text: str, tasks: Sequence[str], cell: Callable[[str, str], str]) -> list[str]:
+        rows = [f"| `{task}` | {' | '.join(cell(task, name) for name in names)} |" for task in tasks]
+        return ["", f"## {title}", "", text, "", head.replace("| |", "| task |", 1), rule, *rows]
+
+    def exploring(task: str, name: str) -> str:
+        values = comparison.curves[task, name].exploring[:, -1]
+        return f"{values.mean():{'z.1f' if values.abs().max() >= 10 else 'z.2f'}}"
+
+    def frames_to_best(task: str, name: str) -> str:
+        mean = comparison.curves[task, name].frames_to(comparison.share_of_best(task, 0.9)).mean()
+        return f"{mean:,.0f}" if mean.isfinite() else "–"
+
+    if all(curves.exploring.isfinite().all() for (_, name), curves in comparison.curves.items() if name != "random"):
+        lines += section(
+            "Returns as the policy explores",
+            "A cell has the return of the episodes that ended in the last iteration of training, mean over seeds. "
+            "Their actions are sampled.",
+            comparison.tasks,
+            exploring,
+        )
+    if comparison.learned:
+        lines += section(
+            "Frames to 90 % of the best",
+            "A cell has the frames after which the deterministic policy first had 90 % of the best mean return at the "
+            "end, counted from the random policy's. It is the mean over seeds. A dash: not all seeds had it.",
+            comparison.learned,
+            frames_to_best,
+        )
+    lines += section(
+        "Processor seconds",
         "A cell has the processor seconds of a run, mean over seeds.",
-        "",
-        head.replace("| |", "| task |", 1),
-        rule,
-    ]
-    for task in comparison.tasks:
-        texts = [f"{comparison.curves[task, name].cpu_s[:, -1].mean():.0f}" for name in names]
-        lines.append(f"| `{task}` | {' | '.join(texts)} |")
+        comparison.tasks,
+        lambda task, name: f"{comparison.curves[task, name].cpu_s[:, -1].mean():.0f}",
+    )
     lines += ["", "## Learning curves"]
     for name, over in (("frames", "frames"), ("cpu", "processor seconds")):
         lines += ["", f"![Returns over {over}]({plan}_{name}.png)", ""]

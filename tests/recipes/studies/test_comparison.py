@@ -137,6 +137,7 @@ def rows(**finals):
                         "cpu_s": cost * point,
                         "evaluation_return": value * point / 2,
                         "evaluation_std": 1.0,
+                        "episode_return": value - 1.0,
                     }
 
 
@@ -162,8 +163,10 @@ def test_at_equal_processor_seconds_a_run_is_between_its_evaluations():
         cpu_s=torch.tensor([[10.0, 20.0], [12.0, 24.0], [30.0, 60.0]], dtype=torch.float64),
         returns=torch.tensor([[1.0, 2.0], [1.0, 3.0], [5.0, 6.0]], dtype=torch.float64),
         stds=torch.ones(3, 2),
+        exploring=torch.ones(3, 2),
     )
     assert curves.at_cpu(22).tolist() == pytest.approx([2, 1 + 2 * 10 / 12, math.nan], nan_ok=True)
+    assert curves.frames_to(3.0).tolist() == [math.inf, 200.0, 100.0]
 
 
 def test_only_seeds_that_all_have_are_compared():
@@ -197,6 +200,8 @@ def test_the_report_has_a_table_and_figures(tmp_path):
     assert "| `vmas/a` | 200 | 0.0 | 5.0 [4.0, 6.0] | **10.0 [10.0, 10.0]** |" in text
     assert "| `vmas/b` | 200 | -10.00 | **-2.00 [-3.00, -1.00]** | -5.00 [-5.00, -5.00] |" in text
     assert "| `vmas/c` | 200 | 0.00 | **3.00 [1.00, 5.00]** | **2.50 [2.00, 3.00]** |" in text
+    assert "| `vmas/a` | 4.00 | 9.00 |" in text, "returns as the policy explores"
+    assert "| `vmas/a` | – | 200 |" in text, "frames to 90 % of the best"
     assert "| P(better than MAPPO), equal frames | 0.50 [0.33, 0.67] |  |" in text
 
 
