@@ -140,13 +140,15 @@ def _number(cell: Any) -> float:
 def write_report(data: Path, folder: Path) -> list[Path]:
     """Writes ``comparison.md`` and the figures from ``comparison.csv``; gives the paths of all of them.
 
-    Those of another plan have its name.
+    Those of another plan have its name. There are no figures of more algorithms than there are colours.
     """
     plan = data.stem
     with data.open(newline="") as file:
         comparison = Comparison(list(csv.DictReader(file)))
     paths = [data, folder / f"{plan}.md"]
     paths[1].write_text(_tables(comparison, plan))
+    if not _can_be_drawn(comparison):
+        return paths
     for name, x, label in (("frames", "frames", "thousand frames"), ("cpu", "cpu_s", "processor seconds")):
         paths.append(folder / f"{plan}_{name}.png")
         _plot_curves(comparison, x, label, paths[-1])
@@ -154,6 +156,11 @@ def write_report(data: Path, folder: Path) -> list[Path]:
         paths.append(folder / f"{plan}_scores.png")
         _plot_scores(comparison, paths[-1])
     return paths
+
+
+def _can_be_drawn(comparison: Comparison) -> bool:
+    """Whether figures can be read: with more algorithms than colours they cannot."""
+    return len(comparison.algorithms) <= len(ALGORITHM_COLORS)
 
 
 def _tables(comparison: Comparison, plan: str) -> str:
@@ -169,8 +176,8 @@ def _tables(comparison: Comparison, plan: str) -> str:
         "",
         f"<!-- Written by {command} -->",
         "",
-        f"Each algorithm was trained on each task with seeds {', '.join(map(str, seeds))}, in {hours:.1f} processor "
-        "hours in all.",
+        f"Each algorithm was trained on each task with {'seeds' if len(seeds) > 1 else 'seed'} "
+        f"{', '.join(map(str, seeds))}, in {hours:.1f} processor hours in all.",
         "",
         "## Returns at the end",
         "",
@@ -225,8 +232,9 @@ def _tables(comparison: Comparison, plan: str) -> str:
         comparison.tasks,
         lambda task, name: f"{comparison.curves[task, name].cpu_s[:, -1].mean():.0f}",
     )
-    lines += ["", "## Learning curves"]
-    for name, over in (("frames", "frames"), ("cpu", "processor seconds")):
+    can_be_drawn = _can_be_drawn(comparison)
+    lines += ["", "## Learning curves"] if can_be_drawn else []
+    for name, over in (("frames", "frames"), ("cpu", "processor seconds")) if can_be_drawn else ():
         lines += ["", f"![Returns over {over}]({plan}_{name}.png)", ""]
         lines.append(
             f"*Returns of the deterministic policy over {over}: means over seeds, with 95 % intervals by a bootstrap "
@@ -257,11 +265,12 @@ def _tables(comparison: Comparison, plan: str) -> str:
             chances = [_improvement(comparison, name, other, equal_cpu) for name in names]
             texts = ["" if chance is None else _with_range(*chance) for chance in chances]
             lines.append(f"| P(better than {display_name(other)}), {title} | {' | '.join(texts)} |")
-    lines += ["", f"![Aggregate scores]({plan}_scores.png)", ""]
-    lines.append(
-        "*Interquartile means of the scores, and the probability of being better than MAPPO, with 95 % intervals. "
-        f"Drawn by `{command}`.*"
-    )
+    if can_be_drawn:
+        lines += ["", f"![Aggregate scores]({plan}_scores.png)", ""]
+        lines.append(
+            "*Interquartile means of the scores, and the probability of being better than MAPPO, with 95 % intervals. "
+            f"Drawn by `{command}`.*"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -283,7 +292,9 @@ def _may_equal(values: Tensor, best: Tensor) -> bool:
 
 
 def _with_range(value: float, low: float, high: float, digits: str = ".2f") -> str:
-    """The value and its range, between which alone a line may break."""
+    """The value and its range, between which alone a line may break; without a range of one value."""
+    if low == high:
+        return f"{value:{digits}}"
     return f"{value:{digits}} [{low:{digits}},\N{NO-BREAK SPACE}{high:{digits}}]"
 
 
