@@ -196,7 +196,7 @@ MUTATIONS = (
     Mutation(
         "rejected-step-kept",
         "torchrl_trpo/numerics/updater.py",
-        "problem.write(theta + search.fraction.unsqueeze(-1) * full_step, search.accepted)",
+        "problem.write(found, search.accepted)",
         "problem.write(theta + search.fraction.clamp_min(0.1).unsqueeze(-1) * full_step, ~search.kl.isnan())",
         "the last candidate stays when none was accepted (MARLlib)",
         "numerics/updater",
@@ -204,8 +204,8 @@ MUTATIONS = (
     Mutation(
         "one-fraction-for-all",
         "torchrl_trpo/numerics/updater.py",
-        "problem.write(theta + search.fraction.unsqueeze(-1) * full_step",
-        "problem.write(theta + search.fraction.max() * full_step",
+        "found = theta + search.fraction.unsqueeze(-1) * full_step",
+        "found = theta + search.fraction.max() * full_step",
         "every agent takes the fraction that suits one of them",
         "numerics/updater",
     ),
@@ -808,6 +808,14 @@ MUTATIONS = (
         "left = theta",
         "an optimiser that moves the policy as well is not noticed",
         "numerics/updater::test_an_optimiser",
+    ),
+    Mutation(
+        "one-chaotic-environment-excuses-all",
+        "torchrl_trpo/envs/compiled.py",
+        ".abs().amax(1, True) for other in others]",
+        ".abs().amax() for other in others]",
+        "an environment in which last bits decide lets all others differ",
+        "envs/compiled::test_only_an_environment",
     ),
     Mutation(
         "stale-constant",

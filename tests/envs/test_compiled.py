@@ -13,6 +13,7 @@ from vmas.simulator.utils import ScenarioUtils
 
 from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledVmasEnv
 from torchrl_trpo.envs.attribute_reads import attribute_reads
+from torchrl_trpo.envs.compiled import find_difference
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 N = 20
@@ -226,6 +227,14 @@ def test_numbers_are_vmas_s_after_as_many_tries_as_are_compiled(monkeypatch):
     ours, theirs = both(traits=("tries",))
     assert is_compiled(ours)
     go_on(ours, theirs, 40)
+
+
+def test_only_an_environment_that_last_bits_decide_may_differ():
+    """One of them excused all others; and two changes of last bits often missed it, so that VMAS took all steps."""
+    exact, ours, turned = torch.zeros(3, 3, 2).unbind(0)
+    ours[1], turned[1] = 1.0, -0.5
+    assert find_difference(["force"], [ours], [exact], [[exact], [turned]]) is None
+    assert find_difference(["force"], [ours], [exact], [[turned.roll(1, 0)]]) == "force is not what it should be"
 
 
 def test_what_a_reset_empties_and_a_step_fills_before_it_reads_it(monkeypatch):

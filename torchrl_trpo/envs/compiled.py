@@ -21,6 +21,8 @@ from torchrl_trpo.kernels.rows import compile_rows
 from torchrl_trpo.kernels.writer import Guard, Store
 from torchrl_trpo.seeding import device_state, forked_generators, set_device_state
 
+_MOST_CHANGES = 16  # of last bits, to see what a simulator decides by them
+
 
 class _Part:
     """Values of a function that are needed beforehand, because all environments together decide by them."""
@@ -243,7 +245,8 @@ class CompiledFunction:
         """Compares calls with those of the function itself, each from the same state with the same random numbers.
 
         A simulator may decide by the last bit of a number: in VMAS, which way a joint of two points at one place pulls.
-        So the results may differ by as much as those of the function do when its tensors change in the last bit.
+        So the results of an environment may differ by as much as those of the function do when its tensors change in
+        the last bit.
 
         Args:
             draw: draws arguments.
@@ -255,13 +258,16 @@ class CompiledFunction:
         """
         simulator, n_other = self._state.simulator, 0
 
-        def results_of(call: Callable[[], Any], change: float = 0.0) -> list[Tensor]:
-            """What a call leaves and returns; nothing if it returns None. Afterwards all is as it was."""
+        def results_of(call: Callable[[], Any], seed: int | None = None) -> list[Tensor]:
+            """What a call leaves and returns; nothing if it returns None. Afterwards all is as it was.
+
+            With a seed, last bits are changed before.
+            """
             with left_as_it_is(simulator), forked_generators(self._state.layout.device):
-                if change:
-                    places = Places(simulator)
+                if seed is not None:
+                    places, generator = Places(simulator), torch.Generator().manual_seed(seed)
                     pairs = zip(places.tensors, self._state.slots, strict=True)
-                    places.put([tensor if slot is None else _changed(tensor, change) for tensor, slot in pairs])
+                    places.put([tensor if slot is None else _changed(tensor, generator) for tensor, slot in pairs])
                 if (returned := call()) is None:
                     return []
                 return [tensor.clone() for tensor in (*Places(simulator).tensors, *tree_leaves(returned))]
@@ -272,11 +278,11 @@ class CompiledFunction:
             if ours:
                 call = functools.partial(function, simulator, *arguments)
                 names = [*Places(simulator).paths, *(f"result {number}" for number in range(len(self.slots)))]
-                exact = results_of(call)
-                try:
-                    check_equal(names, ours, exact)
-                except NotCompiled:
-                    check_equal(names, ours, exact, [results_of(call, change) for change in (2.0**-23, -(2.0**-23))])
+                exact, others = results_of(call), list[list[Tensor]]()
+                while (difference := find_difference(names, ours, exact, others)) and len(others) < _MOST_CHANGES:
+                    others.append(results_of(call, len(others)))
+                if difference:
+                    raise NotCompiled(difference)
             else:
                 n_other += 1
             function(simulator, *arguments)  # to another state
@@ -285,36 +291,47 @@ class CompiledFunction:
             raise NotCompiled(f"of {n_calls} calls, {n_other} are not like the traced one: {reason}")
 
 
-def _changed(tensor: Tensor, change: float) -> Tensor:
-    """A tensor whose numbers are changed by a share of themselves, every other one in the other direction."""
+def _changed(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A tensor whose numbers are a bit larger, a bit smaller, or the same."""
     if not tensor.is_floating_point():
         return tensor
-    signs = 1.0 - 2.0 * (torch.arange(tensor.numel(), device=tensor.device) % 2).reshape(tensor.shape)
-    return tensor * (1.0 + change * signs.to(tensor.dtype))
+    signs = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor)
+    return tensor * (1.0 + 2.0**-23 * signs)
 
 
-def check_equal(
+def check_equal(names: Sequence[str], tensors: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """Raises NotCompiled if tensors differ, see :func:`find_difference`."""
+    if difference := find_difference(names, tensors, exact):
+        raise NotCompiled(difference)
+
+
+def find_difference(
     names: Sequence[str], tensors: Sequence[Tensor], exact: Sequence[Tensor], others: Sequence[Sequence[Tensor]] = ()
-) -> None:
-    """Checks that tensors are equal up to rounding, relative to the largest number in each.
+) -> str | None:
+    """Compares tensors up to rounding, relative to the largest number in each.
 
     Args:
         names: their names.
         tensors: the tensors.
         exact: what they should be.
-        others: what they may be as well: a tensor may be as far from what it should be as four times these.
+        others: what they may be as well: a row of a tensor may be as far from what it should be as four times these.
 
-    Raises:
-        NotCompiled: if they are not.
+    Returns:
+        Which one differs; None if there is none.
     """
     for number, (name, tensor, right) in enumerate(zip(names, tensors, exact, strict=True)):
         is_equal = tensor.shape == right.shape and tensor.dtype == right.dtype
         if is_equal and right.numel():
-            found, expected = tensor.double().nan_to_num(), right.double().nan_to_num()
-            spread = max(
-                ((other[number].double().nan_to_num() - expected).abs().max().item() for other in others), default=0.0
-            )
-            bound = 1e-4 * max(1.0, expected.abs().max().item()) * right.is_floating_point() + 4 * spread
-            is_equal = bool(((found - expected).abs() <= bound).all()) and torch.equal(tensor.isnan(), right.isnan())
+            found, expected = _rows(tensor), _rows(right)
+            bound = 1e-4 * max(1.0, expected.abs().max().item()) * right.is_floating_point()
+            spread = [(_rows(other[number]) - expected).abs().amax(1, True) for other in others]
+            limit = 4 * torch.stack(spread).amax(0) + bound if spread else bound
+            is_equal = bool(((found - expected).abs() <= limit).all()) and torch.equal(tensor.isnan(), right.isnan())
         if not is_equal:
-            raise NotCompiled(f"{name} is not what it should be")
+            return f"{name} is not what it should be"
+    return None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A tensor in double precision, without NaN, as a row for each entry of its first dimension."""
+    return tensor.double().nan_to_num().reshape(len(tensor) if tensor.ndim else 1, -1)
