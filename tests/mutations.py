@@ -799,7 +799,7 @@ MUTATIONS = (
         '"torchrl_trpo::draw_if", mutates_args=(), tags=_DRAWS',
         '"torchrl_trpo::draw_if", mutates_args=()',
         "random numbers that nothing reads are not counted: those that follow are drawn too early",
-        "envs/compiled::test_numbers_are_vmas_s",
+        "envs/compiled::test_numbers_are_vmas_s_after_as_many_tries_as_are_compiled",
     ),
     Mutation(
         "policy-moved-by-others",
@@ -807,7 +807,7 @@ MUTATIONS = (
         "left = self._left.get(region, theta)",
         "left = theta",
         "an optimiser that moves the policy as well is not noticed",
-        "numerics/updater::test_an_optimiser",
+        "numerics/updater::test_an_optimiser_that_moves_the_policy_too_is_told_once",
     ),
     Mutation(
         "one-chaotic-environment-excuses-all",
@@ -815,7 +815,7 @@ MUTATIONS = (
         ".abs().amax(1, True) for other in others]",
         ".abs().amax() for other in others]",
         "an environment in which last bits decide lets all others differ",
-        "envs/compiled::test_only_an_environment",
+        "envs/compiled::test_only_an_environment_that_last_bits_decide_may_differ",
     ),
     Mutation(
         "stale-constant",
