@@ -279,6 +279,8 @@ class TrustRegionUpdater(RangedSettings):
         problem.write(found, search.accepted)
         region = tuple(problem.indices)
         left = self._left.get(region, theta)
+        if (left.shape, left.dtype, left.device) != (theta.shape, theta.dtype, theta.device):
+            left = theta  # another policy, or one that has been moved
         self._left[region] = torch.where(search.accepted.unsqueeze(-1), found, theta)
         stats = {
             "moved": (theta != left).any(-1),
