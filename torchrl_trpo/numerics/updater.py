@@ -214,10 +214,10 @@ class TrustRegionUpdater(RangedSettings):
         A few log-probabilities may differ by any amount: those of squashed actions at their bounds are all rounding.
         """
         wrong, moved = ~stats["grad_norm"].isfinite() & ~stats["accepted"], stats.pop("moved").any()
-        mismatch = stats.pop("mismatch", torch.zeros_like(stats["kl"])).max()
+        infinite, mismatch = wrong.any(), stats.pop("mismatch", torch.zeros_like(stats["kl"])).max()
         if moved.is_meta or self._warned == {"gradient", "data", "policy"}:
             return
-        found = torch.stack([wrong.any(), (mismatch > 0.5) & ~wrong.any(), moved]).tolist()  # waits for the device
+        found = torch.stack([infinite, (mismatch > 0.5) & ~infinite, moved]).tolist()  # waits for the device
         causes = {name for name, is_found in zip(("gradient", "data", "policy"), found, strict=True) if is_found}
         new = causes - self._warned
         self._warned |= new

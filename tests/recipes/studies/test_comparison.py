@@ -71,7 +71,7 @@ def test_a_plan_has_settings_for_tasks_recipes_and_variants():
 
 
 @pytest.mark.parametrize("name", comparison.PLANS)
-def test_the_plans_are_legal(name, tmp_path):
+def test_the_plans_are_legal(name):
     plan = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{name}.yaml"))
     known = {part for cell in comparison.cells(plan) for part in (cell.task, *cell.algorithm.split("-", 1))}
     assert set(plan["settings"]) <= known | {"vmas", "pettingzoo"}
@@ -79,7 +79,7 @@ def test_the_plans_are_legal(name, tmp_path):
         if cell.task != plan["tasks"][0] and cell.algorithm != plan["algorithms"][0]:
             continue
         recipe, settings = comparison.settings_of(plan, cell)
-        check_overrides([f"{name}={value}" for name, value in settings.items()], CONFIG_DIR, recipe)
+        check_overrides([f"{key}={value}" for key, value in settings.items()], CONFIG_DIR, recipe)
 
 
 def test_a_part_of_the_comparison_is_not_reported_as_the_whole(tmp_path, monkeypatch, capsys):
