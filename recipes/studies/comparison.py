@@ -5,7 +5,8 @@
     python -m torchrl_trpo.recipes.studies.comparison --plan differing_agents
 
 It runs config/comparison.yaml, or another plan, or a part of it. Run again after a stop, it continues. The report is
-comparison.csv, a row for each evaluation, comparison.md and the figures; that of another plan has its name.
+comparison.csv, a row for each evaluation, comparison.md and the figures; that of another plan has its name. The table
+keeps the rows of runs that are not run again, so that a long plan can be run part by part, also on several machines.
 """
 
 from __future__ import annotations
@@ -134,6 +135,10 @@ def _evaluate(
         env.close()
 
 
+def _cell_of(row: Mapping[str, Any]) -> Cell:
+    return Cell(row["task"], row["algorithm"], int(row["seed"]))
+
+
 def film_cell(plan: Mapping[str, Any], root: Path, folder: Path, cell: Cell) -> Path | None:
     """Films an episode of a run's last policy as ``<task>-<algorithm>.gif``, small enough for a page with many."""
     checkpoint, settings = find_run(cell.folder(root))
@@ -167,8 +172,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         job = functools.partial(run_cell, plan | part, given.output.absolute())
         results = run_all(job, cells(plan | part), workers=given.workers)
         report.mkdir(parents=True, exist_ok=True)
-        write_rows(data, COLUMNS, [row for rows in results.values() for row in rows])
-    paths: list[Path | None] = [*write_report(data, report)]
+        others = [row for row in read_rows(data) if _cell_of(row) not in results]
+        write_rows(data, COLUMNS, [*others, *(row for rows in results.values() for row in rows)])
+    order = {cell: place for place, cell in enumerate(cells(plan | part))}
+    rows = sorted((row for row in read_rows(data) if _cell_of(row) in order), key=lambda row: order[_cell_of(row)])
+    if not rows:
+        parser.error(f"--redraw: {data} has none of these runs.")
+    paths: list[Path | None] = [data, *write_report(rows, chosen_plan, report)]
     if given.films:
         given.films.mkdir(parents=True, exist_ok=True)
         film = functools.partial(film_cell, plan, given.output, given.films)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -137,16 +136,14 @@ def _number(cell: Any) -> float:
     return math.nan if cell in (None, "") else float(cell)
 
 
-def write_report(data: Path, folder: Path) -> list[Path]:
-    """Writes ``comparison.md`` and the figures from ``comparison.csv``; gives the paths of all of them.
+def write_report(rows: Sequence[Mapping[str, Any]], plan: str, folder: Path) -> list[Path]:
+    """Writes ``<plan>.md`` and the figures from the rows of ``<plan>.csv``; gives the paths of all of them.
 
-    Those of another plan have its name. There are no figures of more algorithms than there are colours.
+    There are no figures of more algorithms than there are colours.
     """
-    plan = data.stem
-    with data.open(newline="") as file:
-        comparison = Comparison(list(csv.DictReader(file)))
-    paths = [data, folder / f"{plan}.md"]
-    paths[1].write_text(_tables(comparison, plan))
+    comparison = Comparison(rows)
+    paths = [folder / f"{plan}.md"]
+    paths[0].write_text(_tables(comparison, plan))
     if not _can_be_drawn(comparison):
         return paths
     for name, x, label in (("frames", "frames", "thousand frames"), ("cpu", "cpu_s", "processor seconds")):

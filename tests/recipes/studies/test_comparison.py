@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import math
 import os
@@ -84,20 +83,34 @@ def test_the_plans_are_legal(name):
 
 def test_a_part_of_the_comparison_is_not_reported_as_the_whole(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    results = {index: [row] for index, row in enumerate(rows(**FINALS))}
-    monkeypatch.setattr(comparison, "run_all", lambda *_, **__: results)
+    plan = {**PLAN, "tasks": ["vmas/a", "vmas/b"], "seeds": [0, 1]}
+    OmegaConf.save(plan, "comparison.yaml")
+    monkeypatch.setattr(comparison, "CONFIG", tmp_path)
+    results = {cell: [] for cell in comparison.cells(plan)}
+    for row in rows(**FINALS):
+        results[comparison.Cell(row["task"], row["algorithm"], row["seed"])].append(row)
+    monkeypatch.setattr(comparison, "run_all", lambda _, ran, **__: {cell: results[cell] for cell in ran})
     comparison.main(["--seeds", "0", "--output", "runs"])
     assert not Path("docs").exists()
     assert Path("runs/comparison.md").exists()
     comparison.main([])
-    assert Path("docs/results/comparison.md").exists()
+    whole = {name: Path(f"docs/results/comparison.{name}").read_text() for name in ("md", "csv")}
+    for part in (["--seeds", "1"], ["--tasks", "vmas/b", "--seeds", "0"]):
+        comparison.main([*part, "--report", "docs/results"])
+    text, table = (Path(f"docs/results/comparison.{name}").read_text() for name in ("md", "csv"))
+    assert "with seed 0, in" in text
+    assert "vmas/a" not in text, "the report is of the part"
+    assert sorted(table.splitlines()) == sorted(whole["csv"].splitlines()), "the table is of all that was run"
     monkeypatch.setattr(comparison, "run_all", lambda *_, **__: pytest.fail("the runs are not asked for"))
-    Path("docs/results/comparison.md").unlink()
     comparison.main(["--redraw"])
-    assert Path("docs/results/comparison.md").exists()
-    with pytest.raises(SystemExit):
-        comparison.main(["--tasks", "vmas/balnce"])
-    assert "'vmas/balnce' (choose from" in capsys.readouterr().err
+    assert Path("docs/results/comparison.md").read_text() == whole["md"]
+    for wrong, message in (
+        (["--tasks", "vmas/c"], "'vmas/c' (choose from"),
+        (["--redraw", "--seeds", "7"], "has none"),
+    ):
+        with pytest.raises(SystemExit):
+            comparison.main(wrong)
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         comparison.main(["--help"])
     assert "--tasks" in capsys.readouterr().out, "the help has the options that depend on the plan"
@@ -188,13 +201,9 @@ def test_a_task_that_nobody_learns_has_no_score():
 
 
 def test_the_report_has_a_table_and_figures(tmp_path):
-    data = tmp_path / "comparison.csv"
     close = {"hatrpo": [1.0, 5.0], "mappo": [2.0, 3.0], "random": [0.0, 0.0]}
-    with data.open("w", newline="") as file:
-        writer = csv.DictWriter(file, comparison.COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows(**{name: {**FINALS[name], "vmas/c": returns} for name, returns in close.items()}))
-    paths = write_report(data, tmp_path)
+    returns = {name: {**FINALS[name], "vmas/c": finals} for name, finals in close.items()}
+    paths = write_report(list(rows(**returns)), "comparison", tmp_path)
     assert all(path.stat().st_size > 0 for path in paths)
     text = (tmp_path / "comparison.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
     assert "| `vmas/a` | 200 | 0.0 | 5.0 [4.0, 6.0] | **10.0** |" in text
