@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -9,6 +10,24 @@ import torch
 
 from torchrl_trpo.arguments import plain_number
 from torchrl_trpo.parallel.ranks import ALONE, Ranks
+
+
+class AgentOrder:
+    """The order of agents that are taken one after the other."""
+
+    @property
+    @abstractmethod
+    def n_agents(self) -> int:
+        """The number of agents, of all groups together."""
+
+    @property
+    def agent_order(self) -> Literal["random"] | tuple[int, ...]:
+        """The order of the agents, or ``"random"``; can be assigned."""
+        return self._agent_order
+
+    @agent_order.setter
+    def agent_order(self, order: Literal["random", "fixed"] | Sequence[int]) -> None:
+        self._agent_order = checked_order(order, self.n_agents)
 
 
 def checked_order(

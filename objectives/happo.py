@@ -12,7 +12,7 @@ from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_trpo.objectives.agent_checks import check_agents_alone, check_stacked_agents
-from torchrl_trpo.objectives.agent_order import checked_order, drawn_order
+from torchrl_trpo.objectives.agent_order import AgentOrder, drawn_order
 from torchrl_trpo.objectives.clipped import ClippedUpdater
 from torchrl_trpo.objectives.policy_member import Member
 from torchrl_trpo.objectives.policy_network import agent_policy, resolve_trust_region
@@ -20,7 +20,7 @@ from torchrl_trpo.objectives.policy_rows import PolicyRows
 from torchrl_trpo.objectives.policy_update import actor_parameters, check_separate_losses
 
 
-class HAPPOUpdater(ClippedUpdater):
+class HAPPOUpdater(AgentOrder, ClippedUpdater):
     r"""Updates agent by agent with TorchRL's ``ClipPPOLoss`` (HAPPO, Kuba et al. 2022, arXiv:2109.11251, algorithm 2).
 
     Agents are updated in an order :math:`i_1, \dots, i_n`. Agent :math:`i_m` takes some epochs of Adam steps on
@@ -111,15 +111,6 @@ class HAPPOUpdater(ClippedUpdater):
     def n_agents(self) -> int:
         """The number of agents, of all groups together."""
         return len(self._members)
-
-    @property
-    def agent_order(self) -> Literal["random"] | tuple[int, ...]:
-        """The order of the agents, or ``"random"``; can be assigned."""
-        return self._agent_order
-
-    @agent_order.setter
-    def agent_order(self, order: Literal["random", "fixed"] | Sequence[int]) -> None:
-        self._agent_order = checked_order(order, self.n_agents)
 
     def step(self, tensordict: TensorDictBase) -> TensorDict:
         """Updates the policy of each agent once on a batch; the batch is not modified.

@@ -16,7 +16,7 @@ from torchrl.objectives import LossModule
 
 from torchrl_trpo.keys import next_key
 from torchrl_trpo.objectives.agent_checks import check_agents_alone
-from torchrl_trpo.objectives.agent_order import checked_order, drawn_order
+from torchrl_trpo.objectives.agent_order import AgentOrder, drawn_order
 from torchrl_trpo.objectives.policy_network import resolve_trust_region
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.policy_rows import PolicyRows
@@ -24,7 +24,7 @@ from torchrl_trpo.objectives.policy_update import check_separate_losses, current
 from torchrl_trpo.objectives.trpo import TRPOLoss
 
 
-class HATRPOSequentialObjective(LossModule):
+class HATRPOSequentialObjective(AgentOrder, LossModule):
     r"""The sequential surrogate of HATRPO (Kuba et al. 2022, arXiv:2109.11251, algorithm 1; Zhong et al. 2024).
 
     Agents are solved in an order :math:`i_1, \dots, i_n`. Agent :math:`i_m` maximises, within its own trust region,
@@ -117,15 +117,6 @@ class HATRPOSequentialObjective(LossModule):
     def n_agents(self) -> int:
         """The number of agents, of all groups together."""
         return len(self._agents)
-
-    @property
-    def agent_order(self) -> Literal["random"] | tuple[int, ...]:
-        """The order of the agents, or ``"random"``; can be assigned."""
-        return self._agent_order
-
-    @agent_order.setter
-    def agent_order(self, order: Literal["random", "fixed"] | Sequence[int]) -> None:
-        self._agent_order = checked_order(order, self.n_agents)
 
     def _check_rewards(self, tensordict: TensorDictBase) -> None:
         """Warns once if the agents' rewards differ; asks at updates 1, 2, 4, 8, ..., since it waits for the device."""
