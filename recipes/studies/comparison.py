@@ -33,7 +33,7 @@ from torchrl_trpo.training.film import film_run
 from torchrl_trpo.training.policy import find_run, make_run_env, policy_at
 from torchrl_trpo.training.run_folder import replace_file
 
-PLANS = ("comparison", "differing_agents", "at_scale", "at_scale_search")
+PLANS = ("comparison", "team_budget", "differing_agents", "at_scale", "at_scale_search")
 """The plans that can be run."""
 COLUMNS = (
     *("task", "algorithm", "seed", "iteration", "frames", "cpu_s"),
