@@ -128,6 +128,7 @@ def waits(recorder):
     [
         ("hatrpo", False, 2),  # is the data the policy's; and after 1, 2, 4, 8, ... updates: do rewards differ
         ("hatrpo", True, 2),
+        ("hatrpo updater.kl_budget=team", False, 2),
         ("itrpo", False, 1),
         ("happo", False, 0),  # a wait for the settings of the loss only after one was written to
         ("happo", True, 4),  # which rows of each agent count
@@ -141,10 +142,11 @@ def test_the_waits_of_an_iteration(name, masked, update, tmp_path, monkeypatch):
         env = make_training_env({**cfg, "device": "fake:0"}, ranks)
         return env.append_transform(SomeAbsent()) if masked else env
 
+    name, *overrides = name.split()
     monkeypatch.setattr(RECIPES[name], "make_training_env", make)
     recorders = record_parts(monkeypatch)
     sizes = (f"train.frames_per_batch={12 * STEPS}", f"train.total_frames={36 * STEPS}")
-    RECIPES[name].train(config(name, tmp_path, "env.num_envs=12", "env.max_steps=15", *sizes))
+    RECIPES[name].train(config(name, tmp_path, "env.num_envs=12", "env.max_steps=15", *sizes, *overrides))
     # TorchRL asks twice a step for the ends of episodes, four times more where there are some, and once for NaNs.
     budget = {"collect": 2 * STEPS + 4 + 1, "values": 1, "update": update, "fit": 4, "log": 4}
     assert len(recorders) == 3 * len(budget)

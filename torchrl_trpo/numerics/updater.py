@@ -262,7 +262,10 @@ class TrustRegionUpdater(RangedSettings):
 
     def _solve(self, problem: TrustRegionProblem, radii: Tensor | None) -> TensorDict:
         gradient, x, xFx, relative_residual = self._natural_gradient(problem)
-        max_kl = torch.full_like(xFx, self.max_kl) if radii is None else radii[list(problem.indices)]
+        # A list of indices would have to be copied to the device.
+        max_kl = (
+            torch.full_like(xFx, self.max_kl) if radii is None else torch.stack([radii[i] for i in problem.indices])
+        )
         step_length = torch.where(xFx > 0, (2 * max_kl / xFx).sqrt(), 0.0)  # to the border in the quadratic model
         full_step = step_length.unsqueeze(-1) * x
         expected = (gradient * full_step).sum(-1)
