@@ -12,6 +12,7 @@ keeps the rows of runs that are not run again, so that a long plan can be run pa
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from torchrl.envs.utils import RandomPolicy
 
 from torchrl_trpo.recipes.studies.jobs import CONFIG, check_same, config, run_all, study_parser, train
 from torchrl_trpo.recipes.studies.report import write_report
-from torchrl_trpo.reporting.record import read_rows, write_rows
+from torchrl_trpo.reporting.record import read_rows, replacing, write_rows
 from torchrl_trpo.seeding import untouched_generators
 from torchrl_trpo.training.checkpoints import read_record
 from torchrl_trpo.training.episodes import play_episodes
@@ -135,8 +136,12 @@ def _evaluate(
         env.close()
 
 
-def _cell_of(row: Mapping[str, Any]) -> Cell:
-    return Cell(row["task"], row["algorithm"], int(row["seed"]))
+def _rows_by_cell(data: Path) -> dict[Cell, list[dict[str, Any]]]:
+    """The rows of a table, by the run that each is of."""
+    rows: dict[Cell, list[dict[str, Any]]] = {}
+    for row in read_rows(data):
+        rows.setdefault(Cell(row["task"], row["algorithm"], int(row["seed"])), []).append(row)
+    return rows
 
 
 def film_cell(plan: Mapping[str, Any], root: Path, folder: Path, cell: Cell) -> Path | None:
@@ -166,23 +171,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     part = {name: getattr(given, name) for name in ("tasks", "algorithms", "seeds")}
     whole = all(set(chosen) >= set(plan[name]) for name, chosen in part.items())
+    plan |= part
     report = given.report or (Path("docs/results") if whole else given.output)
     data = report / f"{chosen_plan}.csv"
+    results: dict[Cell, list[dict[str, Any]]] = {}
     if not given.redraw:
-        job = functools.partial(run_cell, plan | part, given.output.absolute())
-        results = run_all(job, cells(plan | part), workers=given.workers)
+        job = functools.partial(run_cell, plan, given.output.absolute())
+        results = run_all(job, cells(plan), workers=given.workers)
+    table = _rows_by_cell(data) | results
+    if results:
         report.mkdir(parents=True, exist_ok=True)
-        others = [row for row in read_rows(data) if _cell_of(row) not in results]
-        write_rows(data, COLUMNS, [*others, *(row for rows in results.values() for row in rows)])
-    order = {cell: place for place, cell in enumerate(cells(plan | part))}
-    rows = sorted((row for row in read_rows(data) if _cell_of(row) in order), key=lambda row: order[_cell_of(row)])
+        with replacing(data) as new:
+            write_rows(new, COLUMNS, itertools.chain.from_iterable(table.values()))
+    rows = [row for cell in cells(plan) for row in table.get(cell, ())]
     if not rows:
         parser.error(f"--redraw: {data} has none of these runs.")
     paths: list[Path | None] = [data, *write_report(rows, chosen_plan, report)]
     if given.films:
         given.films.mkdir(parents=True, exist_ok=True)
         film = functools.partial(film_cell, plan, given.output, given.films)
-        first = cells(plan | part | {"seeds": given.seeds[:1]})
+        first = cells(plan | {"seeds": given.seeds[:1]})
         paths += [film(cell) for cell in first if cell.algorithm != "random"]
     for path in filter(None, paths):
         print(f"  {path}")
