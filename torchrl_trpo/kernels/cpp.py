@@ -1,8 +1,8 @@
 """Statements for one row as a C++ function of a batch.
 
 The loop takes as many rows at a time as a vector register of the processor holds. Functions such as sin are those of
-PyTorch's own libraries, so that results are those of PyTorch's operations up to rounding. Their headers are not
-included: a compiler would take longer for them than for the code.
+PyTorch's own libraries, so that results are those of PyTorch's operations up to rounding. Their headers and those of
+the processor are not included: a compiler would take longer for them than for the code.
 """
 
 from __future__ import annotations
@@ -17,17 +17,13 @@ ROWS_AT_A_TIME = 16
 HEAD = r"""
 #include <stdint.h>
 #if defined(CPU_CAPABILITY_AVX512)
-#include <immintrin.h>
 constexpr int W = 16;
-#define PROCESSOR(name) _mm512_##name##_ps
+#define ROUND "vrndscaleps"
 #define LIBRARY(name, precision) Sleef_##name##f16##precision
-#define ROUND_TO_ZERO(a) _mm512_roundscale_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)
 #elif defined(CPU_CAPABILITY_AVX2)
-#include <immintrin.h>
 constexpr int W = 8;
-#define PROCESSOR(name) _mm256_##name##_ps
+#define ROUND "vroundps"
 #define LIBRARY(name, precision) Sleef_##name##f8##precision
-#define ROUND_TO_ZERO(a) _mm256_round_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)
 #else
 constexpr int W = 4;
 #endif
@@ -96,17 +92,23 @@ FN void put(F* table, int length, F place, F value) {
 }
 // PyTorch's libraries hold the functions that its own operations call
 #ifdef LIBRARY
+#define INSTRUCTION(name, code) \
+  FN F name##_of(F a) { \
+    asm(code " %1, %0" : "=v"(a) : "v"(a)); \
+    return a; \
+  }
 #define FUNCTION(name, precision) \
   extern "C" F LIBRARY(name, precision)(F); \
   FN F name##_of(F a) { return LIBRARY(name, precision)(a); }
 #define FUNCTION_OF_TWO(name, precision) \
   extern "C" F LIBRARY(name, precision)(F, F); \
   FN F name##_of(F a, F b) { return LIBRARY(name, precision)(a, b); }
-FN F sqrt_of(F a) { return PROCESSOR(sqrt)(a); }
-FN F floor_of(F a) { return PROCESSOR(floor)(a); }
-FN F trunc_of(F a) { return ROUND_TO_ZERO(a); }
-FN F fmadd(F a, F b, F c) { return PROCESSOR(fmadd)(a, b, c); }
+FN F fmadd(F a, F b, F c) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+  return c;
+}
 #else
+#define INSTRUCTION(name, code) FUNCTION(name, )
 #define FUNCTION(name, precision) \
   FN F name##_of(F a) { \
     for (int k = 0; k < W; k++) a[k] = __builtin_##name##f(a[k]); \
@@ -117,11 +119,11 @@ FN F fmadd(F a, F b, F c) { return PROCESSOR(fmadd)(a, b, c); }
     for (int k = 0; k < W; k++) a[k] = __builtin_##name##f(a[k], b[k]); \
     return a; \
   }
-FUNCTION(sqrt, )
-FUNCTION(floor, )
-FUNCTION(trunc, )
 FN F fmadd(F a, F b, F c) { return a * b + c; }
 #endif
+INSTRUCTION(sqrt, "vsqrtps")
+INSTRUCTION(floor, ROUND " $9,")
+INSTRUCTION(trunc, ROUND " $11,")
 FUNCTION(sin, _u35)
 FUNCTION(cos, _u35)
 FUNCTION(tan, _u10)
