@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase, dispatch, skip_existing
 from torch import Tensor
 from torchrl.modules import ValueNorm, set_recurrent_mode
@@ -16,7 +15,8 @@ from torchrl.objectives.value import MultiAgentGAE
 
 from torchrl_trpo.errors import nearest
 from torchrl_trpo.keys import entry, finite_where_masked, group_of, key_list, next_key, path, reads_init
-from torchrl_trpo.objectives.functional import other_parameters, parameters_restored
+from torchrl_trpo.objectives.functional import parameters_restored
+from torchrl_trpo.objectives.step_values import add_states, can_share, shared_values
 
 
 class AgentGAE(MultiAgentGAE):
@@ -252,43 +252,33 @@ class AgentGAE(MultiAgentGAE):
         return [] if self.value_network is None else list(self.value_network.in_keys)
 
     def _call_value_nets(
-        self, data: TensorDictBase, params: TensorDictBase | None, *args: Any, value_key: NestedKey, **kwargs: Any
+        self,
+        data: TensorDictBase,
+        params: TensorDictBase | None,
+        next_params: TensorDictBase | None,
+        *args: Any,
+        value_key: NestedKey,
+        **kwargs: Any,
     ) -> Any:
-        if self.value_network is not None and reads_init(self.value_network):
-            self._add_states(data, params)
+        network, time_dim = self.value_network, self._get_time_dim(None, data)
+        if network is not None and reads_init(network):
+            add_states(network, data, params, time_dim=time_dim)
         following = next_key(value_key)
         known = [skip_existing() and data.get(key, None) is not None for key in (value_key, following)]
-        value, next_value, valid = super()._call_value_nets(data, params, *args, value_key=value_key, **kwargs)
+        in_parts = self.shifted or self.value_chunk_size is not None or self.num_chunks is not None
+        if network is not None and not in_parts and not any(known) and can_share(network, data, params, next_params):
+            finite = self._sanitize_next_obs_nan(data, network.in_keys)
+            value, next_value = shared_values(network, finite, params, value_key=value_key, time_dim=time_dim)
+            valid = None
+        else:
+            of_parent = super()._call_value_nets(data, params, next_params, *args, value_key=value_key, **kwargs)
+            value, next_value, valid = of_parent
         if self.value_norm is not None:  # values from the data are in the rewards' units already
             value = value if known[0] else self.value_norm.denormalize(value)
             next_value = next_value if known[1] else self.value_norm.denormalize(next_value)
         data.set(value_key, value)  # the parent writes into a copy where next observations are NaN
         data.set(following, next_value)
         return value, next_value, valid
-
-    def _add_states(self, data: TensorDictBase, params: TensorDictBase | None) -> None:
-        """Adds the recurrent states after each step, from which the values at ``t+1`` are computed."""
-        network: Any = self.value_network
-        time_dim = self._get_time_dim(None, data)
-        carried = [key for key in network.in_keys if next_key(key) in network.out_keys]
-        own = contextlib.nullcontext() if params is None else other_parameters(network, params)
-        before: TensorDictBase = TensorDict()
-        steps = []
-        with torch.no_grad(), own, set_recurrent_mode(False):
-            for step in data.select(*network.in_keys, strict=False).unbind(time_dim):
-                for key in carried:
-                    state, recorded = before.get(next_key(key), None), step.get(key, None)
-                    if state is not None:
-                        begins = step.get("is_init").reshape(*step.batch_size, *[1] * (state.ndim - step.batch_dims))
-                        fresh = torch.zeros_like(state) if recorded is None else recorded
-                        step.set(key, torch.where(begins, fresh, state))
-                before = network(step)
-                steps.append(before.get("next").select(*carried))
-        for key, state in cast("TensorDict", torch.stack(steps, time_dim)).items(True, True):
-            data.set(next_key(key), state)
-            if data.get(key, None) is None:
-                data.set(key, torch.zeros_like(state))
-        data.set(("next", "is_init"), torch.zeros_like(data.get("is_init")))
 
 
 def _as_mask(data: TensorDictBase, value: Tensor | None) -> Any:

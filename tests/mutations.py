@@ -681,6 +681,14 @@ MUTATIONS = (
         "objectives/agent_gae",
     ),
     Mutation(
+        "batch-is-a-ring",
+        "objectives/step_values.py",
+        "is_new.narrow(time_dim, -1, 1).fill_(True)",
+        "is_new.narrow(time_dim, -1, 1).fill_(False)",
+        "the last step of a batch is bootstrapped with the value of its first",
+        "objectives/agent_gae",
+    ),
+    Mutation(
         "next-actions-of-now",
         "objectives/central_critic.py",
         "torch.where(mask, drawn.get(key), action.roll(-1, time_dim))",

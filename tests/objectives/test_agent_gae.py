@@ -31,6 +31,7 @@ from torchrl_trpo.training.critic_fit import fit_critic
 
 GAMMA, LMBDA = 0.9, 0.8
 CENTRAL = (GROUP, "central")
+NEXT = ("next", *OBSERVATION)
 
 
 def make_critic(n_agents=3, share_params=True):
@@ -474,3 +475,34 @@ def test_the_fit_never_copies_the_whole_batch():
     with LargestCopy(data) as copies:
         fit_critic(loss, optimizer, data, epochs=2, minibatch_size=60)
     assert copies.nbytes == data["observation"].numel() * 4 / 10
+
+
+# ------------------------------------------------------------------ values at t and t+1
+
+
+@pytest.mark.parametrize("time_dim", [0, 1])
+def test_what_the_next_step_sees_is_evaluated_once(time_dim):
+    critic, data = make_critic(), rollout(batch=(5, 5))
+    before, after = (data[key].transpose(0, 1) if time_dim == 0 else data[key] for key in (OBSERVATION, NEXT))
+    jumps = torch.rand(5, 5) < 0.3  # also where no flag says so
+    jumps[:, -1] = True
+    after.copy_(torch.where(jumps[..., None, None], after, before.roll(-1, 1)))
+    rows = []
+    critic.register_forward_hook(lambda module, arguments, result: rows.append(result.numel()))
+    gae = make_gae(critic, time_dim=time_dim)
+    gae(data)
+    assert sum(rows) == 25 + jumps.sum(), "each observation once"
+    for key, observation in ((VALUE, OBSERVATION), (("next", *VALUE), NEXT)):
+        torch.testing.assert_close(data[key], critic.module(data[observation]))
+
+
+def test_parameters_at_the_next_step_may_be_others():
+    critic, data = make_critic(), rollout()
+    data[NEXT][:, :-1] = data[OBSERVATION][:, 1:]
+    own = TensorDict.from_module(critic).data
+    zero = own.apply(torch.zeros_like)
+    gae = make_gae(critic)
+    for params, target in ((own, zero), (zero, own)):
+        result = gae(data.clone(), params=params, target_params=target)
+        assert (result[VALUE] != 0).any() == (params is own)
+        assert (result["next", *VALUE] != 0).any() == (target is own)
