@@ -7,11 +7,13 @@
 It runs config/comparison.yaml, or another plan, or a part of it. Run again after a stop, it continues. The report is
 comparison.csv, a row for each evaluation, comparison.md and the figures; that of another plan has its name. The table
 keeps the rows of runs that are not run again, so that a long plan can be run part by part, also on several machines.
+Rows that were made with other settings than the plan has now are refused.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 from argparse import ArgumentParser
@@ -38,9 +40,12 @@ PLANS = ("comparison", "team_budget", "differing_agents", "at_scale", "at_scale_
 """The plans that can be run."""
 COLUMNS = (
     *("task", "algorithm", "seed", "iteration", "frames", "cpu_s"),
-    *("evaluation_return", "evaluation_std", "episode_return"),
+    *("evaluation_return", "evaluation_std", "episode_return", "settings"),
 )
-"""The columns of ``comparison.csv``; ``episode_return`` is that of training, whose policy explores."""
+"""The columns of ``comparison.csv``.
+
+``episode_return`` is that of training, whose policy explores. ``settings`` tells the plan's settings from others.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,21 @@ def cells(plan: Mapping[str, Any]) -> list[Cell]:
 def settings_of(plan: Mapping[str, Any], cell: Cell) -> tuple[str, dict[str, Any]]:
     """The recipe that trains a cell, and its settings: the plan's for library, task, recipe and variant, in this order.
 
-    Later ones override earlier ones.
+    Later ones override earlier ones. Random actions need no recipe of their own.
     """
-    name = plan["algorithms"][0] if cell.algorithm == "random" else cell.algorithm
-    recipe, _, variant = name.partition("-")
-    library = cell.task.partition("/")[0]
+    trained = cell.algorithm if cell.algorithm != "random" else "hatrpo"
+    recipe, _, variant = trained.partition("-")
+    parts = [cell.task.partition("/")[0], cell.task]
     settings = {"env": cell.task, "seed": cell.seed}
-    for part in (library, cell.task, recipe, variant):
+    for part in (*parts, recipe, variant) if cell.algorithm != "random" else parts:
         settings |= plan["settings"].get(part, {})
     return recipe, settings
+
+
+def digest_of(plan: Mapping[str, Any], cell: Cell) -> str:
+    """Eight digits for what the plan sets for a cell and for its evaluation."""
+    text = json.dumps([settings_of(plan, cell), plan["evaluation"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, Any]]:
@@ -95,7 +106,7 @@ def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, 
     if done.exists():
         before = json.loads(done.read_text())
         check_same(before["settings"], now, folder)
-        return _with_training(before["rows"], folder)
+        return _completed(before["rows"], folder, digest_of(plan, cell))
     folder.mkdir(parents=True, exist_ok=True)
     points: list[Path | None] = [None]
     if cell.algorithm != "random":
@@ -107,13 +118,16 @@ def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, 
     where = {"task": cell.task, "algorithm": cell.algorithm, "seed": cell.seed}
     rows = [where | measured for measured in _evaluate(cfg, points, **played)]
     replace_file(done, json.dumps({"settings": now, "rows": rows}))
-    return _with_training(rows, folder)
+    return _completed(rows, folder, digest_of(plan, cell))
 
 
-def _with_training(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """The evaluations of a run, each with the return of the iteration that it comes after."""
+def _completed(rows: Sequence[Mapping[str, Any]], folder: Path, digest: str) -> list[dict[str, Any]]:
+    """The evaluations of a run, each with the return of the iteration that it comes after, and the settings' digest."""
     returns = {row["iteration"]: row["episode_return"] for row in read_rows(folder / "metrics.csv")}
-    return [{**row, "episode_return": float(returns.get(str(row["iteration"])) or "nan")} for row in rows]
+    return [
+        {**row, "episode_return": float(returns.get(str(row["iteration"])) or "nan"), "settings": digest}
+        for row in rows
+    ]
 
 
 def _evaluate(
@@ -174,12 +188,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan |= part
     report = given.report or (Path("docs/results") if whole else given.output)
     data = report / f"{chosen_plan}.csv"
-    results: dict[Cell, list[dict[str, Any]]] = {}
+    table = _rows_by_cell(data)
+    kept = table.keys() - (set() if given.redraw else set(cells(plan)))
+    others = {each for each in kept if {row.get("settings") for row in table[each]} != {digest_of(plan, each)}}
+    if others:
+        parser.error(
+            f"{data} has {len(others)} runs with other settings than config/{chosen_plan}.yaml has now, among them "
+            f"{min(others, key=str)}. Legal: to run them again, to delete their rows, or another --report."
+        )
     if not given.redraw:
         job = functools.partial(run_cell, plan, given.output.absolute())
-        results = run_all(job, cells(plan), workers=given.workers)
-    table = _rows_by_cell(data) | results
-    if results:
+        table |= run_all(job, cells(plan), workers=given.workers)
         report.mkdir(parents=True, exist_ok=True)
         with replacing(data) as new:
             write_rows(new, COLUMNS, itertools.chain.from_iterable(table.values()))

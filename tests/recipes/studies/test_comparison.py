@@ -65,6 +65,7 @@ def test_a_plan_has_settings_for_tasks_recipes_and_variants():
     own, random = comparison.cells(plan)[1:]
     settings = {"env": "vmas/balance", "seed": 0, "gamma": 0.9, "lmbda": 0.8}
     assert comparison.settings_of(plan, random) == ("hatrpo", settings)
+    assert comparison.settings_of({**plan, "algorithms": ["mappo"]}, random) == ("hatrpo", settings)
     settings |= {"updater.max_kl": 0.1, "actor.sharing": "none"}
     assert comparison.settings_of(plan, own) == ("matrpo", settings)
 
@@ -88,7 +89,8 @@ def test_a_part_of_the_comparison_is_not_reported_as_the_whole(tmp_path, monkeyp
     monkeypatch.setattr(comparison, "CONFIG", tmp_path)
     results = {cell: [] for cell in comparison.cells(plan)}
     for row in rows(**FINALS):
-        results[comparison.Cell(row["task"], row["algorithm"], row["seed"])].append(row)
+        cell = comparison.Cell(row["task"], row["algorithm"], row["seed"])
+        results[cell].append(row | {"settings": comparison.digest_of(plan, cell)})
     monkeypatch.setattr(comparison, "run_all", lambda _, ran, **__: {cell: results[cell] for cell in ran})
     comparison.main(["--seeds", "0", "--output", "runs"])
     assert not Path("docs").exists()
@@ -114,6 +116,14 @@ def test_a_part_of_the_comparison_is_not_reported_as_the_whole(tmp_path, monkeyp
     with pytest.raises(SystemExit):
         comparison.main(["--help"])
     assert "--tasks" in capsys.readouterr().out, "the help has the options that depend on the plan"
+    OmegaConf.save(plan | {"settings": {"vmas": TINY, "mappo": {"gamma": 0.8}}}, "comparison.yaml")
+    for command in (["--redraw"], ["--seeds", "0", "--report", "docs/results"]):
+        with pytest.raises(SystemExit):
+            comparison.main(command)
+        n_kept, text = (2, "seed=1") if "--seeds" in command else (4, "seed=0")
+        error = capsys.readouterr().err
+        assert f"has {n_kept} runs with other settings" in error
+        assert f"Cell(task='vmas/a', algorithm='mappo', {text})" in error
 
 
 def test_a_run_that_was_stopped_is_resumed_to_the_same_evaluations(tmp_path):
