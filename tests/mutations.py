@@ -802,6 +802,14 @@ MUTATIONS = (
         "envs/vmas::test_time_limits_are_truncations",
     ),
     Mutation(
+        "place-given-away",
+        "torchrl_trpo/kernels/stages.py",
+        "if lane in kept and last_read[lane] == where",
+        "if lane in kept",
+        "a number is overwritten before the last part that reads it",
+        "envs/compiled",
+    ),
+    Mutation(
         "unread-draws",
         "torchrl_trpo/envs/reads.py",
         '"torchrl_trpo::draw_if", mutates_args=(), tags=_DRAWS',

@@ -167,7 +167,7 @@ HEAD += DERIVED
 """What the code of functions needs before it."""
 _PARAMETERS = (
     "int64_t i, int64_t n, int64_t P, const void* const* in, void* const* out, const int64_t* S, "
-    "F* kept, F* scratch, B& fail, const B* any, B* hit, B valid"
+    "F* kept, float* held, F* scratch, B& fail, const B* any, B* hit, B valid"
 )
 
 
@@ -191,34 +191,46 @@ def source(
         those of the outputs that are stored by row. Behind the rows, outputs are zero: vector functions may choose
         their way by all numbers of a register. The function returns whether the guards hold. What any row of the batch
         has is known after the loop. So it is taken to be as in the last call, and the loop runs again if it is not, and
-        that matters to a row: each depends on earlier ones only, so this ends.
+        that matters to a row: each depends on earlier ones only, so this ends. Where such a guess would be in vain, the
+        loop ends, and another one goes on.
     """
     code = write(statements, inputs, stores, guards, _PARAMETERS)
+    stages = [f"stage{number}" for number in range(len(code.n_any))]
     return f"""{code.functions}
 extern "C" int run(int64_t n, int64_t P, const void* const* in, void* const* out, const int64_t* S) {{
-  constexpr int N_ANY = {code.n_any};
+  constexpr int N_STAGES = {len(stages)}, N_ANY = {code.n_any[-1]}, N_HELD = {code.n_held};
+  constexpr int ENDS[] = {{{", ".join(map(str, code.n_any))}}};
+  constexpr decltype(&stage0) STAGES[] = {{{", ".join(stages)}}};
   static bool last[N_ANY + 1];
   F kept[{code.n_kept + 1}], scratch[{code.n_scratch + 1}];
-  B any[N_ANY + 1], hit[2 * N_ANY + 1], wrong, rows;
+  B any[N_ANY + 1], hit[2 * N_ANY + 1], wrong = FALSE, rows;
+  float* const held = N_HELD ? (float*)__builtin_malloc(sizeof(float) * N_HELD * P) : nullptr;
+  if (N_HELD && !held) return 0;
   for (int k = 0; k < W; k++) rows[k] = k;
   for (int k = 0; k < N_ANY; k++) any[k] = __atomic_load_n(last + k, __ATOMIC_RELAXED) ? TRUE : FALSE;
-  for (bool again = true; again;) {{
-    for (auto& each : hit) each = FALSE;
-    wrong = FALSE;
-    for (int64_t i = 0; i < n; i += W) {{
-      const B valid = i + W <= n ? TRUE : rows < (int32_t)(n - i);
-      B fail = FALSE;
-      {code.calls}
-      wrong |= fail & valid;
+  for (auto& each : hit) each = FALSE;
+  for (int stage = 0, first = 0; stage < N_STAGES; first = ENDS[stage++]) {{
+    B wrong_here;
+    for (bool again = true; again;) {{
+      wrong_here = FALSE;
+      for (int64_t i = 0; i < n; i += W) {{
+        const B valid = i + W <= n ? TRUE : rows < (int32_t)(n - i);
+        B fail = FALSE;
+        STAGES[stage]({code.arguments});
+        wrong_here |= fail & valid;
+      }}
+      again = false;
+      for (int k = first; k < ENDS[stage]; k++) {{
+        const bool found = !none(hit[2 * k]), is_used = stage == N_STAGES - 1 || k < ENDS[stage] - 1;
+        again = again || (is_used && found == none(any[k]) && !none(hit[2 * k + 1]));
+        any[k] = found ? TRUE : FALSE;
+        hit[2 * k] = hit[2 * k + 1] = FALSE;
+        __atomic_store_n(last + k, found, __ATOMIC_RELAXED);
+      }}
     }}
-    again = false;
-    for (int k = 0; k < N_ANY; k++) {{
-      const bool found = !none(hit[2 * k]);
-      again = again || (found == none(any[k]) && !none(hit[2 * k + 1]));
-      any[k] = found ? TRUE : FALSE;
-      __atomic_store_n(last + k, found, __ATOMIC_RELAXED);
-    }}
+    wrong |= wrong_here;
   }}
+  __builtin_free(held);
   return none(wrong);
 }}
 """

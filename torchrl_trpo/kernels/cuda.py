@@ -86,13 +86,14 @@ class Kernel:
         if "drawn_if" in code.operations:  # a GPU draws k tensors at once otherwise than one after the other
             raise Unsupported("random numbers that are drawn under conditions are for the CPU")
         self._device = device
-        self._any = np.zeros(code.n_any, np.int64)
+        (n_any,) = code.n_any  # there is one stage
+        self._any = np.zeros(n_any, np.int64)
         self._launch = load(
             f"""{_HEAD}
 {code.functions}
 // what a call reads and writes: the addresses, what is taken to be so of any row, what is found, and what is wrong
 extern "C" __global__ void run(int n, int P, int n_in, int n_out, void** table) {{
-  constexpr int N_ANY = {code.n_any};
+  constexpr int N_ANY = {n_any};
   const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= n) return;
   void** const in = table;
@@ -102,7 +103,7 @@ extern "C" __global__ void run(int n, int P, int n_in, int n_out, void** table) 
   F kept[{code.n_kept + 1}], scratch[{code.n_scratch + 1}];
   B fail = false, hit[2 * N_ANY + 1] = {{}};
   const B valid = true;
-  {code.calls}
+  stage0({code.arguments});
   for (int k = 0; k < 2 * N_ANY; k++)
     if (hit[k]) found[k] = 1;
   if (fail) found[2 * N_ANY] = 1;

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torchrl_trpo.kernels.lanes import InMemory, Items, Lane, Lanes, Statement, Statements
+from torchrl_trpo.kernels.stages import Line, ends_of_stages, in_parts, lanes_of, type_of
 
-_STATEMENTS_OF_A_PART = 1000  # a compiler's time grows faster than the length of a function
 _LARGEST_INT = 2**23  # up to which float32 holds whole numbers, with room for one addition
 _C_TYPES = {"f": "float", "b": "uint8_t", "i": "int64_t", "j": "int32_t"}  # of the buffers
 FUNCTIONS = ("sqrt", "sin", "cos", "tan", "exp", "log", "log1p", "expm1", "atanh", "trunc", "floor")
@@ -116,18 +116,20 @@ class Code(NamedTuple):
     """A function of rows.
 
     Attributes:
-        functions: the code of its parts.
-        calls: the calls of its parts.
-        n_any: how many statements are about all rows.
-        n_kept: how many numbers the parts hand on.
+        functions: the code: ``stage0``, ``stage1`` and so on. One begins when the one before is done for all rows.
+        arguments: their arguments.
+        n_any: how many statements are about all rows, up to the end of each stage.
+        n_kept: how many numbers the parts of a stage hand on.
+        n_held: how many numbers of each row the stages hand on.
         n_scratch: how many numbers the results of statements that have several take.
         operations: the operations of the statements.
     """
 
     functions: str
-    calls: str
-    n_any: int
+    arguments: str
+    n_any: list[int]
     n_kept: int
+    n_held: int
     n_scratch: int
     operations: set[str]
 
@@ -151,55 +153,56 @@ def write(
     Returns:
         The code. It sets ``fail`` where a guard does not hold.
     """
-    lines = []
-    n_any, scratch = 0, _Scratch(statements)
+    stages: list[list[Line]] = [[]]
+    n_any, scratch = [0], _Scratch(statements)
     needed = _needed(statements, [value for value, *_ in (*stores, *guards)])
+    ends = ends_of_stages(statements, needed)
     for index in needed:
+        lines = stages[-1]
         operation, kind, arguments = statements[index]
         if operation in {"take", "put"}:
-            lines.append(Line(None, f"fail = fail | ({_term(arguments[1])} < F(0.0f))", _lanes(arguments[1:2])))
+            lines.append(Line(None, f"fail = fail | ({_term(arguments[1])} < F(0.0f))", lanes_of(arguments[1:2])))
         if operation in {"linear", "map", "table", "put"}:
-            lines.append(Line(None, getattr(scratch, operation)(index, arguments, inputs), _lanes(arguments)))
+            lines.append(Line(None, getattr(scratch, operation)(index, arguments, inputs), lanes_of(arguments)))
             continue
         if operation == "item":
-            lines.append(Line(index, f"({_type(kind)}){scratch.item(*arguments)}", []))
+            lines.append(Line(index, f"({type_of(kind)}){scratch.item(*arguments)}", []))
         elif operation == "take":
-            lines.append(Line(index, f"({_type(kind)}){scratch.take(*arguments)}", _lanes(arguments)))
+            lines.append(Line(index, f"({type_of(kind)}){scratch.take(*arguments)}", lanes_of(arguments)))
         elif operation == "drawn_if":
             place = f"(const float*)in[{inputs[arguments[0]][0]}], {_term(arguments[1])}, P, i"
-            lines.append(Line(index, f"load_lane({place})", _lanes(arguments)))
+            lines.append(Line(index, f"load_lane({place})", lanes_of(arguments)))
         elif operation in {"load", "shared"}:
             lines.append(Line(index, _load(statements[index], inputs), []))
         elif operation == "any":
-            lines.append(Line(index, f"any[{n_any}]", []))
-            for slot, argument in enumerate(arguments, 2 * n_any):
+            number = n_any[-1]
+            for slot, argument in enumerate(arguments, 2 * number):
                 hit = f"hit[{slot}] = hit[{slot}] | only({_term(argument)}, valid)"
-                lines.append(Line(None, hit, _lanes([argument])))
-            n_any += 1
+                lines.append(Line(None, hit, lanes_of([argument])))
+            n_any[-1] = number + 1
+            if index in ends:
+                stages.append([])
+                n_any.append(number + 1)
+            stages[-1].append(Line(index, f"any[{number}]", []))
         else:
-            lines.append(Line(index, _CODE[operation].format(*map(_term, arguments)), _lanes(arguments)))
+            lines.append(Line(index, _CODE[operation].format(*map(_term, arguments)), lanes_of(arguments)))
         if kind in {"i", "j"} and operation != "where":
             lines.append(Line(None, f"fail = fail | (abs_of(v{index}) > F({_LARGEST_INT}.0f))", [index]))
     for store in stores:
         code = scratch.store(store) if isinstance(store.value, Items) else _store(store)
-        lines.append(Line(None, code, _lanes([store.value])))
+        stages[-1].append(Line(None, code, lanes_of([store.value])))
     for value, expected in guards:
         wrong = f"({_term(value)} {'^' if isinstance(expected, bool) else '!='} {_term(expected)})"
-        lines.append(Line(None, f"fail = fail | {wrong}", _lanes([value])))
-    parts, n_kept = _parts(lines, statements)
-    functions = "\n".join(f"PART part{number}({parameters}) {{\n{code}\n}}" for number, code in enumerate(parts))
+        stages[-1].append(Line(None, f"fail = fail | {wrong}", lanes_of([value])))
+    parts, n_kept, n_held = in_parts(stages, statements)
     names = ", ".join(re.findall(r"(\w+)(?:,|$)", parameters))
-    calls = " ".join(f"part{number}({names});" for number in range(len(parts)))
+    functions = []
+    for stage, codes in enumerate(parts):
+        functions += [f"PART part{stage}_{k}({parameters}) {{\n{code}\n}}" for k, code in enumerate(codes)]
+        calls = " ".join(f"part{stage}_{k}({names});" for k in range(len(codes)))
+        functions.append(f"PART stage{stage}({parameters}) {{ {calls} }}")
     operations = {statements[index].operation for index in needed}
-    return Code(functions, calls, n_any, n_kept, scratch.size, operations)
-
-
-class Line(NamedTuple):
-    """A line of code, the lane that it makes, and the lanes that it reads."""
-
-    lane: int | None
-    code: str
-    reads: list[int]
+    return Code("\n".join(functions), names, n_any, n_kept, n_held, scratch.size, operations)
 
 
 class _Scratch:
@@ -288,55 +291,17 @@ def _store(store: Store) -> str:
     return f"store(({_C_TYPES[kind]}*)out[{buffer}] + {row} * P + i, only({_term(value)}, valid))"
 
 
-def _lanes(arguments: Sequence[Any]) -> list[int]:
-    """The lanes that arguments read. Results of statements that have several are in memory."""
-    return [argument.number for argument in arguments if isinstance(argument, Lane)]
-
-
 def _needed(statements: Sequence[Statement], reads: Sequence[Any]) -> list[int]:
     """The statements whose results are used, in order."""
     needed: set[int] = set()
     pending = [reads]
     while pending:
         arguments = pending.pop()
-        for index in (*_lanes(arguments), *(each.block for each in arguments if isinstance(each, Items))):
+        for index in (*lanes_of(arguments), *(each.block for each in arguments if isinstance(each, Items))):
             if index not in needed:
                 needed.add(index)
                 pending.append(statements[index].arguments)
     return sorted(needed)
-
-
-def _parts(lines: Sequence[Line], statements: Sequence[Statement]) -> tuple[list[str], int]:
-    """The lines in functions of bounded length; what a later one reads is kept in an array. Returns its length too."""
-    size = _STATEMENTS_OF_A_PART
-
-    def declared(lane: int) -> str:
-        return f"const {_type(statements[lane].kind)} v{lane}"
-
-    part_of = {lane: number // size for number, (lane, *_) in enumerate(lines) if lane is not None}
-    kept: dict[int, int] = {}
-    for number, (_, _, reads) in enumerate(lines):
-        for read in reads:
-            if part_of[read] != number // size:
-                kept.setdefault(read, len(kept))
-    parts = []
-    for start in range(0, len(lines), size):
-        here: set[int] = set()
-        code = []
-        for made, line, reads in lines[start : start + size]:
-            for read in reads:
-                if part_of[read] != start // size and read not in here:
-                    here.add(read)
-                    code.append(f"  {declared(read)} = ({_type(statements[read].kind)})kept[{kept[read]}];")
-            code.append(f"  {line};" if made is None else f"  {declared(made)} = {line};")
-            if made in kept:
-                code.append(f"  kept[{kept[made]}] = (F)v{made};")
-        parts.append("\n".join(code))
-    return parts, len(kept)
-
-
-def _type(kind: str) -> str:
-    return "B" if kind == "b" else "F"
 
 
 def _term(value: Any) -> str:
