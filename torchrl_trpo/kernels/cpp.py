@@ -107,6 +107,14 @@ FN F fmadd(F a, F b, F c) {
   asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
   return c;
 }
+FN F fmadd(F a, const float& b, F c) {
+#ifdef CPU_CAPABILITY_AVX512
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(a), "m"(b));
+  return c;
+#else
+  return fmadd(a, F(b), c);
+#endif
+}
 #else
 #define INSTRUCTION(name, code) FUNCTION(name, )
 #define FUNCTION(name, precision) \
@@ -120,6 +128,7 @@ FN F fmadd(F a, F b, F c) {
     return a; \
   }
 FN F fmadd(F a, F b, F c) { return a * b + c; }
+FN F fmadd(F a, float b, F c) { return a * F(b) + c; }
 #endif
 INSTRUCTION(sqrt, "vsqrtps")
 INSTRUCTION(floor, ROUND " $9,")
@@ -143,7 +152,7 @@ template <int K, int SK, int SN, int N> FN void some_columns(const F* x, const f
   for (int k = 0; k < K; k++) {
     const F each = x[k];
 #pragma GCC unroll 16
-    for (int j = 0; j < N; j++) sums[j] = fmadd(each, F(w[k * SK + j * SN]), sums[j]);
+    for (int j = 0; j < N; j++) sums[j] = fmadd(each, w[k * SK + j * SN], sums[j]);
   }
 #pragma GCC unroll 16
   for (int j = 0; j < N; j++) y[j] = sums[j];
