@@ -109,7 +109,7 @@ def run_all(function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, worker
     results: dict[_Job, _Result] = {}
     context, waiting = multiprocessing.get_context("spawn"), iter(jobs)
     with ProcessPoolExecutor(workers, context, _end_with_parent) as pool, tqdm(total=len(jobs), unit="run") as bar:
-        running = {pool.submit(function, job): job for job in itertools.islice(waiting, workers)}
+        running = {pool.submit(_run, function, job): job for job in itertools.islice(waiting, workers)}
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
@@ -121,10 +121,20 @@ def run_all(function: Callable[[_Job], _Result], jobs: Sequence[_Job], *, worker
                 except Exception:
                     bar.write(f"{job} failed:\n{traceback.format_exc()}")
                 bar.update()
-                running |= {pool.submit(function, job): job for job in itertools.islice(waiting, 1)}
+                running |= {pool.submit(_run, function, job): job for job in itertools.islice(waiting, 1)}
     if failed := [job for job in jobs if job not in results]:
         sys.exit(f"error: {len(failed)} jobs failed, see above and output.txt in their folders: {failed}")
     return {job: results[job] for job in jobs}
+
+
+def _run(function: Callable[[_Job], _Result], job: _Job) -> _Result:
+    """Runs a job, and ends this process after one that SIGTERM has stopped since the parent has ended."""
+    try:
+        return function(job)
+    finally:
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            os._exit(1)  # the pool would wait for ever for another job
 
 
 def _end_with_parent() -> None:

@@ -358,11 +358,16 @@ def test_an_interrupt_lets_no_other_job_begin(tmp_path):
 
 
 SLEEPER = """
-import os, pathlib, time
+import os, pathlib, signal, time
 def sleep(number):
+    stopped = []
+    if number == 2:  # heeds SIGTERM, as a run does
+        signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     pathlib.Path(f"{number}.new").write_text(str(os.getpid()))
     pathlib.Path(f"{number}.new").rename(str(number))
-    time.sleep(60)
+    while not stopped:
+        time.sleep(0.1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 """
 
 
