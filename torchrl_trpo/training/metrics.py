@@ -181,9 +181,11 @@ class Metrics:
             self._file.close()
 
     def _entropy(self, data: TensorDictBase) -> Tensor:
-        """The policy's mean entropy at collection, in nats, over agents that the masks count, in rows evenly spaced."""
-        longest = max(range(data.ndim), key=data.size)
-        data = data[(slice(None),) * longest + (slice(None, None, max(1, data.numel() // _ROWS_FOR_ENTROPY)),)]
+        """The policy's mean entropy at collection, in nats, over rows and agents that the masks count.
+
+        Those of the first environments, whole: agents may take turns.
+        """
+        data = data[: math.ceil(_ROWS_FOR_ENTROPY * len(data) / data.numel())]
         total = count = torch.zeros((), device=self._device)
         for keys, actor in zip(self._groups, self._actors, strict=True):
             values = entropy(actor.build_dist_from_params(data))
