@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def other_parameters(network: nn.Module, parameters: TensorDictBase) -> Iterator[None]:
+def other_parameters(network: nn.Module, parameters: TensorDictBase | None) -> Iterator[None]:
     """Gives a network other parameters for the block; its own are back afterwards, also after an error.
 
-    ``parameters`` holds buffers too, with the keys of ``TensorDict.from_module(network)``.
+    ``parameters`` holds buffers too, with the keys of ``TensorDict.from_module(network)``; None stands for its own.
     """
+    if parameters is None:
+        yield
+        return
     with parameters_restored(network):
         own = parameters.to_module(network, preserve_module_state=False)
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, cast
 
 import torch
@@ -61,7 +60,7 @@ def shared_values(
     for key in network.in_keys:
         is_new |= (following.get(key) != now.get(key).roll(-1, time_dim)).reshape(*data.batch_size, -1).any(-1)
     is_new.narrow(time_dim, -1, 1).fill_(True)
-    with contextlib.nullcontext() if params is None else other_parameters(network, params):
+    with other_parameters(network, params):
         value = network(now).get(value_key)
         next_value = value.roll(-1, time_dim)
         next_value[is_new] = network(following[is_new]).get(value_key)
@@ -82,10 +81,9 @@ def add_states(
         time_dim: the dimension of ``T``.
     """
     carried = [key for key in network.in_keys if next_key(key) in network.out_keys]
-    own = contextlib.nullcontext() if params is None else other_parameters(network, params)
     before: TensorDictBase = TensorDict()
     steps = []
-    with torch.no_grad(), own, set_recurrent_mode(False):
+    with torch.no_grad(), other_parameters(network, params), set_recurrent_mode(False):
         for step in data.select(*network.in_keys, strict=False).unbind(time_dim):
             for key in carried:
                 state, recorded = before.get(next_key(key), None), step.get(key, None)

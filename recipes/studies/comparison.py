@@ -75,13 +75,12 @@ def settings_of(plan: Mapping[str, Any], cell: Cell) -> tuple[str, dict[str, Any
 
     Later ones override earlier ones. Random actions need no recipe of their own.
     """
-    trained = cell.algorithm if cell.algorithm != "random" else "hatrpo"
-    recipe, _, variant = trained.partition("-")
-    parts = [cell.task.partition("/")[0], cell.task]
+    recipe, _, variant = cell.algorithm.partition("-")
+    library = cell.task.partition("/")[0]
     settings = {"env": cell.task, "seed": cell.seed}
-    for part in (*parts, recipe, variant) if cell.algorithm != "random" else parts:
+    for part in (library, cell.task, recipe, variant):
         settings |= plan["settings"].get(part, {})
-    return recipe, settings
+    return "hatrpo" if recipe == "random" else recipe, settings
 
 
 def digest_of(plan: Mapping[str, Any], cell: Cell) -> str:

@@ -44,6 +44,10 @@ def in_parts(stages: Sequence[Sequence[Line]], statements: Sequence[Statement]) 
     What a later function of a stage reads is kept in an array, and what a later stage reads is held in one for all
     rows. Returns their lengths too.
     """
+
+    def declared(lane: int) -> str:
+        return f"const {type_of(statements[lane].kind)} v{lane}"
+
     size = _STATEMENTS_OF_A_PART
     parts = [[lines[start : start + size] for start in range(0, len(lines), size)] for lines in stages]
     everywhere = [((stage, k), part) for stage, each in enumerate(parts) for k, part in enumerate(each)]
@@ -60,10 +64,6 @@ def in_parts(stages: Sequence[Sequence[Line]], statements: Sequence[Statement]) 
     for where, part in everywhere:
         here: set[int] = set()
         code = []
-
-        def declared(lane: int) -> str:
-            return f"const {type_of(statements[lane].kind)} v{lane}"
-
         for made, line, reads in part:
             for read in reads:
                 if made_in[read] != where and read not in here:
