@@ -86,6 +86,8 @@ class AgentGAE(MultiAgentGAE):
         self.team_reward = team_reward
         self.reward_keys = None if reward_keys is None else key_list(reward_keys)
         self.value_norm = value_norm
+        if value_norm is not None:
+            value_norm.critic_is_normalized = True  # a loss whose advantages this estimator computes must know
 
     @property
     def in_keys(self) -> list[NestedKey]:

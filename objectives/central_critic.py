@@ -13,7 +13,7 @@ from torchrl.data import Categorical, Composite, TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueNorm, set_recurrent_mode
 
-from torchrl_trpo.keys import entry, group_of, key_list, next_key
+from torchrl_trpo.keys import entry, group_of, key_list, next_key, path
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.functional import parameters_restored
 
@@ -57,7 +57,7 @@ class CentralCriticValueEstimator(AgentGAE):
 
     Raises:
         ValueError: if nothing is pooled, ``value_network`` does not read ``central_key``, ``n_agents`` or
-            ``actor_network`` is missing where it is needed, or ``team_reward`` is unknown.
+            ``actor_network`` is missing where it is needed, ``team_reward`` is unknown, or groups are nested.
         KeyError: when called on data without one of the entries.
 
     Examples:
@@ -117,6 +117,12 @@ class CentralCriticValueEstimator(AgentGAE):
         self.central_key = unravel_key(central_key)
         self.state_key = None if state_key is None else unravel_key(state_key)
         self.action_keys = key_list(action_keys or ())
+        for name, keys in {"observation_keys": self.observation_keys, "action_keys": self.action_keys}.items():
+            if len({(group_of(key), path(key)[-1]) for key in keys}) < len(keys):
+                raise ValueError(
+                    f"{name}: {keys} has groups within another one. Legal: one key of each group, which is its first "
+                    "part, such as [('red', 'action'), ('blue', 'action')]; use TorchRL's RenameTransform."
+                )
         if not self.observation_keys and self.state_key is None:
             raise ValueError(
                 "observation_keys is empty, and there is no state_key; name at least one, such as "

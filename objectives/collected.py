@@ -95,11 +95,17 @@ def action_group(loss: PPOLoss) -> str | None:
 
 
 def _has_agents(loss: PPOLoss, tensordict: TensorDictBase, *, by_key: bool = True) -> bool:
-    """Whether the data of a loss has an agent dimension: by its networks, its advantage, or its group and its key."""
-    group = action_group(loss)
+    """Whether the data of a loss has an agent dimension: by its networks, its advantage, or its group and its key.
+
+    The key does not count if all that the policy reads is ``[*B, F]``: that of one agent.
+    """
+    group, batch_dims = action_group(loss), tensordict.batch_dims
     advantage = tensordict.get(loss.tensor_keys.advantage, None)
+    read = [tensordict.get(key, None) for key in loss.actor_network.in_keys]
+    ndims = [value.ndim for value in read if isinstance(value, Tensor)]
     return (
         any(isinstance(net, MultiAgentNetBase) for net in loss.actor_network.modules())
-        or (advantage is not None and advantage.ndim > tensordict.batch_dims + 1)
-        or (group is not None and (by_key or tensordict.get(group).batch_dims > tensordict.batch_dims))
+        or (advantage is not None and advantage.ndim > batch_dims + 1)
+        or (group is not None and by_key and not (ndims and max(ndims) == batch_dims + 1))
+        or (group is not None and tensordict.get(group).batch_dims > batch_dims)
     )

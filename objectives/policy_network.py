@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import (
@@ -129,10 +132,13 @@ def distribution_settings(network: ProbabilisticTensorDictSequential) -> Any:
 
 
 def _distribution_module(network: ProbabilisticTensorDictSequential) -> ProbabilisticTensorDictModule:
-    for module in reversed(list(network.modules())):
-        if isinstance(module, ProbabilisticTensorDictModule):
-            return module
-    raise ValueError(f"the policy must end in a probabilistic module, but has none:\n{network}")
+    found = [module for module in network.modules() if isinstance(module, ProbabilisticTensorDictModule)]
+    if len(found) != 1:
+        raise ValueError(
+            f"the policy has {len(found)} probabilistic modules. Legal: one, at its end; a CompositeDistribution for "
+            f"actions of several parts.\n{network}"
+        )
+    return found[0]
 
 
 def single_agent_network(
@@ -156,9 +162,8 @@ def single_agent_network(
         elif isinstance(module, AddStateIndependentNormalScale) and len(module.scale_shape) > 1:
             module.scale_shape = torch.Size([1, *module.scale_shape[1:]])
         elif isinstance(module, ProbabilisticTensorDictModule):
-            module.distribution_kwargs = {
-                name: _of_agent(value, agent, n_agents) for name, value in module.distribution_kwargs.items()
-            }
+            module.distribution_class = _of_agent(module.distribution_class, agent, n_agents)
+            module.distribution_kwargs = _of_agent(module.distribution_kwargs, agent, n_agents)
     return single
 
 
@@ -204,9 +209,17 @@ def _is_inside(key: tuple[str, ...], outer: tuple[str, ...]) -> bool:
 
 
 def _of_agent(value: Any, agent: int, n_agents: int) -> Any:
-    """An agent's part of bounds that differ between agents, ``[n_agents, A]``, as an action spec gives them."""
-    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[-2] == n_agents:
+    """An agent's part of bounds that differ between agents, ``[n_agents, A]``, as an action spec gives them.
+
+    Also of those in a mapping (for the parts of a ``CompositeDistribution``), and in a ``functools.partial``.
+    """
+    if isinstance(value, Mapping):
+        return {name: _of_agent(part, agent, n_agents) for name, part in value.items()}
+    if isinstance(value, functools.partial):
+        return functools.partial(value.func, *value.args, **_of_agent(value.keywords, agent, n_agents))
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim > 1 and value.shape[-2] == n_agents:
         return value[..., agent : agent + 1, :]
-    if isinstance(value, tuple) and len(value) == n_agents and all(isinstance(row, tuple) for row in value):
+    rows = isinstance(value, (tuple, list)) and all(isinstance(row, (tuple, list)) for row in value)
+    if rows and len(value) == n_agents:
         return value[agent : agent + 1]
     return value

@@ -257,7 +257,8 @@ class PolicyTrustRegion:
             kl = kl_divergence(dist_k, self._distribution(moved), self._batch_dims)
             return (rows.weight * kl.unsqueeze(-1)).sum()
 
-        return fisher_product(outputs, self._leaves, output_hessian_product(mean_kl, outputs), len(self.indices))
+        metric = output_hessian_product(mean_kl, outputs, row_dims=self._batch_dims)
+        return fisher_product(outputs, self._leaves, metric, len(self.indices))
 
     def _dist_params(self, rows: PolicyRows, leaves: Sequence[Tensor], *, twice: bool = False) -> TensorDictBase:
         """The distribution's parameters, in single precision at least; ``twice`` if they are differentiated twice."""

@@ -157,8 +157,9 @@ def flatten_rows(
     """Flattens the batch dimensions ``*B`` of a batch to ``N`` rows, or those of ``[*B, T]`` to ``N`` sequences.
 
     ``inputs`` has the batch size, ``action`` is ``[*B, *A, action_dim]``, ``log_prob`` ``[*B, *A, 1]``, and the
-    advantage broadcastable to it. Where the ``mask``, bool ``[*B, *A, 1]``, is off, entries weigh 0 and are cleared, so
-    that padding, NaNs included, cannot spread into sums or gradients. The weights of all ranks sum to 1, with
+    advantage broadcastable to it. Where the ``mask``, bool ``[*B, *A, 1]``, is off, rows weigh 0 and are copies of one
+    that counts, so that padding, which may be no legal input, cannot spread NaN into sums or gradients. A recurrent
+    policy has read what is masked: there, what is not finite is cleared. The weights of all ranks sum to 1, with
     ``per_agent`` for each agent.
     """
     batch_size = inputs.batch_size
@@ -175,9 +176,9 @@ def flatten_rows(
         weight = _equal_weight(rows.numel() if per_agent else log_prob.numel(), log_prob, ranks)
     else:
         mask = mask.reshape(rows["log_prob"].shape)
-        rows = rows.named_apply(
-            lambda key, value: _clear_masked(key, value, mask, row_dims, key in with_agents), nested_keys=True
-        )
+        clear = _clear_masked if sequences else _copy_over_masked
+        rows = rows.named_apply(lambda key, value: clear(value, mask, row_dims, key in with_agents), nested_keys=True)
+        rows.set("advantage", torch.where(mask, rows.get("advantage"), 0.0))
         count = ranks.sum_(mask.sum(list(range(row_dims)), keepdim=True) if per_agent else mask.sum())
         weight = mask / count.clamp_min(1).to(log_prob.dtype)
     rows.set("advantage", rows.get("advantage") + _non_finite(rows, with_agents))
@@ -244,15 +245,29 @@ def _non_finite(rows: TensorDict, with_agents: set[NestedKey]) -> Tensor:
     return spread
 
 
-def _clear_masked(key: NestedKey, value: Tensor, mask: Tensor, row_dims: int, has_agents: bool) -> Tensor:
-    """Zeros, and for flags (every action is allowed) True, where the mask ``[*R, *A, 1]`` is off."""
-    keep = mask.squeeze(-1)  # [*R, *A]
-    if keep.ndim > row_dims and not has_agents:
-        keep = keep.any(dim=row_dims)
-    keep = keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim))
-    if row_dims > 1 and key[0] == "inputs":  # a recurrent policy has read it
-        if key[-1] == "is_init":
-            return value
-        keep = keep | value.isfinite() if value.is_floating_point() else keep
-    neutral = torch.ones_like(value) if value.dtype == torch.bool else torch.zeros_like(value)
-    return torch.where(keep, value, neutral)
+def _kept(mask: Tensor, row_dims: int, has_agents: bool) -> Tensor:
+    """Which entries of a value count, by the mask ``[*R, *A, 1]``: ``[*R, *A]``, or ``[*R]`` if it has no agents."""
+    keep = mask.squeeze(-1)
+    return keep if has_agents or keep.ndim == row_dims else keep.any(dim=row_dims)
+
+
+def _copy_over_masked(value: Tensor, mask: Tensor, row_dims: int, has_agents: bool) -> Tensor:
+    """The value of the first row and agent that count, where the mask ``[*R, *A, 1]`` is off."""
+    keep = _kept(mask, row_dims, has_agents)
+    copied, first = value, keep.flatten().byte().argmax(0, keepdim=True)
+    for dim in reversed(range(keep.ndim)):  # index_select does not wait for the device
+        copied, first = copied.index_select(dim, first % keep.shape[dim]), first // keep.shape[dim]
+    if copied.is_floating_point():
+        copied = copied.nan_to_num(0.0, 0.0, 0.0)  # a broken row breaks itself alone
+    return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)), value, copied)
+
+
+def _clear_masked(value: Tensor, mask: Tensor, row_dims: int, has_agents: bool) -> Tensor:
+    """Zero for what is not finite, and True for flags of which none is set, where the mask ``[*R, *A, 1]`` is off."""
+    keep = _kept(mask, row_dims, has_agents)
+    if value.is_floating_point():
+        return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)) | value.isfinite(), value, 0.0)
+    if value.dtype == torch.bool and value.ndim > keep.ndim and value.shape[-1] > 1:  # allowed actions, not is_init
+        none = ~value.any(-1)
+        return value | (none & ~keep.reshape(*keep.shape, *[1] * (none.ndim - keep.ndim))).unsqueeze(-1)
+    return value

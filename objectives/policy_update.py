@@ -9,13 +9,14 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictSequential, composite_lp_aggregate
 from torch import Tensor
 from torch import distributions as D
+from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import PPOLoss
 from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_trpo.distributions.divergence import entropy
 from torchrl_trpo.errors import PlainKeyError, nearest
-from torchrl_trpo.keys import entry, next_key, path, reads_init
+from torchrl_trpo.keys import entry, next_key, path, reads_init, time_of
 from torchrl_trpo.numerics.statistics import standardize
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.collected import (
@@ -51,6 +52,12 @@ def read_rows(
     """
     if 0 in tensordict.batch_size:
         raise ValueError(f"the data is empty: its batch size is {tuple(tensordict.batch_size)}.")
+    sequences = reads_init(loss.actor_network)
+    if sequences and time_of(tensordict) != tensordict.ndim - 1:
+        raise ValueError(
+            f"the data's dimensions are named {tuple(tensordict.names)}. A recurrent policy reads sequences along the "
+            "last dimension: [*B, T]."
+        )
     tensordict = tensordict.clone(False)
     keys = loss.tensor_keys
     advantage, computed = estimated_advantage(loss, tensordict)
@@ -70,7 +77,7 @@ def read_rows(
         mask=row_mask(loss, tensordict, log_prob),
         group=action_group(loss),
         per_agent=n_agents is not None,
-        sequences=reads_init(loss.actor_network),
+        sequences=sequences,
         ranks=ranks,
     )
 
@@ -135,6 +142,13 @@ def row_mask(loss: PPOLoss, tensordict: TensorDictBase, like: Tensor) -> Tensor 
     return torch.stack(masks).all(0) if masks else None
 
 
+def mean_critic_loss(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
+    """The mean of a loss's ``loss_critic`` over what its masks let count, as its ``forward`` has it, a scalar."""
+    with set_recurrent_mode(True):
+        distance = loss.loss_critic(tensordict)[0]
+    return loss._reduce_loss(distance, tensordict, reduction="mean")  # private: a masked mean has no public name
+
+
 def check_masks(loss: PPOLoss, tensordict: TensorDictBase) -> None:
     """Refuses a value estimator that does not know the loss's mask, if masked steps are in the advantages of others.
 
@@ -156,7 +170,8 @@ def check_masks(loss: PPOLoss, tensordict: TensorDictBase) -> None:
         return
     counts = torch.stack([mask.reshape(*tensordict.shape, -1).any(-1) for mask in masks]).all(0)
     ends = done.reshape(*tensordict.shape, -1).any(-1)
-    if tensordict.shape[-1] > 1 and (counts[..., :-1] & ~counts[..., 1:] & ~ends[..., :-1]).any():
+    counts, ends = (flags.movedim(time_of(tensordict), -1) for flags in (counts, ends))
+    if (counts[..., :-1] & ~counts[..., 1:] & ~ends[..., :-1]).any():
         raise ValueError(
             f"{type(estimator).__name__} does not know the loss's mask: the rewards of padded steps are in the "
             "advantages of the steps before them, at which no episode ends. Legal: "

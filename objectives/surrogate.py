@@ -39,6 +39,7 @@ from torchrl_trpo.objectives.policy_update import (
     estimated_advantage,
     estimator_mask_keys,
     exact_entropy,
+    mean_critic_loss,
     row_mask,
     standardized_advantage,
 )
@@ -185,7 +186,7 @@ class SurrogateLoss(PPOLoss):
             estimator.mask_keys = estimator_mask_keys(self)
 
     def loss_critic(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The critic's distance from the value targets, to be minimised.
+        """The critic's distance from the value targets, also of masked entries; to be minimised is its masked mean.
 
         Each call moves the statistics of ``value_norm`` towards these targets first, unless gradients are off
         (``torch.no_grad``). The last layer of a critic that outputs normalised values is then corrected in place, so
@@ -202,6 +203,17 @@ class SurrogateLoss(PPOLoss):
             self.update_value_norm(tensordict)
         with parameters_restored(self.critic_network):
             return super().loss_critic(tensordict.clone(False))  # values are written, that clip_value must not read
+
+    def mean_critic_loss(self, tensordict: TensorDictBase) -> Tensor:
+        """The mean of :meth:`loss_critic` over what the masks let count: what an optimiser of the critic minimises.
+
+        Args:
+            tensordict: the data with value targets, ``[*B]``; of a recurrent critic whole sequences, ``[*B, T]``.
+
+        Returns:
+            The loss, a scalar; 0 if nothing counts.
+        """
+        return mean_critic_loss(self, tensordict)
 
     def update_value_norm(self, tensordict: TensorDictBase) -> None:
         """Moves the statistics of ``value_norm``, as :meth:`loss_critic` does; nothing without one.
@@ -231,7 +243,10 @@ class SurrogateLoss(PPOLoss):
 
     def _critic_is_normalized(self) -> bool:
         """Whether the critic outputs normalised values: the estimator denormalises with the same statistics."""
-        return getattr(current_estimator(self), "value_norm", None) is self.value_norm
+        estimator = current_estimator(self)
+        if estimator is None:  # one outside of the loss computes the advantages
+            return getattr(self.value_norm, "critic_is_normalized", False)
+        return getattr(estimator, "value_norm", None) is self.value_norm
 
     # ---------------------------------------------------------------- hooks of PPOLoss
 

@@ -844,7 +844,7 @@ MUTATIONS = (
     Mutation(
         "branch-unchecked",
         "torchrl_trpo/kernels/cpp.py",
-        "      wrong |= fail & valid;\n",
+        "    wrong |= wrong_here;\n",
         "",
         "a compiled step that would branch otherwise is not noticed",
         "envs/compiled::test_vmas_raises_its_own_errors",

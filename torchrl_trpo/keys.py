@@ -42,6 +42,11 @@ def group_of(key: NestedKey | None) -> str | None:
     return key[0] if isinstance(key, tuple) and len(key) > 1 else None
 
 
+def time_of(tensordict: TensorDictBase) -> int:
+    """The time dimension of a batch: the one named "time", or the last."""
+    return tensordict.names.index("time") if "time" in tensordict.names else tensordict.ndim - 1
+
+
 def reads_init(network: TensorDictModuleBase) -> bool:
     """Whether a network is recurrent: as TorchRL's recurrent modules, it reads ``"is_init"``, where episodes start."""
     return any(path(key)[-1] == "is_init" for key in network.in_keys)

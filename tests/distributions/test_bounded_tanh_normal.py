@@ -47,7 +47,7 @@ def draw(distribution, low, high, **kwargs):
 def test_it_is_a_tanh_normal_to_the_bit(bounds, kwargs):
     low, high = (torch.tensor(bound) for bound in BOUNDS[bounds])
     theirs, expected = draw(TanhNormal, low, high, **kwargs)
-    for given in (BOUNDS[bounds], (low, high)):
+    for given in (BOUNDS[bounds], (low, high), (low.numpy(), high.tolist())):
         ours, values = draw(BoundedTanhNormal, *given, **kwargs)
         assert all(torch.equal(value, other) for value, other in zip(values, expected, strict=True))
     assert isinstance(ours, TanhNormal)

@@ -72,7 +72,7 @@ def train(
         replay_buffer.extend(data.reshape(-1))
         for _ in range(epochs):
             for rows in replay_buffer:
-                loss_value = loss.loss_critic(rows)[0].mean()
+                loss_value = loss.mean_critic_loss(rows)
                 optim.zero_grad()
                 loss_value.backward()
                 torch.nn.utils.clip_grad_norm_(loss.parameters(), 1.0)

@@ -550,6 +550,14 @@ def test_nothing_moves_when_a_state_is_not_finite():
     assert same_bits(actor, before)
 
 
+def test_sequences_run_along_the_last_dimension():
+    """Along the first one, a recurrent policy stepped from environment to environment."""
+    actor = recurrent_actor()
+    data = sequences(actor).transpose(0, 1).contiguous().refine_names("time", ...)
+    with pytest.raises(ValueError, match=r"named \('time', None\).*along the last dimension"):
+        TrustRegionUpdater(TRPOLoss(actor)).step(data)
+
+
 def test_critics_of_the_recipes_are_recurrent_too():
     settings = {"num_envs": 3, "max_steps": 20, "kwargs": {}, "seed": 0, "device": torch.device("cpu")}
     env = make_env("custom", factory="tests.environments.make_memory", **settings)

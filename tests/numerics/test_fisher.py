@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.modules import ProbabilisticActor
 
-from tests.cases import DISTRIBUTIONS, dense_fisher, make_actor, make_data, make_loss
+from tests.cases import (
+    DISTRIBUTIONS,
+    dense_fisher,
+    distribution,
+    flat_parameters,
+    make_actor,
+    make_data,
+    make_loss,
+    single_data,
+)
 from torchrl_trpo import fisher_product, output_hessian_product
 from torchrl_trpo.objectives import TRPOLoss
 
@@ -66,6 +77,41 @@ def test_subsamples_average_to_the_full_matrix(masked):
     spread = (draws - full).flatten(1).norm(dim=1).mean() / full.norm()
     assert spread > 0.1  # one draw is off ...
     assert error < 3 * spread / 400**0.5  # ... and the mean of 400 is not
+
+
+class FullCovariance(nn.Module):
+    """A mean and a ``scale_tril``, a matrix, of which one is learnt."""
+
+    def __init__(self, learnt):
+        super().__init__()
+        self.net, self.learnt = nn.Linear(3, 6), learnt
+
+    def forward(self, observation):
+        loc, flat = self.net(observation).split([2, 4], -1)
+        scale_tril = flat.unflatten(-1, (2, 2)).tril(-1) + torch.diag_embed(flat[..., ::3].exp())
+        return (loc, scale_tril.detach()) if self.learnt == "loc" else (loc.detach(), scale_tril)
+
+
+@pytest.mark.parametrize("learnt", ["loc", "scale_tril"])
+def test_the_parameters_of_a_row_may_be_matrices(learnt):
+    """Their blocks were formed as those of vectors, 60 % off."""
+    actor = ProbabilisticActor(
+        TensorDictModule(FullCovariance(learnt).double(), ["observation"], ["loc", "scale_tril"]),
+        in_keys=["loc", "scale_tril"],
+        out_keys=["action"],
+        distribution_class=torch.distributions.MultivariateNormal,
+        return_log_prob=True,
+    )
+    data = single_data(actor, batch=(20,))
+    data["advantage"] = torch.randn(20, 1, dtype=torch.float64)
+    old, theta = actor.get_dist(data.clone()), flat_parameters(actor)
+
+    def mean_kl(flat):
+        return torch.distributions.kl_divergence(old, distribution(actor, flat, data)).mean()
+
+    expected = torch.autograd.functional.hessian(mean_kl, theta)[0, :, 0]
+    actual = as_matrix(product_of(TRPOLoss(actor), data), *theta.shape)
+    torch.testing.assert_close(actual[0], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_plain_functions_without_policies():

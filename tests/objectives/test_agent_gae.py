@@ -253,6 +253,27 @@ def test_dead_agents_of_another_group_spoil_no_pool():
     assert estimator(data)["advantage"].isfinite().all()
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["the loss's", "another"])
+def test_normalised_values_keep_their_meaning_when_the_statistics_move(own):
+    """With an estimator outside of the loss, the loss took the critic for one of raw values: they grew without end."""
+    actor, critic, norm = make_actor(), make_critic(), PopArtValueNorm(beta=0.5).double()
+    data = rollout(actor)
+    loss = TRPOLoss(actor, critic, value_norm=norm)
+    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, reward=REWARD, value=VALUE)
+    if own:
+        gae = loss.make_value_estimator(gamma=GAMMA, lmbda=LMBDA, value_norm=norm).value_estimator
+    else:
+        gae = make_gae(critic, value_norm=norm)
+    loss.loss_critic(gae(data.clone()))  # the first statistics, of values that are raw until then
+    data["next", *REWARD] *= 10
+    data = gae(data)
+    before = norm.denormalize(critic(data.clone())[VALUE])
+    distance = loss.loss_critic(data)[0]
+    torch.testing.assert_close(norm.denormalize(critic(data.clone())[VALUE]), before)
+    error = norm.normalize(data["value_target"]) - norm.normalize(before)
+    torch.testing.assert_close(distance, nn.functional.smooth_l1_loss(error, 0 * error, reduction="none"))
+
+
 def test_a_batch_without_a_row_that_counts_leaves_the_critic_alone():
     """The statistics of no targets are NaN, and would have stayed so."""
     actor, critic, norm = make_actor(), make_critic(), PopArtValueNorm(beta=0.5).double()

@@ -278,6 +278,13 @@ def test_in_keys_name_what_is_read():
     assert CENTRAL not in estimator.in_keys
 
 
+def test_groups_within_a_group_are_refused():
+    """An agent saw other agents' actions in place of those of the other team."""
+    teams = [("teams", "red", "observation"), ("teams", "blue", "observation")]
+    with pytest.raises(ValueError, match=r"observation_keys.*groups within another.*RenameTransform"):
+        make_estimator(observation_keys=teams)
+
+
 def test_a_critic_that_does_not_read_what_is_pooled_is_refused():
     """The README's drop-in, then its central critic with the same network: the pooled entry was ignored."""
     critic = TensorDictModule(torch.nn.Linear(3, 1), in_keys=[OBSERVATION], out_keys=[VALUE])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from torchrl.modules import IndependentNormal, MultiAgentMLP, NormalParamExtractor, ProbabilisticActor
+from torchrl.modules import IndependentNormal, MultiAgentMLP, NormalParamExtractor, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ClipPPOLoss
 
 from tests.cases import (
@@ -235,13 +236,17 @@ def test_cost_is_linear_in_the_number_of_agents():
     assert flops_of_an_update(16) == 4 * flops_of_an_update(4) > 0
 
 
-@pytest.mark.parametrize("as_tensors", [True, False], ids=["tensors", "tuples"])
-def test_bounds_that_differ_between_agents(as_tensors):
+@pytest.mark.parametrize("given", ["tensors", "tuples", "arrays", "partial"])
+def test_bounds_that_differ_between_agents(given):
     """TorchRL's action specs give bounds [n_agents, A] to the distribution; an agent is evaluated with its own."""
-    low, high = ((-1.0, -2.0), (-3.0, -4.0)), ((1.0, 2.0), (3.0, 4.0))
-    if as_tensors:
-        low, high = torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
-    actor = make_actor("tanh_normal", n_agents=2, low=low, high=high)
+    bounds = {"low": ((-1.0, -2.0), (-3.0, -4.0)), "high": ((1.0, 2.0), (3.0, 4.0))}
+    if given != "tuples":
+        bounds = {name: torch.tensor(bound, dtype=torch.float64) for name, bound in bounds.items()}
+    if given == "arrays":
+        bounds = {name: bound.numpy() for name, bound in bounds.items()}
+    actor = make_actor("tanh_normal", n_agents=2, **bounds)
+    if given == "partial":
+        actor[-1].distribution_class, actor[-1].distribution_kwargs = partial(TanhNormal, **bounds), {}
     twin, data = deepcopy(actor), make_data(actor, n_agents=2)
     data["advantage"][..., 0, :] = 0  # then the second agent's factor is 1, and its step that of TRPO
     TrustRegionUpdater(HATRPOSequentialObjective(TRPOLoss(actor), agent_order="fixed")).step(data)

@@ -671,6 +671,16 @@ def test_the_critics_loss_writes_nothing_into_the_data():
     torch.testing.assert_close(loss.loss_critic(case.data)[0], first)
 
 
+def test_the_critics_mean_loss_is_that_of_ppo():
+    """It knows masks and sequences; of ``loss_critic(data)[0].mean()``, half of an example was padding."""
+    case = make_case()
+    data = case.data.clone()
+    data["collector", "mask"] = torch.arange(BATCH[1]).expand(BATCH) < 2
+    data["value_target"][:, 2:] = 1e3
+    ours, theirs = case.losses()
+    torch.testing.assert_close(ours.mean_critic_loss(data), theirs(data.clone())["loss_critic"])
+
+
 def test_clipping_needs_the_values_of_the_data():
     case = make_case()
     with pytest.raises(KeyError, match="clip_value is set"):

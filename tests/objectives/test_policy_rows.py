@@ -1,9 +1,16 @@
 """Which entries of a batch have an agent dimension, decided by the group of the agents."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.modules import ProbabilisticActor
 
+from torchrl_trpo import TrustRegionUpdater
+from torchrl_trpo.objectives import TRPOLoss
 from torchrl_trpo.objectives.policy_rows import flatten_rows
 from torchrl_trpo.parallel.ranks import ALONE
 
@@ -27,7 +34,8 @@ def test_entries_of_the_group_are_one_per_agent(group_size):
     inputs = TensorDict({"agents": TensorDict(agents, group_size), "state": torch.randn(B, T, AGENTS)}, [B, T])
     rows = make_rows(inputs, mask)
     assert rows.advantage.isfinite().all(), "what is masked was cleared for the masked agent alone"
-    assert (rows.inputs["agents", "speed"][0] != 0).tolist() == [True, False, True]
+    speed = rows.inputs["agents", "speed"][0]
+    assert (speed[1] == speed[0]) & (speed[2] != speed[0]), "a copy of the first agent that counts"
     own = rows.of_agent(2)
     assert own.inputs["agents"].batch_size == torch.Size([B * T, *[1] * (len(group_size) - 2)])
     torch.testing.assert_close(own.inputs["agents", "speed"], rows.inputs["agents", "speed"][:, 2:])
@@ -44,3 +52,42 @@ def test_entries_of_other_agents_are_not_sliced():
     own = make_rows(TensorDict(both, [B, T])).of_agent(0)
     assert own.inputs["agents", "observation"].shape == (B * T, 1, 2)
     assert own.inputs["foes", "observation"].shape == (B * T, AGENTS, 2)
+
+
+@pytest.mark.parametrize("kind", ["an int8 mask of actions", "a unit observation"])
+def test_padding_need_not_be_legal(kind):
+    """Zeros stood for what is masked; where they are no legal input, the policy was NaN, and each step rejected."""
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(3, 4)
+
+        def forward(self, observation, allowed):
+            if kind == "a unit observation":
+                return self.net(observation / observation.norm(dim=-1, keepdim=True))
+            return self.net(observation).masked_fill(allowed == 0, -torch.inf)
+
+    actor = ProbabilisticActor(
+        TensorDictModule(Logits(), ["observation", "allowed"], ["logits"]),
+        in_keys=["logits"],
+        out_keys=["action"],
+        distribution_class=torch.distributions.Categorical,
+        return_log_prob=True,
+    )
+    allowed = torch.rand(B, T, 4) < 0.5
+    allowed[..., 1] = True
+    data = actor(TensorDict({"observation": torch.randn(B, T, 3), "allowed": allowed.to(torch.int8)}, [B, T]))
+    data["advantage"] = torch.randn(B, T, 1)
+    data["collector", "mask"] = torch.arange(T).expand(B, T) < 3
+    rows = data.reshape(-1)
+    twin = deepcopy(actor)
+    stats = TrustRegionUpdater(TRPOLoss(twin)).step(rows[rows["collector", "mask"]])
+    for name, value in data.items():
+        if name != "collector":
+            value[:, 3:] = 0
+    padded = TrustRegionUpdater(TRPOLoss(actor)).step(data)
+    assert padded["accepted"].all()
+    torch.testing.assert_close(padded["kl"], stats["kl"])
+    for own, other in zip(actor.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(own, other)

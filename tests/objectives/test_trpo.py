@@ -8,7 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import CompositeDistribution, TensorDictModule
+from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictSequential, TensorDictModule
 from torch import nn
 from torch.distributions import (
     AffineTransform,
@@ -656,10 +656,26 @@ def test_a_registered_closed_form_is_preferred_to_that_of_the_base():
     torch.testing.assert_close(kl_divergence(p, q), torch.distributions.kl_divergence(p, q))
 
 
-def test_truncated_normals_are_refused():
-    p = TruncatedNormal(torch.zeros(4, 2), torch.ones(4, 2))
-    with pytest.raises(NotImplementedError, match=r"TruncatedNormal.*normaliser.*Legal: .*TanhNormal"):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (TruncatedNormal, "normaliser"),
+        (torch.distributions.Laplace, "no second derivative"),  # its curvature was 0
+        (torch.distributions.Uniform, "no second derivative"),
+    ],
+)
+def test_closed_forms_that_bound_no_trust_region_are_refused(kind, reason):
+    p = kind(torch.zeros(4, 2), torch.ones(4, 2))
+    with pytest.raises(NotImplementedError, match=rf"{kind.__name__}.*{reason}.*Legal: .*TanhNormal"):
         kl_divergence(p, p)
+
+
+def test_a_policy_with_two_distributions_is_refused():
+    """Of two actions, one after the other, the KL was that of the last."""
+    first, second = (make_single()[0] for _ in range(2))
+    policy = ProbabilisticTensorDictSequential(*first, *second, return_composite=True)
+    with pytest.raises(ValueError, match=r"2 probabilistic modules.*CompositeDistribution"):
+        TrustRegionUpdater(TRPOLoss(policy)).step(single_data(first).set("advantage", torch.randn(5, 8, 1)))
 
 
 def test_a_policy_that_masks_itself():
@@ -768,12 +784,14 @@ def test_parts_of_a_composite_need_not_be_independent():
         torch.testing.assert_close(one, other)
 
 
-def test_discrete_log_probs_that_may_be_agents_or_actions_are_refused():
+@pytest.mark.parametrize("action", ["action", ("robot", "action")])
+def test_discrete_log_probs_that_may_be_agents_or_actions_are_refused(action):
+    """One agent's entries were taken for agents, with a KL for each, where its action was in a group."""
     net = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(-1, (2, 3))).double()
     actor = ProbabilisticActor(
         TensorDictModule(net, ["observation"], ["logits"]),
         in_keys=["logits"],
-        out_keys=["action"],
+        out_keys=[action],
         distribution_class=torch.distributions.Categorical,
         return_log_prob=True,
     )
@@ -797,9 +815,10 @@ def test_an_update_moves_no_running_statistics():
     assert all(torch.equal(value, before[key]) for key, value in actor.named_buffers())
 
 
+@pytest.mark.parametrize("time_first", [False, True])
 @pytest.mark.parametrize("ends", [True, False])
 @pytest.mark.parametrize("make", [TRPOLoss, ClipPPOLoss])
-def test_an_estimator_that_knows_no_masks_must_see_an_end_before_the_padding(make, ends):
+def test_an_estimator_that_knows_no_masks_must_see_an_end_before_the_padding(make, ends, time_first):
     """TorchRL's estimators do not read the loss's mask: what padding is paid was in the advantages of real steps."""
     actor, critic = make_single()
     loss = make(actor, critic)
@@ -809,6 +828,8 @@ def test_an_estimator_that_knows_no_masks_must_see_an_end_before_the_padding(mak
     data = single_data(actor)
     data["mask"] = (torch.arange(8) < 6).expand(5, 8)
     data["next", "done"][:, 5] = data["next", "terminated"][:, 5] = ends
+    if time_first:
+        data = data.transpose(0, 1).contiguous().refine_names("time", ...)
     updater = TrustRegionUpdater(loss) if make is TRPOLoss else ClippedUpdater(loss)
     if ends:
         assert updater.step(data)["accepted"].all()

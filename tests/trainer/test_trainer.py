@@ -64,18 +64,17 @@ def adam(objective):
     return torch.optim.Adam([p for loss in losses_by_group(objective).values() for p in critic_parameters(loss)])
 
 
-def collector(env, policy):
-    return Collector(env, policy, frames_per_batch=FRAMES, total_frames=-1, auto_register_policy_transforms=False)
+def collector(env, policy, **settings):
+    settings = {"frames_per_batch": FRAMES, "total_frames": -1, "auto_register_policy_transforms": False, **settings}
+    return Collector(env, policy, **settings)
 
 
 def trainer(objective, env, policy=None, **keywords):
     settings = {"total_frames": 2 * FRAMES, "critic_epochs": 2, "minibatch_size": 10, "progress_bar": False}
     settings = {"optimizer": adam(objective), **settings, **keywords}
-    return TRPOTrainer(
-        collector=collector(env, objective.actor_network if policy is None else policy),
-        loss_module=objective,
-        **settings,
-    )
+    if "collector" not in settings:
+        settings["collector"] = collector(env, objective.actor_network if policy is None else policy)
+    return TRPOTrainer(loss_module=objective, **settings)
 
 
 def state(trainer):
@@ -161,6 +160,20 @@ def test_the_stepper_does_the_same_in_the_plain_trainer(own):
         again.load_state_dict(copy.deepcopy(saved))
         assert again.updater.max_kl == 0.01
         assert_equal(again.optimizer.state_dict()["state"][0], optimizer.state_dict()["state"][0])
+
+
+def test_a_collector_may_fill_the_same_batch_again():
+    """The advantages of its first batch were in it, and were those of all others."""
+
+    def trained(**settings):
+        torch.manual_seed(1)
+        env = environment("make_copy")
+        made = losses(env)["agents"]
+        own = collector(env, made.actor_network, **settings)
+        trainer(made, env, collector=own).train()
+        return dict(made.state_dict())
+
+    assert_equal(trained(return_same_td=True), trained())
 
 
 def test_advantages_that_are_there_are_used():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrl.modules import TanhNormal
 
-_Bound: TypeAlias = Tensor | float | tuple[Any, ...]
+_Bound: TypeAlias = Tensor | np.ndarray | float | tuple[Any, ...] | list[Any]
 
 
 class BoundedTanhNormal(TanhNormal):
@@ -23,8 +24,8 @@ class BoundedTanhNormal(TanhNormal):
         scale: the scale before the tanh, ``[*B, action_dim]``.
 
     Keyword Args:
-        low: the lower bound: a number, or a tuple or a tensor ``[A]`` or ``[n_agents, A]``. A tensor is checked again
-            if it is another object, or was written to.
+        low: the lower bound: a number, or a tuple, an array or a tensor ``[A]`` or ``[n_agents, A]``. A tensor is
+            checked again if it is another object, or was written to.
         high: the upper bound, likewise.
         event_dims: how many of the last dimensions are one action. Default: 1, or 0 for a scalar.
         **kwargs: as for ``TanhNormal``.
@@ -52,8 +53,9 @@ class BoundedTanhNormal(TanhNormal):
             super().__init__(loc, scale, **bounds, event_dims=event_dims, **kwargs)
             return
         event_dims = min(1, loc.ndim) if event_dims is None else event_dims
+        ends = _hashable(low), _hashable(high)
         versions = (_version(low), _version(high))
-        self.__dict__.update(_within_bounds(low, high, versions, event_dims, loc.dtype, loc.device, **kwargs))
+        self.__dict__.update(_within_bounds(*ends, versions, event_dims, loc.dtype, loc.device, **kwargs))
         self.update(loc, scale)
 
 
@@ -74,6 +76,13 @@ def _within_bounds(
         known = vars(TanhNormal(point, torch.ones_like(point), **bounds, event_dims=event_dims, **kwargs))
     del known["base_dist"]  # or update() would write into the cached one
     return {name: bool(value) if name.startswith("non_trivial") else value for name, value in known.items()}
+
+
+def _hashable(bound: _Bound) -> Any:
+    """A bound by which the checked ones can be found again."""
+    if isinstance(bound, np.ndarray):
+        bound = bound.tolist()
+    return tuple(_hashable(part) for part in bound) if isinstance(bound, (list, tuple)) else bound
 
 
 def _version(bound: _Bound) -> int:

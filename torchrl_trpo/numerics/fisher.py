@@ -23,7 +23,11 @@ from torchrl_trpo.numerics.vectors import flatten, unflatten
 
 
 def output_hessian_product(
-    function: Callable[[list[Tensor]], Tensor], outputs: Sequence[Tensor], *, max_block: int = 16
+    function: Callable[[list[Tensor]], Tensor],
+    outputs: Sequence[Tensor],
+    *,
+    row_dims: int | None = None,
+    max_block: int = 16,
 ) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
     """Builds the product with the Hessian of a sum over rows, which is block-diagonal: one small block per row.
 
@@ -36,6 +40,8 @@ def output_hessian_product(
         outputs: where the Hessian is taken, each ``[*rows, d_i]``; they are detached.
 
     Keyword Args:
+        row_dims: the number of dimensions in ``*rows``. Blocks are formed of outputs with one dimension more, not of
+            matrices such as a ``scale_tril``. Default: all but the last of each output.
         max_block: the largest ``d = Σ d_i`` for which blocks are formed.
 
     Returns:
@@ -51,7 +57,8 @@ def output_hessian_product(
         return torch.autograd.grad(curved, points, directions, retain_graph=True, materialize_grads=True)
 
     sizes = [output.shape[-1] for output in outputs]
-    if sum(sizes) > max_block:
+    ndims = {output.ndim for output in outputs}
+    if sum(sizes) > max_block or len(ndims) > 1 or (row_dims is not None and max(ndims) > row_dims + 1):
         return product
     unit = torch.eye(sum(sizes), dtype=points[0].dtype, device=points[0].device)
     columns = [product([e.expand_as(p) for e, p in zip(row.split(sizes), points, strict=True)]) for row in unit]

@@ -132,7 +132,8 @@ class TrustRegionStepper(OptimizationStepper):
 
         Args:
             trainer: the trainer, whose optimiser fits the critic unless the stepper has its own.
-            sub_batch: the batch as the collector gave it, ``[*B, T]``; missing advantages are written into it.
+            sub_batch: the batch as the collector gave it, ``[*B, T]``; not modified. Advantages that it lacks are
+                estimated.
 
         Returns:
             Detached scalars. Of the policy, as :meth:`~torchrl_trpo.TrustRegionUpdater.step` returns them, the mean
@@ -142,6 +143,7 @@ class TrustRegionStepper(OptimizationStepper):
             and ``dropped``.
         """
         losses = self._losses.values()
+        sub_batch = sub_batch.clone(False)  # a collector may fill the same tensordict again
         missing = [loss for loss in losses if sub_batch.get(loss.tensor_keys.advantage, None) is None]
         estimate_advantages(missing, sub_batch)
         statistics = self.updater.step(sub_batch)

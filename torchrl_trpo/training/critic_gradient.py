@@ -8,12 +8,11 @@ from weakref import WeakKeyDictionary
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import PPOLoss
 
 from torchrl_trpo.kernels.record import record
 from torchrl_trpo.keys import reads_init
-from torchrl_trpo.objectives.policy_update import critic_network_parameters
+from torchrl_trpo.objectives.policy_update import critic_network_parameters, mean_critic_loss
 
 _FEWEST_STEPS = 50  # of a fit for which tracing pays
 
@@ -60,7 +59,8 @@ class CriticGradient:
                 parameter.grad = gradient
             return mean
         batch = rows[drawn]
-        mean = _mean_loss(self._loss, batch)
+        with torch.enable_grad():
+            mean = mean_critic_loss(self._loss, batch)
         mean.backward()
         if self._may_trace:
             self._may_trace = False
@@ -70,12 +70,13 @@ class CriticGradient:
 
 
 class _Graph:
-    """The operations of :func:`_mean_loss` and its gradient on a minibatch, recorded."""
+    """The operations of the mean loss and its gradient on a minibatch, recorded."""
 
     def __init__(self, loss: PPOLoss, parameters: list[Tensor], batch: TensorDictBase) -> None:
         def function(own: list[Tensor], values: list[Tensor]) -> list[Tensor | None]:
             recorded = TensorDict(dict(zip(self._keys, values, strict=True)), batch_size=batch.batch_size)
-            mean = _mean_loss(loss, recorded)
+            with torch.enable_grad():
+                mean = mean_critic_loss(loss, recorded)
             return [mean.detach(), *torch.autograd.grad(mean, own, allow_unused=True)]
 
         self.size = len(batch)
@@ -112,11 +113,6 @@ def _graph_of(
     new = _Graph(loss, parameters, rows[drawn])
     _graphs[loss] = new if fits(new) else None
     return _graphs[loss]
-
-
-def _mean_loss(loss: PPOLoss, batch: TensorDictBase) -> Tensor:
-    with torch.enable_grad(), set_recurrent_mode(True):  # TorchRL has no public name for the mean of a masked loss
-        return loss._reduce_loss(loss.loss_critic(batch)[0], batch, reduction="mean")
 
 
 def _take(value: Tensor, drawn: Tensor) -> Tensor:
