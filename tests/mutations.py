@@ -780,8 +780,8 @@ MUTATIONS = (
     Mutation(
         "reset-leaks",
         "torchrl_trpo/envs/vmas.py",
-        "try:\n            snapshot.keep(~ended)",
-        "try:\n            snapshot.keep(torch.zeros_like(ended))",
+        "steps)\n            snapshot.keep(~ended)",
+        "steps)\n            snapshot.keep(torch.zeros_like(ended))",
         "environments that go on are reset with those that ended",
         "envs/vmas::test_each_scenario_is_reset_exactly[navigation]",
     ),
@@ -964,8 +964,8 @@ MUTATIONS = (
     Mutation(
         "rollout-not-current",
         "torchrl_trpo/envs/fused_rollout.py",
-        "return self._find_settings() == self._settings",
-        "return True",
+        "self._find_settings() == self._settings",
+        "True",
         "compiled rollouts do not notice that a transform or the policy has other settings",
         "envs/compiled_collector::test_what_has_changed_is_compiled_anew",
     ),

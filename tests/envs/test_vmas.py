@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections import deque
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from vmas import make_env as make_vmas
 from vmas.simulator.core import Agent, World
 from vmas.simulator.scenario import BaseScenario
 
-from torchrl_trpo.envs import BatchedResetVmasEnv
+from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledVmasEnv
 from torchrl_trpo.envs.object_graph import InexactError, tensors_in
 from torchrl_trpo.envs.snapshot import ObjectSnapshot
 
@@ -371,6 +373,62 @@ def test_a_snapshot_merges_what_places_share_and_refuses_what_it_cannot_split():
         snapshot.restore()
         assert vars(root) == before
         torch.testing.assert_close(root.second, value)
+
+
+@dataclass(slots=True)
+class Hidden:
+    last: torch.Tensor
+
+
+class Delayed(BaseScenario):
+    """Observes the last position, which it keeps in ``kind``."""
+
+    def make_world(self, batch_dim: int, device: torch.device, kind: type = deque, **kwargs: object) -> World:
+        world = World(batch_dim, device)
+        world.add_agent(Agent(name="agent_0"))
+        zeros = torch.zeros(batch_dim, 2)
+        self.memory = Hidden(zeros) if kind is Hidden else deque([zeros, zeros], maxlen=2)
+        return world
+
+    def reset_world_at(self, env_index: int | None = None) -> None:
+        agent = self.world.agents[0]
+        agent.set_pos(torch.rand(2) if env_index is not None else torch.rand(self.world.batch_dim, 2), env_index)
+        self.remember(agent.state.pos, slice(None) if env_index is None else env_index)
+
+    def remember(self, position: torch.Tensor, rows: slice | int = slice(None)) -> None:
+        for key in ["last"] if isinstance(self.memory, Hidden) else [0, 1]:
+            value = (self.memory.last if key == "last" else self.memory[key]).clone()
+            value[rows] = position[rows]
+            if key == "last":
+                self.memory.last = value
+            else:
+                self.memory[key] = value
+
+    def pre_step(self) -> None:
+        position = self.world.agents[0].state.pos.clone()
+        self.memory.append(position) if isinstance(self.memory, deque) else setattr(self.memory, "last", position)
+
+    def reward(self, agent: Agent) -> torch.Tensor:
+        return agent.state.pos[:, 0]
+
+    def observation(self, agent: Agent) -> torch.Tensor:
+        return (self.memory[0] if isinstance(self.memory, deque) else self.memory.last).clone()
+
+
+@pytest.mark.parametrize("cls", [BatchedResetVmasEnv, CompiledVmasEnv])
+@pytest.mark.parametrize("kind", [deque, Hidden])
+def test_what_is_kept_in_a_deque_or_in_slots_goes_on_too(kind, cls):
+    """A reset of one environment put the memory of all to its own state."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        env = make(Delayed(), cls, kind=kind)
+        env.rollout(3)
+        before = env._env.scenario.observation(None)
+        reset(env)
+        after = env._env.scenario.observation(None)
+    assert torch.equal(before[~ENDED], after[~ENDED])
+    assert not torch.equal(before[ENDED], after[ENDED])
+    assert any("__slots__" in str(each.message) for each in caught) == (kind is Hidden)
 
 
 def test_what_is_nested_too_deeply_is_refused():

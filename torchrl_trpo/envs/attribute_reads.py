@@ -1,4 +1,4 @@
-"""Which attributes of objects code reads."""
+"""Which attributes of objects, and which tensors, code reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from torchrl_trpo.envs.branches import replaced
 
@@ -59,3 +63,19 @@ def attribute_reads(
                     if type(value) is cls:
                         read_all(path)
         yield
+
+
+class TensorReads(TorchDispatchMode):
+    """Notes the tensors that operations read inside the context, those that they write to too.
+
+    Attributes:
+        found: their identities.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return func(*args, **(kwargs or {}))

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import set_exploration_type
+from torchrl.modules.tensordict_module.exploration import RandomPolicy
 
 from torchrl_trpo.envs.fused_rollout import FusedRollout
 from torchrl_trpo.kernels.buffers import NotCompiled
@@ -45,6 +46,7 @@ class CompiledCollector(Collector):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._fused: FusedRollout | None = None
+        self._is_torn = False  # whether a rollout has ended in the middle of a step
         self._returns_same_td: bool = self.return_same_td
         self.why_not_compiled: str | None = None
         self._compile()
@@ -55,6 +57,9 @@ class CompiledCollector(Collector):
                 raise NotCompiled(reason)
             with set_exploration_type(self.exploration_type):
                 self._fused = FusedRollout(self.env, self._wrapped_policy, self._carried)
+            reason = self._fused.why_policy_not_compiled
+            if reason and not isinstance(self._wrapped_policy, RandomPolicy):
+                warnings.warn(f"The policy is called at each step, not compiled: {reason}.", stacklevel=3)
         except NotCompiled as error:
             self._fused, self.why_not_compiled = None, str(error)
             warnings.warn(f"Rollouts are not compiled: {error}.", stacklevel=3)
@@ -87,18 +92,20 @@ class CompiledCollector(Collector):
             The batch, ``[*env.batch_size, frames_per_batch / num_envs]``.
         """
         with set_exploration_type(self.exploration_type):
-            if self._fused is not None and not self._fused.is_current():
+            if self._fused is not None and not self._fused.is_current(self._wrapped_policy):
                 self._compile()
         if self._fused is None:
             return super().rollout()
         if self.pre_collect_hook is not None:
             self.pre_collect_hook()
-        if self.reset_at_each_iter:
+        if self.reset_at_each_iter or self._is_torn:
             self._carrier.update(self.env.reset())
             self._start_new_trajectories()
+        self._is_torn = True
         batch = self._final_rollout.apply(lambda leaf: leaf.new_empty(leaf.shape))
         with set_exploration_type(self.exploration_type):
             following = self._fused.collect(self._carried, batch)
+        self._is_torn = False
         ids = self._carrier.get("collector") if self.track_traj_ids else None
         self._carrier = following
         if ids is not None:

@@ -38,7 +38,11 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
     If a reset of all environments draws what all share, such as the landmark that is the goal, the step is compiled
     once for each outcome, up to 12 of them. A Python float that has changed is an input of the next one.
 
-    Environments that end are replaced by ones that VMAS has reset together beforehand, each of which is used once.
+    Environments that end are replaced by ones that VMAS has reset together beforehand, each of which is used once. If
+    something that a reset reads is changed, they are reset by VMAS from then on.
+
+    Globals and class attributes that a scenario reads are constants of the compiled code: change attributes of the
+    scenario object instead.
 
     Compiled code is kept in ``~/.cache/torchrl_trpo``, or in ``$TORCHRL_TRPO_CACHE``. A warning says so if a scenario
     cannot be compiled, and why; then the environment is a :class:`~torchrl_trpo.envs.vmas.BatchedResetVmasEnv`.
@@ -70,11 +74,14 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         self.n_left_to_vmas = 0  # steps in a row, because of a change in VMAS's objects
         self.why_not_compiled: str | None = None
         super().__init__(*args, **kwargs)
+        self._compile_or_warn()
+
+    def _compile_or_warn(self) -> None:
         try:
             self._compile()
         except NotCompiled as error:
             self.why_not_compiled = str(error)
-            warnings.warn(f"{self.scenario_name} is stepped by VMAS, not compiled: {error}.", stacklevel=2)
+            warnings.warn(f"{self.scenario_name} is stepped by VMAS, not compiled: {error}.", stacklevel=3)
 
     def _compile(self, numbers: Set[str] = frozenset()) -> None:
         env = self._env
@@ -147,6 +154,25 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
                     self._compile(each)
                     return True
         return False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledVmasEnv:
+        result: Any = self.__class__.__new__(self.__class__)
+        memo[id(self)] = result
+        # Compiled code knows where tensors are in memory: it is made anew.
+        anew: dict[str, Any] = {"state": None, "compiled_step": None, "compiled_read": None, "pool": None}
+        others = {name: value for name, value in self.__dict__.items() if name not in anew and name != "_variants"}
+        result.__dict__.update(copy.deepcopy(others, memo), **anew, _variants=[])
+        if self.compiled_step is not None:
+            result._compile_or_warn()
+        if self.pool is not None and result.pool is not None:
+            result.pool.load_state_dict(copy.deepcopy(self.pool.state_dict()))
+        return result
+
+    def _set_seed(self, seed: int | None) -> None:
+        super()._set_seed(seed)
+        for *_, pool in self._variants:
+            if pool is not None:
+                pool.clear()
 
     def _reset_all(self) -> None:
         self._before_reset = list(self._random_state)

@@ -35,11 +35,13 @@ class FlatState:
             that may change in a step.
         written: the places that compiled functions write to; they share their tensors as they did at first.
         read: the paths of the attributes that compiled functions read; others may change.
+        read_by_resets: those that a reset reads.
         slots: for each place its slot; None for a tensor that all environments share.
         buffers: the buffers.
         addresses: of the buffers, by kind, and then for each place of the tensor that all environments share.
         tensors: what the objects hold at each place, as of the last :meth:`attach` or :meth:`hold`.
         problem: what has changed, so that the compiled functions do not stand for the simulator's.
+        reset_problem: what has changed, so that a reset is another one than at first.
 
     Raises:
         NotCompiled: if the two simulators differ in more than the number of environments.
@@ -52,10 +54,12 @@ class FlatState:
         self.same = self.reference.same()
         self.written: set[int] = set()
         self.read: set[str] = set()
+        self.read_by_resets: set[str] = set()
         self._same_at_first = self.same
         self.slots: list[Slot | None] = []
         self.addresses = np.zeros(len(DTYPES) + len(self.reference.paths), np.uint64)
         self.problem: str | None = None
+        self.reset_problem: str | None = None
         self.tensors = list(self.reference.tensors)
         self._holders: list[tuple[Any, Any] | None] = []
         self._copies: list[tuple[Tensor, Tensor]] = []  # the slots of tensors that are in another slot too, and these
@@ -101,6 +105,7 @@ class FlatState:
         self.problem = difference or places.difference_in_sharing(same, self._same_at_first, self.written)
         if self.problem is not None:
             return False
+        self.reset_problem = self.reference.difference(places, read=self.read_by_resets)
         self.same = same
         pairs = zip(places.paths, places.holders, strict=True)
         self._holders = [None if path in self.numbers else holder for path, holder in pairs]  # objects keep numbers

@@ -9,19 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
+from tensordict.nn import ProbabilisticTensorDictModule
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
+from torchrl.modules import TanhNormal
 
+from torchrl_trpo.distributions import BoundedTanhNormal
 from torchrl_trpo.envs.compiled import CompiledFunction, check_equal
 from torchrl_trpo.envs.compiled_vmas import CompiledVmasEnv
 from torchrl_trpo.envs.reads import Untraceable
 from torchrl_trpo.envs.rollout_functions import RolloutFunctions, some_and_all
-from torchrl_trpo.envs.torchrl_step import Policy, base_of, filled, parameters_of, settings_of
+from torchrl_trpo.envs.torchrl_step import Policy, base_of, filled, left_as_they_are, parameters_of, settings_of
 from torchrl_trpo.envs.tracing import left_as_it_is
 from torchrl_trpo.kernels.buffers import Columns, NotCompiled
 from torchrl_trpo.kernels.lanes import Unsupported
+from torchrl_trpo.seeding import untouched_generators
 
 
 class FusedRollout:
@@ -51,12 +55,13 @@ class FusedRollout:
         if self._base.compiled_step is None:
             raise NotCompiled(f"its simulator is not compiled: {self._base.why_not_compiled}")
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), untouched_generators(), left_as_they_are(env, policy):
+                _check_bounds_once(policy)
                 self._functions = RolloutFunctions(env, policy, data)
                 self._make_room()
                 self._data = data.select(*self._keys)
-                self._settings = self._find_settings()
                 self._compare()
+            self._settings = self._find_settings()
         except (Untraceable, Unsupported) as error:
             raise NotCompiled(str(error)) from error
 
@@ -97,10 +102,10 @@ class FusedRollout:
         shapes = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in parameters]
         return [exploration_type(), shapes, settings_of(self._env), settings_of(self._policy)]
 
-    def is_current(self) -> bool:
+    def is_current(self, policy: Policy) -> bool:
         """Whether policy and environment are what they were when they were compiled, apart from their numbers."""
         try:
-            return self._find_settings() == self._settings
+            return policy is self._policy and self._find_settings() == self._settings
         except NotCompiled:  # parameters are where they cannot be read
             return False
 
@@ -120,17 +125,24 @@ class FusedRollout:
         first = np.array([tensor.data_ptr() for tensor in rows], np.uint64)
         step = np.array([tensor.stride(1) * tensor.element_size() for tensor in rows], np.uint64)
         self._functions.finish_step.strides[: len(rows)] = [tensor.stride(0) for tensor in rows]
-        for time in range(batch.shape[1]):
-            self._functions.finish_step.outputs[: len(rows)] = first + step * np.uint64(time)
-            self._choose_actions()
-            self._simulate()
-            self._finish_data(rows, time)
-            ended = self._carried.tensors[self._done]
-            if ended.any():
-                self._reset_ended(ended)
-        if self._is_attached:
-            self._state.hold(self._state.buffers)
+        try:
+            for time in range(batch.shape[1]):
+                self._functions.finish_step.outputs[: len(rows)] = first + step * np.uint64(time)
+                self._choose_actions()
+                self._simulate()
+                self._finish_data(rows, time)
+                ended = self._carried.tensors[self._done]
+                if ended.any():
+                    self._reset_ended(ended)
+        finally:
+            self._hold()
         return self._carried_in(data)
+
+    def _hold(self) -> None:
+        """Makes the simulator's objects hold the state."""
+        if self._is_attached:
+            self._held: dict[str, Tensor] = self._state.buffers
+            self._state.hold(self._held)
 
     def _begin(self, data: TensorDictBase) -> None:
         self._carried.put([data.get(key) for key in self._keys])
@@ -144,6 +156,7 @@ class FusedRollout:
 
     def _choose_actions(self) -> None:
         if self.why_policy_not_compiled is not None:
+            self._hold()  # it may look at the simulator's objects
             acted = self._policy(self._carried_in(self._data))
             self._chosen.put([acted.get(key) for key in self._torchrl.chosen_keys])
         self._functions.act.inputs[: len(self._keys)] = self._carried.addresses
@@ -222,8 +235,7 @@ class FusedRollout:
 
     def _by_vmas(self, function: Callable[[], Any]) -> Any:
         """Calls a function of the environment, whose objects hold the state before and afterwards."""
-        if self._is_attached:
-            self._state.hold(self._state.buffers)
+        self._hold()
         result = function()
         self._follow_variant()
         self._is_attached = self._state.attach()
@@ -271,3 +283,10 @@ class FusedRollout:
                 following = self._torchrl.reset(self._env, data, [*leaves, ended, *read_entries])
                 self._finish_ended()
                 check_equal([*map(str, self._keys)], self._carried.tensors, following)
+
+
+def _check_bounds_once(policy: Policy) -> None:
+    """Gives a policy the equal of TorchRL's ``TanhNormal`` that does not compare its bounds at each step."""
+    for module in policy.modules() if isinstance(policy, nn.Module) else ():
+        if isinstance(module, ProbabilisticTensorDictModule) and module.distribution_class is TanhNormal:
+            module.distribution_class = BoundedTanhNormal

@@ -20,7 +20,7 @@ _CONTAINERS: dict[str, tuple[type, ...]] = {
     "tensor": (Tensor,),
     "array": (np.ndarray,),
     "dict": (dict,),
-    "list": (list,),
+    "list": (list, deque),
     "tuple": (tuple, frozenset),
     "set": (set,),
     "function": (types.FunctionType, types.MethodType, functools.partial),
@@ -46,6 +46,18 @@ def kind_of(cls: type) -> str:
         kinds += ["object"] if getattr(cls, "__dictoffset__", False) else []
         _KINDS[cls] = kinds[0] if kinds and not issubclass(cls, _LEAVES) else "leaf"
     return _KINDS[cls]
+
+
+@functools.cache
+def _slots_of(cls: Any) -> tuple[str, ...]:
+    names = [vars(each).get("__slots__", ()) for each in cls.__mro__]
+    return tuple(name for own in names for name in ([own] if isinstance(own, str) else own))
+
+
+def hides_tensors(value: Any) -> bool:
+    """Whether a leaf has tensors in ``__slots__``, where changes are not seen."""
+    cls: Any = type(value)
+    return any(isinstance(getattr(value, name, None), Tensor) for name in _slots_of(cls))
 
 
 def parts_of(value: Any) -> Any:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchrl_trpo.envs.attribute_reads import TensorReads, attribute_reads
 from torchrl_trpo.envs.compiled import check_equal
 from torchrl_trpo.envs.flat_state import FlatState
 from torchrl_trpo.envs.snapshot import n_writes
 from torchrl_trpo.envs.tracing import Places, first_with
-from torchrl_trpo.kernels.buffers import NotCompiled
+from torchrl_trpo.kernels.buffers import NotCompiled, Slot
 from torchrl_trpo.kernels.lanes import DTYPES
 
 _RESETS_TO_TRY = 10  # until one draws something else for all environments
@@ -45,6 +46,9 @@ class ResetPool:
         self._written: set[int] = set()  # the places with tensors that a reset writes to
         self._same: list[int] = []  # for each place the first one with the same tensor before a reset
         self._sharing: tuple[Any, list[int]] = (None, [])  # before a reset, and afterwards
+        self._read: list[int] = []  # the places whose tensors a reset reads
+        self._shared: list[tuple[Tensor, object]] = []  # those that all environments share, and their writes so far
+        self._constants: list[tuple[Slot, Tensor]] = []  # what a reset reads and does not write: the same in all rows
         self._next = twin.num_envs  # of the environments in the pool; it is empty
 
     def check(self, rewind: Callable[[], None]) -> None:
@@ -56,15 +60,27 @@ class ResetPool:
         sizes = self._n, self._state.layout.n
         if difference := Places(self._twin).difference(self._state.reference, sizes):
             raise NotCompiled(f"with another number of environments, {difference}")
+        before = Places(self._twin)
+        reads = TensorReads()
+        with attribute_reads(before.objects, self._state.read_by_resets), reads:
+            self._reset()
+        self._read = [number for number, tensor in enumerate(before.tensors) if id(tensor) in reads.found]
+        rewind()
         left = []
         for _ in range(2):
             self._fill()
             left.append([*self._lanes.values(), *self._fresh.values()])
             rewind()
+        for number in self._read:
+            slot, rows = self._state.slots[number], before.tensors[number]
+            if slot is not None and self._origins[number] == 0:
+                if not torch.equal(rows, rows[:1].expand_as(rows)):
+                    raise NotCompiled(f"a reset reads {before.paths[number]}, which it does not write")
+                self._constants.append((slot, rows[0].clone()))
         check_equal(["what a reset leaves"] * len(left[0]), left[0], left[1])
         for _ in range(_RESETS_TO_TRY):
             self._fill()
-        self._next = self._n
+        self.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The environments in the pool."""
@@ -79,7 +95,7 @@ class ResetPool:
         self._lanes, self._fresh = (
             {kind: tensor.to(device) for kind, tensor in state_dict[name].items()} for name in ("lanes", "fresh")
         )
-        self._next = state_dict["next"]
+        self._next, self._shared = state_dict["next"], []
         self._origins, self._written, self._same = state_dict["origins"], set(state_dict["written"]), state_dict["same"]
         self._sharing = None, []
 
@@ -103,6 +119,13 @@ class ResetPool:
 
     def put(self, ended: Tensor) -> bool:
         """Puts fresh environments in the place of ended ones, in the state's buffers; whether it has."""
+        state = self._state
+        values = ((state.layout.view(state.buffers, slot), row) for slot, row in self._constants)
+        if state.reset_problem is not None or not all(torch.equal(now, row.expand_as(now)) for now, row in values):
+            return False
+        pairs = zip(self._shared_now(), self._shared, strict=False)
+        if any(now is not before or n_writes(now) != writes for now, (before, writes) in pairs):
+            self.clear()
         rows = ended.nonzero().squeeze(-1)
         while len(rows):
             if self._next == self._n:
@@ -121,6 +144,14 @@ class ResetPool:
             rows = rows[n_now:]
             self._state.share(self._sharing[1])
         return True
+
+    def clear(self) -> None:
+        """Forgets the environments in the pool: those that follow are reset anew."""
+        self._next = self._n
+
+    def _shared_now(self) -> list[Tensor]:
+        """The tensors that all environments share and a reset reads."""
+        return [self._state.tensors[number] for number in self._read if self._state.slots[number] is None]
 
     def _find_sharing(self) -> bool:
         """Finds which places hold the same tensors after a reset; whether it stands for those that do before."""
@@ -142,6 +173,7 @@ class ResetPool:
         for mine, tensor, slot in zip(tensors, self._state.tensors, self._state.slots, strict=True):
             if slot is None:
                 mine.copy_(tensor)
+        self._shared = [(tensor, n_writes(tensor)) for tensor in self._shared_now()]
         held = [(tensor, n_writes(tensor), tensor.clone()) for tensor in tensors]
         self._reset()
         after = Places(self._twin)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torchrl.envs import EnvBase
 from torchrl.modules.tensordict_module.exploration import RandomPolicy
@@ -16,12 +18,13 @@ from torchrl_trpo.envs.torchrl_step import (
     Policy,
     TorchRLStep,
     base_of,
+    filled,
     leaves_of,
     parameters_of,
     settings_of,
     twin_of,
 )
-from torchrl_trpo.envs.tracing import trace
+from torchrl_trpo.envs.tracing import numpys_and_pythons_generator, trace
 from torchrl_trpo.kernels.buffers import Buffers, NotCompiled, unused_size
 from torchrl_trpo.kernels.lanes import Lowered, Unsupported
 from torchrl_trpo.kernels.networks import NetworkOperations
@@ -64,8 +67,8 @@ class RolloutFunctions:
         self._policy = policy
         self._twin, of_twin = _twin_after_a_step(env, [*leaves_of(data).values(), *parameters_of(env, policy).values()])
         twin = self._twin
-        before, after = leaves_of(data), leaves_of(policy(data.copy()))
-        written = {key: value for key, value in after.items() if value is not before.get(key)}
+        before = leaves_of(data)
+        written = _written(data, policy)
         carried = {key: value for key, value in leaves_of(of_twin).items() if key not in twin.action_keys}
         _check_entries(twin, (set(carried) ^ set(before)) - set(written))
         self.torchrl = TorchRLStep(carried, written, step.structure, None if read is None else read.structure)
@@ -80,8 +83,8 @@ class RolloutFunctions:
         self.why_policy_not_compiled: str | None = None
         try:
             self.act = self._compile_acting(self.carried, policy)
-        except (Unsupported, RuntimeError, ValueError, LookupError) as error:
-            self.why_policy_not_compiled = str(error).splitlines()[0]
+        except Exception as error:  # any user's policy
+            self.why_policy_not_compiled = next(iter(str(error).splitlines()), repr(error))
             self.act = self._compile_acting([*self.carried, *self.chosen], None)
         simulator = base_of(twin)
         entries = tree_leaves(simulator._advance(simulator._env, *self.actions))
@@ -112,7 +115,9 @@ class RolloutFunctions:
             chosen, actions = self.torchrl.choose(self._twin, self._data, leaves, policy)
             return [*chosen, *actions]
 
-        lowered, names = self._lower(record(act, *inputs), inputs)
+        with nullcontext() if policy is None else _only_tensors(policy):
+            graph = record(act, *inputs)
+        lowered, names = self._lower(graph, inputs)
         results = lowered.outputs if policy is not None else lowered.outputs[len(self.chosen) :]
         return RowFunction(lowered, self._layout, names, by_lane=results)
 
@@ -137,6 +142,41 @@ class RolloutFunctions:
         places = [(path, tensor, None) for path, tensor in unused]
         lowered = NetworkOperations(graph, len(inputs[0]), parameters).lower([*places, *named])
         return lowered, [*names, *parameters]
+
+
+def _written(data: TensorDictBase, policy: Policy) -> dict[Any, Tensor]:
+    """The entries that a policy writes. NotCompiled is raised if it reads them at the next step."""
+    generator, data = torch.get_rng_state(), data.clone()
+    before, after = leaves_of(data), leaves_of(policy(data.copy()))
+    written = {key: value for key, value in after.items() if value is not before.get(key)}
+    own = [key for key in written if key not in before]  # the others are the environment's at the next step
+    torch.set_rng_state(generator)
+    again = leaves_of(policy(filled(data, own, [written[key] for key in own])))
+    for key, value in written.items():
+        if not torch.equal(value.nan_to_num(), again[key].nan_to_num()):
+            raise NotCompiled(f"the policy acts by what it has written at the step before: {key!r} differs")
+    return written
+
+
+@contextmanager
+def _only_tensors(policy: Policy) -> Iterator[None]:
+    """Raises Unsupported if a policy computes with anything but tensors inside the context."""
+    if not isinstance(policy, (nn.Module, RandomPolicy)):
+        raise Unsupported("it is a function: what it holds cannot be found. Give the collector an nn.Module")
+    before = settings_of(policy), numpys_and_pythons_generator()
+    with _NoNumbers():
+        yield
+    if (settings_of(policy), numpys_and_pythons_generator()) != before:
+        raise Unsupported("it changes its own attributes, or draws random numbers from NumPy or Python")
+
+
+class _NoNumbers(TorchFunctionMode):
+    """Refuses to make tensors numbers, which would be constants."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", None) in {"numpy", "tolist", "__array__"}:
+            raise Unsupported("it computes with NumPy or lists")
+        return func(*args, **(kwargs or {}))
 
 
 def some_and_all(n: int) -> list[tuple[bool, Tensor]]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_trpo.envs.object_graph import InexactError, Place, kind_of, parts_of, path_of, walk
+from torchrl_trpo.envs.object_graph import InexactError, Place, hides_tensors, kind_of, parts_of, path_of, walk
 
 
 class ObjectSnapshot:
@@ -20,6 +20,9 @@ class ObjectSnapshot:
     first dimension has the size of the batch holds one row per environment, except those whose paths, as of
     :func:`~torchrl_trpo.envs.object_graph.tensors_in`, are in ``shared``. Two places that share a tensor before and
     after share the merged one too.
+
+    Attributes:
+        hidden: what holds tensors where they are not seen, so that a snapshot is not complete; empty if nothing does.
     """
 
     def __init__(self, roots: Iterable[object], batch_size: int, shared: Container[str] = ()) -> None:
@@ -30,8 +33,11 @@ class ObjectSnapshot:
         self._merged: dict[tuple[int, int], Any] = {}  # by the identities of old and new, in one call of keep
         self._kept: dict[int, tuple[Tensor, object]] = {}  # tensors that earlier calls of keep wrote, and their version
         self._held: list[tuple[Any, Any]] = []  # what the last call of keep saw: an object and what it held then
-        for value, _, first in walk((type(root).__name__, root) for root in self._roots):
+        self.hidden = ""
+        for value, place, first in walk((type(root).__name__, root) for root in self._roots):
             kind = kind_of(type(value))
+            if first and kind == "leaf" and hides_tensors(value):
+                self.hidden = f"{path_of(place)}, a {type(value).__name__}, has tensors in __slots__"
             if not first or kind == "leaf":
                 continue
             if kind == "tensor":
@@ -71,7 +77,8 @@ class ObjectSnapshot:
                 held.clear()
                 held.update(saved)
             elif kind == "list":
-                value[:] = saved
+                value.clear()
+                value.extend(saved)
             elif kind == "set":
                 value.clear()
                 value.update(saved)

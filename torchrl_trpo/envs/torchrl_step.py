@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 from torchrl.envs import EnvBase, TransformedEnv
 
+from torchrl_trpo.kernels import settings
 from torchrl_trpo.kernels.buffers import NotCompiled
 
 Policy = Callable[[TensorDictBase], TensorDictBase]
@@ -108,8 +110,14 @@ def twin_of(env: Any, num_envs: int) -> EnvBase:
 @contextlib.contextmanager
 def _simulated(env: EnvBase, function: Callable[[Any], Any]) -> Iterator[None]:
     """Replaces the simulator's step and reset inside the context; the function gives their entries."""
-    base = base_of(env)
-    base._take_step = base._reset_some = function
+    base, n_calls = base_of(env), itertools.count(1)
+
+    def simulate(given: Any) -> Any:
+        if next(n_calls) > 1:
+            raise NotCompiled("a transform takes several steps of the simulator in one")
+        return function(given)
+
+    base._take_step = base._reset_some = simulate
     try:
         yield
     finally:
@@ -155,14 +163,23 @@ def parameters_of(env: EnvBase, policy: Policy) -> dict[str, Tensor]:
     return found
 
 
-def settings_of(root: Any) -> list[Any]:
-    """What modules have besides their tensors."""
-    found: list[Any] = []
-    for name, module in _modules_of(root):
-        found.append((name, type(module)))
-        for key, value in vars(module).items():
-            if isinstance(value, (bool, int, float, str)) or value is None:
-                found.append((key, value))
-            elif isinstance(value, Tensor):
-                found.append((key, id(value), value._version))
-    return found
+def settings_of(root: Any) -> tuple[Any, ...]:
+    """What the modules of a policy, or of an environment's transforms, are besides their tensors."""
+    return settings.settings_of(_modules_of(root))
+
+
+@contextlib.contextmanager
+def left_as_they_are(*roots: Any) -> Iterator[None]:
+    """Restores attributes and buffers of policies and of environments' transforms after the context."""
+    modules = [module for root in roots for _, module in _modules_of(root)]
+    held = [(holder, dict(holder)) for module in modules for holder in (vars(module), module._buffers)]
+    tensors = [value for _, parts in held for value in parts.values() if isinstance(value, Tensor)]
+    copies = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for holder, parts in held:
+            holder.clear()
+            holder.update(parts)
+        for tensor, copy in zip(tensors, copies, strict=True):
+            tensor.data.copy_(copy)

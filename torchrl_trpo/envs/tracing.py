@@ -19,6 +19,7 @@ from torchrl_trpo.envs.branches import branching_by, replaced
 from torchrl_trpo.envs.object_graph import kind_of, parts_of, path_of, walk
 from torchrl_trpo.envs.reads import Reads, Untraceable
 from torchrl_trpo.envs.snapshot import ObjectSnapshot, n_writes
+from torchrl_trpo.kernels.buffers import NotCompiled
 from torchrl_trpo.kernels.record import record
 from torchrl_trpo.seeding import forked_generators
 
@@ -156,6 +157,8 @@ def _described(value: Any, kind: str) -> Any:
 def left_as_it_is(simulator: Any) -> Iterator[None]:
     """Restores what a simulator's objects hold, whatever happens to it inside the context."""
     snapshot = ObjectSnapshot((simulator.scenario, simulator.world), simulator.num_envs)
+    if snapshot.hidden:
+        raise NotCompiled(snapshot.hidden)
     steps, n_steps = simulator.steps, simulator.steps.clone()
     try:
         yield
@@ -235,7 +238,7 @@ def _trace(
 
     before = Places(simulator, numbers)
     same = before.same()
-    generators = _numpys_and_pythons_generator()
+    generators = numpys_and_pythons_generator()
     found: dict[str, Any] = {}
     read: set[str] = set()
 
@@ -278,7 +281,7 @@ def _trace(
         run([tensors[number] for number in same], copied, reads)
     groups = {same[number] for number in found["written"].union(*reads.written)}
     written = {number for number, first in enumerate(same) if first in groups}
-    if _numpys_and_pythons_generator() != generators:
+    if numpys_and_pythons_generator() != generators:
         raise Untraceable("it draws random numbers from NumPy or Python")
     with left_as_it_is(simulator), forked_generators(simulator.device):
         graph = record(functionalize(replay, remove="mutations"), *copies())
@@ -286,7 +289,8 @@ def _trace(
     return Trace(graph, before, found["results"], found["expected"], written, read, found["origins"])
 
 
-def _numpys_and_pythons_generator() -> tuple[Any, ...]:
+def numpys_and_pythons_generator() -> tuple[Any, ...]:
+    """The states of the random number generators that are not PyTorch's."""
     state: Any = np.random.get_state()  # noqa: NPY002
     return state[1].tobytes(), *state[2:], random.getstate()
 

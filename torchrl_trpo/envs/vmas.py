@@ -205,9 +205,11 @@ class BatchedResetVmasEnv(VmasEnv):
         env = self._env
         snapshot = ObjectSnapshot((env.scenario, env.world), env.num_envs, self._shared)
         steps, drawn = env.steps, GlobalGenerators().state_dict()
-        undecorated(env, "reset")(return_observations=False)
-        env.steps = torch.where(ended, env.steps, steps)
         try:
+            if snapshot.hidden:
+                raise InexactError(snapshot.hidden)
+            undecorated(env, "reset")(return_observations=False)
+            env.steps = torch.where(ended, env.steps, steps)
             snapshot.keep(~ended)
             entries = self._read(env)
             snapshot.keep(~ended)  # computing observations may change the scenario

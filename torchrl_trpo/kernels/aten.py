@@ -255,8 +255,8 @@ class Operations(Views):
         moved = np.moveaxis(tensor.values, dims, range(len(dims)))
         values = np.empty(moved.shape[len(dims) :], object)
         for place in np.ndindex(*values.shape):
-            parts = [self.statements.convert(part, kind) for part in moved[(slice(None),) * len(dims) + place].flat]
-            values[place] = functools.reduce(combine, parts)
+            parts = moved[(*[slice(None)] * len(dims), *place, ...)].flat  # an array, also of one number
+            values[place] = functools.reduce(combine, [self.statements.convert(part, kind) for part in parts])
         axis = without(tensor.axis, dims)
         if keepdim:
             values, axis = np.expand_dims(values, tuple(dims)), tensor.axis

@@ -81,15 +81,18 @@ def _load(functions: Sequence[Function]) -> None:
         parts.append(f"#define run run{number}\nnamespace n{number} {{\n{function.code}\n}}\n#undef run\n")
     code, command = "".join(parts), [*_compiler(), *_FLAGS]
     key = hashlib.sha256("\n".join([code, *command, torch.__version__]).encode()).hexdigest()[:32]
-    folder = Path(os.environ.get("TORCHRL_TRPO_CACHE") or Path.home() / ".cache" / "torchrl_trpo")
-    library = folder / f"{key}.so"
+    folder = Path(os.environ.get("TORCHRL_TRPO_CACHE") or "~/.cache/torchrl_trpo")
     try:
+        folder = folder.expanduser()
+        library = folder / f"{key}.so"
         if not library.exists():
             _announce(folder)
             _compile(code, command, library)
         loaded = ctypes.CDLL(str(library))
-    except OSError as error:
-        raise CompilerError(f"{library} cannot be written or loaded: {error}") from error
+    except (OSError, RuntimeError) as error:  # CompilerError is one
+        if isinstance(error, CompilerError):
+            raise
+        raise CompilerError(f"{folder} cannot be written or loaded from: {error}") from error
     for number, function in enumerate(functions):
         function._run = getattr(loaded, f"run{number}")
         function._run.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]

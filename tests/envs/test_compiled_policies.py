@@ -1,0 +1,170 @@
+"""Policies in compiled rollouts that are more than a function of their data and parameters."""
+
+import random
+
+import pytest
+import torch
+from tensordict.nn import ProbabilisticTensorDictModule
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.envs import FrameSkipTransform
+from torchrl.modules import TanhNormal
+
+from tests.envs.test_compiled_collector import KEY, check, collect, make, pytestmark  # noqa: F401
+from torchrl_trpo.envs import CompiledCollector
+
+SETTINGS = {"track_traj_ids": False, "trust_policy": True}
+ACTION, MEMORY = ("agents", "action"), ("agents", "memory")
+NOT_COMPILED = pytest.mark.filterwarnings(
+    "ignore:The policy is called at each step", "ignore:Rollouts are not compiled"
+)
+
+
+class Wrapped(nn.Module):
+    """A policy, and something that is done to its actions."""
+
+    def __init__(self, actor, change):
+        super().__init__()
+        self.actor, self.change, self.calls = actor, change, 0
+
+    def forward(self, data):
+        self.calls += 1
+        return self.change(self, self.actor(data))
+
+
+def brakes(policy, data):
+    speed = data[KEY].numpy()[..., 2:4]
+    return data.set(ACTION, torch.from_numpy(0.5 * (abs(speed) < 0.2).astype("float32")))
+
+
+def is_random(policy, data):
+    return data.set(ACTION, data[ACTION] * (1.0 if random.random() < 0.5 else -1.0))
+
+
+def begins_slowly(policy, data):
+    return data.set(ACTION, data[ACTION] * (0.0 if policy.calls <= 12 else 1.0))
+
+
+def remembers(policy, data):
+    memory = data.get(MEMORY, torch.zeros_like(data[ACTION]))
+    return data.set(ACTION, data[ACTION] * (1 - memory)).set(MEMORY, memory + 0.05)
+
+
+@NOT_COMPILED
+@pytest.mark.parametrize("change", [brakes, is_random, begins_slowly, remembers])
+def test_what_is_not_computed_with_tensors_is_no_constant(change):
+    """What it did at the first step, it did at all."""
+
+    def seeded(collector, number):
+        random.seed(number)
+
+    check(seeded, n_batches=2, wrap=lambda actor: Wrapped(actor, change), **SETTINGS)
+
+
+@NOT_COMPILED
+def test_the_parameters_of_a_function_are_read():
+    """They were those of the first batch."""
+
+    def train(collector, number):
+        with torch.no_grad():
+            for parameter in actors[collector.policy].parameters():
+                parameter.add_(0.1 * number)
+
+    def wrap(actor):
+        def function(data):
+            return actor(data)
+
+        actors[function] = actor
+        return function
+
+    actors = {}
+    check(train, wrap=wrap, **SETTINGS)
+
+
+@pytest.mark.parametrize("changed", ["hook", "bounds", "activation"])
+def test_a_policy_that_has_changed_is_compiled_anew(changed):
+    def change(collector, number):
+        policy = collector.policy
+        if number == 0:
+            return
+        if changed == "hook":
+            policy.register_forward_hook(lambda module, inputs, data: data.set(ACTION, 0.5 * data[ACTION]))
+        for module in policy.modules():
+            if changed == "bounds" and isinstance(module, ProbabilisticTensorDictModule):
+                module.distribution_kwargs["high"] = 0.5 * torch.ones(2)
+            if changed == "activation" and hasattr(module, "activation"):
+                module.activation = torch.relu
+
+    class Activated(nn.Module):
+        def __init__(self, actor):
+            super().__init__()
+            self.actor, self.activation = actor, torch.tanh
+
+        def forward(self, data):
+            data = self.actor(data)
+            return data.set(ACTION, 0.5 * self.activation(data[ACTION]))
+
+    ours, _ = check(change, wrap=Activated if changed == "activation" else lambda actor: actor, **SETTINGS)
+    assert ours.why_not_compiled is ours._fused.why_policy_not_compiled is None
+
+
+@pytest.mark.parametrize("bounds", [{}, {"low": -torch.ones(2), "high": torch.ones(2)}], ids=["default", "tensors"])
+def test_torchrls_squashed_normal_is_compiled(bounds):
+    """Its default bounds ended in an error, and others were compared at each step, outside of the compiled code."""
+
+    def wrap(actor):
+        for module in actor.modules():
+            if isinstance(module, ProbabilisticTensorDictModule):
+                module.distribution_class, module.distribution_kwargs = TanhNormal, dict(bounds)
+        return actor
+
+    ours, _ = check(wrap=wrap, scenario="simple", **SETTINGS)
+    assert ours.why_not_compiled is ours._fused.why_policy_not_compiled is None
+    assert {m.distribution_class for m in ours.policy.modules() if hasattr(m, "distribution_class")} == {TanhNormal}
+
+
+@NOT_COMPILED
+def test_a_transform_that_takes_several_steps():
+    """The simulator took one, whose reward counted twice."""
+    ours, _ = check(transforms=[lambda: FrameSkipTransform(2)], **SETTINGS)
+    assert "several steps" in ours.why_not_compiled
+
+
+@NOT_COMPILED
+def test_compiling_leaves_the_policys_statistics_alone():
+    """It counted calls on data that is not the policy's."""
+
+    class Counting(nn.Module):
+        def __init__(self, actor):
+            super().__init__()
+            self.actor = actor
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, data):
+            self.calls += 1
+            return self.actor(data)
+
+    theirs, ours = (make(collector, wrap=Counting, **SETTINGS) for collector in (Collector, CompiledCollector))
+    assert theirs.policy.calls == ours.policy.calls
+
+
+def test_a_rollout_that_was_interrupted_is_followed_by_a_reset(monkeypatch):
+    """The first step after it led from the state before the interrupted rollout to one of its middle."""
+    ours = make(CompiledCollector, **SETTINGS, limit=100)
+    collect(ours, 1)
+    own, calls = ours._fused._finish_data, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        own(*arguments)
+
+    monkeypatch.setattr(ours._fused, "_finish_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ours.rollout()
+    monkeypatch.undo()
+    batch = ours.rollout()
+    assert (batch["step_count"][:, 0] == 0).all()
+    position, velocity = batch[KEY][..., :2], batch["next", *KEY][..., 2:4]
+    torch.testing.assert_close(batch["next", *KEY][..., :2], position + 0.1 * velocity)
