@@ -117,12 +117,11 @@ class CentralCriticValueEstimator(AgentGAE):
         self.central_key = unravel_key(central_key)
         self.state_key = None if state_key is None else unravel_key(state_key)
         self.action_keys = key_list(action_keys or ())
-        for name, keys in {"observation_keys": self.observation_keys, "action_keys": self.action_keys}.items():
-            if len({(group_of(key), path(key)[-1]) for key in keys}) < len(keys):
-                raise ValueError(
-                    f"{name}: {keys} has groups within another one. Legal: one key of each group, which is its first "
-                    "part, such as [('red', 'action'), ('blue', 'action')]; use TorchRL's RenameTransform."
-                )
+        if len(path(self.central_key)) > 2:
+            raise ValueError(
+                f"central_key: {central_key!r} is of a group within another one, which is not supported. Legal: "
+                "(group, name), such as ('red', 'central'), with groups at the root: use TorchRL's RenameTransform."
+            )
         if not self.observation_keys and self.state_key is None:
             raise ValueError(
                 "observation_keys is empty, and there is no state_key; name at least one, such as "

@@ -51,7 +51,8 @@ def collected_log_prob(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
             raise ValueError(
                 f"the log-probability {keys.sample_log_prob!r} has shape {tuple(part.shape)} in data of batch size "
                 f"{tuple(tensordict.batch_size)}: is it one of each agent, or of each action of one agent? Legal: the "
-                "action of several agents in a group, such as ('agents', 'action'); several actions of one agent in a "
+                "action of several agents in a group, such as ('agents', 'action'), whose TensorDict has the batch "
+                "size [*B, n_agents], or with an advantage [*B, n_agents, 1]; several actions of one agent in a "
                 "torchrl_trpo.distributions.MultiCategorical, or a torch.distributions.Independent."
             )
         agent_dims.append(min(extra, 1))

@@ -12,7 +12,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 from torch import distributions as D
 
-from torchrl_trpo.distributions.divergence import entropy, kl_divergence
+from torchrl_trpo.distributions.divergence import curved, entropy, kl_divergence
 from torchrl_trpo.numerics.fisher import fisher_product, output_hessian_product
 from torchrl_trpo.numerics.vectors import flatten, unflatten
 from torchrl_trpo.objectives.attention import differentiable_attention
@@ -250,7 +250,7 @@ class PolicyTrustRegion:
         keys = [key for key, value in dist_params.items(True, True) if value.requires_grad]
         outputs = [dist_params.get(key) for key in keys]
         detached = dist_params.detach()
-        dist_k = self._distribution(detached)
+        dist_k = curved(self._distribution(detached))
 
         def mean_kl(tensors: list[Tensor]) -> Tensor:
             moved = detached.clone(False).update(dict(zip(keys, tensors, strict=True)))

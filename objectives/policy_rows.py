@@ -159,7 +159,7 @@ def flatten_rows(
     ``inputs`` has the batch size, ``action`` is ``[*B, *A, action_dim]``, ``log_prob`` ``[*B, *A, 1]``, and the
     advantage broadcastable to it. Where the ``mask``, bool ``[*B, *A, 1]``, is off, rows weigh 0 and are copies of one
     that counts, so that padding, which may be no legal input, cannot spread NaN into sums or gradients. A recurrent
-    policy has read what is masked: there, what is not finite is cleared. The weights of all ranks sum to 1, with
+    policy has read its masked inputs: of these, what is not finite is cleared. The weights of all ranks sum to 1, with
     ``per_agent`` for each agent.
     """
     batch_size = inputs.batch_size
@@ -176,8 +176,12 @@ def flatten_rows(
         weight = _equal_weight(rows.numel() if per_agent else log_prob.numel(), log_prob, ranks)
     else:
         mask = mask.reshape(rows["log_prob"].shape)
-        clear = _clear_masked if sequences else _copy_over_masked
-        rows = rows.named_apply(lambda key, value: clear(value, mask, row_dims, key in with_agents), nested_keys=True)
+
+        def cleared(key: NestedKey, value: Tensor) -> Tensor:
+            clear = _clear_masked if sequences and path(key)[0] == "inputs" else _copy_over_masked
+            return clear(value, mask, row_dims, key in with_agents)
+
+        rows = rows.named_apply(cleared, nested_keys=True)
         rows.set("advantage", torch.where(mask, rows.get("advantage"), 0.0))
         count = ranks.sum_(mask.sum(list(range(row_dims)), keepdim=True) if per_agent else mask.sum())
         weight = mask / count.clamp_min(1).to(log_prob.dtype)

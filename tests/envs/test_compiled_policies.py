@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from tensordict.nn import ProbabilisticTensorDictModule
@@ -25,7 +26,9 @@ class Wrapped(nn.Module):
 
     def __init__(self, actor, change):
         super().__init__()
-        self.actor, self.change, self.calls = actor, change, 0
+        self.actor, self.change, self.calls, self.log = actor, change, 0, []
+        self.expanded = torch.ones(1).expand(2)  # no copy can be written into it
+        self.register_buffer("scale", torch.ones(()))
 
     def forward(self, data):
         self.calls += 1
@@ -41,6 +44,19 @@ def is_random(policy, data):
     return data.set(ACTION, data[ACTION] * (1.0 if random.random() < 0.5 else -1.0))
 
 
+def is_noisy(policy, data):
+    return data.set(ACTION, data[ACTION] * float(np.random.rand()))  # noqa: NPY002
+
+
+def is_scaled(policy, data):
+    return data.set(ACTION, data[ACTION] * float(policy.scale))
+
+
+def keeps_a_log(policy, data):
+    policy.log.append(0)
+    return data.set(ACTION, data[ACTION] * (0.5 if len(policy.log) % 3 else 1.0))
+
+
 def begins_slowly(policy, data):
     return data.set(ACTION, data[ACTION] * (0.0 if policy.calls <= 12 else 1.0))
 
@@ -51,12 +67,14 @@ def remembers(policy, data):
 
 
 @NOT_COMPILED
-@pytest.mark.parametrize("change", [brakes, is_random, begins_slowly, remembers])
+@pytest.mark.parametrize("change", [brakes, is_random, is_noisy, is_scaled, keeps_a_log, begins_slowly, remembers])
 def test_what_is_not_computed_with_tensors_is_no_constant(change):
     """What it did at the first step, it did at all."""
 
     def seeded(collector, number):
         random.seed(number)
+        np.random.seed(number)  # noqa: NPY002
+        collector.policy.scale.fill_(1 / (1 + number))
 
     check(seeded, n_batches=2, wrap=lambda actor: Wrapped(actor, change), **SETTINGS)
 

@@ -47,11 +47,16 @@ def distances_after_resets(env, ended=2):
 
 
 @pytest.mark.parametrize("changed", ["attribute", "dict", "tensor of all", "tensor of each"])
-def test_what_a_reset_reads_may_be_changed(changed):
+@pytest.mark.parametrize("loaded", [False, True])
+def test_what_a_reset_reads_may_be_changed(changed, loaded):
     """As in a curriculum. Environments from before the change took the place of those that ended."""
     env = CompiledVmasEnv(Spawn(), num_envs=N, seed=0)
     assert env.pool is not None
     env.rollout(2)
+    if loaded:
+        state = env.state_dict()
+        env = CompiledVmasEnv(Spawn(), num_envs=N, seed=1)
+        env.load_state_dict(state)
     torch.testing.assert_close(distances_after_resets(env), torch.ones(3))
     scenario = env._env.scenario
     if changed == "attribute":

@@ -189,11 +189,14 @@ def test_chunks_hold_whole_sequences(sequential):
 
 
 @SHARING
-def test_padding_and_its_states_count_nowhere(share_params):
+@pytest.mark.parametrize("padding", [torch.nan, -1e3])
+def test_padding_and_its_states_count_nowhere(share_params, padding):
     """RNN padding counts in MARLlib's KL and Fisher."""
     actor = recurrent_actor(share_params=share_params)
     data = sequences(actor)
-    padded = torch.cat([data, data[:, :3].apply(lambda x: x * torch.nan if x.is_floating_point() else x)], 1)
+    padded = torch.cat(
+        [data, data[:, :3].apply(lambda x: torch.full_like(x, padding) if x.is_floating_point() else x)], 1
+    )
     padded["mask"] = (torch.arange(9) < 6).expand(4, 9).clone()
     updated = []
     for batch in (data, padded):

@@ -280,9 +280,8 @@ def test_in_keys_name_what_is_read():
 
 def test_groups_within_a_group_are_refused():
     """An agent saw other agents' actions in place of those of the other team."""
-    teams = [("teams", "red", "observation"), ("teams", "blue", "observation")]
-    with pytest.raises(ValueError, match=r"observation_keys.*groups within another.*RenameTransform"):
-        make_estimator(observation_keys=teams)
+    with pytest.raises(ValueError, match=r"central_key.*within another.*RenameTransform"):
+        make_estimator(central_key=("teams", "red", "central"))
 
 
 def test_a_critic_that_does_not_read_what_is_pooled_is_refused():

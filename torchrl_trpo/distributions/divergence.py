@@ -19,9 +19,6 @@ from torchrl.modules.distributions.utils import has_analytic_entropy
 
 from torchrl_trpo.distributions.multi_categorical import MultiCategorical
 
-_KINKED = (D.Laplace, D.Pareto, D.Uniform)
-"""Distributions whose closed form autograd cannot differentiate twice: of ``|x|`` at 0, of a support that moves."""
-
 
 def kl_divergence(p: D.Distribution, q: D.Distribution, batch_dims: int | None = None) -> Tensor:
     """The exact ``KL(p ‖ q)`` of two action distributions of the same policy, in nats.
@@ -53,7 +50,7 @@ def kl_divergence(p: D.Distribution, q: D.Distribution, batch_dims: int | None =
         return torch.stack([kl_divergence(*pair, batch_dims) for pair in pairs]).sum(0)
     if isinstance(p, D.Categorical) and isinstance(q, D.Categorical):
         return sum_events(_categorical_kl(p, q), batch_dims)
-    if _is_registered(p, q) and not isinstance(p, _KINKED):
+    if _is_registered(p, q):
         return sum_events(D.kl_divergence(p, q), batch_dims)
     if isinstance(p, D.Independent) and isinstance(q, D.Independent) and not isinstance(p, TruncatedNormal):
         kl = kl_divergence(p.base_dist, q.base_dist)
@@ -62,20 +59,36 @@ def kl_divergence(p: D.Distribution, q: D.Distribution, batch_dims: int | None =
     transformed = D.TransformedDistribution
     if isinstance(p, transformed) and isinstance(q, transformed) and not _moves_its_bijection(p, q):
         return kl_divergence(p.base_dist, q.base_dist, batch_dims)
-    reason = ""
-    if isinstance(p, _KINKED):
-        reason = " Its KL has no second derivative where both are the same, so that it bounds no trust region."
-    if isinstance(p, TruncatedNormal):
-        reason = (
-            " TorchRL's TruncatedNormal bounds its normaliser away from 0, so that its density does not integrate to 1 "
-            "where the mean is far outside of the bounds: what it samples has no exact KL."
-        )
+    reason = (
+        " TorchRL's TruncatedNormal bounds its normaliser away from 0, so that its density does not integrate to 1 "
+        "where the mean is far outside of the bounds: what it samples has no exact KL."
+        if isinstance(p, TruncatedNormal)
+        else ""
+    )
     raise NotImplementedError(
         f"There is no exact KL divergence for {type(p).__name__}.{reason} Legal: a policy with IndependentNormal, "
         "TanhNormal (within bounds), (Masked)Categorical, (Masked)OneHotCategorical or MultiCategorical actions, a "
         "CompositeDistribution of them, or a closed form of your own, registered with "
         "torch.distributions.register_kl."
     )
+
+
+def curved(dist: D.Distribution) -> D.Distribution:
+    """The distribution, if autograd finds the curvature of its KL; else NotImplementedError is raised.
+
+    It cannot differentiate ``|x|`` at 0 twice, nor a support that moves with the parameters.
+    """
+    if isinstance(dist, CompositeDistribution):
+        for name in dist:
+            curved(dist[name])
+    elif isinstance(dist, (D.Independent, D.TransformedDistribution)) and not isinstance(dist, D.Pareto):
+        curved(dist.base_dist)
+    elif isinstance(dist, (D.Laplace, D.Pareto, D.Uniform)):
+        raise NotImplementedError(
+            f"The KL divergence of {type(dist).__name__} has no second derivative where both are the same: it bounds "
+            "no trust region. Legal: the distributions that kl_divergence names."
+        )
+    return dist
 
 
 def kl_if_exact(p: D.Distribution, q: D.Distribution, batch_dims: int | None = None) -> Tensor | None:

@@ -77,5 +77,7 @@ class TensorReads(TorchDispatchMode):
         self.found: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        name = func.overloadpacket.__name__
+        if not name.endswith("_like") and not name.startswith("new_"):  # which read a shape
+            self.found.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         return func(*args, **(kwargs or {}))

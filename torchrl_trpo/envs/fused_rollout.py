@@ -100,7 +100,8 @@ class FusedRollout:
     def _find_settings(self) -> list[Any]:
         parameters = parameters_of(self._env, self._policy).values()
         shapes = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in parameters]
-        return [exploration_type(), shapes, settings_of(self._env), settings_of(self._policy)]
+        is_called = self.why_policy_not_compiled is not None  # then its settings are its own affair
+        return [exploration_type(), shapes, settings_of(self._env), None if is_called else settings_of(self._policy)]
 
     def is_current(self, policy: Policy) -> bool:
         """Whether policy and environment are what they were when they were compiled, apart from their numbers."""

@@ -55,9 +55,10 @@ def _slots_of(cls: Any) -> tuple[str, ...]:
 
 
 def hides_tensors(value: Any) -> bool:
-    """Whether a leaf has tensors in ``__slots__``, where changes are not seen."""
+    """Whether an object has tensors in ``__slots__``, where changes are not seen."""
     cls: Any = type(value)
-    return any(isinstance(getattr(value, name, None), Tensor) for name in _slots_of(cls))
+    held = [(name, getattr(value, name, None)) for name in _slots_of(cls)]
+    return any(isinstance(part, Tensor) for part, *_ in walk(held))
 
 
 def parts_of(value: Any) -> Any:

@@ -47,7 +47,7 @@ class ResetPool:
         self._same: list[int] = []  # for each place the first one with the same tensor before a reset
         self._sharing: tuple[Any, list[int]] = (None, [])  # before a reset, and afterwards
         self._read: list[int] = []  # the places whose tensors a reset reads
-        self._shared: list[tuple[Tensor, object]] = []  # those that all environments share, and their writes so far
+        self._shared: list[Tensor] = []  # those that all environments share, as they were when the pool was filled
         self._constants: list[tuple[Slot, Tensor]] = []  # what a reset reads and does not write: the same in all rows
         self._next = twin.num_envs  # of the environments in the pool; it is empty
 
@@ -79,13 +79,13 @@ class ResetPool:
                 self._constants.append((slot, rows[0].clone()))
         check_equal(["what a reset leaves"] * len(left[0]), left[0], left[1])
         for _ in range(_RESETS_TO_TRY):
-            self._fill()
+            self._fill()  # so that shared tensors are known too
         self.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The environments in the pool."""
         sharing = {"origins": self._origins, "written": list(self._written), "same": self._same}
-        return {"lanes": self._lanes, "fresh": self._fresh, "next": self._next, **sharing}
+        return {"lanes": self._lanes, "fresh": self._fresh, "next": self._next, "shared": self._shared, **sharing}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave; one of an older version, without sharing, leaves the pool empty."""
@@ -95,7 +95,8 @@ class ResetPool:
         self._lanes, self._fresh = (
             {kind: tensor.to(device) for kind, tensor in state_dict[name].items()} for name in ("lanes", "fresh")
         )
-        self._next, self._shared = state_dict["next"], []
+        self._next = state_dict["next"]
+        self._shared = [tensor.to(device) for tensor in state_dict.get("shared", self._shared)]
         self._origins, self._written, self._same = state_dict["origins"], set(state_dict["written"]), state_dict["same"]
         self._sharing = None, []
 
@@ -123,8 +124,7 @@ class ResetPool:
         values = ((state.layout.view(state.buffers, slot), row) for slot, row in self._constants)
         if state.reset_problem is not None or not all(torch.equal(now, row.expand_as(now)) for now, row in values):
             return False
-        pairs = zip(self._shared_now(), self._shared, strict=False)
-        if any(now is not before or n_writes(now) != writes for now, (before, writes) in pairs):
+        if not all(torch.equal(*pair) for pair in zip(self._shared_now(), self._shared, strict=True)):
             self.clear()
         rows = ended.nonzero().squeeze(-1)
         while len(rows):
@@ -173,7 +173,7 @@ class ResetPool:
         for mine, tensor, slot in zip(tensors, self._state.tensors, self._state.slots, strict=True):
             if slot is None:
                 mine.copy_(tensor)
-        self._shared = [(tensor, n_writes(tensor)) for tensor in self._shared_now()]
+        self._shared = [tensor.clone() for tensor in self._shared_now()]
         held = [(tensor, n_writes(tensor), tensor.clone()) for tensor in tensors]
         self._reset()
         after = Places(self._twin)

@@ -30,6 +30,7 @@ from torchrl_trpo.kernels.lanes import Lowered, Unsupported
 from torchrl_trpo.kernels.networks import NetworkOperations
 from torchrl_trpo.kernels.record import record
 from torchrl_trpo.kernels.row_function import RowFunction
+from torchrl_trpo.seeding import untouched_generators
 
 
 class RolloutFunctions:
@@ -68,7 +69,7 @@ class RolloutFunctions:
         self._twin, of_twin = _twin_after_a_step(env, [*leaves_of(data).values(), *parameters_of(env, policy).values()])
         twin = self._twin
         before = leaves_of(data)
-        written = _written(data, policy)
+        written, self.why_policy_not_compiled = _written(data, policy)
         carried = {key: value for key, value in leaves_of(of_twin).items() if key not in twin.action_keys}
         _check_entries(twin, (set(carried) ^ set(before)) - set(written))
         self.torchrl = TorchRLStep(carried, written, step.structure, None if read is None else read.structure)
@@ -80,11 +81,12 @@ class RolloutFunctions:
         settings = settings_of(twin)
         if isinstance(policy, RandomPolicy) and policy.action_spec == env.full_action_spec:
             policy = RandomPolicy(twin.full_action_spec)  # its actions have a shape of their own
-        self.why_policy_not_compiled: str | None = None
-        try:
-            self.act = self._compile_acting(self.carried, policy)
-        except Exception as error:  # any user's policy
-            self.why_policy_not_compiled = next(iter(str(error).splitlines()), repr(error))
+        if self.why_policy_not_compiled is None:
+            try:
+                self.act = self._compile_acting(self.carried, policy)
+            except Exception as error:  # any user's policy
+                self.why_policy_not_compiled = next(iter(str(error).splitlines()), repr(error))
+        if self.why_policy_not_compiled is not None:
             self.act = self._compile_acting([*self.carried, *self.chosen], None)
         simulator = base_of(twin)
         entries = tree_leaves(simulator._advance(simulator._env, *self.actions))
@@ -115,6 +117,8 @@ class RolloutFunctions:
             chosen, actions = self.torchrl.choose(self._twin, self._data, leaves, policy)
             return [*chosen, *actions]
 
+        if policy is not None:
+            policy(self._data.copy())  # what it keeps for a batch of this size, it keeps now
         with nullcontext() if policy is None else _only_tensors(policy):
             graph = record(act, *inputs)
         lowered, names = self._lower(graph, inputs)
@@ -144,18 +148,27 @@ class RolloutFunctions:
         return lowered, [*names, *parameters]
 
 
-def _written(data: TensorDictBase, policy: Policy) -> dict[Any, Tensor]:
-    """The entries that a policy writes. NotCompiled is raised if it reads them at the next step."""
-    generator, data = torch.get_rng_state(), data.clone()
-    before, after = leaves_of(data), leaves_of(policy(data.copy()))
+def _written(data: TensorDictBase, policy: Policy) -> tuple[dict[Any, Tensor], str | None]:
+    """The entries that a policy writes, and why they do not follow from its data and its tensors, or None.
+
+    NotCompiled is raised if it reads at the next step what it has written.
+    """
+    data = data.clone()
+
+    def act(given: TensorDictBase) -> dict[Any, Tensor]:
+        with untouched_generators():
+            return leaves_of(policy(given))
+
+    before, after = leaves_of(data), act(data.copy())
     written = {key: value for key, value in after.items() if value is not before.get(key)}
     own = [key for key in written if key not in before]  # the others are the environment's at the next step
-    torch.set_rng_state(generator)
-    again = leaves_of(policy(filled(data, own, [written[key] for key in own])))
+    again, following = act(data.copy()), act(filled(data, own, [written[key] for key in own]))
     for key, value in written.items():
         if not torch.equal(value.nan_to_num(), again[key].nan_to_num()):
+            return written, f"it gives another {key!r} when it is called again"
+        if not torch.equal(value.nan_to_num(), following[key].nan_to_num()):
             raise NotCompiled(f"the policy acts by what it has written at the step before: {key!r} differs")
-    return written
+    return written, None
 
 
 @contextmanager
@@ -163,19 +176,32 @@ def _only_tensors(policy: Policy) -> Iterator[None]:
     """Raises Unsupported if a policy computes with anything but tensors inside the context."""
     if not isinstance(policy, (nn.Module, RandomPolicy)):
         raise Unsupported("it is a function: what it holds cannot be found. Give the collector an nn.Module")
+    modules = policy.modules() if isinstance(policy, nn.Module) else ()
+    own = {id(t) for module in modules for t in (*module.parameters(False), *module.buffers(False))}
     before = settings_of(policy), numpys_and_pythons_generator()
-    with _NoNumbers():
+    with _NoNumbers(own):
         yield
     if (settings_of(policy), numpys_and_pythons_generator()) != before:
         raise Unsupported("it changes its own attributes, or draws random numbers from NumPy or Python")
 
 
 class _NoNumbers(TorchFunctionMode):
-    """Refuses to make tensors numbers, which would be constants."""
+    """Refuses to make numbers of tensors, which would be constants; PyTorch refuses those of what is traced.
+
+    Args:
+        own: the identities of the policy's parameters and buffers.
+    """
+
+    def __init__(self, own: set[int]) -> None:
+        super().__init__()
+        self._own = own
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", None) in {"numpy", "tolist", "__array__"}:
+        name = getattr(func, "__name__", None)
+        if name in {"numpy", "tolist", "__array__"}:
             raise Unsupported("it computes with NumPy or lists")
+        if name in {"item", "__float__", "__int__", "__index__", "__bool__"} and id(args[0]) in self._own:
+            raise Unsupported("it reads a parameter or a buffer as a Python number")
         return func(*args, **(kwargs or {}))
 
 

@@ -36,7 +36,7 @@ class ObjectSnapshot:
         self.hidden = ""
         for value, place, first in walk((type(root).__name__, root) for root in self._roots):
             kind = kind_of(type(value))
-            if first and kind == "leaf" and hides_tensors(value):
+            if first and kind in {"leaf", "object"} and hides_tensors(value):
                 self.hidden = f"{path_of(place)}, a {type(value).__name__}, has tensors in __slots__"
             if not first or kind == "leaf":
                 continue

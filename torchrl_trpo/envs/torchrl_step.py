@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 from torchrl.envs import EnvBase, TransformedEnv
 
+from torchrl_trpo.envs.snapshot import n_writes
 from torchrl_trpo.kernels import settings
 from torchrl_trpo.kernels.buffers import NotCompiled
 
@@ -171,15 +172,17 @@ def settings_of(root: Any) -> tuple[Any, ...]:
 @contextlib.contextmanager
 def left_as_they_are(*roots: Any) -> Iterator[None]:
     """Restores attributes and buffers of policies and of environments' transforms after the context."""
-    modules = [module for root in roots for _, module in _modules_of(root)]
-    held = [(holder, dict(holder)) for module in modules for holder in (vars(module), module._buffers)]
-    tensors = [value for _, parts in held for value in parts.values() if isinstance(value, Tensor)]
-    copies = [tensor.clone() for tensor in tensors]
+    attributes = [vars(module) for root in roots for _, module in _modules_of(root)]
+    within = [value for each in attributes for value in each.values() if isinstance(value, (dict, list, set))]
+    held = [(holder, holder.copy()) for holder in (*attributes, *within)]
+    parts = [part for holder, _ in held for part in (holder.values() if isinstance(holder, dict) else holder)]
+    tensors = [(part, n_writes(part), part.clone()) for part in parts if isinstance(part, Tensor)]
     try:
         yield
     finally:
-        for holder, parts in held:
+        for holder, before in held:
             holder.clear()
-            holder.update(parts)
-        for tensor, copy in zip(tensors, copies, strict=True):
-            tensor.data.copy_(copy)
+            holder.extend(before) if isinstance(holder, list) else holder.update(before)
+        for tensor, writes, old in tensors:
+            if n_writes(tensor) != writes:
+                tensor.data.copy_(old)

@@ -89,9 +89,9 @@ def _load(functions: Sequence[Function]) -> None:
             _announce(folder)
             _compile(code, command, library)
         loaded = ctypes.CDLL(str(library))
-    except (OSError, RuntimeError) as error:  # CompilerError is one
-        if isinstance(error, CompilerError):
-            raise
+    except CompilerError:
+        raise
+    except (OSError, RuntimeError) as error:  # also where there is no home
         raise CompilerError(f"{folder} cannot be written or loaded from: {error}") from error
     for number, function in enumerate(functions):
         function._run = getattr(loaded, f"run{number}")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDictParams
 from torch import Tensor, nn
@@ -34,8 +37,7 @@ def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> tuple[Any, ...]:
 
     Returns:
         Something that is equal as long as they are the same. Numbers and words are compared by value, also in lists,
-        tuples and mappings, other objects by identity, long tensors also by their
-        versions.
+        tuples, mappings, arrays and dataclasses, other objects by identity, long tensors also by their versions.
     """
     found = []
     for name, module in modules:
@@ -53,6 +55,10 @@ def setting_of(value: Any) -> Any:
         if value.numel() <= _FEW and value.device.type == "cpu":
             return (value.dtype, value.shape, *value.flatten().tolist())
         return _Same(value, value._version)
+    if isinstance(value, np.ndarray):
+        return (value.dtype, value.shape, value.tobytes())
+    if isinstance(value, SimpleNamespace) or (is_dataclass(value) and hasattr(value, "__dict__")):
+        return (type(value), setting_of(vars(value)))
     if isinstance(value, (list, tuple)):
         return (type(value), *map(setting_of, value))
     if isinstance(value, Mapping) and not hasattr(value, "batch_size"):
