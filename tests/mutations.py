@@ -371,6 +371,22 @@ MUTATIONS = (
         "each agent's KL is divided by the number of agents",
         "numerics/updater",
     ),
+    Mutation(
+        "masked-rows-are-zeros",
+        "objectives/policy_rows.py",
+        "return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)), value, copied)",
+        "return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)), value, 0 * copied)",
+        "what stands for masked rows is no legal input of the policy",
+        "objectives/policy_rows",
+    ),
+    Mutation(
+        "matrix-as-vector",
+        "torchrl_trpo/numerics/fisher.py",
+        " or (row_dims is not None and max(ndims) > row_dims + 1)",
+        "",
+        "the curvature of a row's matrix is taken for that of a vector",
+        "numerics/fisher",
+    ),
     # The trust region
     Mutation(
         "surrogate-sign",
@@ -960,6 +976,22 @@ MUTATIONS = (
         "+ i, {_term(value)})",
         "what is behind the rows of a buffer is not zero, so that the last bit of a run depends on old memory",
         "kernels/kernels::test_a_row_is_computed_as_pytorch_computes_the_batch",
+    ),
+    Mutation(
+        "old-resets",
+        "torchrl_trpo/envs/reset_pool.py",
+        "state.reset_problem is not None or ",
+        "",
+        "environments that were reset before a change take the place of those that end",
+        "envs/compiled_resets",
+    ),
+    Mutation(
+        "numbers-are-constants",
+        "torchrl_trpo/envs/rollout_functions.py",
+        "id(args[0]) in self._own",
+        "id(args[0]) in ()",
+        "a number that a policy reads of a buffer is what it was when it was compiled",
+        "envs/compiled_policies",
     ),
     Mutation(
         "rollout-not-current",
