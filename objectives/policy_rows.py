@@ -256,13 +256,17 @@ def _kept(mask: Tensor, row_dims: int, has_agents: bool) -> Tensor:
 
 
 def _copy_over_masked(value: Tensor, mask: Tensor, row_dims: int, has_agents: bool) -> Tensor:
-    """The value of the first row and agent that count, where the mask ``[*R, *A, 1]`` is off."""
+    """The value of the first row and agent that count, where the mask ``[*R, *A, 1]`` is off.
+
+    If none counts, zeros, and for flags (every action is allowed) True.
+    """
     keep = _kept(mask, row_dims, has_agents)
     copied, first = value, keep.flatten().byte().argmax(0, keepdim=True)
     for dim in reversed(range(keep.ndim)):  # index_select does not wait for the device
         copied, first = copied.index_select(dim, first % keep.shape[dim]), first // keep.shape[dim]
     if copied.is_floating_point():
         copied = copied.nan_to_num(0.0, 0.0, 0.0)  # a broken row breaks itself alone
+    copied = torch.where(keep.any(), copied, torch.ones_like(copied) if copied.dtype == torch.bool else 0)
     return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)), value, copied)
 
 

@@ -91,3 +91,11 @@ def test_padding_need_not_be_legal(kind):
     torch.testing.assert_close(padded["kl"], stats["kl"])
     for own, other in zip(actor.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(own, other)
+
+
+def test_where_nothing_counts_nothing_is_read():
+    """What stood there was in the statistics."""
+    inputs = TensorDict({"agents": TensorDict({"observation": torch.randn(B, T, AGENTS, 2)}, [B, T])}, [B, T])
+    rows = make_rows(inputs, torch.zeros(B, T, AGENTS, 1, dtype=torch.bool))
+    assert (rows.inputs["agents", "observation"] == 0).all()
+    assert (rows.weight == 0).all()
