@@ -245,7 +245,7 @@ def _non_finite(rows: TensorDict, with_agents: set[NestedKey]) -> Tensor:
     for key, value in rows.items(True, True):
         if value.is_floating_point():
             found = non_finite(value, spread.ndim - 1 if key in with_agents else rows.batch_dims)
-            spread = spread + found.reshape(*found.shape, *[1] * (spread.ndim - found.ndim))
+            spread = spread + _with_ndim(found, spread.ndim)
     return spread
 
 
@@ -253,6 +253,11 @@ def _kept(mask: Tensor, row_dims: int, has_agents: bool) -> Tensor:
     """Which entries of a value count, by the mask ``[*R, *A, 1]``: ``[*R, *A]``, or ``[*R]`` if it has no agents."""
     keep = mask.squeeze(-1)
     return keep if has_agents or keep.ndim == row_dims else keep.any(dim=row_dims)
+
+
+def _with_ndim(value: Tensor, ndim: int) -> Tensor:
+    """The value with dimensions of 1 behind its own."""
+    return value.reshape(*value.shape, *[1] * (ndim - value.ndim))
 
 
 def _copy_over_masked(value: Tensor, mask: Tensor, row_dims: int, has_agents: bool) -> Tensor:
@@ -267,15 +272,15 @@ def _copy_over_masked(value: Tensor, mask: Tensor, row_dims: int, has_agents: bo
     if copied.is_floating_point():
         copied = copied.nan_to_num(0.0, 0.0, 0.0)  # a broken row breaks itself alone
     copied = torch.where(keep.any(), copied, torch.ones_like(copied) if copied.dtype == torch.bool else 0)
-    return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)), value, copied)
+    return torch.where(_with_ndim(keep, value.ndim), value, copied)
 
 
 def _clear_masked(value: Tensor, mask: Tensor, row_dims: int, has_agents: bool) -> Tensor:
     """Zero for what is not finite, and True for flags of which none is set, where the mask ``[*R, *A, 1]`` is off."""
     keep = _kept(mask, row_dims, has_agents)
     if value.is_floating_point():
-        return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)) | value.isfinite(), value, 0.0)
+        return torch.where(_with_ndim(keep, value.ndim) | value.isfinite(), value, 0.0)
     if value.dtype == torch.bool and value.ndim > keep.ndim and value.shape[-1] > 1:  # allowed actions, not is_init
         none = ~value.any(-1)
-        return value | (none & ~keep.reshape(*keep.shape, *[1] * (none.ndim - keep.ndim))).unsqueeze(-1)
+        return value | (none & ~_with_ndim(keep, none.ndim)).unsqueeze(-1)
     return value

@@ -374,8 +374,8 @@ MUTATIONS = (
     Mutation(
         "masked-rows-are-zeros",
         "objectives/policy_rows.py",
-        "return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)), value, copied)",
-        "return torch.where(keep.reshape(*keep.shape, *[1] * (value.ndim - keep.ndim)), value, 0 * copied)",
+        "return torch.where(_with_ndim(keep, value.ndim), value, copied)",
+        "return torch.where(_with_ndim(keep, value.ndim), value, 0 * copied)",
         "what stands for masked rows is no legal input of the policy",
         "objectives/policy_rows",
     ),

@@ -52,16 +52,14 @@ class ResetPool:
         self._next = twin.num_envs  # of the environments in the pool; it is empty
 
     def check(self, rewind: Callable[[], None]) -> None:
-        """Checks that a reset depends on random numbers alone, by two resets from different states.
+        """Finds what a reset reads, and checks by two from different states that it depends on random numbers alone.
 
         Args:
             rewind: takes the random numbers back to what they are now, and the twin to another state.
         """
-        sizes = self._n, self._state.layout.n
-        if difference := Places(self._twin).difference(self._state.reference, sizes):
+        before, reads = Places(self._twin), TensorReads()
+        if difference := before.difference(self._state.reference, (self._n, self._state.layout.n)):
             raise NotCompiled(f"with another number of environments, {difference}")
-        before = Places(self._twin)
-        reads = TensorReads()
         with attribute_reads(before.objects, self._state.read_by_resets), reads:
             self._reset()
         self._read = [number for number, tensor in enumerate(before.tensors) if id(tensor) in reads.found]
@@ -79,7 +77,7 @@ class ResetPool:
                 self._constants.append((slot, rows[0].clone()))
         check_equal(["what a reset leaves"] * len(left[0]), left[0], left[1])
         for _ in range(_RESETS_TO_TRY):
-            self._fill()  # so that shared tensors are known too
+            self._fill()
         self.clear()
 
     def state_dict(self) -> dict[str, Any]:
