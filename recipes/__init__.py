@@ -1,6 +1,16 @@
 """The recipes: one script for each algorithm, read from top to bottom."""
 
+import gc
+import importlib
+
 from torchrl_trpo.errors import require
 
 _MODULES = ("hydra", "pydantic", "tqdm", "matplotlib", "imageio", "imageio_ffmpeg", "filelock")
 require("recipes,vmas", *_MODULES, importer=__name__)
+
+if gc.isenabled():
+    gc.disable()  # looking for garbage would take a fourth of the time that PyTorch and TorchRL need
+    try:
+        importlib.import_module("torchrl.collectors")
+    finally:
+        gc.enable()

@@ -826,6 +826,14 @@ MUTATIONS = (
         "envs/compiled",
     ),
     Mutation(
+        "written-is-constant",
+        "torchrl_trpo/kernels/record.py",
+        "if self._has_written or not all(",
+        "if not all(",
+        "a value that was written through a view is read once for all",
+        "kernels/record",
+    ),
+    Mutation(
         "unread-draws",
         "torchrl_trpo/envs/reads.py",
         '"torchrl_trpo::draw_if", mutates_args=(), tags=_DRAWS',

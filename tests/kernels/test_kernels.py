@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.kernels import emulated_gpu
 from torchrl_trpo.kernels import compiler, cuda, writer
 from torchrl_trpo.kernels.aten import Operations
 from torchrl_trpo.kernels.lanes import DTYPES, KINDS, Unsupported
+from torchrl_trpo.kernels.record import record
 from torchrl_trpo.kernels.rows import compile_rows
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
@@ -39,7 +39,7 @@ def inputs_of(n):
 
 def lowered(function, inputs=None):
     inputs = inputs or inputs_of(N_TRACED)
-    graph = make_fx(functionalize(function, remove="mutations"))(*inputs)
+    graph = record(functionalize(function, remove="mutations"), *inputs)
     axes = [0 if tensor.shape[0] == N_TRACED else None for tensor in inputs]
     named = [(f"input{k}", *pair) for k, pair in enumerate(zip(inputs, axes, strict=True))]
     return Operations(graph, N_TRACED).lower(named)

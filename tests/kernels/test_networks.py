@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchrl_trpo.kernels.buffers import Buffers, Columns
 from torchrl_trpo.kernels.lanes import Unsupported
 from torchrl_trpo.kernels.networks import NetworkOperations
+from torchrl_trpo.kernels.record import record
 from torchrl_trpo.kernels.row_function import RowFunction
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
@@ -21,7 +21,7 @@ def compiled(function, inputs, parameters=None):
     parameters = parameters or {}
     traced = [tensor[:N_TRACED] for tensor in inputs]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        graph = make_fx(function)(*traced)
+        graph = record(function, *traced)
         expected = function(*inputs)
     names = [f"input{number}" for number in range(len(inputs))]
     named = [(name, tensor, 0) for name, tensor in zip(names, traced, strict=True)]

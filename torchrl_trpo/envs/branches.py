@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import inspect
 import textwrap
 import types
@@ -32,11 +33,11 @@ def branching_by(
     names = {name for each in cls.__mro__[: cls.__mro__.index(until)] for name in vars(each)}
     functions = {name: getattr(cls, name) for name in names}
     found = {
-        name: _rewritten(function, branch)
+        name: _rewritten(function)
         for name, function in functions.items()
         if isinstance(function, types.FunctionType) and function.__closure__ is None
     }
-    return {name: function for name, function in found.items() if function is not None}
+    return {name: make(branch) for name, make in found.items() if make is not None}
 
 
 @contextlib.contextmanager
@@ -55,8 +56,9 @@ def replaced(cls: type, functions: Mapping[str, Any]) -> Iterator[None]:
                 delattr(cls, name)
 
 
-def _rewritten(function: types.FunctionType, branch: Any) -> Any:
-    """The function with its ``if`` statements replaced; None if there is none that can be."""
+@functools.lru_cache  # the methods of a scenario are traced a dozen times
+def _rewritten(function: types.FunctionType) -> Callable[[Any], types.FunctionType] | None:
+    """Makes the function with its ``if`` statements replaced by a ``branch``; None if there is none that can be."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError):
@@ -79,9 +81,13 @@ def _rewritten(function: types.FunctionType, branch: Any) -> Any:
     found: dict[str, Any] = {}
     code = compile(ast.fix_missing_locations(make), inspect.getfile(function), "exec")
     exec(code, function.__globals__, found)
-    new = found[_MAKE](branch)
-    new.__defaults__, new.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    return new
+
+    def make_method(branch: Any) -> types.FunctionType:
+        new = found[_MAKE](branch)
+        new.__defaults__, new.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+        return new
+
+    return make_method
 
 
 class _Rewriter(ast.NodeTransformer):

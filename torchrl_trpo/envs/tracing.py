@@ -310,4 +310,3 @@ def _drop_writes_to_inputs(graph: fx.GraphModule, before: Places) -> None:
                     )
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
-    graph.recompile()

@@ -89,7 +89,7 @@ class _Graph:
     def __call__(
         self, parameters: list[Tensor], rows: TensorDictBase, drawn: Tensor
     ) -> tuple[Tensor, list[Tensor | None]]:
-        mean, *gradients = self._function(parameters, [_take(rows.get(key), drawn) for key in self._keys])
+        mean, *gradients = self._function(*parameters, *(_take(rows.get(key), drawn) for key in self._keys))
         return mean, gradients
 
 
