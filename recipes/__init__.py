@@ -1,7 +1,6 @@
 """The recipes: one script for each algorithm, read from top to bottom."""
 
 import gc
-import importlib
 
 from torchrl_trpo.errors import require
 
@@ -11,6 +10,6 @@ require("recipes,vmas", *_MODULES, importer=__name__)
 if gc.isenabled():
     gc.disable()  # looking for garbage would take a fourth of the time that PyTorch and TorchRL need
     try:
-        importlib.import_module("torchrl.collectors")
+        import torchrl.collectors  # noqa: F401
     finally:
         gc.enable()
