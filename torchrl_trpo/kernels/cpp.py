@@ -70,10 +70,10 @@ FN void store(uint8_t* p, B v) {
 template <typename T> FN void store(T* p, F v) {
   for (int k = 0; k < W; k++) p[k] = (T)v[k];
 }
-FN void store_rows(bool* p, int64_t stride, int64_t n, B v) {
+PART store_rows(bool* p, int64_t stride, int64_t n, B v) {
   for (int k = 0; k < W && k < n; k++) p[k * stride] = v[k] != 0;
 }
-template <typename T> FN void store_rows(T* p, int64_t stride, int64_t n, F v) {
+template <typename T> PART store_rows(T* p, int64_t stride, int64_t n, F v) {
   for (int k = 0; k < W && k < n; k++) p[k * stride] = (T)v[k];
 }
 // a lane of an input; all rows read the same one
