@@ -111,24 +111,21 @@ def film_episodes(
     require("recipes", "imageio", "imageio_ffmpeg", importer=__name__)
     import imageio.v2 as imageio  # here, so that --help does not wait for it
 
-    films: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
+    settings: dict[str, Any] = {"fps": FRAMES_PER_SECOND / every, "output_params": ["-preset", "veryfast"]}
+    if is_gif := path.suffix == ".gif":
+        settings = {"duration": 1000 * every / FRAMES_PER_SECOND, "loop": 0}  # again and again
+    tiles: list[np.ndarray] = []
     running = [True] * num_envs
     acting = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
-    with torch.no_grad(), set_exploration_type(acting):
+    with torch.no_grad(), set_exploration_type(acting), imageio.get_writer(path, **settings) as film:
         for step in range(max_steps + 1):
             if step % every == 0:
-                for index, film in enumerate(films):
-                    film.append(render(index) if running[index] else film[-1])
+                tiles = [render(index) if running[index] else tiles[index] for index in range(num_envs)]
+                film.append_data(_few_colors(_mosaic(tiles)) if is_gif else _mosaic(tiles))
             if step == max_steps or not any(running):
                 break
             data = env.step(policy(data))["next"]
             running = [was and not done for was, done in zip(running, data["done"].flatten().tolist(), strict=True)]
-    settings: dict[str, Any] = {"fps": FRAMES_PER_SECOND / every, "output_params": ["-preset", "veryfast"]}
-    pictures: list[Any] = [_mosaic(tiles) for tiles in zip(*films, strict=True)]
-    if path.suffix == ".gif":
-        settings = {"duration": 1000 * every / FRAMES_PER_SECOND, "loop": 0}  # again and again
-        pictures = [_few_colors(picture) for picture in pictures]
-    imageio.mimsave(path, pictures, **settings)
     return path
 
 
