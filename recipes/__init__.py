@@ -12,4 +12,5 @@ if gc.isenabled():
     try:
         import torchrl.collectors  # noqa: F401
     finally:
+        gc.freeze()  # what is imported stays
         gc.enable()
