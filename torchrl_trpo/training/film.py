@@ -117,7 +117,8 @@ def film_episodes(
     tiles: list[np.ndarray] = []
     running = [True] * num_envs
     acting = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
-    with torch.no_grad(), set_exploration_type(acting), imageio.get_writer(path, **settings) as film:
+    film: Any = imageio.get_writer(path, **settings)
+    with torch.no_grad(), set_exploration_type(acting), film:
         for step in range(max_steps + 1):
             if step % every == 0:
                 tiles = [render(index) if running[index] else tiles[index] for index in range(num_envs)]
