@@ -828,8 +828,8 @@ MUTATIONS = (
     Mutation(
         "written-is-constant",
         "torchrl_trpo/kernels/record.py",
-        "if self._has_written or not all(",
-        "if not all(",
+        "if self._has_written or not self._constants",
+        "if not self._constants",
         "a value that was written through a view is read once for all",
         "kernels/record",
     ),

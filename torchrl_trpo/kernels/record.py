@@ -51,6 +51,7 @@ class _Recorder(TorchDispatchMode):
         self.attributes: dict[str, Tensor] = {}
         self._decompositions = decompositions
         self._nodes = WeakTensorKeyDictionary()  # what each tensor is in the graph
+        self._constants: set[fx.Node] = set()  # computed of Python's numbers alone
         self._has_written = False  # then a tensor may share its memory with another that is no constant
 
     def follow(self, tensor: Tensor, node: fx.Node) -> None:
@@ -79,23 +80,21 @@ class _Recorder(TorchDispatchMode):
         results = func(*args, **kwargs)
         if torch.Tag.data_dependent_output in func.tags:
             read = [node for node in tree_leaves((nodes, named)) if isinstance(node, fx.Node) and node.op != "get_attr"]
-            if self._has_written or not all(map(_is_constant, read)):
+            if self._has_written or not self._constants.issuperset(read):
                 raise RuntimeError(f"Python reads a tensor's value, by {func}")
             return results
         self._has_written |= func._schema.is_mutable
         # A new tensor of Python's numbers is a constant here, and new at each call of the graph.
-        target = _NEW if func is torch.ops.aten.lift_fresh.default else func
-        node = self.graph.call_function(target, nodes, named)
+        node = self._call(_NEW if func is torch.ops.aten.lift_fresh.default else func, nodes, named)
         if isinstance(results, Tensor):
             self.follow(results, node)
         for number, result in enumerate(results if isinstance(results, (list, tuple)) else []):
             if isinstance(result, Tensor):
-                self.follow(result, self.graph.call_function(operator.getitem, (node, number)))
+                self.follow(result, self._call(operator.getitem, (node, number)))
         return results
 
-
-def _is_constant(node: fx.Node) -> bool:
-    """Whether a node is computed of Python's numbers alone, the same at each call of the graph."""
-    if node.target is _NEW:
-        return True
-    return node.op == "call_function" and not node.is_impure() and all(map(_is_constant, node.all_input_nodes))
+    def _call(self, target: Any, args: Any, kwargs: Any = None) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        if target is _NEW or (self._constants.issuperset(node.all_input_nodes) and not node.is_impure()):
+            self._constants.add(node)
+        return node
