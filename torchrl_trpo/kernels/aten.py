@@ -47,7 +47,7 @@ class Operations(Views):
     """The operations of ``torch.ops.aten``, as methods with their names and arguments.
 
     Args:
-        graph: a graph of ``make_fx`` for a batch, without mutations.
+        graph: a graph of :func:`~torchrl_trpo.kernels.record.record` for a batch, without mutations.
         n_rows: the size of the batch.
     """
 
@@ -102,8 +102,7 @@ class Operations(Views):
         if node.target is operator.getitem:
             return arguments[0][arguments[1]]
         name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
-        result = node.meta.get("val", node.meta.get("tensor_meta"))
-        dtype = getattr(result, "dtype", None)
+        dtype = getattr(node.meta.get("val"), "dtype", None)  # several tensors have none
         if dtype is not None and dtype not in KINDS:
             raise Unsupported(f"{name} of {dtype}")
         self._kind = "" if dtype is None else KINDS[dtype]

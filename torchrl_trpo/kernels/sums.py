@@ -150,5 +150,5 @@ def _joined_last(tensor: Joined) -> np.ndarray:
 
 
 def _shape_of(node: fx.Node) -> tuple[int, ...]:
-    shape = getattr(node.meta.get("val", node.meta.get("tensor_meta")), "shape", None)
+    shape = getattr(node.meta.get("val"), "shape", None)
     return () if shape is None else tuple(shape)  # several tensors have none
