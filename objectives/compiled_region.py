@@ -13,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 
-from torchrl_trpo.kernels.batch_function import BatchFunction, Blocks
+from torchrl_trpo.kernels.batch_function import BatchFunction, Blocks, check_results
 from torchrl_trpo.kernels.buffers import NotCompiled
 from torchrl_trpo.kernels.settings import settings_of
 from torchrl_trpo.objectives.policy_network import distribution_keys, distribution_settings, single_agent_network
@@ -23,7 +23,6 @@ from torchrl_trpo.objectives.policy_rows import PolicyRows
 _OWN = ("action", "log_prob", "advantage", "weight", "factor")  # entries of the rows, besides the inputs
 _N_COMPARED = 64  # rows on which compiled functions are compared with what they stand for
 _MOST = 16  # functions of a loss, which has more than one if agents have different bounds
-_TOLERANCE = 1e-4  # of the largest number
 
 
 class CompiledRegion(PolicyTrustRegion):
@@ -110,8 +109,8 @@ class RegionFunctions:
         ]
         functions = [BatchFunction(function, given, [*itertools.chain(*rows)]) for function, given, rows in calls]
         self.product, self.gradient, self.evaluation = functions
-        for compiled, call in zip(functions, calls, strict=True):
-            _compare(compiled, *call)
+        for compiled, (function, given, each) in zip(functions, calls, strict=True):
+            check_results(compiled(given, *map(Blocks, each)), function, given, [*itertools.chain(*each)])
 
     def rows_of(self, rows: PolicyRows) -> list[Tensor]:
         """The tensors with rows."""
@@ -174,34 +173,8 @@ class RegionFunctions:
         return [change, piece.ratio]
 
 
-def _double(tensors: Sequence[Tensor], change: float) -> list[Tensor]:
-    """Tensors in double precision, with their numbers changed by a share of themselves."""
-    return [tensor.double() * (1 + change) if tensor.is_floating_point() else tensor for tensor in tensors]
-
-
 def _entries(rows: PolicyRows) -> TensorDict:
     return TensorDict({"inputs": rows.inputs.copy(), **{name: getattr(rows, name) for name in _OWN}})
-
-
-def _compare(
-    compiled: BatchFunction,
-    function: Callable[..., list[Tensor]],
-    shared: list[Tensor],
-    of_rows: Sequence[list[Tensor]],
-) -> None:
-    """Compares a compiled function with itself in double precision.
-
-    Its results may be as far from those as rounding is, that of its operations and that of its inputs.
-    """
-    together = [*itertools.chain(*of_rows)]
-    ours = compiled(shared, *map(Blocks, of_rows))
-    plain = function(shared, together)
-    exact, others = (function(_double(shared, change), _double(together, change)) for change in (0.0, 2.0**-23))
-    for value, *rounded, right in zip(ours, plain, others, exact, strict=True):
-        spread = max((each - right).abs().max() for each in rounded)
-        bound = _TOLERANCE * right.abs().max() + 4 * spread
-        if value.shape != right.shape or not bool(((value - right).abs() <= bound).all()):
-            raise NotCompiled("its results are not what they should be")
 
 
 class RegionCompiler:

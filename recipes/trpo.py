@@ -94,6 +94,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
                 data,
                 epochs=cfg.critic.epochs,
                 minibatch_size=cfg.critic.minibatch_size,
+                compiled=cfg.env.get("compiled", False),
                 process_group=ranks.group,
             )
             run.lap("critic_s")

@@ -882,6 +882,14 @@ MUTATIONS = (
         "kernels/batch_function::test_gradient_of_a_network",
     ),
     Mutation(
+        "stale-critic-settings",
+        "torchrl_trpo/training/critic_gradient.py",
+        ", self._settings_of(loss)) != (self._entries, self.size, self._settings)",
+        ") != (self._entries, self.size)",
+        "a critic's loss whose settings have changed is fitted by the operations of before",
+        "training/critic_gradient::test_recorded_again_when_a_setting_has_changed_that_the_first_minibatch_does_not_show",
+    ),
+    Mutation(
         "stale-compiled-policy",
         "objectives/compiled_region.py",
         "if settings != self._settings:",

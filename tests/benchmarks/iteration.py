@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from tensordict import TensorDict
 
@@ -59,9 +60,10 @@ def _parts(num_envs: int, compiled: bool) -> dict[str, Callable[[], object]]:
     optimizer = critic_optimizer([loss], lr=1e-3)
     collector = iter(make_collector(env, actor, frames_per_batch=num_envs * STEPS, total_frames=-1))
     state: dict[str, TensorDict] = {}
+    fit: Any = {"epochs": 5, "minibatch_size": 300, "compiled": compiled}
     return {
         "sampling": lambda: state.update(data=next(collector)),
         "advantages": lambda: loss.value_estimator(state["data"]),
         "policy update": lambda: updater.step(state["data"]),
-        "critic fit": lambda: fit_critic(loss, optimizer, state["data"], epochs=5, minibatch_size=300),
+        "critic fit": lambda: fit_critic(loss, optimizer, state["data"], **fit),
     }

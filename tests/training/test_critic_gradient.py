@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from copy import deepcopy
 
 import pytest
@@ -14,25 +15,28 @@ from tests.cases import make_actor
 from torchrl_trpo.networks.builders import TeamCritic
 from torchrl_trpo.objectives import TRPOLoss
 from torchrl_trpo.training import critic_gradient
-from torchrl_trpo.training.critic_fit import critic_optimizer, fit_critic
+from torchrl_trpo.training.critic_fit import critic_optimizer, fit_critic, trained_parameters
 
 CENTRAL, VALUE, TARGET = ("agents", "central"), ("agents", "state_value"), ("agents", "value_target")
 MASK = ("collector", "mask")
 FIT = {"epochs": 2, "minibatch_size": 10}
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
+)
 
 
-def make_loss(*layers, **settings):
+def make_loss(*layers, dtype=torch.float64, **settings):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), *layers, nn.Linear(8, 1)).double()
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), *layers, nn.Linear(8, 1)).to(dtype)
     loss = TRPOLoss(make_actor(), TensorDictModule(TeamCritic(net), [CENTRAL], [VALUE]), **settings)
     loss.set_keys(value=VALUE, value_target=TARGET)
     return loss
 
 
-def make_batch(n_rows=300, masked=False):
+def make_batch(n_rows=300, masked=False, dtype=torch.float64):
     """Rows with a pooled input that is repeated, not copied, for each of two agents."""
-    central = torch.randn(n_rows, 1, 3, dtype=torch.float64).expand(-1, 2, -1)
-    values = {VALUE: torch.randn(n_rows, 2, 1, dtype=torch.float64), TARGET: torch.randn(n_rows, 2, 1).double()}
+    central = torch.randn(n_rows, 1, 3, dtype=dtype).expand(-1, 2, -1)
+    values = {VALUE: torch.randn(n_rows, 2, 1, dtype=dtype), TARGET: torch.randn(n_rows, 2, 1).to(dtype)}
     data = TensorDict({CENTRAL: central, **values}, [n_rows])
     if masked:
         data[MASK] = torch.rand(n_rows) < 0.7
@@ -40,13 +44,13 @@ def make_batch(n_rows=300, masked=False):
     return data
 
 
-def fit(loss, optimizer, data, *, recorded, monkeypatch):
+def fit(loss, optimizer, data, *, recorded, monkeypatch, compiled=False):
     """What a fit returns, the parameters after it, and how often the loss was called."""
     monkeypatch.setattr(critic_gradient, "_FEWEST_STEPS", 0 if recorded else 10**9)
     calls, own = [], type(loss).loss_critic
     monkeypatch.setattr(type(loss), "loss_critic", lambda *args: calls.append(1) or own(*args))
     torch.manual_seed(1)
-    result = fit_critic(loss, optimizer, data, **FIT)
+    result = fit_critic(loss, optimizer, data, compiled=compiled, **FIT)
     monkeypatch.undo()
     return result, [parameter.clone() for parameter in loss.critic_network_params.values(True, True)], len(calls)
 
@@ -84,12 +88,58 @@ def test_recorded_again_when_the_loss_has_changed(monkeypatch):
     torch.testing.assert_close((fast, own), (slow, expected), rtol=0, atol=0)
 
 
+def test_recorded_again_when_a_setting_has_changed_that_the_first_minibatch_does_not_show(monkeypatch):
+    data, loss = make_batch(), make_loss(clip_value=10.0)
+    fit(loss, critic_optimizer([loss], lr=0.01), data, recorded=True, monkeypatch=monkeypatch)
+    torch.manual_seed(1)
+    first = torch.randperm(len(data))[: FIT["minibatch_size"]]  # of the next fit
+    with torch.no_grad(), loss.critic_network_params.to_module(loss.critic_network):
+        data[VALUE][first] = loss.critic_network(data[first].clone())[VALUE]
+    loss.clip_value = torch.tensor(0.1)
+    twin = deepcopy(loss)
+    optimizers = [critic_optimizer([each], lr=0.01) for each in (loss, twin)]
+    fast, own, _ = fit(loss, optimizers[0], data, recorded=True, monkeypatch=monkeypatch)
+    slow, expected, _ = fit(twin, optimizers[1], data, recorded=False, monkeypatch=monkeypatch)
+    torch.testing.assert_close((fast, own), (slow, expected), rtol=0, atol=0)
+
+
 def test_random_critic_is_never_recorded(monkeypatch):
     data, loss = make_batch(), make_loss(nn.Dropout(0.5))
     optimizer = critic_optimizer([loss], lr=0.01)
     for _ in range(2):
-        *_, calls = fit(loss, optimizer, data, recorded=True, monkeypatch=monkeypatch)
+        *_, calls = fit(loss, optimizer, data, recorded=True, compiled=True, monkeypatch=monkeypatch)
         assert calls >= FIT["epochs"] * len(data) / FIT["minibatch_size"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("settings", [{}, {"loss_critic_type": "l2"}, {"loss_critic_type": "l1", "clip_value": 0.1}])
+def test_compiled_fit_is_the_fit_up_to_rounding(settings, monkeypatch):
+    data = make_batch(305, dtype=torch.float32)
+    losses = [make_loss(dtype=torch.float32, **settings) for _ in range(2)]
+    optimizers = [torch.optim.SGD(trained_parameters(loss), lr=0.1) for loss in losses]
+    for critic_coeff in (1.0, 1.0, 0.5):  # the second fit uses what the first has compiled, and the third must not
+        for loss in losses:
+            loss.critic_coeff.fill_(critic_coeff)
+        fast, own, calls = fit(losses[0], optimizers[0], data, recorded=True, compiled=True, monkeypatch=monkeypatch)
+        slow, expected, _ = fit(losses[1], optimizers[1], data, recorded=False, monkeypatch=monkeypatch)
+        assert calls <= 3  # also the last minibatch of an epoch, which has another size, is compiled
+        torch.testing.assert_close((fast, own), (slow, expected), rtol=1e-4, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("masked", "dtype", "reason"),
+    [(True, torch.float32, "it reads data of torch.bool"), (False, torch.float64, "it reads data of torch.float64")],
+    ids=["masked", "double precision"],
+)
+def test_fit_that_cannot_be_compiled_says_why(masked, dtype, reason, monkeypatch):
+    data, loss = make_batch(masked=masked, dtype=dtype), make_loss(dtype=dtype, log_explained_variance=False)
+    twin = deepcopy(loss)
+    optimizers = [critic_optimizer([each], lr=0.01) for each in (loss, twin)]
+    with pytest.warns(UserWarning, match=f"The critic's fit is not compiled: {reason}"):
+        fast, own, _ = fit(loss, optimizers[0], data, recorded=True, compiled=True, monkeypatch=monkeypatch)
+    slow, expected, _ = fit(twin, optimizers[1], data, recorded=False, monkeypatch=monkeypatch)
+    torch.testing.assert_close((fast, own), (slow, expected), rtol=0, atol=0)
 
 
 def test_data_without_value_targets_is_refused():

@@ -80,7 +80,7 @@ class Vmas(Environment, extra="forbid"):
     continuous_actions: Switch = True
     """Whether actions are continuous; false for a Categorical policy."""
     compiled: Annotated[bool | Literal["auto"], Field(title="auto, true or false")] = "auto"
-    """Whether simulator, rollouts and policy updates are compiled, in C++; auto: if the run is long enough."""
+    """Whether simulator, rollouts, updates and critic fits are compiled, in C++; auto: if the run is long enough."""
 
 
 class Gym(Environment, extra="forbid"):

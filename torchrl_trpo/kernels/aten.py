@@ -30,6 +30,7 @@ _ELEMENTWISE = {  # operation of aten: the statement's operation; the result has
     "bitwise_or": "or",
     "bitwise_xor": "xor",
     "bitwise_not": "not",
+    "sgn": "sign",
 }
 _LOGICAL = {"logical_and": "and", "logical_or": "or", "logical_xor": "xor"}
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")

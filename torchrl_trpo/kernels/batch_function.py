@@ -23,8 +23,11 @@ from torchrl_trpo.kernels.writer import Store
 _ROWS = 1024  # are computed at a time, so that what is written of them stays in a core's cache
 _STRIDE = _ROWS + ROWS_AT_A_TIME  # between lanes: a power of two would put them all into the same lines of the cache
 _MOST_THREADS = 2  # of PyTorch's, with which it would not be faster
-_BACKWARD = ("tanh", "softplus", "threshold", "sigmoid", "silu", "elu", "leaky_relu", "select", "slice")
-_DECOMPOSED = (*(f"{name}_backward" for name in _BACKWARD), "_log_softmax_backward_data", "_softmax_backward_data")
+_LOSSES = ("mse_loss", "smooth_l1_loss")
+_BACKWARD = ("tanh", "softplus", "threshold", "sigmoid", "silu", "elu", "leaky_relu", "select", "slice", *_LOSSES)
+_SOFTMAX = ("_log_softmax_backward_data", "_softmax_backward_data")
+_DECOMPOSED = (*_LOSSES, *(f"{name}_backward" for name in _BACKWARD), *_SOFTMAX)
+_TOLERANCE = 1e-4  # of the largest number
 
 
 @functools.cache
@@ -61,8 +64,9 @@ class Blocks:
             if n_whole:
                 buffer[:n_whole, :, :_ROWS] = rows[: n_whole * _ROWS].unflatten(0, (n_whole, _ROWS)).mT
             if left:
-                buffer[-1, :, :left] = rows[n_whole * _ROWS :].T
-                buffer[-1, :, left : left + ROWS_AT_A_TIME] = 0
+                last = buffer[-1]
+                last.narrow(1, 0, left).copy_(rows.narrow(0, n_whole * _ROWS, left).T)
+                last.narrow(1, left, ROWS_AT_A_TIME).zero_()
             self._buffers.append(buffer)
             block = buffer.stride(0) * buffer.element_size()
             self.addresses[:, number] = [buffer.data_ptr() + place * block for place in range(len(self.sizes))]
@@ -182,6 +186,35 @@ class BatchFunction:
                 ]
                 self._views[size].append(views)
         return self._views[size]
+
+
+def check_results(
+    results: Sequence[Tensor], function: Callable[..., Sequence[Tensor]], *given: Sequence[Tensor]
+) -> None:
+    """Compares a compiled function's results with those of what it stands for, in double precision.
+
+    They may be as far from those as rounding is, that of its operations and that of its inputs.
+
+    Args:
+        results: the results.
+        function: what it stands for.
+        *given: the lists of tensors that it takes.
+
+    Raises:
+        NotCompiled: if they are further off.
+    """
+    plain = function(*given)
+    exact, others = (function(*(_double(each, change) for each in given)) for change in (0.0, 2.0**-23))
+    for value, *rounded, right in zip(results, plain, others, exact, strict=True):
+        spread = max((each - right).abs().max() for each in rounded)
+        bound = _TOLERANCE * right.abs().max() + 4 * spread
+        if value.shape != right.shape or not bool(((value - right).abs() <= bound).all()):
+            raise NotCompiled("its results are not what they should be")
+
+
+def _double(tensors: Sequence[Tensor], change: float) -> list[Tensor]:
+    """Tensors in double precision, with their numbers changed by a share of themselves."""
+    return [tensor.double() * (1 + change) if tensor.is_floating_point() else tensor for tensor in tensors]
 
 
 def _of_rows(value: Any) -> Any:

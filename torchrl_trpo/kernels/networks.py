@@ -201,6 +201,11 @@ class NetworkOperations(Operations):
         smooth = self._elementwise("div", self._elementwise("log1p", self._elementwise("exp", scaled)), beta)
         return self._where(self._compare("gt", scaled, float(threshold)), tensor, smooth, "f")
 
+    # Losses
+
+    def masked_fill_(self, tensor: Lanes, mask: Lanes, value: Any) -> Lanes:
+        return self._where(mask, value, tensor, tensor.kind)
+
     # Distributions
 
     def normal_(self, tensor: Lanes, mean: float = 0.0, std: float = 1.0, **_: Any) -> Lanes:

@@ -119,6 +119,13 @@ class SumOperations(NetworkOperations):
         between = list(range(1, tensor.lanes.ndim - 1))
         return self._over_rows("sum", super()._reduce(tensor.lanes, between, False, "add", "f").values)
 
+    def mean(self, tensor: Lanes, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
+        dims = dims_of(dim, tensor.ndim)
+        if tensor.axis not in dims:
+            return super().mean(tensor, dim, keepdim)
+        share = self._elementwise("div", tensor, math.prod(tensor.shape[each] for each in dims))
+        return self._reduce(share, dim, keepdim, "add", self._kind)
+
     def amax(self, tensor: Lanes, dim: Any = None, keepdim: bool = False) -> Any:
         return self._reduce(tensor, dim, keepdim, "max", tensor.kind)
 

@@ -46,8 +46,6 @@ def average_gradients(parameters: Sequence[Tensor], loss: Tensor, count: Tensor,
     ``loss`` is the mean over this rank's ``count`` values, without a graph. Each parameter is given once; one without a
     gradient counts as 0.
     """
-    if ranks.size == 1:
-        return loss
     gradients = []
     for parameter in parameters:
         if parameter.grad is None:

@@ -28,6 +28,7 @@ def fit_critics(
     *,
     epochs: int,
     minibatch_size: int,
+    compiled: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
     """Fits the critics of several groups, one after the other, with :func:`fit_critic`.
@@ -40,13 +41,15 @@ def fit_critics(
     Keyword Args:
         epochs: the number of passes over the batch.
         minibatch_size: rows (environment steps) per gradient step, of all processes together.
+        compiled: whether the gradients are compiled with the machine's C++ compiler, where the fit is long enough. They
+            are equal up to rounding. What cannot be compiled is computed as without it, and a warning says why.
         process_group: the processes that fit together. Default: this one alone.
 
     Returns:
         What :func:`fit_critic` returns, averaged over the groups; ``dropped`` is summed.
     """
-    settings: Any = {"epochs": epochs, "minibatch_size": minibatch_size, "process_group": process_group}
-    fits = [fit_critic(loss, optimizer, data, **settings) for loss in losses]
+    settings: Any = {"minibatch_size": minibatch_size, "compiled": compiled, "process_group": process_group}
+    fits = [fit_critic(loss, optimizer, data, epochs=epochs, **settings) for loss in losses]
     total = {name: sum(fit[name] for fit in fits) for name in fits[0]}
     return {name: value if name == "dropped" else value / len(fits) for name, value in total.items()}
 
@@ -58,6 +61,7 @@ def fit_critic(
     *,
     epochs: int,
     minibatch_size: int,
+    compiled: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
     """Regresses the critic on the value targets of a batch.
@@ -77,6 +81,8 @@ def fit_critic(
     Keyword Args:
         epochs: the number of passes over the batch.
         minibatch_size: rows (environment steps) per gradient step, of all processes together.
+        compiled: whether the gradients are compiled with the machine's C++ compiler, where the fit is long enough. They
+            are equal up to rounding. What cannot be compiled is computed as without it, and a warning says why.
         process_group: the processes that fit together. Default: this one alone.
 
     Returns:
@@ -114,18 +120,22 @@ def fit_critic(
         check_same_length(rows.shape[1], ranks, rows.device or target.device)
         minibatch_size = max(1, minibatch_size // rows.shape[1])
     parameters = trained_parameters(loss)
-    gradient = CriticGradient(loss, parameters, steps=epochs * math.ceil(len(kept) / minibatch_size))
+    steps_of_fit = epochs * math.ceil(len(kept) / minibatch_size)
+    gradient = CriticGradient(loss, parameters, steps=steps_of_fit, compiled=compiled)
+    optimizer.zero_grad()  # of other parameters that it has
     total = target.new_zeros(())
     steps = 0
     for epoch in range(epochs):
         for drawn in draw_minibatches(kept, kept_by_rank, minibatch_size, ranks):
-            optimizer.zero_grad()
             loss_critic = total.new_zeros(())
             if len(drawn):
                 loss_critic = gradient(rows, drawn)
-            elif update_value_norm is not None:
-                update_value_norm(rows[drawn])  # with the targets of the ranks that have some
-            loss_critic = average_gradients(parameters, loss_critic, counted[drawn].sum(), ranks)
+            else:
+                optimizer.zero_grad()
+                if update_value_norm is not None:
+                    update_value_norm(rows[drawn])  # with the targets of the ranks that have some
+            if ranks.size > 1:
+                loss_critic = average_gradients(parameters, loss_critic, counted[drawn].sum(), ranks)
             optimizer.step()
             if epoch == epochs - 1:
                 total += loss_critic

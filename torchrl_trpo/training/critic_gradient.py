@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor, fx
 from torchrl.objectives import PPOLoss
 
+from torchrl_trpo.kernels.batch_function import BatchFunction, Blocks, check_results
+from torchrl_trpo.kernels.buffers import NotCompiled
 from torchrl_trpo.kernels.record import record
+from torchrl_trpo.kernels.settings import setting_of, settings_of
 from torchrl_trpo.keys import reads_init
 from torchrl_trpo.objectives.policy_update import critic_network_parameters, mean_critic_loss
 
 _FEWEST_STEPS = 50  # of a fit for which tracing pays
+_MOST_COMPILED = 4  # graphs of a loss, whose settings may change in each fit
 
 
 class CriticGradient:
     """The critic's mean loss on minibatches of one fit, with gradients.
 
     The loss is called for the first minibatch. Its operations are also recorded, as a graph of plain tensors, which
-    serves the other minibatches of that shape, here and in later fits. It does so only if it gives what the loss gives
-    on the first minibatch of a fit, to the bit: a loss whose settings have changed is recorded anew.
+    serves the other minibatches of that shape, here and in later fits. It does so only if the loss has the settings
+    that it had, and if it gives what the loss gives on the first minibatch of a fit, to the bit. Otherwise the loss is
+    recorded anew.
+
+    Compiled, the operations serve minibatches of any size, and give the same up to rounding. What cannot be compiled is
+    computed as without it, and a warning says why.
 
     Nothing is recorded for a loss that a call may change (``value_norm``, buffers of the critic), for recurrent
     critics, whose graphs are long, and for fits of few steps.
@@ -30,12 +40,16 @@ class CriticGradient:
     Args:
         loss: the loss.
         parameters: the critic's trained parameters.
+
+    Keyword Args:
         steps: the number of minibatches in the fit.
+        compiled: whether to compile what is recorded, with the machine's C++ compiler.
     """
 
-    def __init__(self, loss: PPOLoss, parameters: Sequence[Tensor], *, steps: int) -> None:
-        self._loss, self._parameters = loss, list(parameters)
-        self._graph: _Graph | None = None
+    def __init__(self, loss: PPOLoss, parameters: Sequence[Tensor], *, steps: int, compiled: bool = False) -> None:
+        self._loss, self._parameters, self._compiled = loss, list(parameters), compiled
+        self._function: _Graph | _Compiled | None = None
+        self._values: list[Tensor] = []  # what it takes, of all rows of the fit
         self._may_trace = (
             steps >= _FEWEST_STEPS
             and getattr(loss, "value_norm", None) is None
@@ -44,7 +58,7 @@ class CriticGradient:
         )
 
     def __call__(self, rows: TensorDictBase, drawn: Tensor) -> Tensor:
-        """Adds the gradient of the mean loss to the parameters' ``grad``, which is None or 0.
+        """Computes the gradient of the mean loss, which takes the place of the parameters' ``grad``.
 
         Args:
             rows: the rows of the fit.
@@ -53,70 +67,185 @@ class CriticGradient:
         Returns:
             The mean loss, without a graph.
         """
-        if self._graph is not None and self._graph.size == len(drawn):
-            mean, gradients = self._graph(self._parameters, rows, drawn)
+        if self._function is not None and self._function.size in (None, len(drawn)):
+            mean, *gradients = self._function(self._parameters, _take(self._values, drawn))
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.grad = gradient
             return mean
-        batch = rows[drawn]
+        for parameter in self._parameters:
+            parameter.grad = None
         with torch.enable_grad():
-            mean = mean_critic_loss(self._loss, batch)
+            mean = mean_critic_loss(self._loss, rows[drawn])
         mean.backward()
         if self._may_trace:
             self._may_trace = False
             expected = [mean.detach(), *(parameter.grad for parameter in self._parameters)]
-            self._graph = _graph_of(self._loss, self._parameters, rows, drawn, expected)
+            self._record(rows, drawn, expected)
         return mean.detach()
+
+    def _record(self, rows: TensorDictBase, drawn: Tensor, expected: Sequence[Tensor | None]) -> None:
+        """Finds a function that gives what is expected of the rows that are drawn, if there is one."""
+        entries = _entries_of(rows)
+        values = [rows.get(entry.key)[entry.once] for entry in entries]
+        graph = _graph_of(self._loss, self._parameters, entries, _take(values, drawn), expected)
+        self._function, self._values = graph, values
+        if graph is not None and self._compiled:
+            compiled = graph.compiled(self._loss, self._parameters, _take(values, drawn))
+            if compiled is not None:
+                self._function, self._values = compiled, [_packed(values)]
+
+
+class _Entry(NamedTuple):
+    """An entry of rows; what is repeated in it (a team's pooled input, once for each agent) is taken once."""
+
+    key: NestedKey
+    shape: torch.Size
+    dtype: torch.dtype
+    once: tuple[slice, ...]
+
+
+def _entries_of(rows: TensorDictBase) -> list[_Entry]:
+    entries = []
+    for key, value in rows.items(True, True):
+        once = tuple(slice(0, 1) if dim and not value.stride(dim) else slice(None) for dim in range(value.ndim))
+        entries.append(_Entry(key, value.shape[1:], value.dtype, once))
+    return entries
+
+
+def _take(values: Sequence[Tensor], drawn: Tensor) -> list[Tensor]:
+    return [value.index_select(0, drawn) for value in values]
+
+
+def _packed(values: Sequence[Tensor]) -> Tensor:
+    """Tensors ``[N, *shape]`` as one, ``[N, K]``."""
+    return torch.cat([value.reshape(len(value), -1) for value in values], 1)
+
+
+def _mean_of(loss: PPOLoss, entries: Sequence[_Entry], values: Sequence[Tensor]) -> Tensor:
+    pairs = zip(entries, values, strict=True)
+    batch = TensorDict({entry.key: value.expand(-1, *entry.shape) for entry, value in pairs}, [len(values[0])])
+    return mean_critic_loss(loss, batch)
+
+
+def _with_gradient(mean: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """A mean loss and its gradient; that of a parameter which has none is None."""
+    return [mean.detach(), *torch.autograd.grad(mean, parameters, allow_unused=True)]
 
 
 class _Graph:
-    """The operations of the mean loss and its gradient on a minibatch, recorded."""
+    """The operations of the mean loss and its gradient on a minibatch, recorded.
 
-    def __init__(self, loss: PPOLoss, parameters: list[Tensor], batch: TensorDictBase) -> None:
-        def function(own: list[Tensor], values: list[Tensor]) -> list[Tensor | None]:
-            recorded = TensorDict(dict(zip(self._keys, values, strict=True)), batch_size=batch.batch_size)
+    ``n_before`` is how many graphs the loss has had.
+    """
+
+    def __init__(
+        self,
+        loss: PPOLoss,
+        parameters: Sequence[Tensor],
+        entries: Sequence[_Entry],
+        values: Sequence[Tensor],
+        n_before: int,
+    ) -> None:
+        def function(own: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
             with torch.enable_grad():
-                mean = mean_critic_loss(loss, recorded)
-            return [mean.detach(), *torch.autograd.grad(mean, own, allow_unused=True)]
+                return _with_gradient(_mean_of(loss, entries, values), own)
 
-        self.size = len(batch)
-        self._keys = list(batch.keys(True, True))
-        self._function = record(function, parameters, [batch.get(key) for key in self._keys])
+        self.size, self.n_before = len(values[0]), n_before
+        self._entries = entries
+        self._function = record(function, parameters, values)
         self._function.graph.eliminate_dead_code()  # what the loss computes for its log
         self._function.recompile()
+        read = {id(tensor) for tensor in self._function.buffers()}
+        self._coefficients = [name for name, tensor in loss.named_buffers(recurse=False) if id(tensor) in read]
+        self._settings = self._settings_of(loss)
+        self._compiled: _Compiled | None = None
+        self._may_compile = True
 
     @torch.no_grad()
-    def __call__(
-        self, parameters: list[Tensor], rows: TensorDictBase, drawn: Tensor
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        mean, *gradients = self._function(*parameters, *(_take(rows.get(key), drawn) for key in self._keys))
-        return mean, gradients
+    def __call__(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        return self._function(*parameters, *values)
+
+    def fits(
+        self,
+        loss: PPOLoss,
+        parameters: Sequence[Tensor],
+        entries: Sequence[_Entry],
+        values: Sequence[Tensor],
+        expected: Sequence[Tensor | None],
+    ) -> bool:
+        """Whether the loss has not changed, and it gives what is expected, to the bit."""
+        if (entries, len(values[0]), self._settings_of(loss)) != (self._entries, self.size, self._settings):
+            return False
+        pairs = zip(self(parameters, values), expected, strict=True)
+        return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+
+    def _settings_of(self, loss: PPOLoss) -> tuple[Any, ...]:
+        settings = settings_of([("", loss), *loss.critic_network.named_modules(prefix="critic")])
+        return (*settings, *(setting_of(getattr(loss, name)) for name in self._coefficients))
+
+    def compiled(self, loss: PPOLoss, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> _Compiled | None:
+        """The same, compiled, at the first call; None if it cannot be, and then a warning has said why."""
+        if self._may_compile:
+            self._may_compile = False
+            try:
+                if self.n_before >= _MOST_COMPILED:
+                    raise NotCompiled("the loss's settings, or the shapes of the data, change again and again")
+                self._compiled = _Compiled(loss, parameters, self._entries, values, self._function)
+            except (NotCompiled, RuntimeError, ValueError, LookupError, NotImplementedError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                warnings.warn(f"The critic's fit is not compiled: {reason}.", stacklevel=5)
+        return self._compiled
+
+
+class _Compiled:
+    """The mean loss and its gradient on a minibatch of any size, as one compiled loop over its packed rows.
+
+    ``graph`` is what it stands for, on ``values``.
+    """
+
+    size = None
+
+    def __init__(
+        self,
+        loss: PPOLoss,
+        parameters: Sequence[Tensor],
+        entries: Sequence[_Entry],
+        values: Sequence[Tensor],
+        graph: fx.GraphModule,
+    ) -> None:
+        def function(shared: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+            *own, share = shared  # of one row in the mean
+            parts = rows[0].split([value[0].numel() for value in values], 1)
+            unpacked = [part.view(-1, *value.shape[1:]) for part, value in zip(parts, values, strict=True)]
+            with torch.enable_grad():
+                return _with_gradient(_mean_of(loss, entries, unpacked) * len(rows[0]) * share, own)
+
+        for value in values:
+            if value.dtype != torch.float32 or value.device.type != "cpu":
+                raise NotCompiled(f"it reads data of {value.dtype} on {value.device}")
+        packed = _packed(values)
+        self._function = BatchFunction(function, [*parameters, torch.ones(())], [packed])
+        check_results(self(parameters, [packed]), lambda own, rows: graph(*own, *rows), parameters, values)
+
+    @torch.no_grad()
+    def __call__(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        return self._function([*parameters, torch.tensor(1 / len(values[0]))], Blocks(values))
 
 
 _graphs: WeakKeyDictionary[PPOLoss, _Graph | None] = WeakKeyDictionary()  # None: the loss differs from its graph
 
 
 def _graph_of(
-    loss: PPOLoss, parameters: list[Tensor], rows: TensorDictBase, drawn: Tensor, expected: list[Tensor | None]
+    loss: PPOLoss,
+    parameters: Sequence[Tensor],
+    entries: Sequence[_Entry],
+    values: Sequence[Tensor],
+    expected: Sequence[Tensor | None],
 ) -> _Graph | None:
     """A graph that gives what is expected, the recorded one or a new one; None if there is none."""
-
-    def fits(graph: _Graph) -> bool:
-        mean, gradients = graph(parameters, rows, drawn)
-        pairs = zip([mean, *gradients], expected, strict=True)
-        return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
-
-    known = loss in _graphs
-    graph = _graphs.get(loss)
-    if known and (graph is None or (graph.size == len(drawn) and fits(graph))):
-        return graph
-    new = _Graph(loss, parameters, rows[drawn])
-    _graphs[loss] = new if fits(new) else None
+    known = _graphs.get(loss)
+    if loss in _graphs and (known is None or known.fits(loss, parameters, entries, values, expected)):
+        return known
+    new = _Graph(loss, parameters, entries, values, 0 if known is None else known.n_before + 1)
+    _graphs[loss] = new if new.fits(loss, parameters, entries, values, expected) else None
     return _graphs[loss]
-
-
-def _take(value: Tensor, drawn: Tensor) -> Tensor:
-    """Rows of an entry; what is repeated in it (a team's pooled input, once for each agent) is copied once."""
-    repeated = [dim for dim in range(1, value.ndim) if value.stride(dim) == 0]
-    once = value[tuple(slice(0, 1) if dim in repeated else slice(None) for dim in range(value.ndim))]
-    return once.index_select(0, drawn).expand(-1, *value.shape[1:])
