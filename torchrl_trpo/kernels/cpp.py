@@ -163,8 +163,8 @@ static __attribute__((noinline)) void linear(const F* x, const float* w, F* y) {
   for (; j + W <= N; j += W) some_columns<K, SK, SN, W>(x, w + j * SN, y + j);
   if constexpr (N % W) some_columns<K, SK, SN, N % W>(x, w + j * SN, y + j);
 }
-// The polynomials are the best of their degrees: p for tanh(a) / a - 1, with an error of 4e-9, and q for (exp(2r) - 1) / r
-// with 2e-9, where size = r + n log(2) / 2. Adding 1.5 * 2^23 rounds n and leaves it in the last bits.
+// The polynomials are the best of their degrees: p for tanh(a) / a - 1, with an error of 4e-9, and q for
+// (exp(2r) - 1) / r with 2e-9, where size = r + n log(2) / 2. Adding 1.5 * 2^23 rounds n and leaves it in the low bits.
 FN F tanh_of(F a) {
   const F z = a * a, size = abs_of(a), x = where(size > 10.0f, F(10.0f), size);
   F p = fmadd(z, F(-0.005717033f), F(0.020650575f));
