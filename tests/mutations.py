@@ -884,10 +884,18 @@ MUTATIONS = (
     Mutation(
         "stale-critic-settings",
         "torchrl_trpo/training/critic_gradient.py",
-        ", self._settings_of(loss)) != (self._entries, self.size, self._settings)",
-        ") != (self._entries, self.size)",
+        " or self._state_of(loss, entries) != self._state:",
+        ":",
         "a critic's loss whose settings have changed is fitted by the operations of before",
         "training/critic_gradient::test_recorded_again_when_a_setting_has_changed_that_the_first_minibatch_does_not_show",
+    ),
+    Mutation(
+        "gradient-in-another-layout",
+        "torchrl_trpo/training/critic_gradient.py",
+        "gradient is not None and gradient.stride() != parameter.stride()",
+        "False",
+        "a fused optimiser, which reads memory in order, takes a gradient's numbers for those of other parameters",
+        "training/critic_gradient::test_agents_with_critics_of_their_own",
     ),
     Mutation(
         "stale-compiled-policy",

@@ -71,6 +71,16 @@ def test_gradient_of_stacked_networks():
     check(gradient_of(loss), [torch.randn(4, 3, 20), torch.randn(4, 20, 2)], [torch.randn(90, 4, 3)])
 
 
+def test_writing_into_a_part_of_a_tensor_is_refused():
+    def function(shared, rows):
+        changed = rows[0] * shared[0]
+        changed[..., 0].masked_fill_(changed[..., 1] > 0, 0.0)
+        return [changed.sum(0)]
+
+    with pytest.raises(NotCompiled, match="masked_fill_ of a tensor that is read besides"):
+        BatchFunction(function, [torch.ones(())], [torch.randn(90, 2)])
+
+
 def test_largest_numbers_of_the_rows():
     def function(shared, rows):
         return [(rows[0] - 10 * shared[0]).amax(0), (rows[0] * rows[1].unsqueeze(-1)).sum()]

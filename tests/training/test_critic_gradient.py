@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.modules import MultiAgentMLP
 
 from tests.cases import make_actor
 from torchrl_trpo.networks.builders import TeamCritic
@@ -44,13 +45,13 @@ def make_batch(n_rows=300, masked=False, dtype=torch.float64):
     return data
 
 
-def fit(loss, optimizer, data, *, recorded, monkeypatch, compiled=False):
+def fit(loss, optimizer, data, *, recorded, monkeypatch, compiled=False, minibatch_size=10):
     """What a fit returns, the parameters after it, and how often the loss was called."""
     monkeypatch.setattr(critic_gradient, "_FEWEST_STEPS", 0 if recorded else 10**9)
     calls, own = [], type(loss).loss_critic
     monkeypatch.setattr(type(loss), "loss_critic", lambda *args: calls.append(1) or own(*args))
     torch.manual_seed(1)
-    result = fit_critic(loss, optimizer, data, compiled=compiled, **FIT)
+    result = fit_critic(loss, optimizer, data, epochs=2, minibatch_size=minibatch_size, compiled=compiled)
     monkeypatch.undo()
     return result, [parameter.clone() for parameter in loss.critic_network_params.values(True, True)], len(calls)
 
@@ -117,13 +118,88 @@ def test_compiled_fit_is_the_fit_up_to_rounding(settings, monkeypatch):
     data = make_batch(305, dtype=torch.float32)
     losses = [make_loss(dtype=torch.float32, **settings) for _ in range(2)]
     optimizers = [torch.optim.SGD(trained_parameters(loss), lr=0.1) for loss in losses]
-    for critic_coeff in (1.0, 1.0, 0.5):  # the second fit uses what the first has compiled, and the third must not
+    # The second fit uses what the first has compiled, and the third must not. Called are the loss itself, and the
+    # recorders of the graph and the function; not in an epoch's last minibatch, which has another size.
+    for critic_coeff, most_calls in ((1.0, 3), (1.0, 1), (0.5, 3)):
         for loss in losses:
             loss.critic_coeff.fill_(critic_coeff)
         fast, own, calls = fit(losses[0], optimizers[0], data, recorded=True, compiled=True, monkeypatch=monkeypatch)
         slow, expected, _ = fit(losses[1], optimizers[1], data, recorded=False, monkeypatch=monkeypatch)
-        assert calls <= 3  # also the last minibatch of an epoch, which has another size, is compiled
+        assert calls == most_calls
         torch.testing.assert_close((fast, own), (slow, expected), rtol=1e-4, atol=1e-6)
+
+
+@needs_compiler
+def test_what_is_compiled_serves_minibatches_of_all_sizes(monkeypatch):
+    data = make_batch(dtype=torch.float32)
+    losses = [make_loss(dtype=torch.float32) for _ in range(2)]
+    optimizers = [critic_optimizer([loss], lr=0.01) for loss in losses]
+    for number in range(6):  # the first size differs from fit to fit, as that of one process of several
+        how = {"minibatch_size": 10 + number, "monkeypatch": monkeypatch}
+        fast, own, calls = fit(losses[0], optimizers[0], data, recorded=True, compiled=True, **how)
+        slow, expected, _ = fit(losses[1], optimizers[1], data, recorded=False, **how)
+        assert calls <= 3
+        torch.testing.assert_close((fast, own), (slow, expected), rtol=1e-3, atol=1e-5)
+
+
+class ScaledLoss(TRPOLoss):
+    """A loss that divides the critic's by a tensor of a part of it."""
+
+    def __init__(self, scale, *networks):
+        super().__init__(*networks)
+        self.part = nn.Module()
+        self.part.scale = scale
+        self.set_keys(value=VALUE, value_target=TARGET)
+
+    def loss_critic(self, tensordict):
+        distance, *others = super().loss_critic(tensordict)
+        return distance / self.part.scale, *others
+
+
+@needs_compiler
+def test_compiled_anew_when_a_tensor_has_changed_that_the_loss_reads(monkeypatch):
+    data = make_batch(dtype=torch.float32)
+    losses = []
+    for _ in range(2):
+        plain = make_loss(dtype=torch.float32)
+        losses.append(ScaledLoss(torch.ones(()), plain.actor_network, plain.critic_network))
+    optimizers = [critic_optimizer([loss], lr=0.01) for loss in losses]
+    for scale in (1.0, 1.0, 5.0):
+        for loss in losses:
+            loss.part.scale.fill_(scale)
+        fast, own, _ = fit(losses[0], optimizers[0], data, recorded=True, compiled=True, monkeypatch=monkeypatch)
+        slow, expected, _ = fit(losses[1], optimizers[1], data, recorded=False, monkeypatch=monkeypatch)
+        torch.testing.assert_close((fast, own), (slow, expected), rtol=1e-3, atol=1e-5)
+
+
+def test_a_loss_with_trained_parameters_of_its_own_is_never_recorded(monkeypatch):
+    data, results = make_batch(), []
+    for recorded in (True, False):
+        plain = make_loss()
+        loss = ScaledLoss(nn.Parameter(torch.ones((), dtype=torch.float64)), plain.actor_network, plain.critic_network)
+        optimizer = torch.optim.Adam([*trained_parameters(loss), loss.part.scale], lr=0.01)
+        results.append(fit(loss, optimizer, data, recorded=recorded, monkeypatch=monkeypatch)[:2])
+        assert loss.part.scale != 1
+        results[-1] += (loss.part.scale.detach(),)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_agents_with_critics_of_their_own(compiled, monkeypatch):
+    """Their gradients come in another layout than the parameters, which a fused optimiser does not look at."""
+    data = TensorDict({("agents", "observation"): torch.randn(300, 2, 3)}, [300]).update(
+        make_batch(dtype=torch.float32).exclude(CENTRAL)
+    )
+    results = []
+    for recorded in (True, False):
+        torch.manual_seed(0)
+        net = MultiAgentMLP(3, 1, n_agents=2, centralized=False, share_params=False, depth=2, num_cells=32)
+        loss = TRPOLoss(make_actor(), TensorDictModule(net, [("agents", "observation")], [VALUE]))
+        loss.set_keys(value=VALUE, value_target=TARGET)
+        optimizer = critic_optimizer([loss], lr=0.01)
+        how = {"compiled": compiled and recorded, "monkeypatch": monkeypatch}
+        results.append(fit(loss, optimizer, data, recorded=recorded, **how)[:2])
+    torch.testing.assert_close(*results, rtol=1e-3 if compiled else 0, atol=1e-4 if compiled else 0)
 
 
 @needs_compiler

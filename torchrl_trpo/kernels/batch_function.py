@@ -106,7 +106,7 @@ class BatchFunction:
         try:
             lowered = operations.lower([(str(place), *each) for place, each in enumerate(inputs)])
             self._rest = operations.rest(lowered.outputs)
-            self._no_rows = [tensor[:0] for tensor in rows]
+            self._no_rows = [tensor.new_empty(0, *tensor.shape[1:]) for tensor in rows]
             self._reductions = list(operations.reductions.values())
             stores = self._place_reductions(lowered.statements)
             self._of_rows = [_of_rows(value) for value in lowered.outputs]

@@ -60,7 +60,7 @@ class NetworkOperations(Operations):
         name = name_of(node)
         if any(isinstance(each, Joined) for each in arguments) and name not in _OF_JOINED:
             return self._of_joined(name, node, arguments, keywords)
-        if name.endswith("_") and len(node.all_input_nodes[0].users) > 1:
+        if name.endswith("_") and (len(node.all_input_nodes[0].users) > 1 or not _is_new(node.all_input_nodes[0])):
             raise Unsupported(f"{name} of a tensor that is read besides")
         return super()._call(node, arguments, keywords)
 
@@ -255,6 +255,12 @@ class NetworkOperations(Operations):
             added = self._where(self._compare("eq", index, position), source, 0.0, "f")
             parts.append(self._elementwise("add", part, added))
         return self.stack(parts, dim)
+
+
+def _is_new(node: fx.Node) -> bool:
+    """Whether a node's tensor shares its memory with no other."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and not any(result.alias_info for result in schema.returns)
 
 
 def _of_all(value: Any) -> Any:

@@ -41,8 +41,9 @@ def fit_critics(
     Keyword Args:
         epochs: the number of passes over the batch.
         minibatch_size: rows (environment steps) per gradient step, of all processes together.
-        compiled: whether the gradients are compiled with the machine's C++ compiler, where the fit is long enough. They
-            are equal up to rounding. What cannot be compiled is computed as without it, and a warning says why.
+        compiled: whether gradients are compiled with the machine's C++ compiler, in a fit of at least 50 minibatches.
+            They are equal up to rounding. Recurrent critics and losses with a ``value_norm`` stay as they are. If
+            another one cannot be compiled, a warning says why.
         process_group: the processes that fit together. Default: this one alone.
 
     Returns:
@@ -81,8 +82,9 @@ def fit_critic(
     Keyword Args:
         epochs: the number of passes over the batch.
         minibatch_size: rows (environment steps) per gradient step, of all processes together.
-        compiled: whether the gradients are compiled with the machine's C++ compiler, where the fit is long enough. They
-            are equal up to rounding. What cannot be compiled is computed as without it, and a warning says why.
+        compiled: whether gradients are compiled with the machine's C++ compiler, in a fit of at least 50 minibatches.
+            They are equal up to rounding. Recurrent critics and losses with a ``value_norm`` stay as they are. If
+            another one cannot be compiled, a warning says why.
         process_group: the processes that fit together. Default: this one alone.
 
     Returns:
@@ -122,18 +124,16 @@ def fit_critic(
     parameters = trained_parameters(loss)
     steps_of_fit = epochs * math.ceil(len(kept) / minibatch_size)
     gradient = CriticGradient(loss, parameters, steps=steps_of_fit, compiled=compiled)
-    optimizer.zero_grad()  # of other parameters that it has
     total = target.new_zeros(())
     steps = 0
     for epoch in range(epochs):
         for drawn in draw_minibatches(kept, kept_by_rank, minibatch_size, ranks):
+            optimizer.zero_grad()
             loss_critic = total.new_zeros(())
             if len(drawn):
                 loss_critic = gradient(rows, drawn)
-            else:
-                optimizer.zero_grad()
-                if update_value_norm is not None:
-                    update_value_norm(rows[drawn])  # with the targets of the ranks that have some
+            elif update_value_norm is not None:
+                update_value_norm(rows[drawn])  # with the targets of the ranks that have some
             if ranks.size > 1:
                 loss_critic = average_gradients(parameters, loss_critic, counted[drawn].sum(), ranks)
             optimizer.step()

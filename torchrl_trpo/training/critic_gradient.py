@@ -20,7 +20,7 @@ from torchrl_trpo.keys import reads_init
 from torchrl_trpo.objectives.policy_update import critic_network_parameters, mean_critic_loss
 
 _FEWEST_STEPS = 50  # of a fit for which tracing pays
-_MOST_COMPILED = 4  # graphs of a loss, whose settings may change in each fit
+_MOST_COMPILED = 4  # functions of a loss: its settings may change in each fit
 
 
 class CriticGradient:
@@ -31,11 +31,11 @@ class CriticGradient:
     that it had, and if it gives what the loss gives on the first minibatch of a fit, to the bit. Otherwise the loss is
     recorded anew.
 
-    Compiled, the operations serve minibatches of any size, and give the same up to rounding. What cannot be compiled is
-    computed as without it, and a warning says why.
+    Compiled, the operations serve minibatches of any size, and give the same up to rounding. If what is recorded cannot
+    be compiled, a warning says why.
 
     Nothing is recorded for a loss that a call may change (``value_norm``, buffers of the critic), for recurrent
-    critics, whose graphs are long, and for fits of few steps.
+    critics, whose graphs are long, for fits of few steps, and where the loss has trained parameters of its own.
 
     Args:
         loss: the loss.
@@ -58,7 +58,7 @@ class CriticGradient:
         )
 
     def __call__(self, rows: TensorDictBase, drawn: Tensor) -> Tensor:
-        """Computes the gradient of the mean loss, which takes the place of the parameters' ``grad``.
+        """Adds the gradient of the mean loss to the parameters' ``grad``, which is None or 0.
 
         Args:
             rows: the rows of the fit.
@@ -70,10 +70,10 @@ class CriticGradient:
         if self._function is not None and self._function.size in (None, len(drawn)):
             mean, *gradients = self._function(self._parameters, _take(self._values, drawn))
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                if gradient is not None and gradient.stride() != parameter.stride():
+                    gradient = torch.empty_like(parameter).copy_(gradient)  # as backward does; fused Adam reads memory
                 parameter.grad = gradient
             return mean
-        for parameter in self._parameters:
-            parameter.grad = None
         with torch.enable_grad():
             mean = mean_critic_loss(self._loss, rows[drawn])
         mean.backward()
@@ -127,15 +127,10 @@ def _mean_of(loss: PPOLoss, entries: Sequence[_Entry], values: Sequence[Tensor])
     return mean_critic_loss(loss, batch)
 
 
-def _with_gradient(mean: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """A mean loss and its gradient; that of a parameter which has none is None."""
-    return [mean.detach(), *torch.autograd.grad(mean, parameters, allow_unused=True)]
-
-
 class _Graph:
     """The operations of the mean loss and its gradient on a minibatch, recorded.
 
-    ``n_before`` is how many graphs the loss has had.
+    ``before`` is the graph that the loss had; what was compiled then serves on if only the minibatch has another size.
     """
 
     def __init__(
@@ -144,22 +139,28 @@ class _Graph:
         parameters: Sequence[Tensor],
         entries: Sequence[_Entry],
         values: Sequence[Tensor],
-        n_before: int,
+        before: _Graph | None,
     ) -> None:
         def function(own: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
             with torch.enable_grad():
-                return _with_gradient(_mean_of(loss, entries, values), own)
+                mean = _mean_of(loss, entries, values)
+                return [mean.detach(), *torch.autograd.grad(mean, own, allow_unused=True)]
 
-        self.size, self.n_before = len(values[0]), n_before
+        self.size = len(values[0])
         self._entries = entries
         self._function = record(function, parameters, values)
         self._function.graph.eliminate_dead_code()  # what the loss computes for its log
         self._function.recompile()
-        read = {id(tensor) for tensor in self._function.buffers()}
-        self._coefficients = [name for name, tensor in loss.named_buffers(recurse=False) if id(tensor) in read]
-        self._settings = self._settings_of(loss)
+        self._constants = [*self._function.buffers(), *self._function.parameters()]
+        read = {id(tensor) for tensor in self._constants}
+        self._names = [name for name, tensor in loss.named_buffers() if id(tensor) in read]
+        self._state = self._state_of(loss, entries)
         self._compiled: _Compiled | None = None
-        self._may_compile = True
+        self._may_compile, self._n_compiled = True, 0
+        if before is not None:
+            self._n_compiled = before._n_compiled
+            if before._state == self._state:
+                self._compiled, self._may_compile = before._compiled, before._may_compile
 
     @torch.no_grad()
     def __call__(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
@@ -173,23 +174,29 @@ class _Graph:
         values: Sequence[Tensor],
         expected: Sequence[Tensor | None],
     ) -> bool:
-        """Whether the loss has not changed, and it gives what is expected, to the bit."""
-        if (entries, len(values[0]), self._settings_of(loss)) != (self._entries, self.size, self._settings):
+        """Whether the loss has not changed, and the graph gives what is expected, to the bit."""
+        if len(values[0]) != self.size or self._state_of(loss, entries) != self._state:
+            return False
+        if any(tensor.requires_grad for tensor in self._constants):  # trained too, but not the critic's
             return False
         pairs = zip(self(parameters, values), expected, strict=True)
         return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
-    def _settings_of(self, loss: PPOLoss) -> tuple[Any, ...]:
+    def _state_of(self, loss: PPOLoss, entries: Sequence[_Entry]) -> tuple[Any, ...]:
+        """What the operations depend on, besides the parameters and the minibatch."""
         settings = settings_of([("", loss), *loss.critic_network.named_modules(prefix="critic")])
-        return (*settings, *(setting_of(getattr(loss, name)) for name in self._coefficients))
+        buffers = dict(loss.named_buffers()) if self._names else {}  # one may have taken the place of one that is read
+        tensors = [*self._constants, *map(buffers.get, self._names)]
+        return (*entries, *settings, *map(setting_of, tensors))
 
     def compiled(self, loss: PPOLoss, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> _Compiled | None:
-        """The same, compiled, at the first call; None if it cannot be, and then a warning has said why."""
+        """The compiled graph. None if it cannot be compiled, and then a warning has said why."""
         if self._may_compile:
             self._may_compile = False
             try:
-                if self.n_before >= _MOST_COMPILED:
+                if self._n_compiled == _MOST_COMPILED:
                     raise NotCompiled("the loss's settings, or the shapes of the data, change again and again")
+                self._n_compiled += 1
                 self._compiled = _Compiled(loss, parameters, self._entries, values, self._function)
             except (NotCompiled, RuntimeError, ValueError, LookupError, NotImplementedError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -218,18 +225,23 @@ class _Compiled:
             parts = rows[0].split([value[0].numel() for value in values], 1)
             unpacked = [part.view(-1, *value.shape[1:]) for part, value in zip(parts, values, strict=True)]
             with torch.enable_grad():
-                return _with_gradient(_mean_of(loss, entries, unpacked) * len(rows[0]) * share, own)
+                mean = _mean_of(loss, entries, unpacked) * len(rows[0]) * share
+                return [mean.detach(), *torch.autograd.grad(mean, own)]
 
         for value in values:
             if value.dtype != torch.float32 or value.device.type != "cpu":
                 raise NotCompiled(f"it reads data of {value.dtype} on {value.device}")
+        results: Any = graph.graph.output_node().args[0]
+        if None in results:
+            raise NotCompiled("a parameter has no gradient")
         packed = _packed(values)
-        self._function = BatchFunction(function, [*parameters, torch.ones(())], [packed])
+        self._function = BatchFunction(function, [*parameters, torch.ones((), dtype=torch.float32)], [packed])
         check_results(self(parameters, [packed]), lambda own, rows: graph(*own, *rows), parameters, values)
 
     @torch.no_grad()
     def __call__(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
-        return self._function([*parameters, torch.tensor(1 / len(values[0]))], Blocks(values))
+        share = torch.tensor(1 / len(values[0]), dtype=torch.float32)
+        return self._function([*parameters, share], Blocks(values))
 
 
 _graphs: WeakKeyDictionary[PPOLoss, _Graph | None] = WeakKeyDictionary()  # None: the loss differs from its graph
@@ -246,6 +258,6 @@ def _graph_of(
     known = _graphs.get(loss)
     if loss in _graphs and (known is None or known.fits(loss, parameters, entries, values, expected)):
         return known
-    new = _Graph(loss, parameters, entries, values, 0 if known is None else known.n_before + 1)
+    new = _Graph(loss, parameters, entries, values, known)
     _graphs[loss] = new if new.fits(loss, parameters, entries, values, expected) else None
     return _graphs[loss]
