@@ -261,6 +261,7 @@ def test_from_the_command_line(name, tmp_path):
     done = run(f"torchrl_trpo.recipes.{name}", settings, tmp_path)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "diagnostics.png") in done.stdout
+    assert not [*tmp_path.glob("outputs/*/*")], "nothing is where the run would be without output_dir"
     assert "accepted " in done.stdout
     assert "Warning" not in done.stderr
     if name == "hatrpo":

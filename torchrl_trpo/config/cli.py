@@ -54,12 +54,13 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except SettingError as error:
-        if HydraConfig.initialized():
-            with contextlib.suppress(OSError):  # the folder that Hydra made stays only if something is in it
-                Path(HydraConfig.get().runtime.output_dir).rmdir()
         sys.exit(f"error: {error}" if is_first() or not isinstance(error, AgreedError) else 1)
     except RankLostError as error:
         sys.exit(f"error: {error}")
+    finally:
+        if HydraConfig.initialized():
+            with contextlib.suppress(OSError):  # the folder that Hydra made stays only if something is in it
+                Path(HydraConfig.get().runtime.output_dir).rmdir()
 
 
 def help_text(purpose: str, overrides: Sequence[str], config_dir: Path, config_name: str) -> str:
