@@ -139,7 +139,7 @@ class BatchFunction:
                     n_lanes += len(lanes)
                 own.append((places[lanes], operand.shape))
             self._operands.append(own)
-        self._lanes = torch.empty(n_lanes, _STRIDE)
+        self._lanes = torch.empty(n_lanes, _STRIDE, dtype=torch.float32)
         self._views: dict[int, list[list[Tensor]]] = {}  # what is reduced, by the number of rows
         return stores
 
