@@ -13,6 +13,7 @@ from torchrl.modules.tensordict_module.exploration import RandomPolicy
 
 from torchrl_trpo.envs.fused_rollout import FusedRollout
 from torchrl_trpo.kernels.buffers import NotCompiled
+from torchrl_trpo.keys import next_key
 
 
 class CompiledCollector(Collector):
@@ -110,7 +111,10 @@ class CompiledCollector(Collector):
         self._carrier = following
         if ids is not None:
             self._carrier.set("collector", ids)
-            for time in range(batch.shape[-1]):
+            dones = batch.select(*map(next_key, self.env.done_keys))
+            ends = torch.stack([done.flatten(2).any(-1).any(0) for done in dones.values(True, True)]).any(0)
+            for time, ends_here in enumerate(ends.tolist()):
                 batch.get(("collector", "traj_ids"))[:, time] = self._carrier.get(("collector", "traj_ids"))
-                self._update_traj_ids(batch[:, time])
+                if ends_here:
+                    self._update_traj_ids(dones[:, time])
         return self._maybe_set_truncated(batch)
