@@ -285,9 +285,7 @@ class ClippedUpdater(RangedSettings):
                         out = member.loss(batch)
                     objective = out["loss_objective"] + out.get("loss_entropy", 0.0)
                     objective.backward()
-                objective = objective.detach()
-                if self._ranks.size > 1:
-                    objective = average_gradients(member.trained, objective, counts[drawn].sum(), self._ranks)
+                objective = average_gradients(member.trained, objective.detach(), counts, drawn, self._ranks)
                 norms.append(torch.nn.utils.clip_grad_norm_(member.trained, self.max_grad_norm))
                 finite = (objective + norms[-1]).isfinite()
                 # A fused optimiser leaves out the step and the momentum, on the device: GradScaler uses this too.

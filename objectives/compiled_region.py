@@ -14,7 +14,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 
 from torchrl_trpo.kernels.batch_function import BatchFunction, Blocks, check_results
-from torchrl_trpo.kernels.buffers import NotCompiled
+from torchrl_trpo.kernels.buffers import REFUSALS, NotCompiled, reason_of
 from torchrl_trpo.kernels.settings import settings_of
 from torchrl_trpo.objectives.policy_network import distribution_keys, distribution_settings, single_agent_network
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
@@ -245,11 +245,10 @@ class RegionCompiler:
             if self._n_compiled > _MOST:
                 raise NotCompiled("the policy's settings, or the shapes of the data, change again and again")
             return RegionFunctions(region, make)
-        except (NotCompiled, RuntimeError, ValueError, LookupError, NotImplementedError) as error:
+        except REFUSALS as error:
             if not self._warned:
                 self._warned = True
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                warnings.warn(f"The policy's update is not compiled: {reason}.", stacklevel=6)
+                warnings.warn(f"The policy's update is not compiled: {reason_of(error)}.", stacklevel=6)
             return None
 
 

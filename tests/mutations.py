@@ -884,7 +884,7 @@ MUTATIONS = (
     Mutation(
         "stale-critic-settings",
         "torchrl_trpo/training/critic_gradient.py",
-        " or self._state_of(loss, entries) != self._state:",
+        " or self._state_of(critic) != self._state:",
         ":",
         "a critic's loss whose settings have changed is fitted by the operations of before",
         "training/critic_gradient::test_recorded_again_when_a_setting_has_changed_that_the_first_minibatch_does_not_show",

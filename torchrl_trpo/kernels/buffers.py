@@ -22,6 +22,15 @@ class NotCompiled(Exception):
     """A function that stays as it is, with the reason."""
 
 
+REFUSALS = (NotCompiled, RuntimeError, ValueError, LookupError, NotImplementedError)
+"""What is raised where someone's own function cannot be recorded, or not be compiled."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a function stays as it is, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class Slot(NamedTuple):
     """Where a tensor with a row for each environment is in the buffers.
 

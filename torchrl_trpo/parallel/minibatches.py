@@ -40,12 +40,17 @@ def draw_minibatches(kept: Tensor, kept_by_rank: Sequence[int], size: int, ranks
     yield from kept[position[own]].split(counts)
 
 
-def average_gradients(parameters: Sequence[Tensor], loss: Tensor, count: Tensor, ranks: Ranks) -> Tensor:
+def average_gradients(
+    parameters: Sequence[Tensor], loss: Tensor, counted: Tensor, drawn: Tensor, ranks: Ranks
+) -> Tensor:
     """Averages a loss and its gradients over the values of all ranks; the gradients in place.
 
-    ``loss`` is the mean over this rank's ``count`` values, without a graph. Each parameter is given once; one without a
-    gradient counts as 0.
+    ``loss`` is the mean over those values of this rank's ``drawn`` rows that are ``counted``, without a graph. Each
+    parameter is given once; one without a gradient counts as 0.
     """
+    if ranks.size == 1:
+        return loss
+    count = counted[drawn].sum()
     gradients = []
     for parameter in parameters:
         if parameter.grad is None:

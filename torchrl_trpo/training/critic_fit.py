@@ -134,8 +134,7 @@ def fit_critic(
                 loss_critic = gradient(rows, drawn)
             elif update_value_norm is not None:
                 update_value_norm(rows[drawn])  # with the targets of the ranks that have some
-            if ranks.size > 1:
-                loss_critic = average_gradients(parameters, loss_critic, counted[drawn].sum(), ranks)
+            loss_critic = average_gradients(parameters, loss_critic, counted, drawn, ranks)
             optimizer.step()
             if epoch == epochs - 1:
                 total += loss_critic

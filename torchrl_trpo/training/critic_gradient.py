@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torchrl.objectives import PPOLoss
 
 from torchrl_trpo.kernels.batch_function import BatchFunction, Blocks, check_results
-from torchrl_trpo.kernels.buffers import NotCompiled
+from torchrl_trpo.kernels.buffers import REFUSALS, NotCompiled, reason_of
 from torchrl_trpo.kernels.record import record
 from torchrl_trpo.kernels.settings import setting_of, settings_of
 from torchrl_trpo.keys import reads_init
@@ -85,14 +85,13 @@ class CriticGradient:
 
     def _record(self, rows: TensorDictBase, drawn: Tensor, expected: Sequence[Tensor | None]) -> None:
         """Finds a function that gives what is expected of the rows that are drawn, if there is one."""
-        entries = _entries_of(rows)
-        values = [rows.get(entry.key)[entry.once] for entry in entries]
-        graph = _graph_of(self._loss, self._parameters, entries, _take(values, drawn), expected)
+        critic = _Critic(self._loss, self._parameters, _entries_of(rows))
+        values = [rows.get(entry.key)[entry.once] for entry in critic.entries]
+        minibatch = _take(values, drawn)
+        graph = _graph_of(critic, minibatch, expected)
         self._function, self._values = graph, values
-        if graph is not None and self._compiled:
-            compiled = graph.compiled(self._loss, self._parameters, _take(values, drawn))
-            if compiled is not None:
-                self._function, self._values = compiled, [_packed(values)]
+        if graph is not None and self._compiled and (compiled := graph.compiled(critic, minibatch)) is not None:
+            self._function, self._values = compiled, [_packed(values)]
 
 
 class _Entry(NamedTuple):
@@ -102,6 +101,20 @@ class _Entry(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     once: tuple[slice, ...]
+
+
+class _Critic(NamedTuple):
+    """What a graph is recorded of: the loss, the critic's trained parameters, and the entries of the rows."""
+
+    loss: PPOLoss
+    parameters: Sequence[Tensor]
+    entries: Sequence[_Entry]
+
+    def mean(self, values: Sequence[Tensor]) -> Tensor:
+        """The mean loss on a minibatch, of the values of its entries."""
+        pairs = zip(self.entries, values, strict=True)
+        batch = TensorDict({entry.key: value.expand(-1, *entry.shape) for entry, value in pairs}, [len(values[0])])
+        return mean_critic_loss(self.loss, batch)
 
 
 def _entries_of(rows: TensorDictBase) -> list[_Entry]:
@@ -121,40 +134,26 @@ def _packed(values: Sequence[Tensor]) -> Tensor:
     return torch.cat([value.reshape(len(value), -1) for value in values], 1)
 
 
-def _mean_of(loss: PPOLoss, entries: Sequence[_Entry], values: Sequence[Tensor]) -> Tensor:
-    pairs = zip(entries, values, strict=True)
-    batch = TensorDict({entry.key: value.expand(-1, *entry.shape) for entry, value in pairs}, [len(values[0])])
-    return mean_critic_loss(loss, batch)
-
-
 class _Graph:
     """The operations of the mean loss and its gradient on a minibatch, recorded.
 
     ``before`` is the graph that the loss had; what was compiled then serves on if only the minibatch has another size.
     """
 
-    def __init__(
-        self,
-        loss: PPOLoss,
-        parameters: Sequence[Tensor],
-        entries: Sequence[_Entry],
-        values: Sequence[Tensor],
-        before: _Graph | None,
-    ) -> None:
+    def __init__(self, critic: _Critic, values: Sequence[Tensor], before: _Graph | None) -> None:
         def function(own: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
             with torch.enable_grad():
-                mean = _mean_of(loss, entries, values)
+                mean = critic.mean(values)
                 return [mean.detach(), *torch.autograd.grad(mean, own, allow_unused=True)]
 
         self.size = len(values[0])
-        self._entries = entries
-        self._function = record(function, parameters, values)
+        self._function = record(function, critic.parameters, values)
         self._function.graph.eliminate_dead_code()  # what the loss computes for its log
         self._function.recompile()
         self._constants = [*self._function.buffers(), *self._function.parameters()]
         read = {id(tensor) for tensor in self._constants}
-        self._names = [name for name, tensor in loss.named_buffers() if id(tensor) in read]
-        self._state = self._state_of(loss, entries)
+        self._names = [name for name, tensor in critic.loss.named_buffers() if id(tensor) in read]
+        self._state = self._state_of(critic)
         self._compiled: _Compiled | None = None
         self._may_compile, self._n_compiled = True, 0
         if before is not None:
@@ -166,30 +165,24 @@ class _Graph:
     def __call__(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
         return self._function(*parameters, *values)
 
-    def fits(
-        self,
-        loss: PPOLoss,
-        parameters: Sequence[Tensor],
-        entries: Sequence[_Entry],
-        values: Sequence[Tensor],
-        expected: Sequence[Tensor | None],
-    ) -> bool:
+    def fits(self, critic: _Critic, values: Sequence[Tensor], expected: Sequence[Tensor | None]) -> bool:
         """Whether the loss has not changed, and the graph gives what is expected, to the bit."""
-        if len(values[0]) != self.size or self._state_of(loss, entries) != self._state:
+        if len(values[0]) != self.size or self._state_of(critic) != self._state:
             return False
         if any(tensor.requires_grad for tensor in self._constants):  # trained too, but not the critic's
             return False
-        pairs = zip(self(parameters, values), expected, strict=True)
+        pairs = zip(self(critic.parameters, values), expected, strict=True)
         return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
-    def _state_of(self, loss: PPOLoss, entries: Sequence[_Entry]) -> tuple[Any, ...]:
+    def _state_of(self, critic: _Critic) -> tuple[Any, ...]:
         """What the operations depend on, besides the parameters and the minibatch."""
+        loss = critic.loss
         settings = settings_of([("", loss), *loss.critic_network.named_modules(prefix="critic")])
         buffers = dict(loss.named_buffers()) if self._names else {}  # one may have taken the place of one that is read
         tensors = [*self._constants, *map(buffers.get, self._names)]
-        return (*entries, *settings, *map(setting_of, tensors))
+        return (*critic.entries, *settings, *map(setting_of, tensors))
 
-    def compiled(self, loss: PPOLoss, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> _Compiled | None:
+    def compiled(self, critic: _Critic, values: Sequence[Tensor]) -> _Compiled | None:
         """The compiled graph. None if it cannot be compiled, and then a warning has said why."""
         if self._may_compile:
             self._may_compile = False
@@ -197,10 +190,9 @@ class _Graph:
                 if self._n_compiled == _MOST_COMPILED:
                     raise NotCompiled("the loss's settings, or the shapes of the data, change again and again")
                 self._n_compiled += 1
-                self._compiled = _Compiled(loss, parameters, self._entries, values, self._function)
-            except (NotCompiled, RuntimeError, ValueError, LookupError, NotImplementedError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                warnings.warn(f"The critic's fit is not compiled: {reason}.", stacklevel=5)
+                self._compiled = _Compiled(critic, values, self._function)
+            except REFUSALS as error:
+                warnings.warn(f"The critic's fit is not compiled: {reason_of(error)}.", stacklevel=5)
         return self._compiled
 
 
@@ -212,20 +204,13 @@ class _Compiled:
 
     size = None
 
-    def __init__(
-        self,
-        loss: PPOLoss,
-        parameters: Sequence[Tensor],
-        entries: Sequence[_Entry],
-        values: Sequence[Tensor],
-        graph: fx.GraphModule,
-    ) -> None:
+    def __init__(self, critic: _Critic, values: Sequence[Tensor], graph: fx.GraphModule) -> None:
         def function(shared: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
             *own, share = shared  # of one row in the mean
             parts = rows[0].split([value[0].numel() for value in values], 1)
             unpacked = [part.view(-1, *value.shape[1:]) for part, value in zip(parts, values, strict=True)]
             with torch.enable_grad():
-                mean = _mean_of(loss, entries, unpacked) * len(rows[0]) * share
+                mean = critic.mean(unpacked) * len(rows[0]) * share
                 return [mean.detach(), *torch.autograd.grad(mean, own)]
 
         for value in values:
@@ -234,9 +219,9 @@ class _Compiled:
         results: Any = graph.graph.output_node().args[0]
         if None in results:
             raise NotCompiled("a parameter has no gradient")
-        packed = _packed(values)
-        self._function = BatchFunction(function, [*parameters, torch.ones((), dtype=torch.float32)], [packed])
-        check_results(self(parameters, [packed]), lambda own, rows: graph(*own, *rows), parameters, values)
+        packed, own = _packed(values), critic.parameters
+        self._function = BatchFunction(function, [*own, torch.ones((), dtype=torch.float32)], [packed])
+        check_results(self(own, [packed]), lambda own, rows: graph(*own, *rows), own, values)
 
     @torch.no_grad()
     def __call__(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
@@ -247,17 +232,11 @@ class _Compiled:
 _graphs: WeakKeyDictionary[PPOLoss, _Graph | None] = WeakKeyDictionary()  # None: the loss differs from its graph
 
 
-def _graph_of(
-    loss: PPOLoss,
-    parameters: Sequence[Tensor],
-    entries: Sequence[_Entry],
-    values: Sequence[Tensor],
-    expected: Sequence[Tensor | None],
-) -> _Graph | None:
+def _graph_of(critic: _Critic, values: Sequence[Tensor], expected: Sequence[Tensor | None]) -> _Graph | None:
     """A graph that gives what is expected, the recorded one or a new one; None if there is none."""
-    known = _graphs.get(loss)
-    if loss in _graphs and (known is None or known.fits(loss, parameters, entries, values, expected)):
+    known = _graphs.get(critic.loss)
+    if critic.loss in _graphs and (known is None or known.fits(critic, values, expected)):
         return known
-    new = _Graph(loss, parameters, entries, values, known)
-    _graphs[loss] = new if new.fits(loss, parameters, entries, values, expected) else None
-    return _graphs[loss]
+    new = _Graph(critic, values, known)
+    _graphs[critic.loss] = new if new.fits(critic, values, expected) else None
+    return _graphs[critic.loss]
