@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchrl_trpo.kernels.batch_function import BatchFunction, Blocks, check_results
 from torchrl_trpo.kernels.buffers import REFUSALS, NotCompiled, reason_of
-from torchrl_trpo.kernels.settings import settings_of
+from torchrl_trpo.kernels.settings import constants_of, settings_of
 from torchrl_trpo.objectives.policy_network import distribution_keys, distribution_settings, single_agent_network
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.policy_rows import PolicyRows
@@ -77,12 +77,15 @@ class RegionFunctions:
     Args:
         region: one of them.
         make: makes another one, of parameters, rows, the entropy's weight and the cap on the ratio.
+        constants: the tensors that they may read besides.
 
     Raises:
         NotCompiled: if they cannot be compiled, or give other results than the region.
     """
 
-    def __init__(self, region: PolicyTrustRegion, make: Callable[..., PolicyTrustRegion]) -> None:
+    def __init__(
+        self, region: PolicyTrustRegion, make: Callable[..., PolicyTrustRegion], constants: Sequence[Tensor]
+    ) -> None:
         self._make = make
         self._keys, self._parameters = region._keys, region._stateless
         self._other_keys = [
@@ -107,7 +110,7 @@ class RegionFunctions:
             (self._gradient, shared, [of_rows]),
             (self._evaluation, [*shared, theta + direction], [of_rows, at_start]),
         ]
-        functions = [BatchFunction(function, given, [*itertools.chain(*rows)]) for function, given, rows in calls]
+        functions = [BatchFunction(each, given, [*itertools.chain(*rows)], constants) for each, given, rows in calls]
         self.product, self.gradient, self.evaluation = functions
         for compiled, (function, given, each) in zip(functions, calls, strict=True):
             check_results(compiled(given, *map(Blocks, each)), function, given, [*itertools.chain(*each)])
@@ -182,7 +185,7 @@ class RegionCompiler:
 
     def __init__(self) -> None:
         self._settings: Any = None
-        self._of_agents: dict[int, ProbabilisticTensorDictSequential] = {}
+        self._of_agents: dict[int, tuple[ProbabilisticTensorDictSequential, Any]] = {}  # with their settings at first
         self._functions: dict[Any, RegionFunctions | None] = {}
         self._n_compiled = 0
         self._warned = False
@@ -195,9 +198,17 @@ class RegionCompiler:
     ) -> ProbabilisticTensorDictSequential:
         """As the function of this name, which is called once for each agent as long as the policy's settings stay."""
         self._forget_if_changed(network)
-        if agent not in self._of_agents:
-            self._of_agents[agent] = single_agent_network(network, agent, n_agents)
-        return self._of_agents[agent]
+        copy, settings = self._of_agents.get(agent, (None, None))
+        if copy is not None and settings is not None:  # once: whether forward passes have changed its attributes
+            if settings_of(copy.named_modules()) == settings:
+                self._of_agents[agent] = copy, None
+            else:
+                self._functions.clear()
+                copy = None
+        if copy is None:
+            copy = single_agent_network(network, agent, n_agents)
+            self._of_agents[agent] = copy, settings_of(copy.named_modules())
+        return copy
 
     def region(
         self,
@@ -207,7 +218,7 @@ class RegionCompiler:
         **settings: Any,
     ) -> PolicyTrustRegion:
         """The region of these arguments, which are those of :class:`PolicyTrustRegion`."""
-        if network not in self._of_agents.values():
+        if all(network is not copy for copy, _ in self._of_agents.values()):
             self._forget_if_changed(network)
         region = CompiledRegion(network, parameters, rows, **settings)
         key = (distribution_settings(network), *_shapes(region))
@@ -244,7 +255,7 @@ class RegionCompiler:
                 raise NotCompiled(f"it is on {region._leaves[0].device}")
             if self._n_compiled > _MOST:
                 raise NotCompiled("the policy's settings, or the shapes of the data, change again and again")
-            return RegionFunctions(region, make)
+            return RegionFunctions(region, make, constants_of(network.named_modules()))
         except REFUSALS as error:
             if not self._warned:
                 self._warned = True

@@ -336,6 +336,10 @@ SPECIFIED = {
         {"agents": {"observation": Unbounded((2, 5)), "action_mask": Categorical(2, (2, 4), **FLAGS)}},
         ONE_OF_3,
     ),
+    "a number": lambda: (SEEN, {"agents": {"action": Bounded(-1, 1, (2,))}}),
+    "a matrix of numbers": lambda: (SEEN, {"agents": {"action": Unbounded((2, 2, 2))}}),
+    "a column of choices": lambda: (SEEN, {"agents": {"action": Categorical(3, (2, 1))}}),
+    "other choices": lambda: (SEEN, {"agents": {"action": MultiCategorical(torch.tensor([[2, 2], [4, 5]]))}}),
     "a mask of numbers": lambda: ({"agents": {**SEEN["agents"], "mask": Unbounded((2,))}}, ONE_OF_3),
 }
 """Observations, actions, rewards and ends of one environment."""

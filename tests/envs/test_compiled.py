@@ -1,6 +1,10 @@
 """A compiled VMAS environment against VMAS itself."""
 
+import dataclasses
+import functools
 import io
+import itertools
+import random
 import shutil
 import warnings
 
@@ -237,6 +241,13 @@ def test_only_an_environment_that_last_bits_decide_may_differ():
     assert find_difference(["force"], [ours], [exact], [[turned.roll(1, 0)]]) == "force is not what it should be"
 
 
+def test_small_numbers_are_compared_too():
+    """Numbers below 1e-4 were all equal."""
+    exact = torch.full((3, 1), 1e-5)
+    assert find_difference(["reward"], [exact * 1.1], [exact]) == "reward is not what it should be"
+    assert find_difference(["reward"], [exact * (1 + 1e-6)], [exact]) is None
+
+
 def test_what_a_reset_empties_and_a_step_fills_before_it_reads_it(monkeypatch):
     """After a reset VMAS took the next step, since the dict had no entries; and environments were reset one by one."""
     ours, theirs = both(traits=("cache",))
@@ -355,6 +366,269 @@ def test_traits_that_do_not(traits, reason):
         ours = make(**kwargs)
     assert not is_compiled(ours)
     go_on(ours, make(compiled=False, **kwargs), 5)
+
+
+class Walk(BaseScenario):
+    """An agent that walks to the right, whatever its actions; it arrives after a dozen steps."""
+
+    def make_world(self, batch_dim, device, **kwargs):
+        world = World(batch_dim, device)
+        world.add_agent(Agent(name="agent_0"))
+        self.zeros = torch.zeros(batch_dim)
+        self.begin(world, **kwargs)
+        return world
+
+    def begin(self, world):
+        pass
+
+    def reset_world_at(self, env_index=None):
+        self.world.agents[0].set_pos(torch.zeros(self.world.batch_dim, 2), env_index)
+
+    def process_action(self, agent):
+        agent.action.u = torch.tensor([1.0, 0.0]).repeat(self.world.batch_dim, 1)
+
+    def arrived(self):
+        return self.world.agents[0].state.pos[:, 0] > 0.3
+
+    def reward(self, agent):
+        return self.world.agents[0].state.pos[:, 0]
+
+    def observation(self, agent):
+        return torch.cat([agent.state.pos, agent.state.vel], -1)
+
+
+GENERATOR = np.random.default_rng(0)
+
+
+class DrawsFromAGlobal(Walk):
+    def reward(self, agent):
+        return self.zeros + GENERATOR.random()
+
+
+class Draws(Walk):
+    def begin(self, world):
+        self.generator = random.Random(0)
+
+    def reward(self, agent):
+        return self.zeros + self.generator.random()
+
+
+class Iterates(Walk):
+    def begin(self, world):
+        self.count = itertools.count()
+
+    def reward(self, agent):
+        return self.zeros + next(self.count)
+
+
+@dataclasses.dataclass(slots=True)
+class Settings:
+    scale: float = 1.0
+
+
+class HasSlots(Walk):
+    def begin(self, world):
+        self.settings = Settings()
+
+
+class HasViews(Walk):
+    def begin(self, world):
+        self.goals = torch.zeros(world.batch_dim, 2, 2)
+        world.agents[0].goal = self.goals[:, 0]
+
+    def reset_world_at(self, env_index=None):
+        super().reset_world_at(env_index)
+        self.goals[slice(None) if env_index is None else env_index] += 1.0
+
+    def observation(self, agent):
+        return agent.goal
+
+
+class IsGivenRows(Walk):
+    def begin(self, world, goal):
+        self.goal = goal
+
+    def reward(self, agent):
+        return agent.state.pos[:, 0] - self.goal
+
+
+class ReadsAnArray(Walk):
+    def reward(self, agent):
+        return agent.state.pos[:, 0] * float(np.sign(agent.state.pos.numpy()[0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "reason"),
+    [
+        (DrawsFromAGlobal, "other numbers when it is called again"),
+        (Draws, "generator, a Random, may change unseen"),
+        (Iterates, "count, a count, may change unseen"),
+        (HasSlots, "settings, a Settings, may change unseen"),
+        (HasViews, "_goal shares its memory with scenario.goals"),
+        (IsGivenRows, "with another number of environments"),
+        (ReadsAnArray, "by numpy"),
+    ],
+)
+def test_scenarios_that_do_not_compile(scenario, reason):
+    """They were compiled, and gave other numbers; or an error came; or what they hold had moved on afterwards."""
+    kwargs = {"goal": torch.linspace(0, 1, N)} if scenario is IsGivenRows else {}
+    with pytest.warns(UserWarning, match=f"is stepped by VMAS, not compiled: .*{reason}"):
+        ours = make(scenario(), **kwargs)
+    if scenario is not DrawsFromAGlobal:
+        go_on(ours, make(scenario(), compiled=False, **kwargs), 3)
+
+
+class CountsInATest(Walk):
+    def begin(self, world):
+        self.hits, self.flag = self.zeros.clone(), self.zeros.clone()
+
+    def hit(self):
+        self.hits = self.hits + self.arrived()
+        return self.arrived()
+
+    def reward(self, agent):
+        if self.hit().any():
+            self.flag = self.flag + 1.0
+        return self.hits + self.flag
+
+
+class AddsUpInBodies(Walk):
+    def begin(self, world):
+        self.total = self.zeros.clone()
+
+    def reward(self, agent):
+        total, self.total = self.zeros.clone(), self.zeros.clone()
+        for distance in (1.8, 0.3):
+            if (agent.state.pos[:, 0] > distance).any():
+                total = total + 1.0
+                self.total = total
+        return self.total
+
+
+class FailsWhereNotDue(Walk):
+    def begin(self, world):
+        self.best, self.found = None, self.zeros.clone()
+
+    def reward(self, agent):
+        if (agent.state.pos[:, 0] > 50.0).any():
+            self.found = self.best.clone()
+        return self.found
+
+
+class RefillsACache(Walk):
+    def begin(self, world):
+        self.cache = {}
+
+    def reset_world_at(self, env_index=None):
+        super().reset_world_at(env_index)
+        self.cache = {}
+
+    def reward(self, agent):
+        self.cache = {"distance": agent.state.pos[:, 0] + 1.0}
+        return self.cache["distance"]
+
+    def observation(self, agent):
+        return torch.stack([self.cache.get("distance", self.zeros - 1.0)], -1)
+
+
+@pytest.mark.parametrize("scenario", [CountsInATest, AddsUpInBodies, FailsWhereNotDue, RefillsACache])
+def test_scenarios_that_compile_with_care(scenario):
+    """Tests ran twice, bodies that are not due were added to, and failed, and a cache was not empty after a reset."""
+    ours, theirs = make(scenario()), make(scenario(), compiled=False)
+    assert is_compiled(ours)
+    go_on(ours, theirs, 20)
+    assert_same(ours.reset(), theirs.reset())
+
+
+class Ghost(World):
+    """A world without collisions as long as nobody has arrived."""
+
+    def collides(self, a, b):
+        return bool((self.agents[0].state.pos[:, 0] > 0.3).any()) and super().collides(a, b)
+
+
+class CollidesInItsOwnWay(Walk):
+    def make_world(self, batch_dim, device, **kwargs):
+        world = Ghost(batch_dim, device)
+        for index in range(2):
+            world.add_agent(Agent(name=f"agent_{index}", shape=Sphere(0.2)))
+        return world
+
+    def process_action(self, agent):
+        super().process_action(agent)
+        agent.action.u *= float(agent.name == "agent_0")
+
+    def reset_world_at(self, env_index=None):
+        for index, agent in enumerate(self.world.agents):
+            agent.set_pos(torch.full((self.world.batch_dim, 2), 0.25 * index), env_index)
+
+    def reward(self, agent):
+        return self.world.collides(*self.world.agents) + self.world.agents[0].state.pos[:, 0]
+
+
+@pytest.mark.filterwarnings("ignore:.*VMAS takes the steps")
+def test_a_world_may_have_collisions_of_its_own():
+    """They were taken to be VMAS's broad phase, which a trace passes."""
+    go_on(make(CollidesInItsOwnWay()), make(CollidesInItsOwnWay(), compiled=False), 20)
+
+
+def scaled(values, scale=1.0, offset=0.0):
+    return values * scale + offset
+
+
+def variable():
+    value = 1.0
+
+    def get():
+        return value
+
+    def put(new):
+        nonlocal value
+        value = new
+
+    return get, put
+
+
+class Holds(Walk):
+    """What is changed while it runs, each thing of another kind."""
+
+    def begin(self, world):
+        self.off, self.scale, self.bonus = set(), functools.partial(scaled, scale=2.0), 1.0
+        self.get, self.put = variable()
+        self.given, self.table = self.zeros.clone(), torch.arange(6.0).reshape(2, 3)
+        self.transposed = self.table.T
+
+    def reward(self, agent):
+        reward = self.scale(agent.state.pos[:, 0]) + self.given + self.transposed[1, 0]
+        bonus = self.bonus if isinstance(self.bonus, float) else 0.0
+        return reward * self.get() * bonus * (0.0 if "a" in self.off else 1.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda scenario, outside: scenario.off.add("a"),
+        lambda scenario, outside: setattr(scenario, "scale", functools.partial(scaled, offset=2.0)),
+        lambda scenario, outside: scenario.put(3.0),
+        lambda scenario, outside: setattr(scenario, "bonus", 3.0),
+        lambda scenario, outside: scenario.table.add_(1.0),
+        lambda scenario, outside: outside.add_(1.0),
+    ],
+    ids=["set", "partial", "closure", "number", "transposed", "outside"],
+)
+@pytest.mark.filterwarnings("ignore:.*VMAS takes the steps")
+def test_what_is_changed_in_parts_counts(change):
+    """Each was read once, when the step was compiled; and a number was no tensor in a comparison of calls."""
+
+    def change_both(simulator, step):
+        if step == 2:
+            outside[simulator] = simulator.scenario.given = torch.zeros(N)
+        if step in {4, 6}:
+            change(simulator.scenario, outside[simulator])
+
+    ours, theirs, outside = make(Holds()), make(Holds(), compiled=False), {}
+    assert is_compiled(ours)
+    go_on(ours, theirs, 9, change_both)
 
 
 def test_what_someone_changes_counts():

@@ -16,6 +16,7 @@ from torchrl.envs import (
     ObservationNorm,
     RewardSum,
     StepCounter,
+    Transform,
     TransformedEnv,
     VecNormV2,
 )
@@ -195,6 +196,16 @@ def test_a_saved_one_goes_on_to_the_bit():
             assert torch.equal(batch[key], right[key]), key
 
 
+class ReadsTheScenario(Transform):
+    """Observations that have a number of the scenario in them."""
+
+    def _call(self, next_tensordict):
+        return next_tensordict.set(KEY, next_tensordict[KEY] * self.parent.base_env.scenario.bonus)
+
+    def _reset(self, tensordict, tensordict_reset):
+        return self._call(tensordict_reset)
+
+
 @pytest.mark.filterwarnings("ignore:Rollouts are not compiled", "ignore:Support of VecNormV2")
 @pytest.mark.parametrize(
     ("settings", "reason"),
@@ -207,8 +218,9 @@ def test_a_saved_one_goes_on_to_the_bit():
         ({"init_random_frames": N * STEPS}, "random frames come first"),
         ({"replay_buffer": True}, "a replay buffer is written at each step"),
         ({"traits": ("batch",)}, "its simulator is not compiled: .*add over rows"),
+        ({"transforms": [ReadsTheScenario]}, "a transform reads the simulator's objects: scenario.bonus"),
     ],
-    ids=["recurrent", "running statistics", "random frames", "replay buffer", "simulator"],
+    ids=["recurrent", "running statistics", "random frames", "replay buffer", "simulator", "scenario"],
 )
 def test_what_is_not_compiled_is_torchrls_and_says_so(settings, reason):
     if "replay_buffer" in settings:
@@ -242,6 +254,22 @@ def test_a_policy_that_cannot_be_compiled_is_called_at_each_step():
     with pytest.warns(UserWarning, match="called at each step, not compiled: random numbers that all rows share"):
         ours, _ = check(change)
     assert ours.why_not_compiled is None
+
+
+@pytest.mark.filterwarnings("ignore:The policy is called at each step")
+def test_a_policy_that_is_called_may_change_the_scenario():
+    """What it changed took effect with the next batch."""
+    envs = []
+
+    def wrap(actor):
+        def policy(data):
+            if envs:
+                envs[-1].base_env.scenario.bonus = 1.0 + data["step_count"].max().item()
+            return actor(data)
+
+        return policy
+
+    check(lambda collector, number: envs.append(collector.env), wrap=wrap, trust_policy=True)
 
 
 def test_frozen_statistics_are_constants_that_may_be_set():

@@ -21,12 +21,20 @@ NOT_COMPILED = pytest.mark.filterwarnings(
 )
 
 
+class Plain:
+    """An object that is no module."""
+
+    def __init__(self):
+        self.calls, self.gain, self.offset = 0, 1.0, torch.zeros(2)
+
+
 class Wrapped(nn.Module):
     """A policy, and something that is done to its actions."""
 
     def __init__(self, actor, change):
         super().__init__()
         self.actor, self.change, self.calls, self.log = actor, change, 0, []
+        self.plain, self.made = Plain(), None
         self.expanded = torch.ones(1).expand(2)  # no copy can be written into it
         self.register_buffer("scale", torch.ones(()))
 
@@ -61,13 +69,38 @@ def begins_slowly(policy, data):
     return data.set(ACTION, data[ACTION] * (0.0 if policy.calls <= 12 else 1.0))
 
 
+def counts_in_an_object(policy, data):
+    policy.plain.calls += 1
+    return data.set(ACTION, data[ACTION] * (0.0 if policy.plain.calls <= 12 else 1.0))
+
+
+def advances_a_buffer(policy, data):
+    policy.scale = policy.scale * 0.9
+    return data.set(ACTION, data[ACTION] * policy.scale)
+
+
+def is_offset(policy, data):
+    return data.set(ACTION, data[ACTION] * 0.5 + policy.plain.offset)
+
+
+def keeps_what_it_made(policy, data):
+    policy.made = policy.scale.tanh() if policy.made is None else policy.made
+    return data.set(ACTION, data[ACTION] * policy.made)
+
+
 def remembers(policy, data):
     memory = data.get(MEMORY, torch.zeros_like(data[ACTION]))
     return data.set(ACTION, data[ACTION] * (1 - memory)).set(MEMORY, memory + 0.05)
 
 
 @NOT_COMPILED
-@pytest.mark.parametrize("change", [brakes, is_random, is_noisy, is_scaled, keeps_a_log, begins_slowly, remembers])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(brakes, is_random, is_noisy, is_scaled, keeps_a_log, begins_slowly, remembers),
+        *(counts_in_an_object, advances_a_buffer, is_offset, keeps_what_it_made),
+    ],
+)
 def test_what_is_not_computed_with_tensors_is_no_constant(change):
     """What it did at the first step, it did at all."""
 
@@ -75,6 +108,8 @@ def test_what_is_not_computed_with_tensors_is_no_constant(change):
         random.seed(number)
         np.random.seed(number)  # noqa: NPY002
         collector.policy.scale.fill_(1 / (1 + number))
+        collector.policy.plain.offset += 0.1 * number
+        collector.policy.made = None
 
     check(seeded, n_batches=2, wrap=lambda actor: Wrapped(actor, change), **SETTINGS)
 
@@ -99,7 +134,7 @@ def test_the_parameters_of_a_function_are_read():
     check(train, wrap=wrap, **SETTINGS)
 
 
-@pytest.mark.parametrize("changed", ["hook", "bounds", "activation"])
+@pytest.mark.parametrize("changed", ["hook", "bounds", "activation", "object", "tie"])
 def test_a_policy_that_has_changed_is_compiled_anew(changed):
     def change(collector, number):
         policy = collector.policy
@@ -107,6 +142,10 @@ def test_a_policy_that_has_changed_is_compiled_anew(changed):
             return
         if changed == "hook":
             policy.register_forward_hook(lambda module, inputs, data: data.set(ACTION, 0.5 * data[ACTION]))
+        if changed == "object":
+            policy.plain.gain = 0.5
+        if changed == "tie":
+            policy.last.weight = nn.Parameter(0.5 * policy.first.weight.detach())
         for module in policy.modules():
             if changed == "bounds" and isinstance(module, ProbabilisticTensorDictModule):
                 module.distribution_kwargs["high"] = 0.5 * torch.ones(2)
@@ -116,13 +155,16 @@ def test_a_policy_that_has_changed_is_compiled_anew(changed):
     class Activated(nn.Module):
         def __init__(self, actor):
             super().__init__()
-            self.actor, self.activation = actor, torch.tanh
+            self.actor, self.activation, self.plain = actor, torch.tanh, Plain()
+            self.first, self.last = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.last.weight = self.first.weight
 
         def forward(self, data):
-            data = self.actor(data)
-            return data.set(ACTION, 0.5 * self.activation(data[ACTION]))
+            action = self.activation(self.last(self.first(self.actor(data)[ACTION])))
+            return data.set(ACTION, 0.5 * self.plain.gain * action)
 
-    ours, _ = check(change, wrap=Activated if changed == "activation" else lambda actor: actor, **SETTINGS)
+    wrap = (lambda actor: actor) if changed in {"hook", "bounds"} else Activated
+    ours, _ = check(change, wrap=wrap, **SETTINGS)
     assert ours.why_not_compiled is ours._fused.why_policy_not_compiled is None
 
 
@@ -157,13 +199,16 @@ def test_compiling_leaves_the_policys_statistics_alone():
             super().__init__()
             self.actor = actor
             self.register_buffer("calls", torch.zeros(()))
+            self.norm = nn.BatchNorm1d(2)
 
         def forward(self, data):
             self.calls += 1
+            self.norm(data[KEY][..., 0])
             return self.actor(data)
 
     theirs, ours = (make(collector, wrap=Counting, **SETTINGS) for collector in (Collector, CompiledCollector))
     assert theirs.policy.calls == ours.policy.calls
+    assert torch.equal(theirs.policy.norm.running_var, ours.policy.norm.running_var)
 
 
 def test_a_rollout_that_was_interrupted_is_followed_by_a_reset(monkeypatch):

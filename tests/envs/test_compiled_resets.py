@@ -69,6 +69,33 @@ def test_what_a_reset_reads_may_be_changed(changed, loaded):
     assert env.why_not_compiled is None
 
 
+class Levels(Spawn):
+    """Environments that begin farther to the right once they have arrived, and forget then that they have."""
+
+    def make_world(self, batch_dim, device, **kwargs):
+        world = super().make_world(batch_dim, device, **kwargs)
+        self.level, self.has_arrived = torch.zeros(batch_dim), torch.zeros(batch_dim, dtype=torch.bool)
+        return world
+
+    def reset_world_at(self, env_index=None):
+        rows = slice(None) if env_index is None else env_index
+        self.level[rows] += self.has_arrived[rows]
+        self.has_arrived[rows] = False
+        self.world.agents[0].set_pos(self.level[rows].unsqueeze(-1) + torch.zeros(2), env_index)
+
+
+def test_a_reset_may_read_what_it_writes():
+    """No environment arrived while the resets were compared, so that they were all alike."""
+    observed = []
+    for cls in (CompiledVmasEnv, BatchedResetVmasEnv):
+        env = cls(Levels(), num_envs=N, seed=0)
+        env.rollout(2)
+        env._env.scenario.has_arrived[2] = True
+        observed.append(env.reset(TensorDict({"_reset": (torch.arange(N) == 2).unsqueeze(-1)}, [N]))[OBSERVATION])
+    torch.testing.assert_close(*observed)
+    assert observed[0][2, 0, 0] == 1.0
+
+
 def rollout(env, steps=12):
     torch.manual_seed(1)
     return env.rollout(steps, break_when_any_done=False)[OBSERVATION]

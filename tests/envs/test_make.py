@@ -326,6 +326,13 @@ OBSERVES = r"env: group 'agents' observes "
         ("a flat reward", r"its \('agents', 'reward'\) has shape \(2,\)\. Legal: \(2, 1\)\."),
         ("ends of agents alone", r"its ends are \[\('agents', 'done'\), .*Legal: with a 'done' of the whole"),
         ("a wide mask", r"\('agents', 'action_mask'\) has shape \(2, 4\), .*Legal: \(2, 3\) for discrete actions"),
+        ("a number", r"BoundedContinuous \(2,\) of (?s:.*)Legal: Categorical of shape \[2\]; .* of shape \[2, A\]\. "),
+        ("a matrix of numbers", r"action space UnboundedContinuous \(2, 2, 2\) of (?s:.*)Legal: "),
+        ("a column of choices", r"action space Categorical \(2, 1\) of .*Legal: "),
+        (
+            "other choices",
+            r"action space MultiCategorical \(2, 2\) of .*Legal: .*MultiCategorical \(the same for all agents\)",
+        ),
         ("a mask of numbers", r"its \('agents', 'mask'\) is torch.float32 of shape \(2,\)\. Legal: torch.bool"),
     ],
 )
@@ -426,6 +433,7 @@ def test_what_is_not_installed(monkeypatch):
         (Box(np.array([-np.inf, -1], np.float32), np.array([np.inf, 1], np.float32)), None),
         (Box(0, np.inf, (2,)), None),
         (MultiBinary(3), None),
+        (Box(-1, 1, (2, 3)), None),
     ],
     ids=str,
 )
@@ -434,9 +442,9 @@ def test_the_policy_fits_the_action_space(space, distribution):
     spec = _gym_to_torchrl_spec_transform(space, categorical_action_encoding=True)
     if distribution is None:
         with pytest.raises(ValueError, match=r"(?s)no policy for the action space.*Legal: "):
-            _distribution(spec, masked=False)
+            _distribution(spec, (), masked=False)
     else:
-        assert _distribution(spec, masked=False)[0] is distribution
+        assert _distribution(spec, (), masked=False)[0] is distribution
 
 
 def test_one_hot_actions():

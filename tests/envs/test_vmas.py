@@ -140,6 +140,36 @@ def test_each_scenario_is_reset_exactly(scenario):
         assert_same_rows({k: ours[k] for k in leaves}, {k: fresh[k] for k in leaves}, ENDED)
 
 
+class GivenRows(BaseScenario):
+    """It is given a goal for each environment."""
+
+    def make_world(self, batch_dim: int, device: torch.device, goals: torch.Tensor, **kwargs: object) -> World:
+        self.goals = goals
+        world = World(batch_dim, device)
+        world.add_agent(Agent(name="agent_0"))
+        return world
+
+    def reset_world_at(self, env_index: int | None = None) -> None:
+        size = (self.world.batch_dim, 2) if env_index is None else (2,)
+        self.world.agents[0].set_pos(torch.rand(size), env_index)
+
+    def observation(self, agent: Agent) -> torch.Tensor:
+        return agent.state.pos - self.goals
+
+    def reward(self, agent: Agent) -> torch.Tensor:
+        return agent.state.pos[:, 0]
+
+
+def test_an_argument_may_have_a_row_for_each_environment() -> None:
+    """The constructor failed, since it made a simulator of another size."""
+    with pytest.warns(UserWarning, match="reset one by one.*cannot be made with another number of environments"):
+        env = BatchedResetVmasEnv(GivenRows(), num_envs=NUM_ENVS, seed=0, goals=torch.rand(NUM_ENVS, 2))
+    data = env.reset()
+    before = data["agents", "observation"].clone()
+    after = env.reset(data.set("_reset", ENDED.unsqueeze(-1)))["agents", "observation"]
+    assert torch.equal((before != after).flatten(1).any(1), ENDED)
+
+
 @pytest.mark.parametrize(
     ("scenario", "continuous"),
     [

@@ -114,6 +114,8 @@ def test_samples_of_distributions_are_pytorchs(shape):
         (lambda x: [x.mean(0) + x], "over rows"),
         (lambda x: [torch.multinomial(x.exp(), 2)], "several samples"),
         (lambda x: [x * torch.rand(4)], "random numbers that all rows share"),
+        (lambda x: [x * torch.eye(4)[0].argmax()], "argmax.default with arguments that are not known"),
+        (lambda x: [torch.where(x > 0, 2**24 + 1, 0)], "the whole number 16777217"),
     ],
 )
 def test_what_cannot_be_compiled(function, reason):

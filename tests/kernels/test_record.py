@@ -25,7 +25,7 @@ def written_through_a_view(x, y):
 
 def several_results(x, y):
     values, places = (x + y).max(1)
-    return [values, places, *torch.unbind(x, 1)]
+    return [values, places, *torch.unbind(x, 1), x[torch.tensor([2, 0])]]
 
 
 def numbers_of_its_own(x, y):
@@ -76,8 +76,22 @@ def read_what_a_view_wrote(x):
         lambda x: (torch.tensor(2.0) * x.sum()).item(),
         read_what_a_view_wrote,
         lambda x: (WEIGHTS * 2).sum().item(),
+        lambda x: sum(1 for _ in (x > 0).nonzero()),
+        lambda x: len(torch.where(x > 0)[0]),
+        lambda x: x.masked_select(x > 0).numel(),
+        lambda x: torch.stack([x, x])[:, x > 0].shape[1],
+        lambda x: x.tolist()[0],
+        lambda x: float(x.detach().numpy()[0]),
     ],
 )
-def test_no_value_is_read_that_may_change(read):
+@pytest.mark.parametrize("wrap", [lambda function: function, functionalize], ids=["plain", "functional"])
+def test_no_value_is_read_that_may_change(read, wrap):
     with pytest.raises(RuntimeError, match="Python reads a tensor's value"):
-        record(lambda x: [x * read(x)], torch.randn(4))
+        record(wrap(lambda x: [x * read(x)]), torch.randn(4))
+
+
+def test_a_generator_of_its_own_is_refused():
+    """No graph has it: it moves on at each call."""
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(RuntimeError, match="from a generator of its own"):
+        record(lambda x: [x + torch.rand(4, generator=generator)], torch.randn(4))

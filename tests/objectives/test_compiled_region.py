@@ -93,9 +93,22 @@ def test_agents_with_other_bounds():
     check_same(*updates(actor, data, n=1, sequential=True))
 
 
+class Scale(nn.Module):
+    """A module that holds an object, which is no module, and a closure."""
+
+    def __init__(self, hidden=None):
+        super().__init__()
+        self.numbers, self.hidden = type("Numbers", (), {})(), hidden
+        self.numbers.scale = 1.0
+
+    def forward(self, x):
+        x = x * self.numbers.scale
+        return x if self.hidden is None else x * self.hidden()
+
+
 @pytest.mark.filterwarnings("ignore:The data was not collected by the policy")
 def test_settings_that_change_are_heeded():
-    net = nn.Sequential(nn.Linear(3, 20), nn.LeakyReLU(0.1), nn.Linear(20, 4))
+    net = nn.Sequential(nn.Linear(3, 20), nn.LeakyReLU(0.1), Scale(), nn.Linear(20, 4))
     torch.manual_seed(0)
     actor = make_policy(net, "normal")
     data = make_data(deepcopy(actor).double(), batch=(9, 8))
@@ -103,17 +116,23 @@ def test_settings_that_change_are_heeded():
 
     def change(own, number):
         next(module for module in own.modules() if isinstance(module, nn.LeakyReLU)).negative_slope = 0.9
+        next(module for module in own.modules() if isinstance(module, Scale)).numbers.scale = 0.5
 
     check_same(*updates(actor, data, step=change, trust_region="shared"))
 
 
 @pytest.mark.parametrize(
-    ("settings", "dtype", "reason"),
-    [({"chunk_size": 16}, torch.float32, "chunk_size is given"), ({}, torch.float64, "float64")],
-    ids=["chunks", "double"],
+    ("settings", "dtype", "layer", "reason"),
+    [
+        ({"chunk_size": 16}, torch.float32, nn.Identity(), "chunk_size is given"),
+        ({}, torch.float64, nn.Identity(), "float64"),
+        ({}, torch.float32, Scale(torch.ones(4).clone), "a tensor of shape .4,. that is no parameter and no buffer"),
+    ],
+    ids=["chunks", "double", "hidden"],
 )
-def test_what_is_not_compiled_says_so_once_and_is_the_same(settings, dtype, reason):
+def test_what_is_not_compiled_says_so_once_and_is_the_same(settings, dtype, layer, reason):
     actor, data = make_case()
+    actor.module[0].module.insert(1, layer)
     data = data.apply(lambda value: value.to(dtype))
     steps = []
     for compiled in (True, False):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchrl.modules import TanhNormal
 
+from torchrl_trpo.kernels.settings import fixed
+
 _Bound: TypeAlias = Tensor | np.ndarray | float | tuple[Any, ...] | list[Any]
 
 
@@ -74,6 +76,10 @@ def _within_bounds(
         bounds = {name: _tensor(bound, dtype, device) for name, bound in {"low": low, "high": high}.items()}
         point = torch.zeros([1] * event_dims, dtype=dtype, device=device)
         known = vars(TanhNormal(point, torch.ones_like(point), **bounds, event_dims=event_dims, **kwargs))
+    parts = (known["_t"], *getattr(known["_t"], "parts", ()))
+    for tensor in (known["low"], known["high"], *(value for part in parts for value in vars(part).values())):
+        if isinstance(tensor, Tensor) and tensor is not low and tensor is not high:
+            fixed(tensor)
     del known["base_dist"]  # or update() would write into the cached one
     return {name: bool(value) if name.startswith("non_trivial") else value for name, value in known.items()}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,22 @@ from torchrl.modules import TruncatedNormal
 from torchrl.modules.distributions.utils import has_analytic_entropy
 
 from torchrl_trpo.distributions.multi_categorical import MultiCategorical
+from torchrl_trpo.kernels.settings import fixed
+
+# The logistic distribution function is Σ w Φ(sz), of pairs (w, s), within 3e-9. Monahan and Stefanski 1992, Normal
+# scale mixture approximations to F*(z) and computation of the logistic-normal integral.
+_LOGISTIC = (
+    (0.003246343272134, 1.365340806296348),
+    (0.051517477033972, 1.059523971016916),
+    (0.195077912673858, 0.830791313765644),
+    (0.315569823632818, 0.650732166639391),
+    (0.274149576158423, 0.508135425366489),
+    (0.131076880695470, 0.396313345166341),
+    (0.027912418727972, 0.308904252267995),
+    (0.001449567805354, 0.238212616409306),
+)
+_WEIGHTS = tuple(weight for weight, _ in _LOGISTIC)
+_VARIANCES = tuple((2 * slope) ** -2 for _, slope in _LOGISTIC)  # of the logistic distribution with density sech²/2
 
 
 def kl_divergence(p: D.Distribution, q: D.Distribution, batch_dims: int | None = None) -> Tensor:
@@ -81,13 +98,13 @@ def curved(dist: D.Distribution) -> D.Distribution:
     if isinstance(dist, CompositeDistribution):
         for name in dist:
             curved(dist[name])
-    elif isinstance(dist, (D.Independent, D.TransformedDistribution)) and not isinstance(dist, D.Pareto):
-        curved(dist.base_dist)
     elif isinstance(dist, (D.Laplace, D.Pareto, D.Uniform)):
         raise NotImplementedError(
             f"The KL divergence of {type(dist).__name__} has no second derivative where both are the same: it bounds "
             "no trust region. Legal: the distributions that kl_divergence names."
         )
+    elif isinstance(dist, (D.Independent, D.TransformedDistribution)) and not _is_registered(dist, dist):
+        curved(dist.base_dist)
     return dist
 
 
@@ -154,7 +171,10 @@ def log_prob(dist: D.Distribution, action: Tensor | TensorDictBase, batch_dims: 
 
 
 def has_exact_entropy(dist: D.Distribution) -> bool:
-    """Whether :func:`entropy` knows the distribution: a closed form, a squashed normal, or a composite of them."""
+    """Whether :func:`entropy` knows the distribution: a closed form, a squashed normal, or a composite of them.
+
+    A method ``entropy`` counts as a closed form. Where it has none (``Poisson``), :func:`entropy` says so.
+    """
     if isinstance(dist, CompositeDistribution):
         return all(has_exact_entropy(dist[name]) for name in dist)
     return has_analytic_entropy(dist) or _is_squashed_normal(dist)
@@ -163,16 +183,18 @@ def has_exact_entropy(dist: D.Distribution) -> bool:
 def entropy(dist: D.Distribution, batch_dims: int | None = None, *, nodes: int = 16) -> Tensor:
     """The entropy of an action distribution in nats, without sampling.
 
-    Closed form where there is one. For a squashed normal ``u = f(z)``, ``H(u) = H(z) + E[log |f'(z)|]``, whose
-    one-dimensional expectations are taken by Gauss-Hermite quadrature: deterministic and smooth in the parameters, as
-    a line search needs it.
+    Closed form where there is one. For a squashed normal ``u = f(z)``, ``H(u) = H(z) + E[log |f'(z)|]``. Of a tanh or a
+    sigmoid, with an affine map behind it, the expectation is a sum of eight closed forms: its error is below 1e-6 of
+    the scale (of 1, if that is larger), and that of its slopes below 6e-6, at any location. Of other bijections it is
+    taken by Gauss-Hermite quadrature, which is as good only where ``log |f'|`` is close to a polynomial within a few
+    scales. Both are deterministic and smooth in the parameters, as a line search needs it.
 
     Args:
         dist: the distribution, batch shape ``[*B]``.
         batch_dims: as for :func:`kl_divergence`.
 
     Keyword Args:
-        nodes: the number of quadrature nodes for squashed normals.
+        nodes: the number of quadrature nodes for bijections other than tanh and sigmoid.
 
     Returns:
         The entropies, ``[*B]``.
@@ -183,37 +205,80 @@ def entropy(dist: D.Distribution, batch_dims: int | None = None, *, nodes: int =
     if isinstance(dist, CompositeDistribution):
         return _sum_of_parts(dist, [entropy(dist[name], nodes=nodes) for name in dist], batch_dims)
     if has_analytic_entropy(dist):
-        return sum_events(dist.entropy(), batch_dims)
+        with contextlib.suppress(NotImplementedError):  # a method that is inherited, and of no use
+            return sum_events(dist.entropy(), batch_dims)
     if not _is_squashed_normal(dist):
+        named = dist.base_dist if isinstance(dist, D.Independent) else dist
         raise NotImplementedError(
-            f"There is no exact entropy for {type(dist).__name__}. Set entropy_coeff=0 (and entropy_bonus=False), or "
-            "use IndependentNormal, TanhNormal, categorical or MultiCategorical actions, or a CompositeDistribution of "
-            "them."
+            f"There is no exact entropy for {type(named).__name__}. Legal: entropy_bonus=False (entropy_coeff=0 still "
+            "reports it), or a policy with IndependentNormal, TanhNormal, categorical or MultiCategorical actions, or "
+            "a CompositeDistribution of them."
         )
     squashed: Any = dist
     base = squashed.base_dist
-    shape = (nodes,) + (1,) * base.mean.ndim
-    abscissae, weights = (x.reshape(shape) for x in _gauss_hermite(nodes, base.mean.dtype, base.mean.device))
-    z = base.mean + base.stddev * abscissae  # [nodes, *B, A]
-    log_slope = torch.zeros_like(z)
-    for transform in squashed.transforms:
-        image = transform(z)
-        log_slope = log_slope + transform.log_abs_det_jacobian(z, image)
-        z = image
     event_dims = tuple(range(-len(dist.event_shape), 0))
-    expected = (weights * log_slope).sum(0)  # [*B, A]
+    expected = _expected_log_slope([*_elementary(squashed.transforms)], base.mean, base.variance, nodes)  # [*B, A]
     return sum_events(base.entropy() + (expected.sum(event_dims) if event_dims else expected), batch_dims)
 
 
+def _elementary(transforms: Iterable[D.Transform]) -> Iterator[D.Transform]:
+    for transform in transforms:
+        parts = _elementary(transform.parts) if isinstance(transform, D.ComposeTransform) else [transform]
+        yield from parts
+
+
+def _expected_log_slope(transforms: Sequence[D.Transform], mean: Tensor, variance: Tensor, nodes: int) -> Tensor:
+    """``E[log |f'(z)|]`` of normal ``z``, for transforms of numbers one after the other: ``[*B, A]`` as ``mean``."""
+    first, *others = transforms or [D.identity_transform]
+    is_affine = all(isinstance(transform, D.AffineTransform) for transform in others)
+    if is_affine and isinstance(first, (D.TanhTransform, D.SigmoidTransform)):
+        width = 1 if isinstance(first, D.TanhTransform) else 2  # a sigmoid is (1 + tanh(z/2)) / 2
+        expected = 2 * (math.log(2 / width) - _expected_log_2cosh(mean / width, variance / width**2))
+        return expected + sum(transform.log_abs_det_jacobian(mean, mean) for transform in others)  # the same at any z
+    abscissae, weights = (_constants(values, mean) for values in _gauss_hermite(nodes))
+    z = mean + variance.sqrt() * abscissae  # [nodes, *B, A]
+    log_slope = torch.zeros_like(z)
+    for transform in transforms:
+        image = transform(z)
+        log_slope = log_slope + transform.log_abs_det_jacobian(z, image)
+        z = image
+    return (weights * log_slope).sum(0)
+
+
+def _expected_log_2cosh(mean: Tensor, variance: Tensor) -> Tensor:
+    """``E[log(2 cosh z)]`` of normal ``z``, ``[*B]`` as ``mean``.
+
+    Its second derivative, ``sech²``, is twice a logistic density, which is a mixture of normal densities of variances
+    ``τ²``. That of ``E|z + τε|``, for standard normal ``ε``, is twice one of these. So ``log(2 cosh z)`` is the mean of
+    ``E|z + τε|`` over ``τ``.
+    """
+    weights = _constants(_WEIGHTS, mean)
+    spread = (2 * (variance + _constants(_VARIANCES, mean))).sqrt()  # [8, *B]
+    x = mean.abs() / spread
+    t = 1 / (1 + 0.3275911 * x)
+    # exp(x²) erfc(x), within 1.5e-7 exp(x²) (Abramowitz and Stegun 1964, 7.1.26)
+    erfcx = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    excess = spread * (-x.square()).exp() * (1 / math.sqrt(math.pi) - x * erfcx)  # of E|z + τε| over |mean|
+    return mean.abs() + (weights * excess).sum(0)
+
+
 @functools.cache
-def _gauss_hermite(nodes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Abscissae and weights for expectations under the standard normal, copied to a device once."""
+def _gauss_hermite(nodes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Abscissae and weights for expectations under the standard normal."""
     abscissae, weights = np.polynomial.hermite.hermgauss(nodes)
+    return tuple(math.sqrt(2) * abscissae), tuple(weights / math.sqrt(math.pi))
+
+
+def _constants(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """Numbers along a dimension before those of ``like``: ``[n, 1, ...]``."""
+    return _on_device(values, like.dtype, like.device).reshape(-1, *[1] * like.ndim)
+
+
+@functools.cache
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers that are copied to a device once."""
     with torch.inference_mode(False):  # tensors that are cached may be differentiated later
-        return (
-            torch.tensor(math.sqrt(2) * abscissae, dtype=dtype, device=device),
-            torch.tensor(weights / math.sqrt(math.pi), dtype=dtype, device=device),
-        )
+        return fixed(torch.tensor(values, dtype=dtype, device=device))
 
 
 def _is_squashed_normal(dist: D.Distribution) -> bool:

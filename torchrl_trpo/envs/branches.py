@@ -20,7 +20,7 @@ def branching_by(
     """Methods of a class with ``for _ in branch(lambda: test): body`` in the place of ``if test: body``.
 
     That is done where ``body`` has no effect but on attributes, and on tensors that they hold. It may assign variables
-    that nothing else reads.
+    that nothing else reads, and that it assigns before it reads them.
 
     Args:
         branch: yields if the body is to run.
@@ -66,6 +66,7 @@ def _rewritten(function: types.FunctionType) -> Callable[[Any], types.FunctionTy
     definition = tree.body[0]
     names = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     is_private = any(name.startswith("__") and not name.endswith("__") for name in names)  # it depends on the class
+    is_private |= any(isinstance(node, ast.Global | ast.Nonlocal) for node in ast.walk(tree))
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list or is_private:
         return None
     rewriter = _Rewriter(definition)
@@ -90,6 +91,36 @@ def _rewritten(function: types.FunctionType) -> Callable[[Any], types.FunctionTy
     return make_method
 
 
+def _stored(*nodes: ast.AST) -> set[str]:
+    """The variables that some code assigns."""
+    found = (each for node in nodes for each in ast.walk(node) if isinstance(each, ast.Name))
+    return {each.id for each in found if isinstance(each.ctx, ast.Store)}
+
+
+def _loaded(node: ast.AST) -> set[str]:
+    """The variables that some code reads, but for those of its comprehensions."""
+    found = [*ast.walk(node)]
+    own = _stored(*(each.target for each in found if isinstance(each, ast.comprehension)))
+    changed = _stored(*(each.target for each in found if isinstance(each, ast.AugAssign)))
+    return changed | {each.id for each in found if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load)} - own
+
+
+def _reads_before(body: Sequence[ast.stmt], unset: set[str] | None = None) -> bool:
+    """Whether statements may read a variable of ``unset`` before they assign it. Default: all that they assign."""
+    unset = _stored(*body) if unset is None else set(unset)
+    for statement in body:
+        if isinstance(statement, ast.If | ast.For):
+            head = statement.test if isinstance(statement, ast.If) else statement.iter
+            within = unset if isinstance(statement, ast.If) else unset - _stored(statement.target)
+            if _loaded(head) & unset or any(_reads_before(part, within) for part in (statement.body, statement.orelse)):
+                return True
+        elif _loaded(statement) & unset:
+            return True
+        else:
+            unset -= _stored(statement)
+    return False
+
+
 class _Rewriter(ast.NodeTransformer):
     def __init__(self, definition: ast.FunctionDef) -> None:
         self._definition = definition
@@ -97,7 +128,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If) -> ast.AST:
         """Replaces an ``if`` statement, if nothing is lost."""
-        is_simple = not node.orelse and self._has_attributes_only(node.body)
+        is_simple = not node.orelse and self._has_attributes_only(node.body) and not _reads_before(node.body)
         self.generic_visit(node)
         if not is_simple or any(isinstance(each, ast.NamedExpr) for each in ast.walk(node.test)):
             return node

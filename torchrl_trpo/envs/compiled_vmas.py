@@ -13,12 +13,13 @@ from torch import Tensor
 from torchrl_trpo.envs.attribute_reads import attribute_reads
 from torchrl_trpo.envs.compiled import CompiledFunction
 from torchrl_trpo.envs.flat_state import FlatState
+from torchrl_trpo.envs.object_graph import changes_unseen, path_of, walk
 from torchrl_trpo.envs.reset_pool import ResetPool
 from torchrl_trpo.envs.saved_state import ObjectState
 from torchrl_trpo.envs.snapshot import ObjectSnapshot
 from torchrl_trpo.envs.tracing import Places, left_as_it_is
 from torchrl_trpo.envs.vmas import BatchedResetVmasEnv, undecorated
-from torchrl_trpo.kernels.buffers import NotCompiled, unused_size
+from torchrl_trpo.kernels.buffers import NotCompiled, reason_of, unused_size
 
 _RESET_TOGETHER = 512  # which takes VMAS hardly longer than one environment
 _STEPS_UNTIL_VARIANT, _STEPS_UNTIL_WARNING = 2, 3  # the first step of a simulator makes attributes
@@ -43,6 +44,9 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
 
     Globals and class attributes that a scenario reads are constants of the compiled code: change attributes of the
     scenario object instead.
+
+    Changes must be seen: a scenario is not compiled if it holds generators of random numbers, iterators, or objects
+    with ``__slots__`` that may change. Nor is it if it holds tensors that share memory which resets write to.
 
     Compiled code is kept in ``~/.cache/torchrl_trpo``, or in ``$TORCHRL_TRPO_CACHE``. A warning says so if a scenario
     cannot be compiled, and why; then the environment is a :class:`~torchrl_trpo.envs.vmas.BatchedResetVmasEnv`.
@@ -87,6 +91,9 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         env = self._env
         if env.grad_enabled:
             raise NotCompiled("gradients are to pass through it")
+        for value, place, first in walk([("scenario", env.scenario), ("world", env.world)]):
+            if first and changes_unseen(value):
+                raise NotCompiled(f"{path_of(place)}, a {type(value).__name__}, may change unseen")
         drawn = list(self._random_state)
         try:
             with left_as_it_is(env):
@@ -101,17 +108,12 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
         """
         env = self._env
         n_together = env.num_envs * max(1, _RESET_TOGETHER // env.num_envs)
+        try:
+            twin, spare = self._make_twins([unused_size(Places(env).tensors), n_together], drawn)
+        except Exception as error:  # a tensor that a scenario is given may have rows for so many environments
+            reason = f"its first steps fail, or those with another number of environments: {reason_of(error)}"
+            raise NotCompiled(reason) from error
         with self._drawing():
-            twin, spare = (self._make_twin(env, n) for n in (unused_size(Places(env).tensors), n_together))
-        for simulator in (twin, spare):
-            self._random_state = list(self._before_reset or drawn)
-            with self._drawing():
-                if self._before_reset is not None:  # so that it draws the same for all environments
-                    undecorated(simulator, "reset")(return_observations=False)
-        with self._drawing():
-            for simulator in (env, twin, spare):
-                for _ in range(2):  # the first steps make attributes
-                    self._advance(simulator, *_random_actions(simulator))
             self._refilled = self._find_refilled(twin)
             state = FlatState(env, twin, numbers)
             step = CompiledFunction(state, twin, self._advance, _random_actions(twin))
@@ -119,8 +121,6 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             with contextlib.suppress(NotCompiled):
                 read = CompiledFunction(state, twin, self._read)  # the first call compiles both
             step.compare(lambda: _random_actions(env), self._advance)
-        self.compiled_step, self.state = step, state
-        self.compiled_read = self.pool = None
 
         def reset() -> None:
             with self._drawing(), self._keeping(spare):
@@ -131,15 +131,34 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
                 self._advance(spare, *_random_actions(spare))
             self._random_state = list(drawn)
 
+        pool = None
         if read is not None:
             with contextlib.suppress(NotCompiled):  # then environments are reset as ever
                 with self._drawing():
                     read.compare(list, self._read)
-                pool = ResetPool(state, spare, reset)
+                filled = ResetPool(state, spare, reset)
                 self._random_state = list(drawn)
-                pool.check(rewind)
-                self.compiled_read, self.pool = read, pool
+                filled.check(rewind)
+                pool = filled
+        state.check_memory(resets_are_noted=pool is not None)
+        self.compiled_step, self.state = step, state
+        self.compiled_read, self.pool = (None, None) if pool is None else (read, pool)
         self._variants.append((state, step, self.compiled_read, self.pool))
+
+    def _make_twins(self, sizes: Sequence[int], drawn: list[Any]) -> list[Any]:
+        """Simulators with other numbers of environments; they and this one take two steps, which make attributes."""
+        with self._drawing():
+            twins = [self._make_twin(self._env, n) for n in sizes]
+        for twin in twins:
+            self._random_state = list(self._before_reset or drawn)
+            with self._drawing():
+                if self._before_reset is not None:  # so that it draws the same for all environments
+                    undecorated(twin, "reset")(return_observations=False)
+        with self._drawing():
+            for simulator in (self._env, *twins):
+                for _ in range(2):
+                    self._advance(simulator, *_random_actions(simulator))
+        return twins
 
     def _find_variant(self) -> bool:
         """Whether there is a compiled step for what VMAS's objects hold now; it is used from here on."""
@@ -180,14 +199,17 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             super()._reset_all()
 
     def _find_refilled(self, simulator: Any) -> set[tuple[str, str]]:
-        """The containers that a reset empties, and that a step fills before it reads them."""
-        written: set[str] = set()
+        """The containers that a reset empties, and that a step fills before anything reads them."""
+        written, read = set[str](), set[str]()
         with left_as_it_is(simulator):
-            undecorated(simulator, "reset")(return_observations=False)
+            with attribute_reads(Places(simulator).objects, read):
+                undecorated(simulator, "reset")(return_observations=False)
+                self._read(simulator)
             empty = Places(simulator)
             with attribute_reads(empty.objects, set(), written):
                 self._advance(simulator, *_random_actions(simulator))
             changed = set(empty.paths) ^ set(Places(simulator).paths)
+        written -= read
         found = [path.rpartition(".") for path in written if any(each.startswith(f"{path}.") for each in changed)]
         return {(path, name) for path, _, name in found}
 

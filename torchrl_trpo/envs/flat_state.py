@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import operator
 from collections.abc import Set
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from torchrl_trpo.envs.object_graph import parts_of
 from torchrl_trpo.envs.tracing import Places
 from torchrl_trpo.kernels.buffers import Buffers, NotCompiled, Slot
 from torchrl_trpo.kernels.lanes import DTYPES, KINDS
@@ -34,6 +39,8 @@ class FlatState:
         same: for each place the first one with the same tensor now. Each has a slot of its own nevertheless, since
             that may change in a step.
         written: the places that compiled functions write to; they share their tensors as they did at first.
+        used: the places whose tensors compiled functions compute with, or write to.
+        changed: the places that hold other tensors after a compiled function, or other rows.
         read: the paths of the attributes that compiled functions read; others may change.
         read_by_resets: those that a reset reads.
         slots: for each place its slot; None for a tensor that all environments share.
@@ -53,6 +60,8 @@ class FlatState:
         self.reference = Places(simulator, numbers)
         self.same = self.reference.same()
         self.written: set[int] = set()
+        self.used: set[int] = set()
+        self.changed: set[int] = set()
         self.read: set[str] = set()
         self.read_by_resets: set[str] = set()
         self._same_at_first = self.same
@@ -62,6 +71,10 @@ class FlatState:
         self.reset_problem: str | None = None
         self.tensors = list(self.reference.tensors)
         self._holders: list[tuple[Any, Any] | None] = []
+        self._reset: set[int] = set()  # the places that hold other tensors after a reset, or other rows
+        self._reset_in_place: set[int] = set()  # of these the ones whose tensors a reset writes to
+        self._resets_are_known = False
+        self._originals: dict[int, tuple[Tensor, int]] = {}  # by place: what was copied, and its version then
         self._copies: list[tuple[Tensor, Tensor]] = []  # the slots of tensors that are in another slot too, and these
         places = Places(twin, numbers)
         self._of_twin, self._sizes = places, (twin.num_envs, simulator.num_envs)
@@ -92,25 +105,36 @@ class FlatState:
     def attach(self) -> bool:
         """Takes over the tensors that the objects hold, if they are others than :meth:`hold` left there.
 
+        Someone may still hold a tensor that was there before. If it has been written to, it is taken over again.
+
         Returns:
             Whether everything else is as it was.
         """
-        if self.problem is None and self._is_attached():
+        is_kept = not self._originals or not self._put_back()
+        if is_kept and self.problem is None and self._is_attached():
             for copy, tensor in self._copies:
                 copy.copy_(tensor)  # someone may have written to it
             return True
         places = Places(self.simulator, self.numbers)
         difference = self.reference.difference(places, read=self.read) or self._other_kind(places)
         same = places.same()
-        self.problem = difference or places.difference_in_sharing(same, self._same_at_first, self.written)
+        difference = difference or places.difference_in_sharing(same, self._same_at_first, self.written)
+        self.problem = difference or self._shared_memory(places)
         if self.problem is not None:
             return False
         self.reset_problem = self.reference.difference(places, read=self.read_by_resets)
         self.same = same
         pairs = zip(places.paths, places.holders, strict=True)
         self._holders = [None if path in self.numbers else holder for path, holder in pairs]  # objects keep numbers
+        self._originals = {
+            number: original
+            for number, tensor in enumerate(places.tensors)
+            if (original := self._original(number, tensor)) is not None
+        }
         self.tensors = list(places.tensors)
         self._watched = [_watch(holder) for holder in places.containers]
+        self._sets = [(value, value.copy()) for value in places.fixed if isinstance(value, set)]
+        self._functions = [(value, parts_of(value)) for value in places.fixed if not isinstance(value, set)]
         self._arrays = [(array, array.tobytes()) for array in places.arrays]
         buffers = self.layout.empty()
         for buffer in buffers.values():
@@ -150,6 +174,21 @@ class FlatState:
             self.same = same
             self.problem = self.reference.difference_in_sharing(same, self._same_at_first, self.written)
 
+    def note_reset(self, number: int, in_place: bool) -> None:
+        """Takes note that resets put other tensors at a place, or write to those that are there."""
+        self._reset.add(number)
+        if in_place:
+            self._reset_in_place.add(number)
+        self._originals.pop(number, None)
+
+    def check_memory(self, resets_are_noted: bool) -> None:
+        """Raises NotCompiled if tensors share memory that may be written to. If resets are not noted, they may."""
+        self._resets_are_known = True
+        if not resets_are_noted:
+            self._reset_in_place.update(range(len(self.slots)))
+        if problem := self._shared_memory(Places(self.simulator, self.numbers)):
+            raise NotCompiled(problem)
+
     def move(self, buffers: dict[str, Tensor]) -> None:
         """Takes other buffers, of which the objects learn nothing until :meth:`hold`."""
         self.buffers = buffers
@@ -163,6 +202,49 @@ class FlatState:
                 return f"{path} changes from {before} to {after}"
         return None
 
+    def _original(self, number: int, tensor: Tensor) -> tuple[Tensor, int] | None:
+        """The tensor that is copied from a place, and its version; None if nobody else can have it, or none is."""
+        if number in self._originals and tensor is self.tensors[number]:
+            return self._originals[number]
+        is_copied = self.slots[number] is not None or not tensor.is_contiguous()
+        is_changed = number in self.changed or number in self._reset
+        return (tensor, tensor._version) if is_copied and not is_changed and not tensor.is_inference() else None
+
+    def _put_back(self) -> bool:
+        """Makes the objects hold the tensors again that were copied and have been written to since; if there are."""
+        written = [number for number, (tensor, version) in self._originals.items() if tensor._version != version]
+        if not written:
+            return False
+        originals = {id(self.tensors[number]): self._originals.pop(number)[0] for number in written}
+        for holder, tensor in zip(self._holders, self.tensors, strict=True):
+            with contextlib.suppress(LookupError):
+                if holder is not None and holder[0][holder[1]] is tensor and id(tensor) in originals:
+                    holder[0][holder[1]] = originals[id(tensor)]
+        return True
+
+    def _shared_memory(self, places: Places) -> str | None:
+        """Which tensor has memory in common with another one, both of which matter.
+
+        They do not if each step replaces one before it reads it, or if one is replaced and nobody writes to them.
+        """
+        if not self._resets_are_known:
+            return None
+        matter = [n for n in range(len(places.tensors)) if n in self.used or n not in self.changed]
+        replaced, written = self.changed | self._reset, self.written | self._reset_in_place
+        tensors = {id(places.tensors[number]): number for number in reversed(matter)}
+        parts = sorted((*_extent(places.tensors[number]), number) for number in tensors.values())
+        for position, (_, end, number) in enumerate(parts):
+            for start, _, other in itertools.islice(parts, position + 1, None):
+                if start >= end:
+                    break
+                pair = {number, other}
+                are_shared_by_all = self.slots[number] is self.slots[other] is None
+                if are_shared_by_all or (pair & replaced and not pair & written):
+                    continue
+                if _overlap(places.tensors[number], places.tensors[other]):
+                    return f"{places.paths[number]} shares its memory with {places.paths[other]}"
+        return None
+
     def _is_attached(self) -> bool:
         """Whether the objects hold what was left there."""
         if not self._holders:
@@ -173,9 +255,35 @@ class FlatState:
                     return False
             if any(array.tobytes() != held for array, held in self._arrays):
                 return False
+            for value, parts in self._functions:
+                now = parts_of(value)
+                if len(now) != len(parts) or not all(map(operator.is_, now, parts)):
+                    return False
+            if any(value != held for value, held in self._sets):
+                return False
             return all(len(holder) == size and values(holder) == held for holder, values, held, size in self._watched)
         except (LookupError, TypeError, ValueError):  # an entry is gone, or is no longer what can be compared
             return False
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Where the memory of a tensor begins and ends."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    n_spanned = 1 + sum((size - 1) * stride for size, stride in pairs) if tensor.numel() else 0
+    return tensor.data_ptr(), tensor.data_ptr() + n_spanned * tensor.element_size()
+
+
+def _overlap(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have an element in common; those of other sizes are taken to have one."""
+    return tensor.element_size() != other.element_size() or bool(torch.isin(_places(tensor), _places(other)).any())
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """Where the elements of a tensor are in memory."""
+    found = torch.tensor([tensor.data_ptr()])
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        found = (found.unsqueeze(-1) + torch.arange(size) * stride * tensor.element_size()).flatten()
+    return found
 
 
 def _watch(holder: Any) -> tuple[Any, Any, Any, int]:

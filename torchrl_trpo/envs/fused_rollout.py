@@ -22,7 +22,7 @@ from torchrl_trpo.envs.compiled_vmas import CompiledVmasEnv
 from torchrl_trpo.envs.reads import Untraceable
 from torchrl_trpo.envs.rollout_functions import RolloutFunctions, some_and_all
 from torchrl_trpo.envs.torchrl_step import Policy, base_of, filled, left_as_they_are, parameters_of, settings_of
-from torchrl_trpo.envs.tracing import left_as_it_is
+from torchrl_trpo.envs.tracing import first_with, left_as_it_is
 from torchrl_trpo.kernels.buffers import Columns, NotCompiled
 from torchrl_trpo.kernels.lanes import Unsupported
 from torchrl_trpo.seeding import untouched_generators
@@ -99,9 +99,11 @@ class FusedRollout:
 
     def _find_settings(self) -> list[Any]:
         parameters = parameters_of(self._env, self._policy).values()
-        shapes = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in parameters]
+        shapes = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.storage_offset()) for tensor in parameters]
+        shared = first_with(tensor.untyped_storage().data_ptr() for tensor in parameters)
         is_called = self.why_policy_not_compiled is not None  # then its settings are its own affair
-        return [exploration_type(), shapes, settings_of(self._env), None if is_called else settings_of(self._policy)]
+        of_policy = None if is_called else settings_of(self._policy)
+        return [exploration_type(), shapes, shared, settings_of(self._env), of_policy]
 
     def is_current(self, policy: Policy) -> bool:
         """Whether policy and environment are what they were when they were compiled, apart from their numbers."""
@@ -157,8 +159,8 @@ class FusedRollout:
 
     def _choose_actions(self) -> None:
         if self.why_policy_not_compiled is not None:
-            self._hold()  # it may look at the simulator's objects
-            acted = self._policy(self._carried_in(self._data))
+            data = self._carried_in(self._data)
+            acted = self._by_vmas(lambda: self._policy(data))  # it may look at the simulator's objects, and change them
             self._chosen.put([acted.get(key) for key in self._torchrl.chosen_keys])
         self._functions.act.inputs[: len(self._keys)] = self._carried.addresses
         self._functions.act()

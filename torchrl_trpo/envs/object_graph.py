@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import random
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ _CONTAINERS: dict[str, tuple[type, ...]] = {
     "function": (types.FunctionType, types.MethodType, functools.partial),
 }
 _KINDS: dict[type, str] = {}  # a cache of kind_of
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.BitGenerator, np.random.RandomState)
 
 Place = tuple[Any, Any]
 """Where a value is: the place of the object that holds it, and its name there. A root has ``(None, name)``."""
@@ -61,6 +63,21 @@ def hides_tensors(value: Any) -> bool:
     return any(isinstance(part, Tensor) for part, *_ in walk(held))
 
 
+def changes_unseen(value: Any) -> bool:
+    """Whether an object may change where no walk over its parts sees it.
+
+    It does if it is an iterator or draws random numbers, or has ``__slots__`` and is compared by identity or by what
+    may change. So does a built-in method of such an object.
+    """
+    if isinstance(value, types.BuiltinMethodType | types.MethodWrapperType):
+        value = value.__self__
+    cls: Any = type(value)
+    if isinstance(value, _GENERATORS) or (kind_of(cls) == "leaf" and hasattr(cls, "__next__")):
+        return True
+    is_fixed = cls.__hash__ not in (None, object.__hash__)
+    return not is_fixed and bool({*_slots_of(cls)} - {"__dict__", "__weakref__"}) and not isinstance(value, type)
+
+
 def parts_of(value: Any) -> Any:
     """What a value holds, in a container of its own; the parts themselves are not copied.
 
@@ -76,7 +93,7 @@ def parts_of(value: Any) -> Any:
     if isinstance(value, types.MethodType):
         return (value.__func__, value.__self__)
     if isinstance(value, functools.partial):
-        return (value.func, *value.args, *value.keywords.values())
+        return (value.func, *value.args, *value.keywords.values(), *value.keywords)
     cells = [cell.cell_contents for cell in value.__closure__ or () if not is_empty(cell)]
     return (value.__code__, *cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -248,13 +249,15 @@ class Reads(TorchFunctionMode):
             if if_true:
                 yield
             return
+        places = self._look()
+        if not self._replays:
+            self._check_test(test, drawn, places)
         if_false, read_too = self._forced_to(False, test)
         if if_true == if_false or len(read) != 1 or len(read_too) != 1 or read[0].dtype != torch.bool:
             if test():
                 yield
             return
         taken = read[0].clone().reshape(()) if if_true else ~read[0].reshape(())
-        places = self._look()
         before = {id(tensor): (tensor, n_writes(tensor), tensor.clone()) for tensor in places.tensors}
         branch = self._n_branches
         self._n_branches += 1
@@ -282,6 +285,18 @@ class Reads(TorchFunctionMode):
                 new = torch.where(taken, tensor, values)
                 merged[pair] = tensor.copy_(new) if tensor is old else new
             holder[0][holder[1]] = merged[pair]
+
+    def _check_test(self, test: Callable[[], Any], drawn: Tensor, places: Places) -> None:
+        """Refuses a test that changes something, or draws: it runs more than once."""
+        writes = [n_writes(tensor) for tensor in places.tensors]
+        for value in (True, False):
+            self._forced_to(value, test)
+        after = self._look()
+        is_same = not places.difference(after) and all(map(operator.is_, places.tensors, after.tensors))
+        if not is_same or [n_writes(tensor) for tensor in after.tensors] != writes:
+            raise Untraceable("the test of an if changes what objects hold")
+        if not torch.equal(torch.get_rng_state(), drawn):
+            raise Untraceable("the test of an if draws random numbers")
 
     def _forced_to(self, value: bool, test: Callable[[], Any]) -> tuple[bool, list[Tensor]]:
         """What a test gives if the tensors that it reads are a value, and these tensors."""

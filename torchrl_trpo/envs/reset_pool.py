@@ -13,7 +13,7 @@ from torchrl_trpo.envs.compiled import check_equal
 from torchrl_trpo.envs.flat_state import FlatState
 from torchrl_trpo.envs.snapshot import n_writes
 from torchrl_trpo.envs.tracing import Places, first_with
-from torchrl_trpo.kernels.buffers import NotCompiled, Slot
+from torchrl_trpo.kernels.buffers import NotCompiled, Slot, reason_of
 from torchrl_trpo.kernels.lanes import DTYPES
 
 _RESETS_TO_TRY = 10  # until one draws something else for all environments
@@ -66,9 +66,13 @@ class ResetPool:
         rewind()
         left = []
         for _ in range(2):
-            self._fill()
+            try:
+                self._fill()
+            except Exception as error:  # what it reads may be impossible the second time
+                raise NotCompiled(reason_of(error)) from error
             left.append([*self._lanes.values(), *self._fresh.values()])
             rewind()
+            self._change_what_it_overwrites()
         for number in self._read:
             slot, rows = self._state.slots[number], before.tensors[number]
             if slot is not None and self._origins[number] == 0:
@@ -79,6 +83,15 @@ class ResetPool:
         for _ in range(_RESETS_TO_TRY):
             self._fill()
         self.clear()
+
+    def _change_what_it_overwrites(self) -> None:
+        """Changes the rows of the twin's tensors that a reset reads and writes: it may read them first."""
+        places = Places(self._twin)
+        overwritten = [number for number in self._read if self._origins[number] and self._state.slots[number]]
+        changed = {id(places.tensors[number]): places.tensors[number] for number in overwritten}
+        for key, tensor in changed.items():
+            changed[key] = ~tensor if tensor.dtype == torch.bool else tensor + 1
+        places.put([changed.get(id(tensor), tensor) for tensor in places.tensors])
 
     def state_dict(self) -> dict[str, Any]:
         """The environments in the pool."""
@@ -193,6 +206,7 @@ class ResetPool:
             if slot is None:
                 check_equal([f"{before.paths[number]}, which all environments share,"], [values], [new])
                 continue
+            self._state.note_reset(number, in_place=new is old)
             if new.shape != (self._n, *slot.shape) or new.dtype != DTYPES[slot.kind]:
                 raise NotCompiled(f"a reset changes the shape or type of {before.paths[number]}")
             lanes[slot.kind] += slot.lanes

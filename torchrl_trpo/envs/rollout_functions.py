@@ -18,10 +18,12 @@ from torchrl_trpo.envs.torchrl_step import (
     Policy,
     TorchRLStep,
     base_of,
+    constants_of,
     filled,
     leaves_of,
     parameters_of,
     settings_of,
+    tensors_of,
     twin_of,
 )
 from torchrl_trpo.envs.tracing import numpys_and_pythons_generator, trace
@@ -31,6 +33,8 @@ from torchrl_trpo.kernels.networks import NetworkOperations
 from torchrl_trpo.kernels.record import record
 from torchrl_trpo.kernels.row_function import RowFunction
 from torchrl_trpo.seeding import untouched_generators
+
+_NAMES = {"name", "_name"}  # of the agents, which TorchRL reads
 
 
 class RolloutFunctions:
@@ -66,6 +70,7 @@ class RolloutFunctions:
         step, read = base.compiled_step, base.compiled_read
         self._layout: Buffers = base.state.layout
         self._policy = policy
+        of_policy = constants_of(policy)  # before it is called, which may make others of its parameters
         self._twin, of_twin = _twin_after_a_step(env, [*leaves_of(data).values(), *parameters_of(env, policy).values()])
         twin = self._twin
         before = leaves_of(data)
@@ -78,7 +83,8 @@ class RolloutFunctions:
         self.chosen = [value.new_zeros(len(self._data), *value.shape[1:]) for value in written.values()]
         self.actions = self.torchrl.choose(twin, self._data, [*self.carried, *self.chosen], None)[1]
 
-        settings = settings_of(twin)
+        self._constants = [*of_policy, *constants_of(twin)]
+        settings, of_transforms = settings_of(twin), tensors_of(twin)
         if isinstance(policy, RandomPolicy) and policy.action_spec == env.full_action_spec:
             policy = RandomPolicy(twin.full_action_spec)  # its actions have a shape of their own
         if self.why_policy_not_compiled is None:
@@ -99,7 +105,7 @@ class RolloutFunctions:
             for are_all, ended in some_and_all(len(self._data)):
                 inputs = [*self.carried, ended, *entries]
                 self.finish_reset[are_all] = self._compile_torchrl(self._reset, inputs, n_by_lane=len(carried))
-        if settings_of(twin) != settings:
+        if settings_of(twin) != settings or not _are_same(of_transforms, tensors_of(twin)):
             raise NotCompiled("a transform changes its own attributes at each step")
 
     def _finish(self, *leaves: Tensor) -> list[Tensor]:
@@ -128,6 +134,8 @@ class RolloutFunctions:
     def _compile_torchrl(self, function: Callable[..., Any], inputs: Sequence[Tensor], n_by_lane: int) -> RowFunction:
         """A function of TorchRL's; the last of its results are written as lanes, the others as rows."""
         traced = trace(base_of(self._twin)._env, function, inputs)
+        if read := sorted(path for path in traced.read if path.rpartition(".")[2] not in _NAMES):
+            raise NotCompiled(f"a transform reads the simulator's objects: {', '.join(read[:3])}")
         before = traced.before
         lowered, names = self._lower(traced.graph, inputs, list(zip(before.paths, before.tensors, strict=True)))
         n_guards = len(traced.expected)
@@ -144,7 +152,7 @@ class RolloutFunctions:
         parameters = parameters_of(self._twin, self._policy)
         named = [(name, tensor, 0) for name, tensor in zip(names, inputs, strict=True)]
         places = [(path, tensor, None) for path, tensor in unused]
-        lowered = NetworkOperations(graph, len(inputs[0]), parameters).lower([*places, *named])
+        lowered = NetworkOperations(graph, len(inputs[0]), parameters, self._constants).lower([*places, *named])
         return lowered, [*names, *parameters]
 
 
@@ -176,13 +184,18 @@ def _only_tensors(policy: Policy) -> Iterator[None]:
     """Raises Unsupported if a policy computes with anything but tensors inside the context."""
     if not isinstance(policy, (nn.Module, RandomPolicy)):
         raise Unsupported("it is a function: what it holds cannot be found. Give the collector an nn.Module")
-    modules = policy.modules() if isinstance(policy, nn.Module) else ()
-    own = {id(t) for module in modules for t in (*module.parameters(False), *module.buffers(False))}
+    own = tensors_of(policy)
     before = settings_of(policy), numpys_and_pythons_generator()
-    with _NoNumbers(own):
+    with _NoNumbers({id(tensor) for tensor in own}):
         yield
-    if (settings_of(policy), numpys_and_pythons_generator()) != before:
+    after = settings_of(policy), numpys_and_pythons_generator()
+    if after != before or not _are_same(own, tensors_of(policy)):
         raise Unsupported("it changes its own attributes, or draws random numbers from NumPy or Python")
+
+
+def _are_same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether the tensors are the same objects."""
+    return [*map(id, tensors)] == [*map(id, others)]
 
 
 class _NoNumbers(TorchFunctionMode):
@@ -198,8 +211,6 @@ class _NoNumbers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", None)
-        if name in {"numpy", "tolist", "__array__"}:
-            raise Unsupported("it computes with NumPy or lists")
         if name in {"item", "__float__", "__int__", "__index__", "__bool__"} and id(args[0]) in self._own:
             raise Unsupported("it reads a parameter or a buffer as a Python number")
         return func(*args, **(kwargs or {}))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 from torchrl.envs import EnvBase, TransformedEnv
 
-from torchrl_trpo.envs.snapshot import n_writes
 from torchrl_trpo.kernels import settings
 from torchrl_trpo.kernels.buffers import NotCompiled
 
@@ -169,20 +168,33 @@ def settings_of(root: Any) -> tuple[Any, ...]:
     return settings.settings_of(_modules_of(root))
 
 
+def constants_of(*roots: Any) -> list[Tensor]:
+    """The tensors whose values :func:`settings_of` compares."""
+    return [tensor for root in roots for tensor in settings.constants_of(_modules_of(root))]
+
+
+def tensors_of(root: Any) -> list[Tensor]:
+    """The parameters and buffers of the modules of a policy, or of an environment's transforms."""
+    modules = [module for _, module in _modules_of(root)]
+    return [tensor for module in modules for tensor in (*module.parameters(False), *module.buffers(False))]
+
+
 @contextlib.contextmanager
 def left_as_they_are(*roots: Any) -> Iterator[None]:
     """Restores attributes and buffers of policies and of environments' transforms after the context."""
     attributes = [vars(module) for root in roots for _, module in _modules_of(root)]
-    within = [value for each in attributes for value in each.values() if isinstance(value, (dict, list, set))]
+    values = [value for each in attributes for value in each.values()]
+    within = [value for value in values if isinstance(value, (dict, list, set))]
+    within += [vars(value) for value in values if settings.is_plain_object(value)]
     held = [(holder, holder.copy()) for holder in (*attributes, *within)]
     parts = [part for holder, _ in held for part in (holder.values() if isinstance(holder, dict) else holder)]
-    tensors = [(part, n_writes(part), part.clone()) for part in parts if isinstance(part, Tensor)]
+    tensors = [(part, part.clone()) for part in parts if isinstance(part, Tensor) and not part.is_meta]
     try:
         yield
     finally:
         for holder, before in held:
             holder.clear()
             holder.extend(before) if isinstance(holder, list) else holder.update(before)
-        for tensor, writes, old in tensors:
-            if n_writes(tensor) != writes:
+        for tensor, old in tensors:
+            if not bool(((tensor == old) | ((tensor != tensor) & (old != old))).all()):  # some writes are not counted
                 tensor.data.copy_(old)

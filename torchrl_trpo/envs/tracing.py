@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ from torchrl_trpo.envs.branches import branching_by, replaced
 from torchrl_trpo.envs.object_graph import kind_of, parts_of, path_of, walk
 from torchrl_trpo.envs.reads import Reads, Untraceable
 from torchrl_trpo.envs.snapshot import ObjectSnapshot, n_writes
-from torchrl_trpo.kernels.buffers import NotCompiled
+from torchrl_trpo.kernels.buffers import NotCompiled, reason_of
 from torchrl_trpo.kernels.record import record
 from torchrl_trpo.seeding import forked_generators
 
@@ -36,6 +38,7 @@ class Places:
         holders: for each place the dict or list that holds the tensor, and its key; None if it cannot be replaced.
         tensors: the tensors.
         containers: the dicts, lists and attributes of objects.
+        fixed: the sets, and the functions with a closure or defaults.
         arrays: the NumPy arrays.
         objects: the objects with attributes, by their paths.
         others: everything else by its path: values without parts, the types of objects and containers, and the first
@@ -48,6 +51,7 @@ class Places:
         self.holders: list[tuple[Any, Any] | None] = [(vars(simulator), "steps")]
         self.tensors: list[Tensor] = [simulator.steps]
         self.containers: list[Any] = []
+        self.fixed: list[Any] = []
         self.arrays: list[np.ndarray] = []
         self.objects: dict[str, Any] = {}
         self.others: dict[str, Any] = {}
@@ -74,6 +78,8 @@ class Places:
         if kind == "object":
             self.objects[path] = value
         parts = parts_of(value) if holder is None else holder
+        if kind == "set" or (isinstance(value, FunctionType) and len(parts) > 1):
+            self.fixed.append(value)
         items = parts.items() if isinstance(parts, dict) else enumerate(parts)
         for position, (key, part) in enumerate(items):
             place = f"{path}.{key if isinstance(key, str) else position}"
@@ -190,6 +196,13 @@ class Trace(NamedTuple):
     read: set[str]
     origins: list[int]
 
+    @property
+    def used(self) -> set[int]:
+        """The places whose tensors are written to, or of which something is computed."""
+        inputs = [node for node in self.graph.graph.nodes if node.op == "placeholder"][: len(self.before.paths)]
+        are_read = (any(user.op != "output" for user in node.users) for node in inputs)
+        return self.written.union(itertools.compress(itertools.count(), are_read))
+
 
 def trace(
     simulator: Any, function: Callable[..., Any], arguments: Sequence[Tensor], numbers: Set[str] = frozenset()
@@ -214,26 +227,25 @@ def trace(
         Untraceable: if the function changes anything besides tensors, reads tensors in another way, or draws random
             numbers that are not PyTorch's.
     """
-    # a value is read in a way that the tracer refuses; not all that takes a number takes a tensor
-    failures = (Exception,) if numbers else (RuntimeError, AssertionError)
     with warnings.catch_warnings():
         if numbers:
             warnings.simplefilter("ignore")
-        with contextlib.suppress(Untraceable, *failures):  # a body may fail where it is not due
+        with contextlib.suppress(Exception):  # a body may fail where it is not due
             return _trace(simulator, function, arguments, numbers, merges=True)
         try:
             return _trace(simulator, function, arguments, numbers, merges=False)
         except Untraceable:
             raise
-        except failures as error:
-            raise Untraceable(next(iter(str(error).splitlines()), repr(error))) from error
+        except Exception as error:  # not all that takes a number, or a tensor, takes the tracer's
+            raise Untraceable(reason_of(error)) from error
 
 
 def _trace(
     simulator: Any, function: Callable[..., Any], arguments: Sequence[Tensor], numbers: Set[str], *, merges: bool
 ) -> Trace:
     """A trace, in which some ``if`` go both ways if ``merges``."""
-    from vmas.simulator.scenario import BaseScenario  # here, since VMAS is optional
+    from vmas.simulator.core import World  # here, since VMAS is optional
+    from vmas.simulator.scenario import BaseScenario
     from vmas.simulator.utils import ScenarioUtils
 
     before = Places(simulator, numbers)
@@ -247,10 +259,9 @@ def _trace(
         before.put(tensors)
         scenario, world = type(simulator.scenario), type(simulator.world)
         methods = branching_by(reads.branch, scenario, BaseScenario) if merges else {}
-        broad_phase = {
-            "collides": reads.as_broad_phase(world.collides),
-            "update_env_forces": reads.as_update_of_forces(world.update_env_forces),
-        }
+        broad_phase: dict[str, Any] = {"update_env_forces": reads.as_update_of_forces(world.update_env_forces)}
+        if world.collides is World.collides:  # another one may decide by more than positions
+            broad_phase["collides"] = reads.as_broad_phase(world.collides)
         tries = {"find_random_pos_for_entity": staticmethod(reads.as_tries(ScenarioUtils.find_random_pos_for_entity))}
         with reads, replaced(scenario, methods), replaced(world, broad_phase), replaced(ScenarioUtils, tries):
             with attribute_reads(before.objects, read):

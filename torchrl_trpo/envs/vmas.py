@@ -22,6 +22,7 @@ from torchrl_trpo.envs.object_graph import InexactError, tensors_in
 from torchrl_trpo.envs.saved_state import ObjectState
 from torchrl_trpo.envs.snapshot import ObjectSnapshot
 from torchrl_trpo.errors import SettingError
+from torchrl_trpo.kernels.buffers import reason_of
 from torchrl_trpo.seeding import GlobalGenerators, device_state, set_device_state, untouched_generators
 
 
@@ -80,13 +81,27 @@ class BatchedResetVmasEnv(VmasEnv):
                 size = 2 if num_envs > 2 else 3
                 own = {name: scenario_kwargs[name] for name in scenario_kwargs.keys() - {"from_pixels", "pixels_only"}}
                 self._arguments_of_twin = (untouched, {**own, "seed": seed})
-                self._shared = _shared_tensors(env, self._make_twin(env, size))
+                self._shared, error = self._find_shared(env, size)
             self._random_state = _generators(env)
-        self._why_slowly = "gradients are to pass through them" if env.grad_enabled else ""
+        self._why_slowly = "gradients are to pass through them" if env.grad_enabled else error
+        if error:
+            warnings.warn(
+                f"{self.scenario_name}: ended environments are reset one by one, which is slow when there are many. It "
+                f"cannot be made with another number of environments, as a vectorised reset needs it: {error}.",
+                stacklevel=2,
+            )
         roots = {f"{type(each).__name__} {each.name}": each for each in (*env.world.agents, *env.world.landmarks)}
         roots |= {"scenario": env.scenario, "world": env.world, "agents": env.agents}
         self._object_state = ObjectState(roots, env.device)
         return env
+
+    def _find_shared(self, simulator: Any, size: int) -> tuple[set[str], str]:
+        """The paths of tensors that only seem to have rows for environments; or an error of one of another size."""
+        try:
+            twin = self._make_twin(simulator, size)
+        except Exception as error:  # what it is given may have a row for each environment
+            return set(), reason_of(error)
+        return _shared_tensors(simulator, twin), ""
 
     def _make_twin(self, simulator: Any, num_envs: int) -> Any:
         """The same simulator with another number of environments."""

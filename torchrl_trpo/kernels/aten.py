@@ -87,17 +87,20 @@ class Operations(Views):
             if node.op == "placeholder":
                 values[node] = next(remaining)
             elif node.op == "get_attr":
-                values[node] = self.attribute(getattr(self._graph, node.target))
+                values[node] = self.attribute(node)
             elif node.op == "output":
                 return list(fx.node.map_arg(node.args[0], values.__getitem__))
             else:
                 arguments, keywords = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = self._call(node, arguments, keywords)
+                try:
+                    values[node] = self._call(node, arguments, keywords)
+                except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
+                    raise Unsupported(f"{node.target} with arguments that are not known here") from error
         raise AssertionError("a graph has an output")
 
-    def attribute(self, tensor: Tensor) -> Lanes:
+    def attribute(self, node: fx.Node) -> Lanes:
         """A tensor that the graph holds."""
-        return constant_tensor(tensor, self._n_rows)
+        return constant_tensor(getattr(self._graph, node.target), self._n_rows)  # type: ignore[arg-type]
 
     def _call(self, node: fx.Node, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
         if node.target is operator.getitem:
@@ -342,10 +345,10 @@ class Operations(Views):
             parts.append(self._where(hit, value, self.select(tensor, dim, position), tensor.kind))
         return self.stack(parts, dim)
 
-    def argmax(self, tensor: Lanes, dim: int, keepdim: bool = False) -> Lanes:
+    def argmax(self, tensor: Lanes, dim: Any = None, keepdim: bool = False) -> Lanes:
         return self.max(tensor, dim, keepdim)[1]
 
-    def argmin(self, tensor: Lanes, dim: int, keepdim: bool = False) -> Lanes:
+    def argmin(self, tensor: Lanes, dim: Any = None, keepdim: bool = False) -> Lanes:
         return self.min(tensor, dim, keepdim)[1]
 
     def gather(self, tensor: Lanes, dim: int, index: Lanes, **_: Any) -> Lanes:

@@ -83,6 +83,7 @@ class BatchFunction:
             the rows and what follows from them, or ``[N, *shape]``.
         shared: tensors like the former.
         rows: tensors like the latter.
+        constants: other tensors that it may read: the caller makes sure that their values stay. Default: all others.
 
     Raises:
         NotCompiled: if it combines rows in another way, has an operation or a dtype that is not known here, or the
@@ -94,6 +95,7 @@ class BatchFunction:
         function: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
         shared: Sequence[Tensor],
         rows: Sequence[Tensor],
+        constants: Sequence[Tensor] | None = None,
     ) -> None:
         if torch.get_num_threads() > _MOST_THREADS:
             raise NotCompiled(f"PyTorch has {torch.get_num_threads()} threads here, and compiled functions use one")
@@ -101,7 +103,7 @@ class BatchFunction:
         some = [tensor[torch.arange(n) % len(tensor)] for tensor in rows]
         traced = record(function, list(shared), some, decompositions=_decompositions())
         traced.graph.eliminate_dead_code()
-        operations = SumOperations(traced, n)
+        operations = SumOperations(traced, n, constants)
         inputs = [*((tensor, None) for tensor in shared), *((tensor, 0) for tensor in some)]
         try:
             lowered = operations.lower([(str(place), *each) for place, each in enumerate(inputs)])

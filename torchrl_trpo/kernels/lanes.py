@@ -119,6 +119,8 @@ class Statements:
     def convert(self, value: Any, kind: str) -> Any:
         """A lane or constant as another kind."""
         if not isinstance(value, Lane):
+            if kind in {"i", "j"} and int(np.float32(value)) != int(value):
+                raise Unsupported(f"the whole number {value}, which float32 does not hold")
             return float(np.float32(value)) if kind == "f" else bool(value) if kind == "b" else int(value)
         if value.kind == kind:
             return value

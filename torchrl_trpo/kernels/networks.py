@@ -12,6 +12,8 @@ from torch import Tensor, fx
 
 from torchrl_trpo.kernels.aten import Operations
 from torchrl_trpo.kernels.lanes import KINDS, InMemory, Items, Lane, Lanes, Unsupported, aligned
+from torchrl_trpo.kernels.record import NEW
+from torchrl_trpo.kernels.settings import is_fixed
 from torchrl_trpo.kernels.views import dims_of
 
 _LONG = 16
@@ -35,15 +37,24 @@ class NetworkOperations(Operations):
     Args:
         graph: the graph.
         n_rows: the size of the batch.
-        parameters: the tensors of the graph that may have other values in each call, by name. Others are constants.
+        parameters: the tensors of the graph that may have other values in each call, by name.
+        constants: the others that it may read: the caller makes sure that their values stay. Default: all others.
     """
 
-    def __init__(self, graph: fx.GraphModule, n_rows: int, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        n_rows: int,
+        parameters: Mapping[str, Tensor],
+        constants: Sequence[Tensor] | None = None,
+    ) -> None:
         super().__init__(graph, n_rows)
         self._parameters = parameters
+        self._constants = None if constants is None else {each.untyped_storage().data_ptr() for each in constants}
         self._lanes: dict[str, Lanes] = {}
 
-    def attribute(self, tensor: Tensor) -> Lanes:
+    def attribute(self, node: fx.Node) -> Lanes:
+        tensor: Any = getattr(self._graph, node.target)  # type: ignore[arg-type]
         for name, parameter in self._parameters.items():
             first = tensor.storage_offset() - parameter.storage_offset()
             is_part = 0 <= first < parameter.numel()
@@ -54,7 +65,14 @@ class NetworkOperations(Operations):
                 places = torch.arange(parameter.numel()).as_strided(tensor.shape, tensor.stride(), first)
                 values = self._lanes[name].values[places.flatten().numpy()].reshape(tuple(tensor.shape))
                 return Lanes(values, None, self._n_rows, KINDS[tensor.dtype])
-        return super().attribute(tensor)
+        is_new = all(user.target is NEW for user in node.users)  # the function makes it of Python's numbers
+        is_constant = self._constants is None or tensor.untyped_storage().data_ptr() in self._constants
+        if not is_constant and not is_new and not is_fixed(tensor):
+            raise Unsupported(
+                f"it reads a tensor of shape {tuple(tensor.shape)} that is no parameter and no buffer of its modules: "
+                "register it as one"
+            )
+        return super().attribute(node)
 
     def _call(self, node: fx.Node, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
         name = name_of(node)

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_NEW = torch.ops.aten.lift_fresh_copy.default
+NEW = torch.ops.aten.lift_fresh_copy.default
+"""Makes a new tensor of Python's numbers, at each call of a graph."""
+_LISTS = {"numpy", "tolist", "__array__"}
 
 
 def record(
@@ -38,7 +41,7 @@ def record(
     recorder = _Recorder(decompositions or {})
     for tensor in tree_leaves(arguments):
         recorder.follow(tensor, recorder.graph.placeholder(f"argument{len(recorder.graph.nodes)}"))
-    with recorder:
+    with _NoLists(recorder), recorder:
         results = function(*arguments)
     recorder.graph.output(tree_map(recorder.node_of, results))
     return fx.GraphModule(recorder.attributes, recorder.graph)
@@ -78,14 +81,18 @@ class _Recorder(TorchDispatchMode):
             return results
         nodes, named = tree_map(self.node_of, (tuple(args), kwargs))
         results = func(*args, **kwargs)
-        if torch.Tag.data_dependent_output in func.tags:
-            read = [node for node in tree_leaves((nodes, named)) if isinstance(node, fx.Node) and node.op != "get_attr"]
+        leaves = tree_leaves((nodes, named))
+        if any(isinstance(leaf, torch.Generator) for leaf in leaves):
+            raise RuntimeError(f"{func} draws random numbers from a generator of its own")
+        if _has_shape_of_values(func, args) or torch.Tag.data_dependent_output in func.tags:
+            read = [leaf for leaf in leaves if isinstance(leaf, fx.Node) and leaf.op != "get_attr"]
             if self._has_written or not self._constants.issuperset(read):
                 raise RuntimeError(f"Python reads a tensor's value, by {func}")
+        if torch.Tag.data_dependent_output in func.tags:
             return results
         self._has_written |= func._schema.is_mutable
         # A new tensor of Python's numbers is a constant here, and new at each call of the graph.
-        node = self._call(_NEW if func is torch.ops.aten.lift_fresh.default else func, nodes, named)
+        node = self._call(NEW if func is torch.ops.aten.lift_fresh.default else func, nodes, named)
         if isinstance(results, Tensor):
             self.follow(results, node)
         for number, result in enumerate(results if isinstance(results, (list, tuple)) else []):
@@ -95,6 +102,32 @@ class _Recorder(TorchDispatchMode):
 
     def _call(self, target: Any, args: Any, kwargs: Any = None) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
-        if target is _NEW or (self._constants.issuperset(node.all_input_nodes) and not node.is_impure()):
+        if target is NEW or (self._constants.issuperset(node.all_input_nodes) and not node.is_impure()):
             self._constants.add(node)
         return node
+
+    def is_known(self, tensor: Tensor) -> bool:
+        """Whether a tensor has the same numbers at each call, as far as is known here."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        return tensor not in self._nodes or (not self._has_written and self._nodes[tensor] in self._constants)
+
+
+class _NoLists(TorchFunctionMode):
+    """Refuses to make NumPy arrays and lists of tensors: the recorder does not see what is computed with them."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", None) in _LISTS and not self._recorder.is_known(args[0]):
+            raise RuntimeError(f"Python reads a tensor's value, by {func.__name__}: it computes with NumPy or lists")
+        return func(*args, **(kwargs or {}))
+
+
+def _has_shape_of_values(func: Any, args: Sequence[Any]) -> bool:
+    """Whether the shape of an operation's result depends on the numbers in its arguments."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(index is not None and index.dtype in {torch.bool, torch.uint8} for index in args[1])
+    return torch.Tag.dynamic_output_shape in func.tags

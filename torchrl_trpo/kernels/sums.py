@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import fx
+from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from torchrl_trpo.kernels.lanes import Lanes, Unsupported
@@ -51,13 +51,14 @@ class SumOperations(NetworkOperations):
     Args:
         graph: the graph.
         n_rows: the size of the batch.
+        constants: the tensors that it holds and may read. Default: all.
 
     Attributes:
         reductions: by the node of the graph.
     """
 
-    def __init__(self, graph: fx.GraphModule, n_rows: int) -> None:
-        super().__init__(graph, n_rows, {})
+    def __init__(self, graph: fx.GraphModule, n_rows: int, constants: Sequence[Tensor] | None = None) -> None:
+        super().__init__(graph, n_rows, {}, constants)
         self.reductions: dict[fx.Node, OverRows] = {}
 
     def rest(self, outputs: Sequence[Any]) -> fx.GraphModule:
