@@ -57,7 +57,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 nitpicky = True
 _ELSEWHERE = r"(torch|torchrl|tensordict|numpy|omegaconf|vmas|collections|multiprocessing|pathlib|pydantic|typing)"
 _SHORT = "AUTO_LOSS_MASK_KEYS|BaseModel|FieldInfo|MarlGroupMapType|Tensor|NestedKey|TensorDictModuleBase"
-_BASES = r"torchrl_trpo(\.\w+)+\.(_\w+|AgentOrder|SurrogateLoss|Recipe)"
+_BASES = r"torchrl_trpo(\.\w+)+\.(_\w+|AgentOrder|CriticLoss|SurrogateLoss|Recipe)"
 nitpick_ignore_regex = [(r"py:.*", rf"{_ELSEWHERE}(\..*)?|{_SHORT}|{_BASES}")]
 
 # The site is read without a network. A page may link to others, but loads no script, style, font or picture from them.

@@ -6,16 +6,18 @@ evaluation mode, with parameters and inputs changed a little, so that no derivat
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, is_tensor_collection
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor, nn
 
 from torchrl_trpo.objectives.attention import differentiable_attention
+from torchrl_trpo.objectives.functional import in_evaluation
 from torchrl_trpo.objectives.policy_network import (
     distribution_parameters,
     single_agent_network,
@@ -23,8 +25,10 @@ from torchrl_trpo.objectives.policy_network import (
     stacked_prefixes,
 )
 from torchrl_trpo.objectives.policy_rows import PolicyRows
+from torchrl_trpo.parallel.ranks import Ranks
 
 _ROWS = 4
+_common: WeakKeyDictionary[nn.Module, dict[Any, list[tuple[str, ...]]]] = WeakKeyDictionary()
 
 
 def check_stacked_agents(
@@ -52,7 +56,7 @@ def check_agents_alone(
     """Raises ValueError if an agent that is evaluated alone, with its slice of the parameters, acts differently."""
     few, agents = _few(rows), range(rows.agent_shape.numel())
     moved, prefixes = _moved_parameters(parameters), stacked_prefixes(network)
-    with _in_evaluation(network), differentiable_attention():
+    with in_evaluation(network), differentiable_attention():
         together = distribution_parameters(network, moved, few.inputs)
         for agent in agents:
             single = single_agent_network(network, agent, len(agents))
@@ -82,6 +86,42 @@ def check_shared_agents(
         )
 
 
+@torch.no_grad()
+def common_entries(
+    network: ProbabilisticTensorDictSequential,
+    parameters: TensorDictBase,
+    rows: PolicyRows,
+    entries: Sequence[tuple[str, ...]],
+    ranks: Ranks,
+) -> list[tuple[str, ...]]:
+    """Those of the agents' ``entries`` of the rows of which an agent reads the others' part too.
+
+    Such as observations that agents exchange, and a picture with as many channels as there are agents. A policy is
+    asked once.
+    """
+    known = _common.setdefault(network, {})
+    if not entries or tuple(entries) in known:
+        return known.get(tuple(entries), [])
+    few, agents = _few(rows), range(rows.agent_shape.numel())
+    moved = _moved_parameters(parameters)
+    with in_evaluation(network), differentiable_attention():
+        before = distribution_parameters(network, moved, few.inputs)
+
+        def reaches_others(entry: tuple[str, ...], agent: int) -> bool:
+            inputs, own = few.inputs.clone(), (*[slice(None)] * few.row_dims, agent)
+            part = inputs.get(entry[1:])
+            part[own] = part[own].apply(_moved) if is_tensor_collection(part) else _moved(part[own])
+            after = distribution_parameters(network, moved, inputs)
+            rest = [other for other in agents if other != agent]
+            pairs = [(value, after.get(key)) for key, value in before.items(True, True)]
+            return not all(_close(*(_of_agent(each, other, few) for each in pair)) for pair in pairs for other in rest)
+
+        found = [int(any(reaches_others(entry, agent) for agent in agents)) for entry in entries]
+    found = ranks.max_(torch.tensor(found, device=rows.log_prob.device)).tolist()
+    known[tuple(entries)] = [entry for entry, is_common in zip(entries, found, strict=True) if is_common]
+    return known[tuple(entries)]
+
+
 @torch.enable_grad()
 def _slopes(
     network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, rows: PolicyRows
@@ -91,7 +131,7 @@ def _slopes(
     leaves = _moved_parameters(parameters)
     names = [key for key, value in leaves.items(True, True) if value.requires_grad]
     trained = [leaves.get(name) for name in names]
-    with _in_evaluation(network), differentiable_attention():
+    with in_evaluation(network), differentiable_attention():
         outputs = distribution_parameters(network, leaves, few.inputs)
     slopes = []
     for agent in range(few.agent_shape.numel()):
@@ -127,18 +167,6 @@ def _of_agent(value: Tensor, agent: int, rows: PolicyRows) -> Tensor:
     """An agent's part of an output ``[*R, n_agents, F]``; the whole output if the agents have it in common."""
     per_agent = value.ndim > rows.row_dims and value.shape[rows.row_dims] == rows.agent_shape.numel()
     return value.narrow(rows.row_dims, agent, 1) if per_agent else value
-
-
-@contextlib.contextmanager
-def _in_evaluation(network: nn.Module) -> Iterator[None]:
-    """Puts a network in evaluation mode, and each of its modules back into its own mode afterwards."""
-    training = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _any(slope: Tensor) -> bool:

@@ -229,13 +229,17 @@ class CentralCriticValueEstimator(AgentGAE):
     def _next_actions(self, tensordict: TensorDictBase, actions: list[Tensor], time_dim: int) -> list[Tensor]:
         # A recurrent policy takes single steps from the recorded states.
         own = parameters_restored(self.actor_network)
+        following = tensordict.get("next").select(*self.actor_network.in_keys, strict=False).copy()
+        for key, value in following.items(True, True):
+            if value.dtype == torch.bool and value.ndim > following.ndim and value.shape[-1] > 1:
+                following.set(key, value | ~value.any(-1, keepdim=True))  # where an episode ends no action is allowed
         with own, set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
-            drawn = self.actor_network(tensordict.get("next").select(*self.actor_network.in_keys, strict=False).copy())
+            drawn = self.actor_network(following)
         done = entry(tensordict, next_key(self.tensor_keys.done), "the done key")
         ends = done.flatten(tensordict.batch_dims).any(-1)
         ends.select(time_dim, -1).fill_(True)
-        following = []
+        actions_after = []
         for key, action in zip(self.action_keys, actions, strict=True):
             mask = ends.reshape(*ends.shape, *[1] * (action.ndim - ends.ndim))
-            following.append(torch.where(mask, drawn.get(key), action.roll(-1, time_dim)))
-        return following
+            actions_after.append(torch.where(mask, drawn.get(key), action.roll(-1, time_dim)))
+        return actions_after

@@ -18,7 +18,7 @@ def collected_log_prob(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
 
     Of composite actions it is the sum over their parts. Where it has as many dimensions as its continuous action, there
     is one for each entry of the action (the policy's ``Normal`` is not ``Independent``), and they are summed. Raises
-    ValueError if discrete ones ``[*B, n]`` may be those of ``n`` agents, or of ``n`` actions of one.
+    ValueError if others, ``[*B, n]``, may be those of ``n`` agents, or of ``n`` actions of one.
     """
     keys, batch_dims = loss.tensor_keys, tensordict.batch_dims
     try:
@@ -40,9 +40,7 @@ def collected_log_prob(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
     agent_dims = []
     for part, own in pairs:
         extra = part.ndim - batch_dims
-        if own is None or own.ndim > part.ndim:
-            agent_dims.append(extra)
-        elif own.is_floating_point():
+        if own is not None and own.ndim <= part.ndim and own.is_floating_point():
             agent_dims.append(extra if extra == 1 and _has_agents(loss, tensordict, by_key=False) else extra - 1)
     if not agent_dims:
         extra = max(part.ndim for part, _ in pairs) - batch_dims
@@ -60,7 +58,7 @@ def collected_log_prob(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
     return torch.stack([sum_events(part, ndim) for part, _ in pairs]).sum(0).unsqueeze(-1)
 
 
-def broadcast_advantage(advantage: Tensor, log_prob: Tensor, key: NestedKey) -> Tensor:
+def broadcast_advantage(advantage: Tensor, log_prob: Tensor, key: NestedKey, batch_dims: int) -> Tensor:
     """The advantage, broadcastable to ``log_prob``, ``[*B, T, *A, 1]``; a team's, ``[*B, T, 1]``, goes to each agent.
 
     Raises ValueError if the shapes do not fit; the message names ``key``.
@@ -69,10 +67,11 @@ def broadcast_advantage(advantage: Tensor, log_prob: Tensor, key: NestedKey) -> 
         advantage = advantage.unsqueeze(-2)
     pairs = zip(advantage.shape, log_prob.shape, strict=False)
     if advantage.ndim != log_prob.ndim or any(size not in {1, legal} for size, legal in pairs):
+        has_agents = log_prob.ndim > batch_dims + 1
+        of_team = f", or {(*log_prob.shape[:-2], 1)} for a whole team" if has_agents else ""
         raise ValueError(
             f"the advantage {key!r} has shape {tuple(advantage.shape)}, which does not fit log-probabilities of shape "
-            f"{tuple(log_prob.shape[:-1])}. Legal: {tuple(log_prob.shape)}, or {(*log_prob.shape[:-2], 1)} for a whole "
-            "team."
+            f"{tuple(log_prob.shape[:-1])}. Legal: {tuple(log_prob.shape)}{of_team}."
         )
     return advantage
 

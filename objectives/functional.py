@@ -28,6 +28,18 @@ def other_parameters(network: nn.Module, parameters: TensorDictBase | None) -> I
 
 
 @contextlib.contextmanager
+def in_evaluation(network: nn.Module) -> Iterator[None]:
+    """Puts a network in evaluation mode, and each of its modules back into its own mode afterwards."""
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
 def parameters_restored(*networks: nn.Module | None) -> Iterator[None]:
     """Puts the networks' own parameters and buffers back if an error leaves the block.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -20,7 +20,7 @@ from torchrl_trpo.objectives.agent_order import AgentOrder, drawn_order
 from torchrl_trpo.objectives.policy_network import resolve_trust_region
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.policy_rows import PolicyRows
-from torchrl_trpo.objectives.policy_update import check_separate_losses, current_estimator
+from torchrl_trpo.objectives.policy_update import check_separate_losses, current_estimator, row_mask
 from torchrl_trpo.objectives.trpo import TRPOLoss
 
 
@@ -123,17 +123,20 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
         self._updates += 1
         if self._warned_of_rewards or self._updates & (self._updates - 1):
             return
-        rewards = []
+        rewards, masks = [], []
         for loss in self._groups.values():
             if getattr(current_estimator(loss), "team_reward", None) is not None:
                 return
             reward = tensordict.get(next_key(loss.tensor_keys.reward), None)
             if reward is not None:
+                mask = row_mask(loss, tensordict, reward)
                 rewards.append(reward.flatten(tensordict.batch_dims))
+                masks.append((torch.ones_like(reward) if mask is None else mask).flatten(tensordict.batch_dims).bool())
         if not rewards or rewards[0].is_meta:
             return
-        all_rewards = torch.cat(rewards, -1).nan_to_num()  # [*B, n]
-        if not torch.allclose(all_rewards, all_rewards[..., :1].expand_as(all_rewards)):
+        all_rewards, counts = torch.cat(rewards, -1).nan_to_num(), torch.cat(masks, -1)  # [*B, n]
+        first = all_rewards.gather(-1, counts.byte().argmax(-1, keepdim=True))  # of an agent that counts
+        if not torch.allclose(torch.where(counts, all_rewards, first), first.expand_as(all_rewards)):
             self._warned_of_rewards = True
             warnings.warn(
                 "The agents' rewards differ. HATRPO's guarantee that no update lowers the expected return (Kuba et al. "
@@ -182,6 +185,30 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
                 )
             for group, loss in self._groups.items():
                 loss.set_keys(**{name: given[group]})
+
+    @property
+    def loss_mask_key(self) -> NestedKey | Literal["auto"] | None:
+        """Which entry says what counts, as for any TorchRL loss; that of all groups' losses."""
+        return next(iter(self._groups.values())).loss_mask_key
+
+    @loss_mask_key.setter
+    def loss_mask_key(self, value: NestedKey | Literal["auto"] | None) -> None:
+        for loss in self._groups.values():
+            loss.loss_mask_key = value
+
+    def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> Self:
+        """Makes the value estimators of the losses, as :meth:`TRPOLoss.make_value_estimator` does.
+
+        Args:
+            value_type: as for a loss.
+            **hyperparams: as for a loss.
+
+        Returns:
+            The objective itself.
+        """
+        for loss in self._groups.values():
+            loss.make_value_estimator(value_type, **hyperparams)
+        return self
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -169,22 +169,26 @@ class PolicyTrustRegion:
             piece.ratio = ratio if len(self._rows) <= self._chunk_rows else None
             improvement = improvement + self._total(rows, gain - gain_k)
             kl = kl + self._total(rows, kl_divergence(dist_k, dist, self._batch_dims).unsqueeze(-1))
-        self._evaluated = parameters
+        self._evaluated = flatten(leaves, len(self.indices))  # as the parameters' types hold them
         improvement, kl = self._ranks.sum_(torch.stack([improvement, kl]))
         return improvement, kl
 
     @torch.no_grad()
-    def write(self, parameters: Tensor, accepted: Tensor) -> None:
+    def write(self, parameters: Tensor, accepted: Tensor) -> Tensor:
         """Writes the accepted regions' parameters; those of the others stay untouched to the bit.
 
         Args:
             parameters: the new ``θ``, ``[n, P]``; :meth:`ratio` is NaN if others were evaluated last.
             accepted: which regions are written, bool ``[n]``.
+
+        Returns:
+            The live parameters after it, ``[n, P]``.
         """
         self._accepted = accepted
         kept = torch.where(accepted.unsqueeze(-1), parameters, self.parameters)
         for live, new in zip(self._live, unflatten(kept, self._leaves), strict=True):
             live.copy_(new)
+        return flatten(self._live, len(self.indices))
 
     def snapshot(self) -> Callable[[], None]:
         """A function that restores ``θ_k``, to the bit, whatever was written since."""
@@ -233,7 +237,7 @@ class PolicyTrustRegion:
     @torch.no_grad()
     def _compare_with_data(self, rows: PolicyRows, dist: D.Distribution) -> None:
         """Adds rows to the statistics of the ratios ``π_k(u|o) / π_data(u|o)``."""
-        log_ratio = torch.where(rows.weight > 0, rows.log_ratio(dist), 0.0)
+        log_ratio = rows.log_ratio(dist)
         ratio = log_ratio.clamp_max(_LARGEST_LOG_RATIO).exp()
         rounding = 8 * torch.finfo(self._leaves[0].dtype).eps * (1 + rows.log_prob.abs())
         other = (log_ratio.abs() > rounding.clamp_min(_LOG_RATIO_ROUNDING)).to(ratio)

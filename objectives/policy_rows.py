@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,9 +117,11 @@ class PolicyRows:
             cap: the largest ratio, as ``PPOLoss`` caps it: the value is capped, the gradient keeps flowing.
 
         Returns:
-            The logarithms, ``[*R, *A, 1]``.
+            The logarithms, ``[*R, *A, 1]``; 0 where a row is masked.
         """
         log_ratio = log_prob(dist, self.action, self.log_prob.ndim - 1).unsqueeze(-1) - self.log_prob
+        if self.weight.ndim > 1:  # a masked agent's action is not its own
+            log_ratio = torch.where(self.weight > 0, log_ratio, 0.0)
         return log_ratio if cap is None else log_ratio + (cap.log() - log_ratio.detach()).clamp_max(0)
 
     def with_factor(self, factor: Tensor) -> PolicyRows:
@@ -152,6 +154,7 @@ def flatten_rows(
     group: str | None,
     per_agent: bool,
     sequences: bool = False,
+    common: Collection[tuple[str, ...]] = (),
     ranks: Ranks,
 ) -> PolicyRows:
     """Flattens the batch dimensions ``*B`` of a batch to ``N`` rows, or those of ``[*B, T]`` to ``N`` sequences.
@@ -159,8 +162,9 @@ def flatten_rows(
     ``inputs`` has the batch size, ``action`` is ``[*B, *A, action_dim]``, ``log_prob`` ``[*B, *A, 1]``, and the
     advantage broadcastable to it. Where the ``mask``, bool ``[*B, *A, 1]``, is off, rows weigh 0 and are copies of one
     that counts, so that padding, which may be no legal input, cannot spread NaN into sums or gradients. A recurrent
-    policy has read its masked inputs: of these, what is not finite is cleared. The weights of all ranks sum to 1, with
-    ``per_agent`` for each agent.
+    policy has read its masked inputs: of these, what is not finite is cleared. ``common`` are agents' entries that all
+    of them read: they stay as they are where any agent counts. The weights of all ranks sum to 1, with ``per_agent``
+    for each agent.
     """
     batch_size = inputs.batch_size
     log_prob, advantage = at_least_single(log_prob), at_least_single(advantage)
@@ -170,7 +174,7 @@ def flatten_rows(
     row_dims = rows.batch_dims
     if sequences:
         check_same_length(rows.shape[1], ranks, log_prob.device)
-    agent_entries = _agent_entries(rows, group)
+    agent_entries = tuple(key for key in _agent_entries(rows, group) if key not in common)
     with_agents = {key for key in rows.keys(True, True) for own in agent_entries if path(key)[: len(own)] == own}
     if mask is None:
         weight = _equal_weight(rows.numel() if per_agent else log_prob.numel(), log_prob, ranks)
@@ -200,7 +204,7 @@ def at_least_single(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
-def _agent_entries(rows: TensorDict, group: str | None) -> tuple[tuple[str, ...], ...]:
+def _agent_entries(rows: TensorDict, group: str | None) -> list[tuple[str, ...]]:
     """The entries of the rows with an agent dimension.
 
     All but the inputs have it if the log-probability does. An input in the agents' group has it if its shape fits. For
@@ -225,7 +229,7 @@ def _agent_entries(rows: TensorDict, group: str | None) -> tuple[tuple[str, ...]
 
     for name, value in rows.items() if agents else ():
         search((name,), value)
-    return tuple(found)
+    return found
 
 
 def _equal_weight(count: int, like: Tensor, ranks: Ranks) -> Tensor:

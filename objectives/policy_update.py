@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from torchrl_trpo.distributions.divergence import entropy
 from torchrl_trpo.errors import PlainKeyError, nearest
 from torchrl_trpo.keys import entry, next_key, path, reads_init, time_of
 from torchrl_trpo.numerics.statistics import standardize
+from torchrl_trpo.objectives.agent_checks import common_entries
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.collected import (
     action_group,
@@ -47,8 +49,8 @@ def read_rows(
     computed. ``n_agents`` is how many agents have a region each, or None for one region, and ``agent_dim`` is their
     dimension in the log-probability ``[*B, T, n_agents, 1]``. The recorded ``log_prob_keys``, ``[*B, T, *A]``, are
     added to the rows' ``inputs`` with a last dimension of 1. Rows that a loss mask excludes weigh 0, and their content
-    cannot spread. Raises ValueError if the data is empty, a shape does not fit, or the value estimator does not know
-    the mask.
+    cannot spread. What agents read of each other is not theirs alone: it counts where any of them does. Raises
+    ValueError if the data is empty, a shape does not fit, or the value estimator does not know the mask.
     """
     if 0 in tensordict.batch_size:
         raise ValueError(f"the data is empty: its batch size is {tuple(tensordict.batch_size)}.")
@@ -65,21 +67,33 @@ def read_rows(
     log_prob = collected_log_prob(loss, tensordict)
     if n_agents is not None:
         check_agent_dim(log_prob, tensordict.batch_size, agent_dim, n_agents)
-    advantage = normalize(broadcast_advantage(advantage, log_prob, keys.advantage), tensordict, computed)
+    advantage = normalize(
+        broadcast_advantage(advantage, log_prob, keys.advantage, tensordict.batch_dims), tensordict, computed
+    )
     inputs = entry(tensordict, input_keys(loss.actor_network), "the actor's in_keys")
     for key in log_prob_keys:
         inputs.update(tensordict.select(key).apply(lambda value: value.unsqueeze(-1)))
-    return flatten_rows(
+    mask, group = row_mask(loss, tensordict, log_prob), action_group(loss)
+    flatten = functools.partial(
+        flatten_rows,
         inputs,
         action=entry(tensordict, keys.action, "action"),
         log_prob=log_prob,
         advantage=advantage,
-        mask=row_mask(loss, tensordict, log_prob),
-        group=action_group(loss),
+        mask=mask,
+        group=group,
         per_agent=n_agents is not None,
         sequences=sequences,
         ranks=ranks,
     )
+    rows = flatten()
+    in_doubt = [
+        key
+        for key in rows.agent_entries
+        if key[0] == "inputs" and (mask is not None or (n_agents is not None and key[1] != group))
+    ]
+    common = common_entries(loss.actor_network, actor_parameters(loss), rows, in_doubt, ranks)
+    return flatten(common=common) if common else rows
 
 
 def actor_parameters(loss: PPOLoss) -> TensorDictBase:
@@ -136,9 +150,14 @@ def estimator_mask_keys(loss: PPOLoss) -> tuple[NestedKey, ...]:
 
 def row_mask(loss: PPOLoss, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
     """Which entries count, by the loss's masks: bool of the shape of ``like``, or None if the data has no mask."""
-    masks = [tensordict.get(key, None) for key in mask_keys(loss)]
-    # private: the rule by which TorchRL's losses give a mask the shape of a loss has no public name
-    masks = [loss._expand_loss_mask(mask, like) for mask in masks if mask is not None]
+    masks = []
+    for mask in (tensordict.get(key, None) for key in mask_keys(loss)):
+        if mask is not None:
+            dim = tensordict.batch_dims
+            if mask.shape[dim:].numel() > 1 and like.shape[dim:].numel() == 1:
+                mask = mask.any(dim, keepdim=True)  # a team's entry counts if one of the agents does
+            # private: the rule by which TorchRL's losses give a mask the shape of a loss has no public name
+            masks.append(loss._expand_loss_mask(mask, like))
     return torch.stack(masks).all(0) if masks else None
 
 
@@ -185,7 +204,8 @@ def check_masks(loss: PPOLoss, tensordict: TensorDictBase) -> None:
 def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
     """Raises ValueError if the losses of two groups write the same entry, or their policies share a parameter.
 
-    One group would train on the other's advantages, or be moved by the other's steps.
+    One group would train on the other's advantages, or be moved by the other's steps. Nor may they share a
+    ``value_norm`` for which their critics are corrected.
     """
     owners: dict[int, str] = {}
     for group, loss in losses.items():
@@ -196,6 +216,15 @@ def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
                     f"groups {other!r} and {group!r} share the parameter {key} of their policies: a step of one would "
                     "move the other's policy. Legal: a policy for each group, or one group of all agents."
                 )
+    norms: dict[int, str] = {}
+    for group, loss in losses.items():
+        corrects = getattr(loss, "corrects_critic", False)  # not those of TorchRL, whose critics output raw values
+        other = norms.setdefault(id(loss.value_norm), group) if corrects else group
+        if other != group and losses[other].critic_network is not loss.critic_network:
+            raise ValueError(
+                f"value_norm: groups {other!r} and {group!r} share one, and their critics output normalised values: "
+                "when it moves for one group, the values of the other's critic change. Legal: one for each group."
+            )
     taken: dict[tuple[str, NestedKey], str] = {}
     for group, loss in losses.items():
         for name in ["advantage"] if loss.critic_network is None else ["advantage", "value", "value_target"]:

@@ -35,6 +35,17 @@ def update_value_norm(
     bias.mul_(scale).add_(mean - _mean(value_norm)).div_(value_norm.scale())
 
 
+def check_values(before: Tensor, after: Tensor, value_norm: ValueNorm) -> None:
+    """Raises ValueError if values differ by more than rounding before and after a correction."""
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(value_norm.scale()), equal_nan=True):
+        raise ValueError(
+            "value_norm: the critic outputs normalised values, and its linear layer of one output was corrected for "
+            f"new statistics, but its values changed by up to {float((after - before).abs().max()):.3g}: that layer is "
+            "not what outputs them. Legal: a critic that ends with such a layer, or no value_norm in the value "
+            "estimator."
+        )
+
+
 def _mean(value_norm: ValueNorm) -> Tensor:
     return value_norm.denormalize(torch.zeros_like(value_norm.scale()))
 
@@ -46,7 +57,7 @@ def _last_layer(critic: TensorDictBase) -> tuple[Tensor, Tensor]:
     found = []
     for key, weight in parameters.items():
         bias = parameters.get((*key[:-1], "bias"))
-        if key[-1] == "weight" and bias is not None and weight.ndim > 1 and weight.shape[-2] == 1:
+        if key[-1] == "weight" and bias is not None and weight.shape[-2:-1] == (1,) and bias.shape == weight.shape[:-1]:
             found.append((weight, bias))
     if len(found) != 1:
         raise ValueError(

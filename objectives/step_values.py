@@ -7,11 +7,17 @@ from typing import Any, cast
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchrl.modules import set_recurrent_mode
 
 from torchrl_trpo.keys import next_key, reads_init
 from torchrl_trpo.objectives.functional import other_parameters
+
+
+def learns_statistics(network: nn.Module) -> bool:
+    """Whether a network normalises by the statistics of the rows that it is called with."""
+    return any(isinstance(module, _BatchNorm) and module.training for module in network.modules())
 
 
 def can_share(
@@ -22,9 +28,11 @@ def can_share(
 ) -> bool:
     """Whether :func:`shared_values` can evaluate the critic.
 
-    Not a recurrent one, nor one with other parameters at ``t+1``. And only on a CPU: on another device, the rows that
-    are left could not be counted without a wait.
+    Not a recurrent one, nor one with other parameters at ``t+1``, nor one whose values of a row are by its batch. And
+    only on a CPU: on another device, the rows that are left could not be counted without a wait.
     """
+    if learns_statistics(network):
+        return False
     values = [data.get(key, None) for name in network.in_keys for key in (name, next_key(name))]
     on_cpu = all(value is not None and value.device.type == "cpu" for value in values)
     return on_cpu and not reads_init(network) and _is_same(params, next_params) and not torch.compiler.is_compiling()
@@ -37,7 +45,7 @@ def shared_values(
     *,
     value_key: NestedKey,
     time_dim: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | None:
     """The values at ``t`` and ``t+1``, with one value for both where the following step has the same inputs.
 
     In a rollout, these are all steps but those that end an episode, and the last.
@@ -52,7 +60,8 @@ def shared_values(
         time_dim: the dimension of ``T``.
 
     Returns:
-        Both values, ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``).
+        Both values, ``[*B, T, n_agents, 1]`` (without agents ``[*B, T, 1]``); None if a few rows that are evaluated
+        alone have others than among all, as those of a critic that looks along ``T``.
     """
     now = data.select(*network.in_keys)
     following = cast("TensorDictBase", data.get("next")).select(*network.in_keys)
@@ -62,6 +71,10 @@ def shared_values(
     is_new.narrow(time_dim, -1, 1).fill_(True)
     with other_parameters(network, params):
         value = network(now).get(value_key)
+        few = torch.arange(0, now.numel(), max(1, now.numel() // 4))
+        alone = network(now.reshape(-1)[few]).get(value_key)
+        if not torch.allclose(alone, value.flatten(0, now.ndim - 1)[few], rtol=1e-3, atol=1e-5, equal_nan=True):
+            return None
         next_value = value.roll(-1, time_dim)
         next_value[is_new] = network(following[is_new]).get(value_key)
     return value, next_value.detach()

@@ -1,4 +1,4 @@
-"""PPO's unclipped surrogate as a loss, with exact KL and entropies, and the loss of a critic of normalised values."""
+"""PPO's unclipped surrogate as a loss, with exact KL and entropies."""
 
 from __future__ import annotations
 
@@ -25,30 +25,27 @@ from torchrl.objectives.value import ValueEstimatorBase
 from torchrl_trpo.arguments import plain_number
 from torchrl_trpo.distributions.divergence import has_exact_entropy, kl_if_exact, sum_events
 from torchrl_trpo.errors import nearest
-from torchrl_trpo.keys import entry
 from torchrl_trpo.numerics.statistics import effective_sample_size
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.collected import broadcast_advantage, collected_log_prob
+from torchrl_trpo.objectives.critic_loss import CriticLoss
 from torchrl_trpo.objectives.functional import parameters_restored
 from torchrl_trpo.objectives.policy_network import is_composite
 from torchrl_trpo.objectives.policy_update import (
     actor_parameters,
     collected_distribution,
-    critic_network_parameters,
     current_estimator,
     estimated_advantage,
     estimator_mask_keys,
     exact_entropy,
-    mean_critic_loss,
     row_mask,
     standardized_advantage,
 )
-from torchrl_trpo.objectives.popart import update_value_norm
 from torchrl_trpo.parallel.ranks import Ranks
 
 
-class SurrogateLoss(PPOLoss):
-    """The part of :class:`TRPOLoss` that evaluates: :meth:`forward`, the value estimator and the critic's loss.
+class SurrogateLoss(CriticLoss):
+    """The part of :class:`TRPOLoss` that evaluates: :meth:`forward`, and the value estimator.
 
     The private methods of ``PPOLoss`` that it overrides are the hooks that TorchRL's own losses override
     (``MAPPOLoss``, ``ClipPPOLoss``); none of them has a public name.
@@ -57,7 +54,6 @@ class SurrogateLoss(PPOLoss):
     """
 
     default_value_estimator = ValueEstimators.MAGAE
-    value_norm: ValueNorm | None
 
     def __init__(
         self,
@@ -75,7 +71,6 @@ class SurrogateLoss(PPOLoss):
                 raise TypeError(f"{name}: {type(self).__name__} has no such argument. {nearest(name, accepted)}")
         super().__init__(actor_network, critic_network, entropy_coeff=plain_number(entropy_coeff), **kwargs)
         self.value_norm = value_norm
-        self._norm_has_started = False
         self._figures: dict[str, Tensor] = {}  # kl and ESS, from _log_weight to the end of forward
         self.ranks = Ranks(process_group)
         if self.ranks.size > 1 and self.advantage_norm is not None:
@@ -127,7 +122,9 @@ class SurrogateLoss(PPOLoss):
         keys = self.tensor_keys
         advantage, _ = estimated_advantage(self, tensordict)
         log_prob_k = collected_log_prob(self, tensordict)
-        tensordict.set(keys.advantage, broadcast_advantage(advantage, log_prob_k, keys.advantage))
+        tensordict.set(
+            keys.advantage, broadcast_advantage(advantage, log_prob_k, keys.advantage, tensordict.batch_dims)
+        )
         if not isinstance(keys.sample_log_prob, list) and isinstance(tensordict.get(keys.sample_log_prob), Tensor):
             tensordict.set(keys.sample_log_prob, log_prob_k.squeeze(-1))  # of the joint action
         try:
@@ -148,8 +145,8 @@ class SurrogateLoss(PPOLoss):
             The loss itself.
 
         Raises:
-            ValueError: if the estimator's ``value_network`` is not the loss's critic, or its statistics would be of one
-                process alone.
+            ValueError: if the estimator's ``value_network`` or ``value_norm`` is not the loss's, or its statistics
+                would be of one process alone.
         """
         given = hyperparams.get("value_network", getattr(value_type, "value_network", None))
         if given is not None and self.critic_network is not None and given is not self.critic_network:
@@ -167,6 +164,11 @@ class SurrogateLoss(PPOLoss):
             self.set_keys()  # hands on the keys that it has
         self._forward_masks()
         self._set_in_keys()
+        if getattr(self.value_estimator, "value_norm", None) not in (None, self.value_norm):
+            raise ValueError(
+                "value_norm: the value estimator has another one than the loss, so that values would be denormalised "
+                f"with statistics that nothing moves. Legal: the loss's, {self.value_norm}; None for raw values."
+            )
         if self.ranks.size > 1 and getattr(self.value_estimator, "average_gae", False):
             raise ValueError(
                 "average_gae=True would normalise the advantages of each process alone. Legal: average_gae=False, with "
@@ -184,69 +186,6 @@ class SurrogateLoss(PPOLoss):
         estimator = current_estimator(self)
         if isinstance(estimator, AgentGAE):
             estimator.mask_keys = estimator_mask_keys(self)
-
-    def loss_critic(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The critic's distance from the value targets, also of masked entries; to be minimised is its masked mean.
-
-        Each call moves the statistics of ``value_norm`` towards these targets first, unless gradients are off
-        (``torch.no_grad``). The last layer of a critic that outputs normalised values is then corrected in place, so
-        that no value changes (PopArt); a graph from an earlier call can no longer be differentiated.
-
-        Args:
-            tensordict: the data with value targets, ``[*B]``.
-
-        Returns:
-            The distance ``[*B, n_agents, 1]`` times ``critic_coeff``, the share of clipped values (None without
-            ``clip_value``) and the explained variance (None unless it is logged).
-        """
-        if torch.is_grad_enabled():
-            self.update_value_norm(tensordict)
-        with parameters_restored(self.critic_network):
-            return super().loss_critic(tensordict.clone(False))  # values are written, that clip_value must not read
-
-    def mean_critic_loss(self, tensordict: TensorDictBase) -> Tensor:
-        """The mean of :meth:`loss_critic` over what the masks let count: what an optimiser of the critic minimises.
-
-        Args:
-            tensordict: the data with value targets, ``[*B]``; of a recurrent critic whole sequences, ``[*B, T]``.
-
-        Returns:
-            The loss, a scalar; 0 if nothing counts.
-        """
-        return mean_critic_loss(self, tensordict)
-
-    def update_value_norm(self, tensordict: TensorDictBase) -> None:
-        """Moves the statistics of ``value_norm``, as :meth:`loss_critic` does; nothing without one.
-
-        Args:
-            tensordict: the data with value targets, ``[*B]``; ``B`` may be 0, where other processes have rows.
-        """
-        if self.value_norm is not None:
-            targets = entry(tensordict, self.tensor_keys.value_target, "value_target")
-            mask = row_mask(self, tensordict, targets)
-            targets = targets if mask is None else targets[mask].unsqueeze(-1)
-            critic = self._critic_to_correct(self.value_norm)
-            update_value_norm(self.value_norm, targets, critic, self.ranks)
-
-    def _critic_to_correct(self, norm: ValueNorm) -> TensorDictBase | None:
-        """The critic's parameters if moving the statistics would change its values, else None.
-
-        It would not if the critic outputs raw values, or if the statistics are empty.
-        """
-        if not self._critic_is_normalized():
-            return None
-        if not self._norm_has_started:
-            self._norm_has_started = any(bool(buffer.any()) for buffer in norm.buffers())  # waits for the device
-            if not self._norm_has_started:
-                return None
-        return critic_network_parameters(self)
-
-    def _critic_is_normalized(self) -> bool:
-        """Whether the critic outputs normalised values: the estimator denormalises with the same statistics."""
-        estimator = current_estimator(self)
-        if estimator is None:  # one outside of the loss computes the advantages
-            return getattr(self.value_norm, "critic_is_normalized", False)
-        return getattr(estimator, "value_norm", None) is self.value_norm
 
     # ---------------------------------------------------------------- hooks of PPOLoss
 
@@ -287,15 +226,3 @@ class SurrogateLoss(PPOLoss):
     def _get_entropy(self, dist: D.Distribution, adv_shape: torch.Size) -> Tensor | TensorDict:
         # Without sampling where possible: PPOLoss's estimate differs from call to call.
         return exact_entropy(dist, adv_shape) if has_exact_entropy(dist) else super()._get_entropy(dist, adv_shape)
-
-    def _critic_loss_inputs(
-        self, target_return: Tensor, state_value: Tensor, old_state_value: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        # In normalised space, as in MAPPOLoss; there the critic always outputs raw values.
-        norm = self.value_norm
-        if norm is None:
-            return target_return, state_value, old_state_value
-        if not self._critic_is_normalized():
-            state_value = norm.normalize(state_value)
-        old_state_value = None if old_state_value is None else norm.normalize(old_state_value)
-        return norm.normalize(target_return.detach()), state_value, old_state_value

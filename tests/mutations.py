@@ -291,6 +291,22 @@ MUTATIONS = (
         "objectives/agent_checks",
     ),
     Mutation(
+        "common-entries-of-one-agent",
+        "objectives/policy_update.py",
+        "return flatten(common=common) if common else rows",
+        "return rows",
+        "what masked agents see is replaced, though the others read it",
+        "objectives/policy_rows",
+    ),
+    Mutation(
+        "ratios-of-the-masked",
+        "objectives/policy_rows.py",
+        "torch.where(self.weight > 0, log_ratio, 0.0)",
+        "log_ratio + 0.0",
+        "the ratio of an action that a masked agent has not taken",
+        "objectives/policy_rows",
+    ),
+    Mutation(
         "mismatch-of-the-kept",
         "objectives/policy_region.py",
         "torch.maximum(self._log_ratio_max, log_ratio.abs().amax(self._summed))",
@@ -503,7 +519,7 @@ MUTATIONS = (
     ),
     Mutation(
         "padding-in-statistics",
-        "objectives/surrogate.py",
+        "objectives/critic_loss.py",
         "targets = targets if mask is None else targets[mask].unsqueeze(-1)",
         "targets = targets",
         "targets of masked rows move the statistics of the value norm",

@@ -81,9 +81,10 @@ def finite_where_masked(value: Tensor, mask: Tensor, *, per_agent: bool = True) 
 def non_finite(value: Tensor, row_dims: int) -> Tensor:
     """NaN for each row of ``[*R, ...]`` that has a non-finite value or overflows when summed, else 0: ``[*R]``.
 
-    The rows are not copied.
+    The rows are not copied, and half precision is summed in single precision.
     """
-    return 0 * value.reshape(*value.shape[:row_dims], -1).sum(-1)
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    return 0 * value.reshape(*value.shape[:row_dims], -1).sum(-1, dtype=dtype)
 
 
 def return_key(reward: NestedKey) -> NestedKey:

@@ -16,9 +16,10 @@ from tests.cases import (
     make_actor,
     make_data,
     make_loss,
+    make_policy,
     single_data,
 )
-from torchrl_trpo import fisher_product, output_hessian_product
+from torchrl_trpo import TrustRegionUpdater, fisher_product, output_hessian_product
 from torchrl_trpo.objectives import TRPOLoss
 
 
@@ -141,6 +142,14 @@ def test_parameters_without_influence_get_zero():
     used, unused = torch.ones(2, dtype=torch.float64, requires_grad=True), torch.ones(3, requires_grad=True).double()
     product = fisher_product([2 * used], [used, unused.detach().requires_grad_()], lambda w: w)
     assert product(torch.ones(1, 5, dtype=torch.float64)).tolist() == [[4, 4, 0, 0, 0]]
+
+
+def test_a_policy_that_no_trained_parameter_reaches_is_refused():
+    net = nn.Linear(3, 4).double().requires_grad_(False)
+    net.unused = nn.Parameter(torch.zeros(2))
+    actor = make_policy(net, "normal")
+    with pytest.raises(ValueError, match=r"no trained parameter reaches the policy's distribution\. Legal: at least"):
+        TrustRegionUpdater(TRPOLoss(actor)).step(make_data(actor))
 
 
 def test_meta_device():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -10,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.modules import MultiAgentMLP, PopArtValueNorm, RunningValueNorm
 from torchrl.modules.models.cross_group_critic import CrossCriticGroupSpec, CrossGroupCritic
-from torchrl.objectives.value import MultiAgentGAE
+from torchrl.objectives.value import GAE, MultiAgentGAE
 
 from tests.cases import (
     ACTION,
@@ -334,6 +336,18 @@ def test_a_reward_of_the_team_counts_once():
     torch.testing.assert_close(*results)
 
 
+def test_rewards_of_agents_that_do_not_count_may_differ():
+    actor, critic = make_actor(), make_critic()
+    data = rollout(actor)
+    data["next", *REWARD] = data["next", *REWARD][..., :1, :].repeat(1, 1, 3, 1)
+    data[GROUP, "alive"] = torch.rand(4, 6, 3) < 0.7
+    data["next", *REWARD][~data[GROUP, "alive"]] = 0
+    loss = TRPOLoss(actor, critic)
+    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, reward=REWARD, value=VALUE)
+    loss.loss_mask_key = (GROUP, "alive")
+    TrustRegionUpdater(HATRPOSequentialObjective(loss)).step(data)  # warnings are errors here
+
+
 @OLD_DATA
 def test_hatrpo_warns_once_when_rewards_differ():
     actor, critic = make_actor(), make_critic()
@@ -356,6 +370,44 @@ def test_a_team_reward_is_no_reason_to_warn():
 
 
 # ------------------------------------------------------------------ PopArt
+
+
+@pytest.mark.parametrize("last", [nn.Softplus(), nn.Tanh()])
+def test_a_critic_whose_layer_of_one_output_is_not_its_last(last):
+    """It was corrected, and the values moved with the statistics."""
+    norm = PopArtValueNorm(beta=0.5).double()
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), last).double()
+    loss = TRPOLoss(actor := make_actor(), TensorDictModule(net, [OBSERVATION], [VALUE]), value_norm=norm)
+    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, reward=REWARD, value=VALUE)
+    loss.make_value_estimator(gamma=GAMMA, lmbda=LMBDA, value_norm=norm)
+    data = loss.value_estimator(rollout(actor))
+    loss.loss_critic(data)
+    data["value_target"] += 5
+    with pytest.raises(ValueError, match=r"value_norm: .*its values changed by up to .*not what outputs them"):
+        loss.loss_critic(data)
+
+
+@pytest.mark.parametrize("in_loss", [None, PopArtValueNorm()])
+def test_an_estimator_with_another_value_norm_is_refused(in_loss):
+    """Values were denormalised with statistics that nothing moved."""
+    loss = TRPOLoss(make_actor(), make_critic(), value_norm=in_loss)
+    loss.set_keys(value=VALUE)
+    with pytest.raises(ValueError, match=r"value_norm: the value estimator has another one than the loss"):
+        loss.make_value_estimator(gamma=GAMMA, lmbda=LMBDA, value_norm=PopArtValueNorm())
+
+
+def test_groups_do_not_share_a_value_norm():
+    """When it moved for one group, the values of the other's critic changed."""
+    norm, losses = PopArtValueNorm().double(), {}
+    for group in ("cars", "trucks"):
+        critic = TensorDictModule(nn.Linear(3, 1).double(), [OBSERVATION], [(group, "value")])
+        losses[group] = TRPOLoss(make_actor(), critic, value_norm=norm)
+        own = {key: (group, key) for key in ("advantage", "value", "value_target")}
+        losses[group].set_keys(action=ACTION, sample_log_prob=LOG_PROB, reward=REWARD, **own)
+        losses[group].make_value_estimator(gamma=GAMMA, lmbda=LMBDA, value_norm=norm)
+    data = rollout(losses["cars"].actor_network)
+    with pytest.raises(ValueError, match=r"value_norm: groups 'cars' and 'trucks' share one.*: one for each group"):
+        TrustRegionUpdater(HATRPOSequentialObjective(losses)).step(data)
 
 
 @pytest.mark.parametrize("norm", [PopArtValueNorm, RunningValueNorm])
@@ -406,8 +458,9 @@ def test_masked_targets_move_no_statistics():
     torch.testing.assert_close(norm.denormalize(torch.zeros(1).double())[0], data["value_target"][data["alive"]].mean())
 
 
-def test_a_critic_without_one_last_layer():
-    net = TensorDictModule(nn.Sequential(nn.Linear(3, 1, bias=False)).double(), in_keys=[OBSERVATION], out_keys=[VALUE])
+@pytest.mark.parametrize("layer", [nn.Linear(3, 1, bias=False), nn.Conv2d(3, 4, 1), nn.Conv1d(1, 4, 3)], ids=str)
+def test_a_critic_without_one_last_layer(layer):
+    net = TensorDictModule(nn.Sequential(layer).double(), in_keys=[OBSERVATION], out_keys=[VALUE])
     norm = PopArtValueNorm().double()
     norm.update(torch.ones(3, 1).double())
     with pytest.raises(ValueError, match=r"value_norm: .*one linear layer of one output, with a bias; this one has 0"):
@@ -512,9 +565,43 @@ def test_what_the_next_step_sees_is_evaluated_once(time_dim):
     critic.register_forward_hook(lambda module, arguments, result: rows.append(result.numel()))
     gae = make_gae(critic, time_dim=time_dim)
     gae(data)
-    assert sum(rows) == 25 + jumps.sum(), "each observation once"
+    assert sum(rows) == 25 + jumps.sum() + 5, "each observation once, and a few to compare"
     for key, observation in ((VALUE, OBSERVATION), (("next", *VALUE), NEXT)):
         torch.testing.assert_close(data[key], critic.module(data[observation]))
+
+
+class Sequences(nn.Module):
+    """A critic ``[*B, T, F]`` that looks along ``T``, or at the other rows."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.net, self.norm = kind, nn.Linear(3, 1).double(), nn.BatchNorm1d(3).double()
+
+    def forward(self, observation):
+        if self.kind == "rows":
+            return self.net(self.norm(observation.reshape(-1, 3)).reshape(observation.shape))
+        return self.net(observation).cumsum(-2)
+
+
+@pytest.mark.parametrize("kind", ["rows", "time"])
+def test_a_critic_that_looks_at_other_rows_sees_all_of_them(kind):
+    """V(o_{t+1}) was evaluated where an episode ends alone, among other rows than at t."""
+    data = rollout().exclude(GROUP, ("next", GROUP))
+    data["observation"], data["next", "observation"] = torch.randn(2, 4, 6, 3, dtype=torch.float64)
+    data["next", "observation"][:, :-1] = data["observation"][:, 1:]
+    data["next", "reward"] = torch.randn(4, 6, 1, dtype=torch.float64)
+    critic = TensorDictModule(Sequences(kind), ["observation"], ["state_value"])
+    theirs = GAE(gamma=GAMMA, lmbda=LMBDA, value_network=deepcopy(critic), deactivate_vmap=True)(data.clone())
+    ours = AgentGAE(gamma=GAMMA, lmbda=LMBDA, value_network=critic)(data)
+    torch.testing.assert_close(ours["next", "state_value"], theirs["next", "state_value"])
+
+
+def test_a_terminated_key_that_is_not_in_the_data_is_named():
+    """``done`` stood in for it, and time limits were not bootstrapped."""
+    gae = make_gae(make_critic())
+    gae.set_keys(terminated="terminatd")
+    with pytest.raises(KeyError, match=r"'terminatd'.*Did you mean .*'terminated'"):
+        gae(rollout())
 
 
 def test_parameters_at_the_next_step_may_be_others():

@@ -9,7 +9,7 @@ from torch import nn
 from torchrl.modules import PopArtValueNorm
 from torchrl.objectives.value import MultiAgentGAE
 
-from tests.cases import ACTION, GROUP, LOG_PROB, OBSERVATION, OLD_DATA, REWARD, VALUE, make_actor, make_data
+from tests.cases import ACTION, GROUP, LOG_PROB, MASK, OBSERVATION, OLD_DATA, REWARD, VALUE, make_actor, make_data
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
 
@@ -158,6 +158,14 @@ def test_the_others_actions_are_those_of_the_same_step():
     # Where the rollout or an episode ends they are drawn from the policy: not what another step did.
     assert (others[:, -1] != data[CENTRAL][:, 0, :, 9:]).all()
     assert (others[1, 3] != data[CENTRAL][1, 4, :, 9:]).all()
+
+
+def test_an_episode_may_end_where_no_action_is_allowed():
+    actor = make_actor("masked")
+    data = rollout(actor)
+    data["next", MASK] = ~data["next", "done"].unsqueeze(-1).expand(4, 6, 3, 4)
+    make_estimator(9, action_keys=[ACTION], actor_network=actor).pool(data)
+    assert data["next", CENTRAL].isfinite().all()
 
 
 def test_team_rewards():

@@ -22,9 +22,11 @@ from tests.cases import (
     OLD_DATA,
     REWARD,
     VALUE,
+    dense_fisher,
     make_actor,
     make_data,
     make_loss,
+    make_policy,
     region_mean,
     textbook_kl,
 )
@@ -136,6 +138,51 @@ def test_a_policy_in_half_precision_takes_the_step_that_it_reports(kind, half):
     assert floating(actor.parameters()) == {half}
     old, new = (outputs_in_double(policy, data) for policy in (before, actor))
     torch.testing.assert_close(stats["kl"].double(), region_mean(textbook_kl(old, new), True), rtol=2e-3, atol=0)
+
+
+class Mixed(nn.Module):
+    """A network whose first layer has another type than its second one."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 8, dtype=first), nn.Linear(8, 4, dtype=second)
+
+    def forward(self, observation):
+        hidden = self.first(observation.to(self.first.weight.dtype)).tanh()
+        return self.second(hidden.to(self.second.weight.dtype))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "rtol"),
+    [(torch.float32, torch.float64, 1e-5), (torch.float64, torch.float32, 1e-5), (torch.bfloat16, torch.float32, 0.02)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_a_policy_of_two_types(first, second, rtol):
+    """A product with the Fisher matrix could not multiply them; and what rounding leaves is no change by others."""
+    actor = make_policy(Mixed(first, second), "normal")
+    updater = TrustRegionUpdater(TRPOLoss(actor))
+    for _ in range(2):
+        data, before = make_data(actor, batch=(20, 8)), deepcopy(actor)
+        fisher = dense_fisher(deepcopy(actor).double(), data, per_agent=False)[0]
+        (region,) = updater.objective.trust_regions(data)
+        vector = torch.randn_like(region.parameters)
+        error = region.fisher_product()(vector).double() - vector.double() @ fisher
+        assert error.norm() < rtol * (vector.double() @ fisher).norm()
+        stats = updater.step(data)
+        assert stats["accepted"].all()
+        kl = textbook_kl(*(outputs_in_double(policy, data) for policy in (before, actor))).mean()
+        torch.testing.assert_close(stats["kl"][0].double(), kl, rtol=2e-3, atol=0)
+
+
+def test_half_precision_whose_sum_is_out_of_range_is_finite():
+    """A NaN or an infinity was said to be in the data."""
+    actor = make_policy(Mixed(torch.float32, torch.float32), "normal")
+    data = make_data(actor).select(OBSERVATION, "advantage")
+    data[OBSERVATION] = 3e4 * data[OBSERVATION].sign().half()
+    assert data[OBSERVATION].sum(-1).isinf().any()
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        actor(data)
+    assert TrustRegionUpdater(TRPOLoss(actor)).step(data)["accepted"].all()
 
 
 @torch.no_grad()

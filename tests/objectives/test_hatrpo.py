@@ -21,6 +21,7 @@ from tests.cases import (
     LOG_PROB,
     OBSERVATION,
     OLD_DATA,
+    VALUE,
     bits,
     dense_fisher,
     dense_gradient,
@@ -485,6 +486,18 @@ def test_groups_that_write_the_same_entry_are_refused(name, shared):
     legal = rf"{shared}: .* groups 'cars' and 'trucks'.*losses\['trucks'\].set_keys\({shared}=\('trucks', "
     with pytest.raises(ValueError, match=legal):
         updater.step(make_data(losses["cars"].actor_network))
+
+
+def test_a_mask_and_an_estimator_are_those_of_the_losses():
+    """A mask was an attribute that nothing read."""
+    actor = make_actor()
+    critic = TensorDictModule(nn.Linear(3, 1).double(), [OBSERVATION], [VALUE])
+    objective = HATRPOSequentialObjective(TRPOLoss(actor, critic))
+    objective.set_keys(value=VALUE)
+    objective.loss_mask_key = (GROUP, "mask")
+    assert objective.losses["agents"].loss_mask_key == objective.loss_mask_key == (GROUP, "mask")
+    objective.make_value_estimator(gamma=0.5)
+    assert objective.losses["agents"].value_estimator.gamma == 0.5
 
 
 def test_without_critics_groups_may_share_what_only_critics_write():

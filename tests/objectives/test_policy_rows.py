@@ -7,10 +7,10 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.modules import ProbabilisticActor
+from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
 
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.objectives import TRPOLoss
+from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 from torchrl_trpo.objectives.policy_rows import flatten_rows
 from torchrl_trpo.parallel.ranks import ALONE
 
@@ -91,6 +91,58 @@ def test_padding_need_not_be_legal(kind):
     torch.testing.assert_close(padded["kl"], stats["kl"])
     for own, other in zip(actor.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(own, other)
+
+
+class PictureToo(nn.Module):
+    """A policy that reads a picture ``[C, 2]`` at the root, and all agents' observations if it is shared."""
+
+    def __init__(self, n_channels, shared):
+        super().__init__()
+        sharing = {"centralized": shared, "share_params": shared}
+        self.net = MultiAgentMLP(2 + 2 * n_channels, 4, n_agents=AGENTS, num_cells=4, depth=1, **sharing)
+
+    def forward(self, observation, picture):
+        picture = picture.flatten(-2).unsqueeze(-2).expand(*observation.shape[:-1], -1)
+        loc, scale = self.net(torch.cat([observation, picture], -1)).chunk(2, -1)
+        return loc, scale.exp()
+
+
+def collect_with_pictures(n_channels, shared):
+    keys = [("agents", "loc"), ("agents", "scale")]
+    actor = ProbabilisticActor(
+        TensorDictModule(PictureToo(n_channels, shared), [("agents", "observation"), "picture"], keys),
+        in_keys=keys,
+        out_keys=[("agents", "action")],
+        distribution_class=IndependentNormal,
+        return_log_prob=True,
+    )
+    agents = TensorDict({"observation": torch.randn(B, T, AGENTS, 2)}, [B, T, AGENTS])
+    data = actor(TensorDict({"agents": agents, "picture": torch.randn(B, T, n_channels, 2)}, [B, T]))
+    data["advantage"] = torch.randn(B, T, AGENTS, 1)
+    loss = TRPOLoss(actor)
+    loss.set_keys(action=("agents", "action"), sample_log_prob=("agents", "action_log_prob"))
+    return loss, data.detach()
+
+
+@pytest.mark.parametrize("n_channels", [AGENTS, AGENTS + 1])
+def test_what_agents_read_of_each_other_stays(n_channels):
+    """Masked agents' observations, and channels of a picture, were replaced although the others read them."""
+    loss, data = collect_with_pictures(n_channels, shared=True)
+    data["agents", "mask"] = torch.rand(B, T, AGENTS) < 0.6
+    data["agents", "mask"][:, :2] = False  # of whole rows
+    loss.loss_mask_key = ("agents", "mask")
+    loss(data)["loss_objective"].backward()
+    slopes = [parameter.grad for parameter in loss.actor_network_params.values(True, True)]
+    stats = TrustRegionUpdater(loss).step(data)
+    torch.testing.assert_close(stats["log_ratio_max"], torch.zeros(1))
+    torch.testing.assert_close(stats["grad_norm"][0], torch.cat([slope.flatten() for slope in slopes]).norm())
+    torch.testing.assert_close(stats["kl"][0], loss(data)["kl"])
+
+
+def test_an_agent_may_read_a_picture_with_a_channel_for_each_agent():
+    """Each agent got one channel of it, which its network refused."""
+    loss, data = collect_with_pictures(AGENTS, shared=False)
+    assert TrustRegionUpdater(HATRPOSequentialObjective(loss)).step(data)["accepted"].all()
 
 
 def test_where_nothing_counts_nothing_is_read():

@@ -126,6 +126,16 @@ class Cut(Once):
         return (slope * ctx.saved_tensors[0].cos()).detach()
 
 
+class Donated(Once):
+    """Refuses to be differentiated with a graph, as what torch.compile makes."""
+
+    @staticmethod
+    def backward(ctx, slope):
+        if torch.is_grad_enabled():
+            raise RuntimeError("This backward function was compiled with non-empty donated buffers")
+        return slope * ctx.saved_tensors[0].cos()
+
+
 class Sign(torch.autograd.Function):
     """Its derivative is 0, and so is the second one."""
 
@@ -158,6 +168,7 @@ def policy_with(operation):
         pytest.param(Cut.apply, "CutBackward", id="detached"),
         pytest.param(lambda x: torch.cdist(x, x) @ x, "CdistBackward0", id="cdist"),
         pytest.param(flash, "ScaledDotProductFlashAttentionForCpuBackward0", id="flash"),
+        pytest.param(Donated.apply, "DonatedBackward", id="compiled"),
     ],
 )
 @pytest.mark.parametrize("chunk_size", [None, 7])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -14,14 +16,25 @@ from torch.distributions import (
     AffineTransform,
     Categorical,
     Gumbel,
+    Independent,
     Kumaraswamy,
     Laplace,
     MixtureSameFamily,
     Normal,
+    Poisson,
+    SigmoidTransform,
     TransformedDistribution,
     Weibull,
 )
-from torchrl.modules import IndependentNormal, PopArtValueNorm, ProbabilisticActor, TanhNormal, TruncatedNormal
+from torch.nn.functional import softplus
+from torchrl.modules import (
+    IndependentNormal,
+    NormalParamExtractor,
+    PopArtValueNorm,
+    ProbabilisticActor,
+    TanhNormal,
+    TruncatedNormal,
+)
 from torchrl.objectives import ClipPPOLoss, PPOLoss, ValueEstimators
 from torchrl.objectives.value import MultiAgentGAE
 
@@ -135,16 +148,39 @@ def test_effective_sample_size():
     torch.testing.assert_close(loss(data)["ESS"], ratio.sum() ** 2 / (ratio**2).sum() / ratio.numel())
 
 
-@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-2.0, 0.5)])
-def test_the_entropy_of_a_squashed_normal_is_an_integral(low, high):
-    """By quadrature, against the integral of −p log p over the action interval."""
-    loc = torch.tensor([[-1.0], [0.0], [0.7]], dtype=torch.float64)
-    scale = torch.tensor([[0.3], [1.0], [0.6]], dtype=torch.float64)
-    dist = TanhNormal(loc, scale, low=low, high=high, event_dims=1)
-    grid = torch.linspace(low + 1e-9, high - 1e-9, 400_001, dtype=torch.float64)
-    log_p = TanhNormal(loc, scale, low=low, high=high, event_dims=0).log_prob(grid)  # [3, grid]
-    expected = torch.trapezoid(-log_p.exp() * log_p, grid)
-    torch.testing.assert_close(entropy(dist), expected, rtol=1e-3, atol=1e-3)
+def squashed_by_sigmoid(loc, scale):
+    return TransformedDistribution(Normal(loc, scale), [SigmoidTransform(), AffineTransform(-2.0, 2.5)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "log_slope"),
+    [
+        (TanhNormal, lambda z: math.log(4) - 2 * z - 2 * softplus(-2 * z)),
+        (partial(TanhNormal, low=-2.0, high=0.5), lambda z: math.log(5) - 2 * z - 2 * softplus(-2 * z)),
+        (squashed_by_sigmoid, lambda z: math.log(2.5) - z - 2 * softplus(-z)),
+    ],
+    ids=["tanh", "bounds", "sigmoid"],
+)
+def test_the_entropy_of_a_squashed_normal_is_an_integral(kind, log_slope):
+    """It was 0.1 nats too small at a scale of 5, and its slope along the location a tenth at 8."""
+    locs, scales = torch.tensor([-20.0, -3.0, 0.0, 0.7, 2.0]), torch.tensor([1e-3, 0.3, 1.0, 3.0, 8.0, 100.0])
+    points = [each.flatten().double().requires_grad_() for each in torch.meshgrid(locs, scales, indexing="ij")]
+    loc, scale = (point.unsqueeze(-1) for point in points)
+    u = torch.linspace(-12, 12, 4_001, dtype=torch.float64)
+    log_density = Normal(0.0, 1.0).log_prob(u)
+    expected = torch.trapezoid(log_density.exp() * (log_slope(loc + scale * u) - log_density + scale.log()), u)
+    slopes = torch.autograd.grad(expected.sum(), points)
+    for dtype, rtol in [(torch.float64, 0), (torch.float32, 1e-6)]:
+        own = [point.detach().to(dtype).requires_grad_() for point in points]
+        actual = entropy(kind(*(point.unsqueeze(-1) for point in own)), 1)
+        torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=1e-5)
+        for slope, known in zip(torch.autograd.grad(actual.sum(), own), slopes, strict=True):
+            torch.testing.assert_close(slope.double(), known, rtol=rtol, atol=1e-4)
+
+
+def test_an_entropy_that_is_inherited_and_of_no_use_is_named():
+    with pytest.raises(NotImplementedError, match=r"no exact entropy for Poisson\. Legal: entropy_bonus=False"):
+        entropy(Independent(Poisson(torch.ones(4, 2)), 1))
 
 
 def test_the_entropy_of_several_discrete_actions_is_a_sum_over_joint_actions():
@@ -653,8 +689,17 @@ def test_a_bijection_that_moves_with_the_policy_is_not_shared(kind, event_dims):
 
 
 def test_a_registered_closed_form_is_preferred_to_that_of_the_base():
-    p, q = (torch.distributions.Independent(Gumbel(*torch.rand(2, 4, 2)), 1) for _ in range(2))
-    torch.testing.assert_close(kl_divergence(p, q), torch.distributions.kl_divergence(p, q))
+    """The base is a ``Uniform``, whose KL has no curvature; a step was refused for that."""
+    actor, _ = make_single()
+    actor[-1].distribution_class = lambda loc, scale: Independent(Gumbel(loc, scale), 1)
+    data = single_data(actor)
+    data["advantage"] = torch.randn(5, 8, 1, dtype=torch.float64)
+    stats = TrustRegionUpdater(TRPOLoss(actor)).step(data)
+    assert stats["accepted"].all()
+    before, after = (Gumbel(params["loc"], params["scale"]) for params in (data, actor.get_dist_params(data.clone())))
+    kl = torch.distributions.kl_divergence(before, after)
+    torch.testing.assert_close(kl_divergence(before, after), kl)
+    torch.testing.assert_close(stats["kl"][0], kl.sum(-1).mean())
 
 
 def test_truncated_normals_are_refused():
@@ -726,6 +771,13 @@ def test_a_team_advantage_is_normalised_over_all_rows(batch):
     expected = ((team - team.mean()) / team.std()).unsqueeze(-2)
     rows = loss.policy_rows(data).advantage
     torch.testing.assert_close(rows, expected.expand(*batch, 3, 1).reshape(rows.shape))
+    data[GROUP, "mask"] = torch.rand(*batch, 3) < 0.5
+    counts = data[GROUP, "mask"].any(-1)
+    data["advantage"] = torch.where(counts.unsqueeze(-1), team, 100.0)
+    loss.loss_mask_key = (GROUP, "mask")
+    expected = ((team[counts] - team[counts].mean()) / team[counts].std())[:, None].expand(-1, 3, 1)
+    rows, mask = loss.policy_rows(data).advantage, data[GROUP, "mask"].flatten(0, 1)
+    torch.testing.assert_close(rows[mask], expected[mask[counts.flatten()]], msg="of the rows in which an agent counts")
 
 
 @pytest.mark.parametrize("exclude", [(-2,), (0,), (1, -1)], ids=str)
@@ -789,15 +841,19 @@ def test_parts_of_a_composite_need_not_be_independent():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("kind", ["categorical", "one_hot", "normal"])
 @pytest.mark.parametrize("action", ["action", ("robot", "action")])
-def test_discrete_log_probs_that_may_be_agents_or_actions_are_refused(action):
-    """One agent's entries were taken for agents, with a KL for each, where its action was in a group."""
-    net = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(-1, (2, 3))).double()
+def test_log_probs_that_may_be_agents_or_actions_are_refused(action, kind):
+    """One agent's entries were taken for agents, with a KL for each."""
+    layers = [nn.Linear(3, 12).double(), nn.Unflatten(-1, (2, 6))]
+    keys = ["loc", "scale"] if kind == "normal" else ["logits"]
+    if kind == "normal":
+        layers.append(NormalParamExtractor())
     actor = ProbabilisticActor(
-        TensorDictModule(net, ["observation"], ["logits"]),
-        in_keys=["logits"],
+        TensorDictModule(nn.Sequential(*layers), ["observation"], keys),
+        in_keys=keys,
         out_keys=[action],
-        distribution_class=torch.distributions.Categorical,
+        distribution_class=DISTRIBUTIONS[kind],
         return_log_prob=True,
     )
     data = single_data(actor)

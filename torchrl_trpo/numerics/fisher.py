@@ -21,6 +21,12 @@ from torch.autograd.graph import Node
 
 from torchrl_trpo.numerics.vectors import flatten, unflatten
 
+_ONLY_ONCE = (
+    "the policy has an operation that can be differentiated only once, {}; products with the Fisher matrix "
+    "differentiate twice. Legal: operations whose derivatives are differentiable (plain PyTorch in place of a fused, "
+    "compiled or custom one)."
+)
+
 
 def output_hessian_product(
     function: Callable[[list[Tensor]], Tensor],
@@ -46,7 +52,15 @@ def output_hessian_product(
 
     Returns:
         The product ``w ↦ H w``, on tensors shaped as ``outputs``.
+
+    Raises:
+        ValueError: if there are no outputs.
     """
+    if not outputs:
+        raise ValueError(
+            "outputs: [], for no trained parameter reaches the policy's distribution. Legal: at least one output that "
+            "depends on a parameter with requires_grad=True."
+        )
     points = [output.detach().requires_grad_() for output in outputs]
     with torch.enable_grad():
         slopes = torch.autograd.grad(function(points), points, create_graph=True, materialize_grads=True)
@@ -130,27 +144,32 @@ def _check_differentiable_twice(outputs: Sequence[Tensor], parameters: Sequence[
     """Raises an error that names the first operation whose derivative cannot be differentiated."""
     if not nodes:
         return
+    begun: list[str] = []
     passed: list[tuple[str, Any, Any]] = []  # an operation, the derivatives that it returned, those that it received
+
+    def begin(name: str) -> Callable[[Any], None]:
+        return lambda received: begun.append(name)
 
     def record(name: str) -> Callable[[Any, Any], None]:
         return lambda slopes, received: passed.append((name, slopes, received))
 
-    hooks = [node.register_hook(record(node.name())) for node in nodes]
+    hooks = [node.register_prehook(begin(node.name())) for node in nodes]
+    hooks += [node.register_hook(record(node.name())) for node in nodes]
     cotangents = [torch.ones_like(output, requires_grad=True) for output in outputs]
     try:
         with torch.enable_grad():
             torch.autograd.grad(outputs, parameters, cotangents, create_graph=True, allow_unused=True)
+    except RuntimeError as error:  # of a compiled one, which may free what its derivative is made of
+        if isinstance(error, torch.OutOfMemoryError) or len(begun) == len(passed):
+            raise
+        raise RuntimeError(_ONLY_ONCE.format(begun[-1])) from error
     finally:
         for hook in hooks:
             hook.remove()
     for name, slopes, received in passed:
         causes = [cotangent for cotangent in received if cotangent is not None and cotangent.requires_grad]
         if causes and any(slope is not None and not _leads_to(slope, causes) for slope in slopes):
-            raise RuntimeError(
-                f"the policy has an operation that can be differentiated only once, {name}; products with the Fisher "
-                "matrix differentiate twice. Legal: operations whose derivatives are differentiable (plain PyTorch in "
-                "place of a fused, compiled or custom one)."
-            )
+            raise RuntimeError(_ONLY_ONCE.format(name))
 
 
 def _leads_to(slope: Tensor, causes: Sequence[Tensor]) -> bool:

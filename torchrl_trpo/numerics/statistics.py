@@ -49,6 +49,8 @@ class HostScalar:
 
     def read(self, scalar: Tensor) -> float:
         """The value now of the tensor, which must always be that of one quantity."""
+        if scalar.device.type == "cpu":  # ``.data`` writes without being counted
+            return float(scalar)
         version = scalar._version  # private: PyTorch counts the writes to a tensor nowhere else
         if self._known is None or self._known[0] is not scalar or self._known[1] != version:
             self._known = (scalar, version, float(scalar))

@@ -39,8 +39,8 @@ class TrustRegionProblem(Protocol):
     def evaluate(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """``L(θ) − L(θ_k)`` and the mean ``KL(π_k ‖ π_θ)`` in nats, each ``[n]``, at ``parameters`` ``[n, P]``."""
 
-    def write(self, parameters: Tensor, accepted: Tensor) -> None:
-        """Writes ``parameters`` ``[n, P]`` where ``accepted`` ``[n]``; leaves the others untouched to the bit."""
+    def write(self, parameters: Tensor, accepted: Tensor) -> Tensor:
+        """Writes ``parameters`` ``[n, P]`` where ``accepted`` ``[n]``, no others; returns what is live then."""
 
     def snapshot(self) -> Callable[[], None]:
         """A function that restores ``θ_k``, to the bit, whatever was written since."""
@@ -279,12 +279,12 @@ class TrustRegionUpdater(RangedSettings):
             accept_ratio=self.accept_ratio,
         )
         found = theta + search.fraction.unsqueeze(-1) * full_step
-        problem.write(found, search.accepted)
+        written = problem.write(found, search.accepted)
         region = tuple(problem.indices)
         left = self._left.get(region, theta)
         if (left.shape, left.dtype, left.device) != (theta.shape, theta.dtype, theta.device):
             left = theta  # another policy, or one that has been moved
-        self._left[region] = torch.where(search.accepted.unsqueeze(-1), found, theta)
+        self._left[region] = written
         stats = {
             "moved": (theta != left).any(-1),
             "accepted": search.accepted,

@@ -19,6 +19,10 @@ def flatten(tensors: Sequence[Tensor], n_regions: int) -> Tensor:
 
 
 def unflatten(vectors: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Splits vectors ``[n, P]`` into tensors shaped as ``like``: the inverse of :func:`flatten`."""
+    """Splits vectors ``[n, P]`` into tensors with the shapes and types of ``like``: the inverse of :func:`flatten`.
+
+    Where the types of ``like`` differ, the vectors have the widest, and parts are rounded.
+    """
     sizes = [tensor.numel() // vectors.shape[0] for tensor in like]
-    return [part.reshape(tensor.shape) for part, tensor in zip(vectors.split(sizes, dim=1), like, strict=True)]
+    parts = vectors.split(sizes, dim=1)
+    return [part.reshape(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, like, strict=True)]

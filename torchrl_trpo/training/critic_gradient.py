@@ -18,6 +18,7 @@ from torchrl_trpo.kernels.record import record
 from torchrl_trpo.kernels.settings import setting_of, settings_of
 from torchrl_trpo.keys import reads_init
 from torchrl_trpo.objectives.policy_update import critic_network_parameters, mean_critic_loss
+from torchrl_trpo.seeding import untouched_generators
 
 _FEWEST_STEPS = 50  # of a fit for which tracing pays
 _MOST_COMPILED = 4  # functions of a loss: its settings may change in each fit
@@ -35,7 +36,8 @@ class CriticGradient:
     be compiled, a warning says why.
 
     Nothing is recorded for a loss that a call may change (``value_norm``, buffers of the critic), for recurrent
-    critics, whose graphs are long, for fits of few steps, and where the loss has trained parameters of its own.
+    critics, whose graphs are long, for fits of few steps, and where the loss has trained parameters of its own, or the
+    critic's have hooks. Nor is anything if Python depends on what is in a minibatch.
 
     Args:
         loss: the loss.
@@ -55,10 +57,11 @@ class CriticGradient:
             and getattr(loss, "value_norm", None) is None
             and not reads_init(loss.critic_network)
             and all(leaf.requires_grad for leaf in critic_network_parameters(loss).values(True, True))
+            and not any(leaf._backward_hooks or leaf._post_accumulate_grad_hooks for leaf in parameters)
         )
 
     def __call__(self, rows: TensorDictBase, drawn: Tensor) -> Tensor:
-        """Adds the gradient of the mean loss to the parameters' ``grad``, which is None or 0.
+        """Adds the gradient of the mean loss to the parameters' ``grad``.
 
         Args:
             rows: the rows of the fit.
@@ -72,15 +75,16 @@ class CriticGradient:
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 if gradient is not None and gradient.stride() != parameter.stride():
                     gradient = torch.empty_like(parameter).copy_(gradient)  # as backward does; fused Adam reads memory
-                parameter.grad = gradient
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
             return mean
+        before = _settings(self._loss) if self._may_trace else None
         with torch.enable_grad():
             mean = mean_critic_loss(self._loss, rows[drawn])
         mean.backward()
-        if self._may_trace:
-            self._may_trace = False
-            expected = [mean.detach(), *(parameter.grad for parameter in self._parameters)]
-            self._record(rows, drawn, expected)
+        may_trace, self._may_trace = self._may_trace, False
+        if may_trace and _settings(self._loss) == before:  # or a call changes them
+            with untouched_generators():
+                self._record(rows, drawn, [mean.detach(), *(parameter.grad for parameter in self._parameters)])
         return mean.detach()
 
     def _record(self, rows: TensorDictBase, drawn: Tensor, expected: Sequence[Tensor | None]) -> None:
@@ -88,7 +92,12 @@ class CriticGradient:
         critic = _Critic(self._loss, self._parameters, _entries_of(rows))
         values = [rows.get(entry.key)[entry.once] for entry in critic.entries]
         minibatch = _take(values, drawn)
-        graph = _graph_of(critic, minibatch, expected)
+        try:
+            graph = _graph_of(critic, minibatch, expected)
+        except REFUSALS as error:
+            if self._compiled:
+                warnings.warn(f"The critic's fit is not compiled: {reason_of(error)}.", stacklevel=5)
+            return
         self._function, self._values = graph, values
         if graph is not None and self._compiled and (compiled := graph.compiled(critic, minibatch)) is not None:
             self._function, self._values = compiled, [_packed(values)]
@@ -116,6 +125,12 @@ class _Critic(NamedTuple):
         batch = TensorDict({entry.key: value.expand(-1, *entry.shape) for entry, value in pairs}, [len(values[0])])
         return mean_critic_loss(self.loss, batch)
 
+    @torch.enable_grad()
+    def results(self, own: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        """The mean loss, and its gradient by the parameters, None for one that it does not depend on."""
+        mean = self.mean(values)
+        return [mean.detach(), *torch.autograd.grad(mean, own, allow_unused=True)]
+
 
 def _entries_of(rows: TensorDictBase) -> list[_Entry]:
     entries = []
@@ -123,6 +138,10 @@ def _entries_of(rows: TensorDictBase) -> list[_Entry]:
         once = tuple(slice(0, 1) if dim and not value.stride(dim) else slice(None) for dim in range(value.ndim))
         entries.append(_Entry(key, value.shape[1:], value.dtype, once))
     return entries
+
+
+def _settings(loss: PPOLoss) -> tuple[Any, ...]:
+    return settings_of([("", loss), *loss.critic_network.named_modules(prefix="critic")])
 
 
 def _take(values: Sequence[Tensor], drawn: Tensor) -> list[Tensor]:
@@ -141,13 +160,8 @@ class _Graph:
     """
 
     def __init__(self, critic: _Critic, values: Sequence[Tensor], before: _Graph | None) -> None:
-        def function(own: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
-            with torch.enable_grad():
-                mean = critic.mean(values)
-                return [mean.detach(), *torch.autograd.grad(mean, own, allow_unused=True)]
-
         self.size = len(values[0])
-        self._function = record(function, critic.parameters, values)
+        self._function = record(critic.results, critic.parameters, values)
         self._function.graph.eliminate_dead_code()  # what the loss computes for its log
         self._function.recompile()
         self._constants = [*self._function.buffers(), *self._function.parameters()]
@@ -176,11 +190,11 @@ class _Graph:
 
     def _state_of(self, critic: _Critic) -> tuple[Any, ...]:
         """What the operations depend on, besides the parameters and the minibatch."""
-        loss = critic.loss
-        settings = settings_of([("", loss), *loss.critic_network.named_modules(prefix="critic")])
-        buffers = dict(loss.named_buffers()) if self._names else {}  # one may have taken the place of one that is read
+        buffers = (
+            dict(critic.loss.named_buffers()) if self._names else {}
+        )  # one may have taken the place of one that is read
         tensors = [*self._constants, *map(buffers.get, self._names)]
-        return (*critic.entries, *settings, *map(setting_of, tensors))
+        return (*critic.entries, *_settings(critic.loss), *map(setting_of, tensors))
 
     def compiled(self, critic: _Critic, values: Sequence[Tensor]) -> _Compiled | None:
         """The compiled graph. None if it cannot be compiled, and then a warning has said why."""
@@ -233,10 +247,18 @@ _graphs: WeakKeyDictionary[PPOLoss, _Graph | None] = WeakKeyDictionary()  # None
 
 
 def _graph_of(critic: _Critic, values: Sequence[Tensor], expected: Sequence[Tensor | None]) -> _Graph | None:
-    """A graph that gives what is expected, the recorded one or a new one; None if there is none."""
+    """A graph that gives what is expected, the recorded one or a new one; None if there is none.
+
+    One of :data:`REFUSALS` is raised if the loss cannot be recorded, and None returned from then on.
+    """
     known = _graphs.get(critic.loss)
     if critic.loss in _graphs and (known is None or known.fits(critic, values, expected)):
         return known
+    _graphs[critic.loss] = None
     new = _Graph(critic, values, known)
-    _graphs[critic.loss] = new if new.fits(critic, values, expected) else None
+    fewer = _take(
+        values, torch.arange(new.size, device=values[0].device) // 2
+    )  # what was true of the others may not be
+    if new.fits(critic, values, expected) and new.fits(critic, fewer, critic.results(critic.parameters, fewer)):
+        _graphs[critic.loss] = new
     return _graphs[critic.loss]
