@@ -40,9 +40,10 @@ from tests.cases import (
     same_bits,
     textbook_kl,
 )
-from tests.environments import Memory
+from tests.environments import Memory, make_specified
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.envs import make_env
+from torchrl_trpo.errors import PlainKeyError, SettingError
 from torchrl_trpo.keys import GroupKeys, group_keys
 from torchrl_trpo.networks import make_actor, make_central_critic, make_critic
 from torchrl_trpo.networks.recurrent import RecurrentModule, carry_states
@@ -127,6 +128,40 @@ def test_sequences_are_the_steps(cell, share_params):
     with set_recurrent_mode(True):
         dist = actor.get_dist(data.select(OBSERVATION, STATE, "is_init"))
     torch.testing.assert_close(dist.log_prob(data[ACTION]), data[LOG_PROB])
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out", "message"),
+    [
+        ({"cell": "rnn"}, [], r"cell: 'rnn'\. Legal: 'gru', 'lstm'"),
+        ({"in_keys": ["observation", "state"]}, [], r"in_keys: \['observation', 'state'\]\. Legal: three"),
+        (
+            {},
+            ["is_init"],
+            r"in_keys \(TorchRL's InitTracker adds .*: 'is_init' is not in the data\. Legal: 'observation'",
+        ),
+        ({}, ["observation"], r"in_keys: 'observation' is not in the data\. Legal: 'is_init'"),
+    ],
+)
+def test_what_a_layer_cannot_be_or_read(settings, left_out, message):
+    keys = {"in_keys": ["observation", "state", "is_init"], "out_keys": ["features", ("next", "state")]}
+    data = TensorDict({"observation": torch.randn(4, 3), "is_init": torch.ones(4, 1, dtype=torch.bool)}, [4])
+    with pytest.raises((ValueError, PlainKeyError), match=message):
+        RecurrentModule(3, 8, **{"cell": "gru", **keys, **settings})(data.exclude(*left_out))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"network": "rnn"}, r"network: 'rnn'\. Legal: 'mlp', 'gru', 'lstm'"),
+        ({"hidden": []}, r"hidden: \[\]\. Legal with"),
+    ],
+    ids=["network", "hidden"],
+)
+def test_a_recurrent_network_that_cannot_be(settings, message):
+    env = make_specified(name="integers")
+    with pytest.raises(SettingError, match=message):
+        make_actor(env, *group_keys(env), share_params=True, **{"network": "gru", **settings})
 
 
 def test_agents_have_layers_of_their_own():

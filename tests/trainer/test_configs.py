@@ -21,6 +21,7 @@ from torchrl.trainers.algorithms.on_policy import OnPolicyTrainer
 
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.envs import make_env
+from torchrl_trpo.errors import SettingError
 from torchrl_trpo.objectives import AgentGAE, CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
 from torchrl_trpo.recipes import trainer as recipe
 from torchrl_trpo.trainer import TRPOTrainer, configs
@@ -91,6 +92,18 @@ def test_the_algorithms_train_from_their_yaml_alone(name, tmp_path):
     again.load_from_file(tmp_path / "checkpoint")
     for key, value in again.loss_module.state_dict().items():
         assert torch.equal(value, after[key]), key
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path):
+    recipe.check(compose("itrpo", tmp_path))
+    (tmp_path / "log").mkdir()
+    cfg = compose("itrpo", tmp_path, "seed=4294967296", "value.gamma=.nan", "trainer.total_frames=-5")
+    with pytest.raises(SettingError) as caught:
+        recipe.check(cfg)
+    first, *lines = str(caught.value).splitlines()
+    assert first == "4 settings are wrong:"
+    expected = ["seed must be", "value.gamma must be", "trainer.total_frames must be", "output_dir: "]
+    assert all(line.startswith(f"  - {start}") for line, start in zip(lines, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["itrpo", "matrpo", "hatrpo"])

@@ -15,12 +15,14 @@ from tensordict.nn import (
 )
 from torchrl.checkpoint import Checkpoint
 from torchrl.collectors import Collector
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import Categorical, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
 from torchrl.modules import PopArtValueNorm
 from torchrl.record.loggers import CSVLogger
 from torchrl.trainers import Trainer
 
 from tests.cases import make_actor as make_double_actor
+from tests.cases import make_loss
+from tests.environments import Specified
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.envs import make_env
 from torchrl_trpo.keys import group_keys
@@ -260,6 +262,17 @@ def test_with_several_groups_the_log_is_by_group():
     assert {f"{name}_{group}" for name in names for group in ("drivers", "callers")} <= set(learner._log_dict)
 
 
+def test_each_part_of_a_composite_action_is_logged():
+    seen = {"agents": {"observation": Unbounded((3, 3))}}
+    env = Specified(4, seen, {"agents": {"move": Unbounded((3, 2)), "gear": Categorical(3, (3,))}})
+    critic = TensorDictModule(torch.nn.Linear(3, 1), [("agents", "observation")], [("agents", "state_value")])
+    made = make_loss(make_double_actor("composite").float(), critic_network=critic)
+    made.set_keys(value=("agents", "state_value"))
+    learner = trainer(made, env, total_frames=FRAMES)
+    learner.train()
+    assert {"action_norm_agents_move", "action_norm_agents_gear"} <= set(learner._log_dict)
+
+
 def test_logging_can_be_left_out():
     learner = trainer(
         objective(environment()), environment(), total_frames=FRAMES, log_rewards=False, log_actions=False
@@ -349,7 +362,9 @@ def test_parts_that_do_not_fit_are_refused():
     made, other = losses(env)["agents"], losses(env)["agents"]
     with pytest.raises(ValueError, match=r"another TRPOLoss than the trainer's.*Legal: TrustRegionUpdater"):
         trainer(made, env, updater=TrustRegionUpdater(other))
-    with pytest.raises(ValueError, match="holds parameters of the policy"):
+    with pytest.raises(
+        ValueError, match=r"holds parameters of the policy.* Legal: .*Adam\(critic_parameters\(loss\)\)"
+    ):
         trainer(made, env, optimizer=torch.optim.Adam(made.parameters()))
     with pytest.raises(ValueError, match="parameters of a critic are missing"):
         trainer(made, env, optimizer=torch.optim.Adam(critic_parameters(made)[1:]))

@@ -28,9 +28,9 @@ from torchrl.modules import (
 )
 
 from torchrl_trpo import distributions
-from torchrl_trpo.errors import SettingError
+from torchrl_trpo.errors import SettingError, nearest
 from torchrl_trpo.keys import GroupKeys, group_keys, in_group, next_key
-from torchrl_trpo.networks.recurrent import RecurrentModule
+from torchrl_trpo.networks.recurrent import CELLS, RecurrentModule
 
 _SMALLEST_PICTURE = 7
 """The smallest picture of which two 3 by 3 convolutions with stride 2 leave something."""
@@ -55,9 +55,13 @@ def make_actor(
 
     Returns:
         The policy, from ``[*B, n_agents, F]`` to actions ``[*B, n_agents, A]`` with their log-probability.
+
+    Raises:
+        SettingError: if it has no network for the observation or no distribution for the action, or ``network`` and
+            ``hidden`` do not fit.
     """
     spec = env.full_action_spec_unbatched[keys.action]
-    distribution, kwargs, names, n_outputs = _distribution(spec, keys.action_mask is not None)
+    distribution, kwargs, names, n_outputs = _distribution(spec, keys.agent_shape, masked=keys.action_mask is not None)
     if keys.action_mask is not None:
         legal = (*keys.agent_shape, n_outputs)
         shape = env.full_observation_spec_unbatched[keys.action_mask].shape
@@ -187,17 +191,19 @@ class TeamCritic(nn.Module):
 
 
 def _distribution(
-    spec: TensorSpec, masked: bool
+    spec: TensorSpec, agent_shape: tuple[int, ...], *, masked: bool
 ) -> tuple[type[Distribution] | partial, dict[str, Any], list[str], int]:
     """The distribution for an action space, its constants, its parameters, and how many numbers they are."""
-    if isinstance(spec, MultiCategorical):
-        nvec = spec.nvec.reshape(-1, spec.shape[-1])[0].tolist()
-        return distributions.MultiCategorical, {"nvec": nvec}, ["logits"], sum(nvec)
-    if type(spec) is Categorical:
+    is_vector = spec.ndim == len(agent_shape) + 1  # an agent's action
+    if type(spec) is Categorical and spec.ndim == len(agent_shape):
         return MaskedCategorical if masked else torch.distributions.Categorical, {}, ["logits"], spec.n
-    if type(spec) is OneHot:
+    if isinstance(spec, MultiCategorical) and is_vector:
+        first, *others = spec.nvec.reshape(-1, spec.shape[-1]).tolist()
+        if all(nvec == first for nvec in others):
+            return distributions.MultiCategorical, {"nvec": first}, ["logits"], sum(first)
+    if type(spec) is OneHot and is_vector:
         return MaskedOneHotCategorical if masked else OneHotCategorical, {}, ["logits"], spec.shape[-1]
-    if isinstance(spec, (Bounded, Unbounded)) and spec.dtype.is_floating_point:
+    if isinstance(spec, (Bounded, Unbounded)) and spec.dtype.is_floating_point and is_vector:
         bounds = {"low": spec.space.low, "high": spec.space.high}
         bounded = torch.stack([bound.abs() < 1e30 for bound in bounds.values()])  # no bound may be inf, or the largest
         if bounded.all():
@@ -207,8 +213,9 @@ def _distribution(
             return IndependentNormal, {}, ["loc", "scale"], 2 * spec.shape[-1]
     raise SettingError(
         f"the recipes have no policy for the action space {type(spec).__name__} {tuple(spec.shape)} of {spec.space}. "
-        "Legal: Categorical, OneHot or MultiCategorical, and continuous actions with all bounds or none; change the "
-        "space with a transform of TorchRL."
+        f"Legal: Categorical of shape {[*agent_shape]}; OneHot, MultiCategorical (the same for all agents) and "
+        f"continuous actions (all bounds or none) of shape [{', '.join([*map(str, agent_shape), 'A'])}]. Change the "
+        "space with a transform of TorchRL; agents that differ are groups of their own."
     )
 
 
@@ -239,6 +246,12 @@ def _network(
     """A network of each agent's own input, ``[*B, n_agents, F]`` to ``[*B, n_agents, n_outputs]``."""
     agents: dict[str, Any] = {"n_agents": keys.n_agents, "centralized": False, "share_params": share_params}
     hidden = list(hidden)
+    if network not in (legal := ("mlp", *CELLS)):
+        raise SettingError(f"network: {network!r}. {nearest(network, legal)}")
+    if network != "mlp" and not hidden:
+        raise SettingError(
+            f"hidden: {hidden}. Legal with network={network!r}: one size or more, the first is recurrent."
+        )
     modules: list[TensorDictModuleBase] = []
     shape = env.full_observation_spec_unbatched[in_key].shape[len(keys.agent_shape) :] if size is None else (size,)
     if len(shape) not in (1, 3) or (len(shape) == 3 and min(shape[1:]) < _SMALLEST_PICTURE):

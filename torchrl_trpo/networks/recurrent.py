@@ -13,7 +13,8 @@ from torchrl.envs import EnvBase, TensorDictPrimer
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.modules.tensordict_module.rnn import recurrent_mode
 
-from torchrl_trpo.keys import path
+from torchrl_trpo.errors import nearest
+from torchrl_trpo.keys import entry, path
 
 
 class RecurrentModule(TensorDictModuleBase):
@@ -35,6 +36,10 @@ class RecurrentModule(TensorDictModuleBase):
         n_agents: the number of agents; None for entries without an agent dimension.
         share_params: whether the agents share one layer or have one each, stacked on a leading agent dimension.
         device: where the parameters are.
+
+    Raises:
+        ValueError: if ``cell`` is another one, or there are not three ``in_keys``.
+        PlainKeyError: when called on data without the observation or the flag.
 
     Examples:
         >>> import torch
@@ -66,11 +71,15 @@ class RecurrentModule(TensorDictModuleBase):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        if cell not in CELLS:
+            raise ValueError(f"cell: {cell!r}. {nearest(cell, CELLS)}")
+        if len(in_keys) != 3:
+            raise ValueError(f"in_keys: {in_keys}. Legal: three, of the observation, the state and 'is_init'.")
         self.in_keys = in_keys
         self.out_keys = out_keys
         self.n_agents = n_agents
         self.hidden_size = hidden_size
-        self.state_size = _LAYERS[cell].states * hidden_size
+        self.state_size = CELLS[cell].states * hidden_size
         sizes: dict[str, Any] = {"input_size": input_size, "hidden_size": hidden_size, "cell": cell}
         self.network: nn.Module
         if n_agents is None:
@@ -87,11 +96,11 @@ class RecurrentModule(TensorDictModuleBase):
         Returns:
             The same tensordict.
         """
-        observation = tensordict.get(self.in_keys[0])
+        observation = entry(tensordict, self.in_keys[0], "in_keys")
         state = tensordict.get(self.in_keys[1], None)
         if state is None:
             state = observation.new_zeros(*observation.shape[:-1], self.state_size)
-        is_init = tensordict.get(self.in_keys[2])
+        is_init = entry(tensordict, self.in_keys[2], "in_keys (TorchRL's InitTracker adds 'is_init')")
         if self.n_agents is not None:
             is_init = is_init.unsqueeze(-2).expand(*observation.shape[:-1], 1)
         inputs = torch.cat([observation, state, is_init.to(observation.dtype)], -1)
@@ -171,8 +180,8 @@ class _Sequence(nn.Module):
         self, *, input_size: int, hidden_size: int, cell: str, time_dim: int, device: torch.device | None
     ) -> None:
         super().__init__()
-        self.layer = _LAYERS[cell](input_size, hidden_size, device)
-        self.sizes = [input_size, _LAYERS[cell].states * hidden_size, 1]
+        self.layer = CELLS[cell](input_size, hidden_size, device)
+        self.sizes = [input_size, CELLS[cell].states * hidden_size, 1]
         self.time_dim = time_dim
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -218,4 +227,4 @@ class _LSTM(nn.Module):
         return torch.cat([torch.sigmoid(leave) * torch.tanh(c), c], -1)
 
 
-_LAYERS: dict[str, type[_GRU] | type[_LSTM]] = {"gru": _GRU, "lstm": _LSTM}
+CELLS: dict[str, type[_GRU] | type[_LSTM]] = {"gru": _GRU, "lstm": _LSTM}

@@ -14,7 +14,7 @@ from torchrl.trainers import LogScalar, OptimizationStepper, Trainer, UpdateWeig
 from torchrl.trainers.algorithms.on_policy import OnPolicyTrainer
 
 from torchrl_trpo.arguments import positive_whole
-from torchrl_trpo.keys import next_key, return_key
+from torchrl_trpo.keys import key_list, next_key, path, return_key
 from torchrl_trpo.numerics.updater import TrustRegionUpdater
 from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 from torchrl_trpo.trainer.episode_return import LogEpisodeReturn
@@ -77,9 +77,9 @@ class TrustRegionStepper(OptimizationStepper):
     Examples:
         >>> from torchrl.trainers import Trainer
         >>> from torchrl_trpo import TrustRegionUpdater
-        >>> from torchrl_trpo.trainer import TrustRegionStepper
+        >>> from torchrl_trpo.trainer import TrustRegionStepper, critic_parameters
         >>> stepper = TrustRegionStepper(TrustRegionUpdater(loss, max_kl=0.01))  # doctest: +SKIP
-        >>> critic_optim = torch.optim.Adam(loss.critic_network_params.flatten_keys().values())  # doctest: +SKIP
+        >>> critic_optim = torch.optim.Adam(critic_parameters(loss))  # doctest: +SKIP
         >>> trainer = Trainer(  # doctest: +SKIP
         ...     collector=collector, total_frames=240_000, frame_skip=1, optim_steps_per_batch=1, loss_module=loss,
         ...     optimizer=critic_optim, optimization_stepper=stepper,
@@ -174,7 +174,8 @@ class TrustRegionStepper(OptimizationStepper):
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
         legal = (
-            "Legal: one over the critic's parameters, such as Adam(loss.critic_network_params.flatten_keys().values())."
+            "Legal: one over the critic's parameters alone, such as Adam(critic_parameters(loss)), with "
+            "critic_parameters of torchrl_trpo.trainer."
         )
         if optimizer is None:
             raise ValueError(f"optimizer: there is none to fit the critic with. {legal}")
@@ -196,7 +197,8 @@ class TRPOTrainer(OnPolicyTrainer):
     the loss, as when Hydra makes both: it gets the loss's weights before the first batch and after every step.
 
     The log has the entries of ``OnPolicyTrainer``, those that the stepper returns, and ``episode_return``, see
-    :class:`LogEpisodeReturn`. With several groups of agents the names end in ``_<group>``.
+    :class:`LogEpisodeReturn`. With several groups of agents the names end in ``_<group>``. Each part of a composite
+    action has an entry ``action_norm_<key>``.
 
     Keyword Args:
         collector: the collector; its batches are ``[*B, T]``.
@@ -291,35 +293,30 @@ class TRPOTrainer(OnPolicyTrainer):
         return keys if len(keys) > 1 else next(iter(keys.values()))
 
     def _setup_logging(self) -> None:
-        """Adds episode returns to the log of ``OnPolicyTrainer``; with several groups each has its own entries.
+        """Logs what ``OnPolicyTrainer`` does, of each group and each part of an action, and episode returns.
 
         ``OnPolicyTrainer`` calls this private method where it sets up its own log; it has no public one for it.
         """
         several = len(self._losses) > 1
-        if several:
-            self._log_groups()
-        else:
-            super()._setup_logging()
-        if not self.log_rewards:
-            return
         for group, loss in self._losses.items():
-            keys = loss.tensor_keys
-            name = f"episode_return_{group}" if several else "episode_return"
-            LogEpisodeReturn(return_key(keys.reward), done_key=keys.done, logname=name).register(self)
-
-    def _log_groups(self) -> None:
-        for group, loss in self._losses.items():
-            reward, action = next_key(loss.tensor_keys.reward), loss.tensor_keys.action
-            logs = [LogScalar(next_key(loss.tensor_keys.done), f"done_percentage_{group}", include_std=False)]
+            keys, end = loss.tensor_keys, f"_{group}" if several else ""
+            reward, actions = next_key(keys.reward), key_list(keys.action)
+            logs = [LogScalar(next_key(keys.done), f"done_percentage{end}", log_pbar=not several, include_std=False)]
             if self.log_rewards:
+                total = reward if several else next_key(self.episode_reward_key)
                 logs += [
-                    LogScalar(reward, f"r_training_{group}", log_pbar=True),
-                    LogScalar(reward, f"r_max_{group}", include_std=False, reduction="max"),
-                    LogScalar(reward, f"r_total_{group}", include_std=False, reduction="sum"),
+                    LogScalar(reward, f"r_training{end}", log_pbar=True),
+                    LogScalar(reward, f"r_max{end}", include_std=False, reduction="max"),
+                    LogScalar(total, f"r_total{end}", include_std=False, reduction="sum"),
                 ]
-            logs += [LogScalar(action, f"action_norm_{group}")] if self.log_actions else []
-            observation = loss.actor_network.in_keys[0]
-            logs += [LogScalar(observation, f"obs_norm_{group}")] if self.log_observations else []
+                returns = LogEpisodeReturn(return_key(keys.reward), done_key=keys.done, logname=f"episode_return{end}")
+                returns.register(self)
+            for key in actions if self.log_actions else []:
+                part = "_".join(["", *path(key)]) if len(actions) > 1 else ""
+                logs.append(LogScalar(key, f"action_norm{part}{end}"))
+            if self.log_observations:
+                observation = loss.actor_network.in_keys[0] if several else self.observation_key
+                logs += [LogScalar(observation, f"obs_norm{end}")]
             for log in logs:
                 self.register_op("pre_steps_log", log)
 
