@@ -53,7 +53,7 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 train: $(TRAIN)
-	@test -f recipes/$(ALGO).py || { echo "There is no algorithm ALGO=$(ALGO). Legal: trpo, itrpo, matrpo, hatrpo, happo, mappo, ippo"; exit 2; }
+	@test -n "$(filter $(ALGO),trpo itrpo matrpo hatrpo happo mappo ippo)" || { echo "There is no algorithm ALGO=$(ALGO). Legal: trpo, itrpo, matrpo, hatrpo, happo, mappo, ippo"; exit 2; }
 	@echo "==> Training $(ALGO) (other settings: make train ARGS=\"env=vmas/navigation seed=1\")"
 	$(BIN)/python -m torchrl_trpo.recipes.$(ALGO) $(ARGS)
 	@echo "==> Done. The lines above say where the learning curve, the film and the metrics are."

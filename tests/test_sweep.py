@@ -21,7 +21,7 @@ def printed(capsys, folder):
 
 def make_sweep(folder, radii="0.01,0.02"):
     """Two radii, three seeds: one run has failed, one is stopped, and of the last radius one has not begun."""
-    overrides = [f"updater.max_kl={radii}", "seed=0,1,2", "film=false"]
+    overrides = [f"++updater.max_kl={radii}", "++seed=0,1,2", "++film=false"]  # as the recipes give them to Hydra
     (folder / "multirun.yaml").write_text(json.dumps({"hydra": {"overrides": {"task": overrides}}}))
     write_run(folder / "0", seed=0)
     write_run(folder / "1", seed=1, episode_return=10)
@@ -74,3 +74,6 @@ def test_a_setting_of_which_no_run_has_begun_is_a_row_too(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"error: folder: there is no run in .*Legal: the folder of a sweep"):
         sweep.main([str(tmp_path / "empty")])
+    (tmp_path / "multirun.yaml").write_text("hydra: [")
+    with pytest.raises(SystemExit, match=r"error: folder: .*multirun\.yaml cannot be read .*Legal: the file that"):
+        sweep.main([str(tmp_path)])

@@ -24,6 +24,7 @@ from torchrl_trpo.errors import SettingError, require
 from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks.recurrent import carry_states
 from torchrl_trpo.numerics.statistics import percentile_bootstrap
+from torchrl_trpo.reporting.record import replace_file
 from torchrl_trpo.seeding import untouched_generators
 from torchrl_trpo.training.checkpoints import WHICH
 from torchrl_trpo.training.episodes import play_episodes
@@ -96,23 +97,25 @@ def evaluate_run(
             played = torch.cat([play_episodes(env, policy, **settings) for _ in range(rounds)])[:episodes].cpu()
         finally:
             env.close(raise_if_closed=False)
-        filmed = None
+        record = {
+            "algorithm": config["algorithm"],
+            "env": config["env"]["name"],
+            "checkpoint": checkpoint,
+            "checkpoint_path": str(path),
+            "iteration": int(path.name.rpartition("-")[2]),
+            "episodes": episodes,
+            "seed": seed,
+            "deterministic": deterministic,
+            "device": str(env.device),
+            **_statistics(played, groups),
+            "film": None,
+        }
+        written = Path(run_folder) / "evaluation.json"
+        replace_file(written, json.dumps(record, indent=2, allow_nan=False) + "\n")
         if film is not None:
             filmed = film_run(config, policy, Path(film), seed=seed, device=where, deterministic=deterministic)
-    record = {
-        "algorithm": config["algorithm"],
-        "env": config["env"]["name"],
-        "checkpoint": checkpoint,
-        "checkpoint_path": str(path),
-        "iteration": int(path.name.rpartition("-")[2]),
-        "episodes": episodes,
-        "seed": seed,
-        "deterministic": deterministic,
-        "device": str(env.device),
-        **_statistics(played, groups),
-        "film": None if filmed is None else str(filmed),
-    }
-    (Path(run_folder) / "evaluation.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+            record["film"] = None if filmed is None else str(filmed)
+            replace_file(written, json.dumps(record, indent=2, allow_nan=False) + "\n")
     return record
 
 
@@ -201,6 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     film = None if given.no_film else given.film or given.run_folder / "evaluation.mp4"
     try:
+        if given.film and given.film.exists():
+            raise SettingError(f"--film: {str(given.film)!r} exists already, and would be lost. Legal: another file.")
         record = evaluate_run(
             given.run_folder,
             episodes=given.episodes,

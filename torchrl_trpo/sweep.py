@@ -19,7 +19,15 @@ from textwrap import fill
 from typing import Any
 
 from torchrl_trpo.errors import SettingError
-from torchrl_trpo.reporting.record import RunRecord, find_runs, finite_mean, flat, read_run, write_rows
+from torchrl_trpo.reporting.record import (
+    RunRecord,
+    find_runs,
+    finite_mean,
+    flat,
+    read_run,
+    replace_file,
+    write_rows,
+)
 from torchrl_trpo.reporting.style import ALGORITHM_COLORS, drawing
 
 _OF_A_RUN = ("seed", "output_dir", "resume", "versions", "film", "checkpoint", "logger")
@@ -127,7 +135,7 @@ def summarize(settings: Sequence[Setting], folder: Path) -> list[Path]:
     text = "".join(f"| {line} |\n" for line in lines)
     if unfinished := list(_unfinished(settings, folder)):
         text += "\nNot finished, and not in the numbers above:\n\n" + "".join(f"- {line}\n" for line in unfinished)
-    (folder / "summary.md").write_text(text)
+    replace_file(folder / "summary.md", text)
     return [folder / "summary.csv", folder / "summary.md", _plot(settings, folder / "sweep.png")]
 
 
@@ -205,9 +213,16 @@ def _jobs(folder: Path) -> dict[str, list[str]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    task = list(OmegaConf.load(folder / "multirun.yaml").hydra.overrides.task)
-    swept = [override for override in OverridesParser.create().parse_overrides(task) if override.is_sweep_override()]
-    choices = [[f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()] for each in swept]
+    try:
+        task = list(OmegaConf.load(folder / "multirun.yaml").hydra.overrides.task)
+        parsed = OverridesParser.create().parse_overrides(task)
+    except Exception as error:  # of YAML, of OmegaConf, of Hydra, or of the file
+        raise SettingError(
+            f"folder: {folder / 'multirun.yaml'} cannot be read ({str(error).splitlines()[0]}). Legal: the file that "
+            "Hydra wrote, or none."
+        ) from error
+    swept = [override for override in parsed if override.is_sweep_override()]
+    choices = [[f"{each.key_or_group}={value}" for value in each.sweep_string_iterator()] for each in swept]
     return {str(number): list(job) for number, job in enumerate(itertools.product(*choices))}
 
 

@@ -26,15 +26,23 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs.utils import RandomPolicy
 
-from torchrl_trpo.recipes.studies.jobs import CONFIG, check_same, config, run_all, study_parser, train
+from torchrl_trpo.errors import SettingError
+from torchrl_trpo.recipes.studies.jobs import (
+    CONFIG,
+    check_same,
+    config,
+    make_report_folder,
+    run_all,
+    study_parser,
+    train,
+)
 from torchrl_trpo.recipes.studies.report import write_report
-from torchrl_trpo.reporting.record import read_rows, replacing, write_rows
+from torchrl_trpo.reporting.record import read_json, read_rows, replace_file, write_rows
 from torchrl_trpo.seeding import untouched_generators
 from torchrl_trpo.training.checkpoints import read_record
 from torchrl_trpo.training.episodes import play_episodes
 from torchrl_trpo.training.film import film_run
 from torchrl_trpo.training.policy import find_run, make_run_env, policy_at
-from torchrl_trpo.training.run_folder import replace_file
 
 PLANS = ("comparison", "team_budget", "differing_agents", "at_scale", "at_scale_search")
 """The plans that can be run."""
@@ -103,7 +111,7 @@ def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, 
     now["evaluation"] = played
     done = folder / "comparison.json"
     if done.exists():
-        before = json.loads(done.read_text())
+        before = read_json(done, "settings", "rows")
         check_same(before["settings"], now, folder)
         return _completed(before["rows"], folder, digest_of(plan, cell))
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,9 +119,13 @@ def run_cell(plan: Mapping[str, Any], root: Path, cell: Cell) -> list[dict[str, 
     if cell.algorithm != "random":
         train(recipe, cfg)
         found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoints/checkpoint-*")}
-        points = [path for iteration, path in sorted(found.items()) if iteration and iteration % every == 0]
-        if iterations % every:
-            points.append(found[iterations])
+        wanted = [*range(every, iterations, every), iterations]
+        if lost := [iteration for iteration in wanted if iteration not in found]:
+            raise SettingError(
+                f"{str(folder)!r} has no checkpoints of the iterations {lost}. Legal: to delete it, or another output "
+                "folder."
+            )
+        points = [found[iteration] for iteration in wanted]
     where = {"task": cell.task, "algorithm": cell.algorithm, "seed": cell.seed}
     rows = [where | measured for measured in _evaluate(cfg, points, **played)]
     replace_file(done, json.dumps({"settings": now, "rows": rows}))
@@ -185,9 +197,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part = {name: getattr(given, name) for name in ("tasks", "algorithms", "seeds")}
     whole = all(set(chosen) >= set(plan[name]) for name, chosen in part.items())
     plan |= part
-    report = given.report or (Path("docs/results") if whole else given.output)
+    if wrong := [seed for seed in given.seeds if not 0 <= seed < 2**32 - plan["evaluation"]["seed"]]:
+        parser.error(f"--seeds: {wrong[0]}. Legal: from 0 to {2**32 - 1 - plan['evaluation']['seed']}.")
+    report = make_report_folder(parser, given.report or (Path("docs/results") if whole else given.output))
     data = report / f"{chosen_plan}.csv"
-    table = _rows_by_cell(data)
+    try:
+        table = _rows_by_cell(data)
+    except SettingError as error:
+        parser.error(str(error))
     kept = table.keys() - (set() if given.redraw else set(cells(plan)))
     others = {each for each in kept if {row.get("settings") for row in table[each]} != {digest_of(plan, each)}}
     if others:
@@ -198,9 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given.redraw:
         job = functools.partial(run_cell, plan, given.output.absolute())
         table |= run_all(job, cells(plan), workers=given.workers)
-        report.mkdir(parents=True, exist_ok=True)
-        with replacing(data) as new:
-            write_rows(new, COLUMNS, itertools.chain.from_iterable(table.values()))
+        write_rows(data, COLUMNS, itertools.chain.from_iterable(table.values()))
     rows = [row for cell in cells(plan) for row in table.get(cell, ())]
     if not rows:
         parser.error(f"--redraw: {data} has none of these runs.")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
-import json
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import traceback
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,9 +24,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from torchrl_trpo.config.overrides import check_overrides
+from torchrl_trpo.config.overrides import check_overrides, written
 from torchrl_trpo.errors import SettingError
-from torchrl_trpo.reporting.record import flat
+from torchrl_trpo.reporting.record import flat, read_config
 from torchrl_trpo.training.checkpoints import has_checkpoint
 from torchrl_trpo.training.policy import settle_compilation
 
@@ -45,8 +44,23 @@ def study_parser(name: str, description: str) -> ArgumentParser:
     parser.add_argument(
         "--redraw", action="store_true", help="trains nothing: writes the report again from its CSV file"
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each (default: 2)")
+    parser.add_argument("--workers", type=_workers, default=2, help="processes, of one thread each (default: 2)")
     return parser
+
+
+def _workers(text: str) -> int:
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise ArgumentTypeError(f"{text!r}. Legal: a whole number of at least 1.")
+
+
+def make_report_folder(parser: ArgumentParser, report: Path) -> Path:
+    """Makes the folder of a report, before anything is trained; ends the command if it cannot be made."""
+    try:
+        report.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--report: {str(report)!r} cannot be made ({error}). Legal: a folder.")
+    return report
 
 
 def train(recipe: str, cfg: DictConfig) -> None:
@@ -59,7 +73,7 @@ def train(recipe: str, cfg: DictConfig) -> None:
     if not (folder / "summary.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with (
-            (folder / "output.txt").open("a") as file,
+            (folder / "output.txt").open("a", encoding="utf-8") as file,
             contextlib.redirect_stdout(file),
             contextlib.redirect_stderr(file),
         ):
@@ -68,15 +82,15 @@ def train(recipe: str, cfg: DictConfig) -> None:
 
 def config(recipe: str, overrides: Sequence[str], folder: Path) -> DictConfig:
     """Composes the config of a run, which resumes the run in its folder if there is one with the same settings."""
-    checked = check_overrides([*overrides, "film=false", f"output_dir={json.dumps(str(folder))}"], CONFIG, recipe)
+    checked = check_overrides([*overrides, "film=false", f"output_dir={written(str(folder))}"], CONFIG, recipe)
     with initialize_config_dir(str(CONFIG), version_base=None):
         cfg = settle_compilation(compose(recipe, checked))
-    if not has_checkpoint(folder):
-        return cfg
-    before: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    now: Any = OmegaConf.to_container(cfg, resolve=True)
-    check_same(before, now, folder)
-    cfg.resume = str(folder)
+    can_be_resumed = has_checkpoint(folder)
+    if can_be_resumed or (folder / "summary.json").exists():
+        now: Any = OmegaConf.to_container(cfg, resolve=True)
+        check_same(read_config(folder), now, folder)
+    if can_be_resumed:
+        cfg.resume = str(folder)
     return cfg
 
 

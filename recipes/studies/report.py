@@ -20,6 +20,7 @@ from torchrl_trpo.recipes.studies.statistics import (
     interquartile_mean,
     probability_of_improvement,
 )
+from torchrl_trpo.reporting.record import replace_file
 from torchrl_trpo.reporting.style import ALGORITHM_COLORS, REFERENCE, drawing
 
 NAMES = {name: name.upper() for name in ALGORITHM_COLORS}
@@ -143,7 +144,7 @@ def write_report(rows: Sequence[Mapping[str, Any]], plan: str, folder: Path) -> 
     """
     comparison = Comparison(rows)
     paths = [folder / f"{plan}.md"]
-    paths[0].write_text(_tables(comparison, plan))
+    replace_file(paths[0], _tables(comparison, plan))
     if not _can_be_drawn(comparison):
         return paths
     for name, x, label in (("frames", "frames", "thousand frames"), ("cpu", "cpu_s", "processor seconds")):

@@ -8,7 +8,6 @@ sensitivity.csv, a row for each run, and a figure for each sweep.
 
 from __future__ import annotations
 
-import csv
 import functools
 import itertools
 import json
@@ -20,8 +19,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from torchrl_trpo.recipes.studies.jobs import CONFIG, config, run_all, study_parser, train
-from torchrl_trpo.reporting.record import read_run, write_rows
+from torchrl_trpo.errors import SettingError
+from torchrl_trpo.recipes.studies.jobs import CONFIG, config, make_report_folder, run_all, study_parser, train
+from torchrl_trpo.reporting.record import read_json, read_rows, read_run, write_rows
 from torchrl_trpo.reporting.style import ALGORITHM_COLORS, REFERENCE, drawing
 
 MEASURED = ("evaluation_return", "cpu_s", "accepted", "kl_ratio", "explained_variance")
@@ -77,7 +77,7 @@ def run_trial(plan: Mapping[str, Any], root: Path, trial: Trial) -> dict[str, fl
     overrides = [f"env={trial.task}", *(f"{name}={value}" for name, value in settings.items())]
     cfg = config(plan["recipe"], overrides, folder)
     train(plan["recipe"], cfg)
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_json(folder / "summary.json", "evaluation_return", "cpu_s")
     run = read_run(folder)
     half = -(-len(run.column("iteration")) // 2)
     return {
@@ -106,14 +106,12 @@ def write_report(plan: Mapping[str, Any], measured: Mapping[Trial, Mapping[str, 
 
 
 def read_measured(data: Path) -> dict[Trial, dict[str, float]]:
-    """Reads the results that :func:`write_report` has written to ``sensitivity.csv``."""
-    with data.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    """Reads the results that :func:`write_report` has written to ``sensitivity.csv``; none if there is no such file."""
     return {
         Trial(row["task"], tuple(json.loads(row["changed"]).items()), int(row["seed"])): {
             name: float(row[name] or "nan") for name in MEASURED
         }
-        for row in rows
+        for row in read_rows(data, "seed")
     }
 
 
@@ -170,12 +168,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     whole = set(given.sweeps) == set(plan["sweeps"])
     plan["sweeps"] = {name: plan["sweeps"][name] for name in given.sweeps}
-    report = given.report or (Path("docs/results") if whole else given.output)
+    report = make_report_folder(parser, given.report or (Path("docs/results") if whole else given.output))
     job = functools.partial(run_trial, plan, given.output.absolute())
-    if given.redraw:
-        measured = read_measured(report / "sensitivity.csv")
-    else:
-        measured = run_all(job, trials(plan), workers=given.workers)
+    try:
+        measured = read_measured(report / "sensitivity.csv")  # rows of trials that are not run again are kept
+    except SettingError as error:
+        parser.error(str(error))
+    if not given.redraw:
+        measured |= run_all(job, trials(plan), workers=given.workers)
+    if not measured:
+        parser.error(f"--redraw: {report / 'sensitivity.csv'} has no rows.")
     for path in write_report(plan, measured, report):
         print(f"  {path}")
 

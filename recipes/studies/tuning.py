@@ -8,7 +8,6 @@ writes the trials to docs/results/tuning.csv and tuning.md, and each task's best
 
 from __future__ import annotations
 
-import csv
 import functools
 import itertools
 import json
@@ -22,8 +21,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from torchrl_trpo.recipes.studies.jobs import CONFIG, check_same, run_all, study_parser
-from torchrl_trpo.reporting.record import flat, write_rows
+from torchrl_trpo.config.overrides import written
+from torchrl_trpo.errors import SettingError
+from torchrl_trpo.recipes.studies.jobs import CONFIG, check_same, make_report_folder, run_all, study_parser
+from torchrl_trpo.reporting.record import flat, read_json, read_rows, replace_file, write_rows
+
+_OF_A_SEARCH = ("output.txt", "multirun.yaml", "summary.csv", "summary.md", "sweep.png")
+"""The files in the folder of a search beside those of its trials, which are numbers."""
 
 
 def trials(plan: Mapping[str, Any], algorithm: str) -> list[dict[str, Any]]:
@@ -47,20 +51,23 @@ def run_search(plan: Mapping[str, Any], root: Path, search: tuple[str, str]) -> 
             now, before = flat(fixed | settings), OmegaConf.load(path.with_name("config.yaml"))
             check_same({name: OmegaConf.select(before, name) for name in now}, now, path.parent)
     if not all(path.exists() for path in summaries):
-        sweep = [f"{name}={','.join(map(_hydra, values))}" for name, values in plan["space"][algorithm].items()]
+        sweep = [f"{name}={','.join(map(written, values))}" for name, values in plan["space"][algorithm].items()]
         overrides = [f"env={task}", *(f"{name}={value}" for name, value in fixed.items()), *sweep, "film=false"]
         command = [sys.executable, "-m", f"torchrl_trpo.recipes.{algorithm}", "-m", *overrides]
+        others = [path.name for path in folder.glob("*") if not (path.name.isdecimal() or path.name in _OF_A_SEARCH)]
+        if others:
+            raise SettingError(f"{str(folder)!r} holds {others[0]!r}, which no search wrote. Legal: to move it away.")
         shutil.rmtree(folder, ignore_errors=True)  # Hydra begins a sweep anew
         folder.mkdir(parents=True)
-        with (folder / "output.txt").open("w") as output:
+        with (folder / "output.txt").open("w", encoding="utf-8") as output:
             subprocess.run(
-                [*command, f"hydra.sweep.dir={folder}"],
+                [*command, f"hydra.sweep.dir={written(str(folder))}"],
                 check=True,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
-    found = [json.loads(path.read_text()) for path in summaries]
+    found = [read_json(path, "evaluation_return", "cpu_s") for path in summaries]
     return [
         {
             "task": task,
@@ -74,11 +81,10 @@ def run_search(plan: Mapping[str, Any], root: Path, search: tuple[str, str]) -> 
 
 def read_trials(data: Path) -> list[dict[str, Any]]:
     """Reads the trials that :func:`write_outcome` has written to ``tuning.csv``."""
-    with data.open(newline="") as file:
-        rows = list(csv.DictReader(file))
     numbers = ("evaluation_return", "cpu_s")
     return [
-        {**row, "settings": json.loads(row["settings"]), **{name: float(row[name]) for name in numbers}} for row in rows
+        {**row, "settings": json.loads(row["settings"]), **{name: float(row[name]) for name in numbers}}
+        for row in read_rows(data, "cpu_s", float)
     ]
 
 
@@ -94,7 +100,7 @@ def write_outcome(
     columns = ("task", "algorithm", "settings", "evaluation_return", "cpu_s")
     write_rows(paths[0], columns, ({**trial, "settings": json.dumps(trial["settings"])} for trial in found))
     best_trials = _best([trial for trial in found if choose.items() <= trial["settings"].items()])
-    paths[1].write_text(_table(found, best_trials, choose))
+    replace_file(paths[1], _table(found, best_trials, choose))
     for (algorithm, task), best in best_trials.items():
         paths.append(config / algorithm / f"{task}.yaml")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +109,7 @@ def write_outcome(
             OmegaConf.update(settings, name, setting)
         value = best["evaluation_return"]
         comment = f"# Of the trials with {_short(choose)} in docs/results/tuning.md the best: {value:.4g}."
-        paths[-1].write_text(f"# @package _global_\n{comment}\n{OmegaConf.to_yaml(settings)}")
+        replace_file(paths[-1], f"# @package _global_\n{comment}\n{OmegaConf.to_yaml(settings)}")
     return paths
 
 
@@ -165,22 +171,20 @@ def _short(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _hydra(value: Any) -> str:
-    """A value in Hydra's syntax of overrides."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{_hydra(inner)}" for name, inner in value.items()) + "}"
-    return json.dumps(value)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
     plan: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "tuning.yaml"))
     parser = study_parser("tuning", "Searches settings.")
     parser.add_argument("--config", type=Path, default=CONFIG / "hyperparameters" / "finetuned")
     given = parser.parse_args(arguments)
-    report = given.report or Path("docs/results")
+    report = make_report_folder(parser, given.report or Path("docs/results"))
     if given.redraw:
-        found = read_trials(report / "tuning.csv")
+        try:
+            found = read_trials(report / "tuning.csv")
+        except SettingError as error:
+            parser.error(str(error))
+        if not found:
+            parser.error(f"--redraw: {report / 'tuning.csv'} has no rows.")
     else:
         job = functools.partial(run_search, plan, given.output.absolute())
         searches = list(itertools.product(plan["tasks"], plan["space"]))

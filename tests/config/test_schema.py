@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import shlex
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -16,6 +18,10 @@ from torchrl_trpo.config.validation import check_settings
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.numerics.updater import TrustRegionUpdater
 from torchrl_trpo.objectives import HAPPOUpdater
+from torchrl_trpo.parallel.ranks import ALONE
+from torchrl_trpo.training.console import Console
+from torchrl_trpo.training.continuation import full_record
+from torchrl_trpo.training.run_folder import RunFolder
 
 
 def config(name, *overrides):
@@ -109,6 +115,10 @@ ONE = [
     ("hatrpo", "~critic.network", r"^critic\.network is missing\. Legal: 'mlp', 'gru', 'lstm'\.$"),
     ("hatrpo", "~critic", r"^critic is missing\. Legal: a section with critic\.network"),
     ("hatrpo", "seed=???", r"^seed: Missing mandatory value"),
+    ("hatrpo", "~env", r"^~env: a run needs an environment\. Legal: env="),
+    ("hatrpo", "algorithm=matrpo", r"^setting 'algorithm' does not exist"),
+    ("hatrpo", "versions.torch=3", r"^setting 'versions\.torch' does not exist"),
+    ("hatrpo", "--config-name=matrpo", r"^--config-name: a recipe has one config\. Legal: the recipe of another"),
     # Settings that cannot be together.
     ("hatrpo", "env.num_envs=7", r"^train\.frames_per_batch=6000 .*env\.num_envs=7: .*Nearest: 5999 or 6006\.$"),
     ("hatrpo", "train.total_frames=6001", r"^train\.total_frames=6001 .*Nearest: 6000 or 12000\.$"),
@@ -255,6 +265,79 @@ def test_a_sweep_is_left_to_hydra():
     assert check_overrides(["-m", "seed=1,2"], CONFIG_DIR, "hatrpo") == ["-m", "++seed=1,2"]
     with pytest.raises(SettingError, match=r"^setting 'sed' does not exist"):
         check_overrides(["-m", "seed=1,2", "sed=1"], CONFIG_DIR, "hatrpo")
+    with pytest.raises(SettingError, match=r"^updater\.max_kl must be a positive number, got -1\.$"):
+        check_overrides(["-m", "updater.max_kl=0.01,-1"], CONFIG_DIR, "hatrpo")
+
+
+@functools.cache
+def composed():
+    return config("hatrpo", "logger.backend=csv", "train.frames_per_batch=60")
+
+
+def recorded(folder, **kwargs):
+    """The folder of a run, with other ``kwargs`` in the sections of its ``config.yaml``."""
+    record = full_record(composed(), "HATRPO")
+    for section, values in kwargs.items():
+        record[section]["kwargs"] = values
+    folder.mkdir()
+    RunFolder(folder).write_config(record)
+    return folder
+
+
+def resumed(*overrides):
+    """What a run is resumed with."""
+    checked = check_overrides(overrides, CONFIG_DIR, "hatrpo")
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        return compose("hatrpo", ["++output_dir=.", *checked])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {
+            "text": "Zürich",
+            "path": "C:\\temp",
+            "list": [{"a": 1}, 'ü"b\\'],
+            "none": {},
+            "a b": "1",
+            "a.b": None,
+            "a=,": 1e-5,
+        },
+    ],
+    ids=str,
+)
+def test_a_resumed_run_has_the_settings_that_it_had(values, tmp_path):
+    """Text in other alphabets was changed, and what was not in a mapping any more came back."""
+    folder = recorded(tmp_path / "run", env=values, logger={"video_format": "ü"})
+    cfg = resumed(f"resume={folder}")
+    assert cfg.env.kwargs == values
+    assert cfg.logger.kwargs == {"video_format": "ü"}
+
+
+@pytest.mark.parametrize("name", ["plain", "k=3,(b", "Zürich", "it's a\\b"])
+def test_a_run_can_be_resumed_in_any_folder(name, tmp_path, capsys):
+    """As it is told when the run ends."""
+    folder = recorded(tmp_path / name)
+    settings = OmegaConf.create({"train": {"total_frames": 400}, "env": {"name": "vmas/balance"}, "device": "cpu"})
+    console = Console(settings, "HATRPO", folder, 0, None, ALONE)
+    console.print_how_to_continue(SystemExit(143), 1, 80, 1)
+    console.close()
+    override = shlex.split(capsys.readouterr().out.partition("To continue: ")[2])
+    assert resumed(*override).resume == str(folder)
+
+
+def test_what_cannot_be_beside_resume(tmp_path):
+    folder = recorded(tmp_path / "run")
+    assert check_overrides(["-m", f"resume={folder}", "train.total_frames=120"], CONFIG_DIR, "hatrpo")[0] == "-m"
+    check_overrides([f"resume={folder}", f"output_dir='{folder}'"], CONFIG_DIR, "hatrpo")
+    with pytest.raises(SettingError, match=r"^output_dir=other with resume=.*Legal: without output_dir\.$"):
+        check_overrides([f"resume={folder}", "output_dir=other"], CONFIG_DIR, "hatrpo")
+    for damage in ("", "a: [", "seed: 0\n"):
+        (folder / "config.yaml").write_text(damage)
+        with pytest.raises(SettingError) as caught:  # and nothing of settings that the run would have had
+            check_overrides([f"resume={folder}", "train.total_frames=120"], CONFIG_DIR, "hatrpo")
+        assert str(caught.value).startswith(f"resume: {folder / 'config.yaml'} is not the config.yaml of a run: ")
 
 
 def test_a_config_made_by_hand():

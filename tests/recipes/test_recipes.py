@@ -48,6 +48,8 @@ TINY = ("env.num_envs=4", "env.max_steps=10", "train.frames_per_batch=80", "trai
 
 
 def config(name, folder, *overrides):
+    """The config of a run in a folder; a run that is resumed stays in its own."""
+    folder = next((each.removeprefix("resume=") for each in overrides if each.startswith("resume=")), folder)
     overrides = check_overrides([*TINY, f"output_dir={folder}", *overrides], CONFIG_DIR, name)
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         return compose(name, overrides)

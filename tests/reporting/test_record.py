@@ -12,7 +12,7 @@ import pytest
 from tests.recipes.test_recipes import RECIPES, config
 from tests.training.test_resume import Killed, metrics
 from torchrl_trpo.errors import SettingError
-from torchrl_trpo.reporting.record import find_runs, read_run
+from torchrl_trpo.reporting.record import find_runs, read_rows, read_run, write_rows
 from torchrl_trpo.training.metrics import COLUMNS
 from torchrl_trpo.training.run import Run
 
@@ -103,7 +103,47 @@ def test_how_a_run_ends_is_on_record_and_an_older_one_goes_on(tmp_path, monkeypa
     assert [row["cg_residual"] != "" for row in metrics(tmp_path)] == [False, False, True]
 
 
-def test_runs_are_in_natural_order(tmp_path):
-    for number in (10, 9, 1):
+def test_runs_are_in_natural_order(tmp_path, caplog):
+    """And what is no run is left out."""
+    for number in (10, 9, 1, 2):
         write_run(tmp_path / str(number), rows=1)
+    (tmp_path / "2" / "config.yaml").write_text("name: of something else")
     assert [path.name for path in find_runs(tmp_path)] == ["1", "9", "10"]
+    assert f"{tmp_path / '2' / 'config.yaml'} is not the config.yaml of a run: it has no 'algorithm'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics.csv", b"", "has no column 'iteration': its first line is ''"),
+        ("metrics.csv", b"iteration;kl\n1;0\n", "has no column 'iteration': its first line is 'iteration;kl'"),
+        ("metrics.csv", b"iteration,kl\n1\n2,0\n", "damaged"),
+        ("metrics.csv", b"iteration,kl\n1,0,5\n2,0\n", "damaged"),
+        ("metrics.csv", b"iteration,kl\nx,0\n2,0\n", "damaged"),
+        ("metrics.csv", b"iteration,kl\n1,high\n", "could not convert string to float: 'high'"),
+        ("metrics.csv", "iteration,kl\n1,ü\n".encode("latin-1"), "Legal: a CSV file in UTF-8"),
+        ("config.yaml", b"", "it has no 'algorithm'"),
+        ("config.yaml", b"a: [", "is not the config.yaml of a run"),
+        ("config.yaml", b"- 1", "is not the config.yaml of a run"),
+        ("config.yaml", b"\xff\xfe", "is not the config.yaml of a run"),
+        ("state.json", b"{", "cannot be read"),
+        ("state.json", b"[]", "it has no 'state'"),
+    ],
+)
+def test_a_damaged_file_is_named(name, text, message, tmp_path):
+    """Rows that could not be read were left out, and then lost; of other files there was a traceback."""
+    (write_run(tmp_path) / name).write_bytes(text)
+    with pytest.raises(SettingError, match=re.escape(message)) as caught:
+        read_run(tmp_path)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_table_of_a_spreadsheet_is_read_and_a_table_is_replaced_whole(tmp_path):
+    path = tmp_path / "metrics.csv"
+    write_rows(path, ["iteration", "note"], [{"iteration": 1, "note": "ü"}])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_rows(path) == [{"iteration": "1", "note": "ü"}]
+    with pytest.raises(ZeroDivisionError):
+        write_rows(path, ["iteration"], ({"iteration": 1 / number} for number in (1, 0)))
+    assert read_rows(path) == [{"iteration": "1", "note": "ü"}]
+    assert [each.name for each in tmp_path.iterdir()] == ["metrics.csv"]

@@ -37,6 +37,17 @@ def test_a_film_needs_no_display(opengl, env, tmp_path, monkeypatch):
     assert np.abs(frames[0].astype(float) - frames[-1]).max() > 20, "and it moves"
 
 
+def test_a_film_that_cannot_be_written_is_a_warning(env, tmp_path, monkeypatch, caplog):
+    """It ended the run, and the film of before was lost."""
+    path = tmp_path / "film.mp4"
+    path.write_text("the one before")
+    monkeypatch.setattr("torchrl_trpo.training.film._mosaic", lambda _: np.zeros((0, 0, 3), np.uint8))
+    actor = make_actor(env, *group_keys(env), share_params=True)
+    assert film_episodes(env, actor, path, max_steps=2) is None
+    assert f"No film: {path} cannot be made" in caplog.text
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("film.mp4", "the one before")]
+
+
 def test_drawings_show_the_world(env):
     """Every entity's colour is in the picture, at the place where the world has it."""
     env.reset()

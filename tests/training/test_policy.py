@@ -338,6 +338,18 @@ def test_a_single_episode_has_no_interval(trained, capsys):
     assert "mp4" not in said
 
 
+def test_a_film_costs_no_numbers_and_no_other_film(copied, monkeypatch):
+    """The evaluation was lost with the film, and a file of that name was replaced."""
+    mine = copied / "mine.mp4"
+    mine.touch()
+    with pytest.raises(SystemExit, match=r"error: --film: .*mine\.mp4' exists already.* Legal: another file"):
+        command.main([str(copied), "--episodes", "1", "--film", str(mine)])
+    monkeypatch.setattr(command, "film_run", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command.main([str(copied), "--episodes", "1"])
+    assert json.loads((copied / "evaluation.json").read_text())["film"] is None
+
+
 def test_the_interval_covers_the_mean(monkeypatch):
     """Of 300 samples of 30 the interval holds the true mean as often as it says; it has the width of the textbook's."""
     values = torch.randn(4000, dtype=torch.float64)

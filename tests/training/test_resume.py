@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -21,8 +22,10 @@ from tests.environments import Copy
 from tests.recipes.test_recipes import RECIPES, TINY, config
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.training.checkpoints import find_checkpoint
+from torchrl_trpo.training.continuation import check_unfinished, rows_before
 from torchrl_trpo.training.metrics import Metrics
 from torchrl_trpo.training.run import Run
+from torchrl_trpo.training.run_folder import RunFolder
 
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 EPISODE = ("episode_return", "episode_return_sum", "episode_length")
@@ -153,7 +156,7 @@ def test_a_run_killed_after_its_last_checkpoint_only_has_to_finish(run_folder):
     """Evaluation, plot and summary are made then; a run that has them is finished, and says what continues it."""
     before = json.loads((run_folder / "summary.json").read_text())
     (run_folder / "summary.json").unlink()
-    cfg = config("hatrpo", run_folder.parent / "unused", f"resume={run_folder}")
+    cfg = config("hatrpo", run_folder, f"resume={run_folder}", "train.total_frames=400")
     summary = RECIPES["hatrpo"].train(cfg)
     assert summary["evaluation_return"] == before["evaluation_return"]
     assert len(metrics(run_folder)) == 5
@@ -187,10 +190,25 @@ def change_format(folder, version):
         (lambda f: os.truncate(state_file(f, "losses"), 1000), r"cannot be read .*'losses'.*Move it elsewhere to use"),
         (lambda f: state_file(f, "policy").unlink(), r"cannot be read .*'policy'.*Move it elsewhere to use"),
         (lambda f: torch.save(Malicious(f), state_file(f, "policy")), r"cannot be read .*'policy'.*[Ww]eights.only"),
+        (
+            lambda f: change_a_byte(state_file(f, "policy")),
+            r"cannot be read .*has changed since it was written.*Move it",
+        ),
         (lambda f: drop_row(f, 3), r"metrics\.csv should have one row .*missing are \[3\]"),
         (lambda f: shutil.rmtree(f / "checkpoints"), r"has no checkpoint\. Legal: "),
     ],
-    ids=["newer", "our_newer", "half_manifest", "no_manifest", "half_file", "no_file", "malicious", "row", "none"],
+    ids=[
+        "newer",
+        "our_newer",
+        "half_manifest",
+        "no_manifest",
+        "half_file",
+        "no_file",
+        "malicious",
+        "byte",
+        "row",
+        "none",
+    ],
 )
 def test_a_checkpoint_that_cannot_be_continued_says_what_to_do(damage, message, run_folder):
     damage(run_folder)
@@ -210,6 +228,13 @@ def test_the_one_before_can_be_continued(run_folder):
 
 def state_file(folder, name):
     return next(find_checkpoint(folder).glob(f"components/*-{name}/state.pt"))
+
+
+def change_a_byte(path):
+    """In the middle, where the numbers are."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def drop_row(folder, iteration):
@@ -271,6 +296,60 @@ def test_a_run_is_not_written_over_or_written_twice(run_folder):
             resume(run_folder)
         other.communicate(b"\n")
     resume(run_folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("summary.json", "{}", r"holds a run without its checkpoints, which would be lost"),
+        ("metrics.csv", "iteration\n1\n", r"holds a run without its checkpoints, which would be lost"),
+        ("config.yaml", "model: mine", r"config\.yaml is not the config\.yaml of a run.* Or another folder\."),
+        ("config.yaml", "a: [", r"config\.yaml is not the config\.yaml of a run"),
+        (".", None, r"cannot be used \(.*Legal: a folder that can be read and written"),
+    ],
+)
+def test_nothing_in_a_folder_is_lost(name, text, message, tmp_path):
+    folder = tmp_path / "run"
+    if text is None:
+        folder.touch()
+    else:
+        folder.mkdir()
+        (folder / name).write_text(text)
+    with pytest.raises(SettingError, match=rf"^output_dir: .*{message}"):
+        RunFolder(folder).take({"resume": None})
+
+
+@pytest.mark.parametrize(
+    ("total", "batch", "message"),
+    [
+        (160, 80, r"has done 240 frames already, and train\.total_frames=160\. .*train\.total_frames=320"),
+        (400, 100, r"the 160 left to train\.total_frames=400 are not a multiple of train\.frames_per_batch=100\..*80"),
+        (400, 80, None),
+        (240, 80, None),
+    ],
+)
+def test_whole_batches_are_left(total, batch, message, tmp_path):
+    settings = {"train": {"total_frames": total, "frames_per_batch": batch}}
+    with contextlib.nullcontext() if message is None else pytest.raises(SettingError, match=message):
+        check_unfinished(tmp_path, 240, settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("iteration,kl\n", r"should have one row for each iteration up to 3.*missing are \[1, 2, 3\]"),
+        ("iteration,note\n1,\n2,\n3,\n", r"has a column 'note', which would be lost"),
+        ("iteration,kl\n2,0\n3,0\n", None),
+    ],
+)
+def test_rows_are_not_lost(text, message, tmp_path, caplog):
+    (tmp_path / "metrics.csv").write_text(text)
+    if message is None:
+        assert len(rows_before(tmp_path / "metrics.csv", 3)) == 2
+        assert "begins with iteration 2" in caplog.text
+    else:
+        with pytest.raises(SettingError, match=message):
+            rows_before(tmp_path / "metrics.csv", 3)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):

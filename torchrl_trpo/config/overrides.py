@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,16 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_trpo.config.schema import RECIPES
-from torchrl_trpo.config.validation import find_problems, one_message
+from torchrl_trpo.config.validation import RECORDED, find_problems, one_message
 from torchrl_trpo.envs.tasks import LIBRARIES, SimulatorError, check_name, known_tasks
 from torchrl_trpo.errors import SettingError, nearest
+from torchrl_trpo.reporting.record import read_config
 
 _ENV_DEFAULTS: dict[str, dict[str, Any]] = {
     "vmas": {"num_envs": 60, "max_steps": 100, "continuous_actions": True, "compiled": "auto", "kwargs": {}},
@@ -26,13 +28,13 @@ _ENV_DEFAULTS: dict[str, dict[str, Any]] = {
     "gym": {"num_envs": 10, "max_steps": 1000, "parallel": False, "kwargs": {}},
 }
 """The settings of environments without a YAML file, by library."""
-_NOT_RESUMED = ("resume", "output_dir", "algorithm", "versions")
+_NOT_RESUMED = ("resume", "output_dir", *RECORDED)
 
 
 def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str) -> list[str]:
     """Checks the settings of a command line: names, values, and the settings against each other.
 
-    In a sweep, only the first value of each setting is checked.
+    In a sweep, each value of a setting is checked, together with the first values of the others.
 
     Args:
         overrides: the arguments of the command line, such as ``["updater.max_kl=0.02"]``.
@@ -40,17 +42,25 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
         config_name: the recipe's config.
 
     Returns:
-        The overrides for Hydra. With ``resume=<folder>``, the settings of that run come first.
+        The overrides for Hydra. With ``resume=<folder>``, the settings of that run come before.
 
     Raises:
         SettingError: if settings or environments are unknown, missing or invalid; it lists all of them.
     """
     given = dict(map(_split, overrides))
     envs = given["env"].split(",") if "env" in given else []
-    folder = Path(given["resume"]) if given.get("resume", "null") not in {"", "null"} else None
+    folder = _folder("resume", given)
     problems = {"env": list(_env_problems(envs, config_dir))}
+    for flag in ("--config-name", "-cn", "--config-path", "-cp"):
+        if flag in given:
+            problems[flag] = [f"{flag}: a recipe has one config. Legal: the recipe of another algorithm."]
+    if "~env" in given:
+        problems["~env"] = ["~env: a run needs an environment. Legal: env=<library>/<task>."]
+    for name in given:
+        if name.partition(".")[0] in RECORDED:
+            problems[name] = [f"setting {name!r} does not exist: a run writes it down. Legal: what --help lists."]
     if folder is not None:
-        problems["resume"] = _resume_problems(folder, config_name)
+        problems["resume"] = _resume_problems(folder, config_name, _folder("output_dir", given))
     knows_env = not any(problems.values())
     has_levels = _has_levels(config_dir, config_name)
     if has_levels and "hyperparameters" in given:
@@ -62,7 +72,8 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
     checked = [_forced(override, has_levels) for override in overrides]
     if knows_env:
         if folder is not None:
-            checked = [*_resumed_overrides(folder, given), *checked]
+            first = next(index for index, override in enumerate(checked) if _is_setting(override))  # after the flags
+            checked[first:first] = _resumed_overrides(folder, given)
         for env in dict(map(_split, checked)).get("env", "").split(","):
             _register(env, config_dir)
     for override in filter(_is_setting, checked):
@@ -73,13 +84,36 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
     try:
         right = [override for override in checked if not problems.get(_split(override)[0])]
         cfg = compose_settings(right, config_dir, config_name)
-    except HydraException as error:
+    except (HydraException, OmegaConfBaseException) as error:
         lines.append(str(error).splitlines()[0])
     else:
-        lines += find_problems(cfg, RECIPES[config_name], knows_env=knows_env)
+        lines += find_problems(cfg, RECIPES[config_name], knows_env=knows_env, together=not problems.get("resume"))
+        if not lines:
+            lines += _sweep_problems(right, cfg, config_name)
     if lines:
         raise SettingError(one_message(lines))
     return checked
+
+
+def typed(name: str, folder: Path) -> str:
+    """A setting that is a folder, as it is typed in a shell."""
+    override = f"{name}={folder}"
+    if _syntax_problem(override) or OverridesParser.create().parse_override(override).value() != str(folder):
+        override = f"{name}={written(str(folder))}"
+    return shlex.quote(override)
+
+
+def written(value: Any) -> str:
+    """A value in Hydra's syntax of overrides, also a list or a mapping."""
+
+    def quoted(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: quoted(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [quoted(each) for each in value]
+        return QuotedString(value, Quote.double) if isinstance(value, str) else value
+
+    return Override(OverrideType.CHANGE, "", ValueType.ELEMENT, quoted(value)).get_value_element_as_str()
 
 
 def compose_settings(overrides: Sequence[str], config_dir: Path, config_name: str) -> DictConfig:
@@ -134,13 +168,36 @@ def _syntax_problem(override: str) -> str | None:
     return None
 
 
-def _resume_problems(folder: Path, config_name: str) -> list[str]:
-    if not (folder / "config.yaml").exists():
-        return [f"resume: {str(folder)!r} has no config.yaml. Legal: the folder of a run, which has one."]
-    algorithm = str(OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "algorithm"))
-    if algorithm.lower() == config_name:
-        return []
-    return [f"resume: the run in {str(folder)!r} has algorithm={algorithm}. Use the recipe of {algorithm}."]
+def _folder(name: str, given: Mapping[str, str]) -> Path | None:
+    """The folder that a setting names; None if it names none."""
+    override = f"{name}={given.get(name, 'null')}"
+    value = None if _syntax_problem(override) else OverridesParser.create().parse_override(override).value()
+    return None if value is None or value == "" else Path(str(value))
+
+
+def _resume_problems(folder: Path, config_name: str, output_dir: Path | None) -> list[str]:
+    try:
+        algorithm = str(read_config(folder, "resume")["algorithm"])
+    except SettingError as error:
+        return [str(error)]
+    if algorithm.lower() != config_name:
+        return [f"resume: the run in {str(folder)!r} has algorithm={algorithm}. Use the recipe of {algorithm}."]
+    if output_dir is not None and output_dir.resolve() != folder.resolve():
+        return [
+            f"output_dir={output_dir} with resume={folder}: a run goes on in its folder. Legal: without output_dir."
+        ]
+    return []
+
+
+def _sweep_problems(overrides: Sequence[str], cfg: DictConfig, config_name: str) -> Iterator[str]:
+    """Yields what is wrong with each value of a sweep, beside the first values of the others."""
+    for override in OverridesParser.create().parse_overrides([each for each in overrides if _is_setting(each)]):
+        if override.is_discrete_sweep() and override.is_force_add():
+            for text in override.sweep_string_iterator():
+                value = OverridesParser.create().parse_override(f"{override.get_key_element()}={text}").value()
+                other = cfg.copy()
+                OmegaConf.update(other, override.key_or_group, value, force_add=True)
+                yield from find_problems(other, RECIPES[config_name])
 
 
 def _register(env: str, config_dir: Path) -> None:
@@ -173,20 +230,17 @@ def _forced(override: str, has_levels: bool) -> str:
 
 def _resumed_overrides(folder: Path, given: Mapping[str, str]) -> list[str]:
     """The settings of a run as overrides, without those that are given anew."""
-    record: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    record = read_config(folder)
     overrides = [] if "env" in given else [f"env={record['env']['name']}"]
-    for name, value in _leaves({name: value for name, value in record.items() if name not in _NOT_RESUMED}):
-        if name not in given and not ("env" in given and name.startswith("env.")):
-            overrides.append(f"++{name}={json.dumps(value)}")
-    return [*overrides, f"hydra.run.dir={json.dumps(str(folder))}"]
-
-
-def _leaves(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    for section, settings in record.items():
+        named = {f"{section}.{name}": value for name, value in settings.items()} if isinstance(settings, dict) else {}
+        for name, value in (named or {section: settings}).items():
+            if section in _NOT_RESUMED or name in given or ("env" in given and section == "env"):
+                continue
+            if isinstance(value, dict):
+                overrides.append(f"~{name}")  # Hydra would merge the mapping with the default one
+            overrides.append(f"++{name}={written(value)}")
+    return [*overrides, f"hydra.run.dir={written(str(folder))}"]
 
 
 def _first(override: Override) -> str:

@@ -28,7 +28,8 @@ _ARGUMENTS = {  # of make_env and make_collector, in their errors, and the setti
     r"cudagraph_policy=True": "collector.cudagraph_policy=true",
     r"cudagraph_policy=False": "collector.cudagraph_policy=false",
 }
-_RECORDED = ("algorithm", "versions")  # the config.yaml of a run has them too
+RECORDED = ("algorithm", "versions")
+"""What the ``config.yaml`` of a run has besides its settings."""
 
 
 def check_settings(cfg: DictConfig, recipe: type[Recipe]) -> None:
@@ -51,16 +52,17 @@ def one_message(problems: Sequence[str]) -> str:
     return "\n  - ".join([*first, *problems])
 
 
-def find_problems(cfg: DictConfig, recipe: type[Recipe], *, knows_env: bool = True) -> list[str]:
+def find_problems(cfg: DictConfig, recipe: type[Recipe], *, knows_env: bool = True, together: bool = True) -> list[str]:
     """Finds what is wrong with settings, a line for each problem.
 
-    Where the environment is not known, the section ``env`` may hold anything.
+    Where the environment is not known, the section ``env`` may hold anything. Without ``together`` the settings are not
+    checked against each other.
     """
     try:
         record: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         return [f"{error.full_key}: {str(error).splitlines()[0]}. Legal: a value."]
-    settings = {name: value for name, value in record.items() if name not in _RECORDED}
+    settings = {name: value for name, value in record.items() if name not in RECORDED}
     library = None
     if knows_env:
         env = settings.get("env")
@@ -88,7 +90,7 @@ def find_problems(cfg: DictConfig, recipe: type[Recipe], *, knows_env: bool = Tr
             else:
                 problems[name] = _wrong_value(name, known, _value(settings, name))
     usable = {name: _value(settings, name) for name in known if not _has_problem(name, problems)}
-    for names, check in _COMBINATIONS:
+    for names, check in _COMBINATIONS if together else ():
         if usable.keys() >= set(names) and (problem := check(*(usable[name] for name in names))):
             problems[names[0]] = problem
             del usable[names[0]]

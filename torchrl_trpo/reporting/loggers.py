@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchrl_trpo.errors import SettingError, nearest
-from torchrl_trpo.reporting.record import flat
+from torchrl_trpo.reporting.record import flat, read_json, replace_file
 from torchrl_trpo.seeding import untouched_generators
 
 if TYPE_CHECKING:
@@ -63,14 +63,14 @@ class RunLogger:
         if backend is None:
             return
         record_file = folder / _RECORD_FILE
-        before = json.loads(record_file.read_text()) if frames and record_file.exists() else {}
+        before = read_json(record_file) if frames and record_file.exists() else {}
         before = before if before.get("backend") == backend else {}
         self.continues = bool(before)
         with untouched_generators():
             self._logger = _open(backend, dict(kwargs), folder, name, before.get("id"))
             if before and backend in {"csv", "tensorboard"}:
                 _remove_after(self._logger, backend, frames)
-            record_file.write_text(json.dumps({"backend": backend, "id": _run_id(self._logger, backend)}) + "\n")
+            replace_file(record_file, json.dumps({"backend": backend, "id": _run_id(self._logger, backend)}) + "\n")
 
     def log_settings(self, record: Mapping[str, Any]) -> None:
         """Logs the settings, unless a record is continued that has them.
@@ -222,8 +222,8 @@ def _remove_after(logger: Logger, backend: str, frames: int) -> None:
         writer.purge_step = frames + 1
         return
     for path in Path(logger.experiment.log_dir, "scalars").glob("*.csv"):
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if int(line.partition(",")[0]) <= frames))
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        replace_file(path, "".join(line for line in lines if int(line.partition(",")[0]) <= frames))
 
 
 def _add_animation(writer: Any, path: Path, frames: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from torchrl._utils import logger
 
 from torchrl_trpo.errors import SettingError
 
@@ -21,6 +21,8 @@ STATE, WARNINGS = "state.json", "warnings.txt"
 _SILENT_S = 60.0
 _SILENT_ITERATIONS = 10
 """A running run that has written nothing for as many seconds, and as many of its iterations, is silent."""
+_OF_EVERY_RUN = ("algorithm", "seed", "env.name", "train.total_frames", "updater")
+_PUT_BACK = "Put it back as it was, or move it away to begin anew."
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class RunRecord:
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write beside another, which it replaces in one step when the block has ended.
 
-    A reader sees the old file or the new one, whenever the process is killed.
+    A reader sees the old file or the new one, whenever the process is killed. After an error it is the old one.
 
     Args:
         path: the file to replace.
@@ -105,8 +107,23 @@ def replacing(path: Path) -> Iterator[Path]:
         The file to write, with the same suffix.
     """
     beside = path.with_name(f".new_{path.name}")
-    yield beside
-    beside.replace(path)
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file in one step, see :func:`replacing`.
+
+    Args:
+        path: the file.
+        text: what it holds.
+    """
+    with replacing(path) as file:
+        file.write_text(text, encoding="utf-8", newline="")
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,32 +155,60 @@ def finite_mean(values: list[float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-def read_rows(metrics: Path) -> list[dict[str, str]]:
-    """Reads the rows of a ``metrics.csv``, without a last one that is only half written.
+def read_rows(table: Path, column: str = "iteration", kind: type[int | float] = int) -> list[dict[str, str]]:
+    """Reads the rows of a table such as ``metrics.csv``, without a last one that is only half written.
 
     Args:
-        metrics: the file; a missing one has no rows.
+        table: the file; a missing one has no rows.
+        column: a column that has a number in each row.
+        kind: the type of this number.
 
     Returns:
         The cells by column.
+
+    Raises:
+        SettingError: if it is not such a table: it is empty, has no such column, or a line that is not a row.
     """
-    if not metrics.exists():
+    if not table.exists():
         return []
-    with metrics.open(newline="") as file:
-        return [
-            row for row in csv.DictReader(file) if (row.get("iteration") or "").isdigit() and None not in row.values()
-        ]
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows: list[dict[Any, Any]] = list(reader)
+            names = reader.fieldnames or ()
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SettingError(f"{table} cannot be read ({error}). Legal: a CSV file in UTF-8. {_PUT_BACK}") from error
+    if column not in names:
+        raise SettingError(
+            f"{table} has no column {column!r}: its first line is {','.join(names)!r}. Legal: a "
+            f"header with commas between the columns. {_PUT_BACK}"
+        )
+    whole = [None not in row and None not in row.values() and _is_number(row[column], kind) for row in rows]
+    if not all(whole[:-1]):
+        raise SettingError(
+            f"row {whole.index(False) + 1} of {table} is damaged. Legal: a cell for each column, a number in "
+            f"{column!r}. {_PUT_BACK}"
+        )
+    return [row for row, is_whole in zip(rows, whole, strict=True) if is_whole]
+
+
+def _is_number(text: str, kind: type[int | float]) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a CSV file.
+    """Writes a CSV file in one step.
 
     Args:
         path: the file.
         columns: its columns.
         rows: the rows by column; a missing number and a NaN are empty cells.
     """
-    with path.open("w", newline="") as file:
+    with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
@@ -191,16 +236,70 @@ def read_run(folder: Path) -> RunRecord:
         Its contents.
 
     Raises:
-        SettingError: if it is not the folder of a run.
+        SettingError: if it is not the folder of a run, or one of its files is damaged.
     """
-    if not (folder / "config.yaml").exists():
-        raise SettingError(f"folder: {str(folder)!r} has no config.yaml. Legal: the folder of a run, which holds one.")
-    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    config = read_config(folder)
     rows = read_rows(folder / "metrics.csv")
     names = rows[0] if rows else {}
-    columns = {name: [float(row[name] or "nan") for row in rows] for name in names}
+    try:
+        columns = {name: [float(row[name] or "nan") for row in rows] for name in names}
+    except ValueError as error:
+        raise SettingError(f"{folder / 'metrics.csv'}: {error}. Legal: numbers. {_PUT_BACK}") from error
     state, reason = _state(folder, columns)
     return RunRecord(folder, config, columns, state, reason)
+
+
+def read_config(folder: Path, name: str = "folder") -> dict[str, Any]:
+    """Reads the ``config.yaml`` of a run.
+
+    Args:
+        folder: the run's folder.
+        name: the setting that names the folder, for errors.
+
+    Returns:
+        The settings.
+
+    Raises:
+        SettingError: if there is none, or it is damaged or of something else.
+    """
+    from omegaconf import OmegaConf  # here, so that an evaluation does not need it
+
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise SettingError(f"{name}: {str(folder)!r} has no config.yaml. Legal: the folder of a run, which has one.")
+    try:
+        config = OmegaConf.load(path)
+        missing = [each for each in _OF_EVERY_RUN if OmegaConf.select(config, each) is None]
+        settings: Any = OmegaConf.to_container(config)
+        if not missing:
+            return dict(settings)
+        problem = f"it has no {missing[0]!r}"
+    except Exception as error:  # of YAML, of OmegaConf, or of the file
+        problem = str(error).splitlines()[0]
+    raise SettingError(f"{name}: {path} is not the config.yaml of a run: {problem}. Legal: the file as it was written.")
+
+
+def read_json(path: Path, *names: str) -> dict[str, Any]:
+    """Reads a JSON file of a run.
+
+    Args:
+        path: the file.
+        *names: what it must have.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        SettingError: if it is damaged.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        problem = "".join(f"it has no {name!r}" for name in names if name not in found)
+    except (ValueError, TypeError) as error:
+        problem = str(error)
+    if problem:
+        raise SettingError(f"{path} cannot be read: {problem}. Legal: the file that the run wrote.")
+    return found
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
@@ -209,11 +308,18 @@ def find_runs(folder: Path) -> Iterator[Path]:
     Args:
         folder: where to look, at any depth; it may be a run's itself.
 
-    Returns:
-        The folders, in natural order: 2 before 10.
+    Yields:
+        The folders, in natural order: 2 before 10. A folder whose ``config.yaml`` is not a run's is left out, with a
+        warning.
     """
-    found = (path.parent for path in folder.rglob("config.yaml") if (path.parent / "metrics.csv").exists())
-    return iter(sorted(found, key=_natural))
+    found = [path.parent for path in folder.rglob("config.yaml") if (path.parent / "metrics.csv").exists()]
+    for path in sorted(found, key=_natural):
+        try:
+            read_config(path)
+        except SettingError as error:
+            logger.warning(f"Left out, since it is no run: {error}")
+        else:
+            yield path
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
@@ -223,7 +329,7 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
 def _state(folder: Path, columns: Mapping[str, list[float]]) -> tuple[str, str]:
     if not (folder / STATE).exists():  # the run has not begun yet, or the disk was full
         return "unfinished", ""
-    written = json.loads((folder / STATE).read_text())
+    written = read_json(folder / STATE, "state", "reason")
     if written["state"] == "running":
         walls = columns.get("wall_s", [])
         per_iteration = walls[-1] / len(walls) if walls else 0.0

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -185,11 +186,16 @@ def read_record(path: Path) -> dict[str, Any]:
 def load_components(path: Path, components: Mapping[str, Any]) -> None:
     """Restores some components of a checkpoint, objects with ``load_state_dict`` by name.
 
-    Raises SettingError if one is missing or cannot be read.
+    Raises SettingError if one is missing, cannot be read or has changed since it was written.
     """
     try:
         _checkpoint_of(components).load(path, map_location="cpu")
-    except CheckpointError as error:
+        for name in components:
+            for file in path.glob(f"components/*-{name}/*.pt"):
+                with ZipFile(file) as parts:
+                    if changed := parts.testzip():  # torch.load compares no checksum
+                        raise CheckpointError(f"{file} has changed since it was written, in {changed}")
+    except (CheckpointError, BadZipFile) as error:
         raise SettingError(_unreadable(path, error)) from error
 
 

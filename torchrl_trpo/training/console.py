@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from torchrl_trpo.config.overrides import typed
 from torchrl_trpo.envs import resolve_device
 from torchrl_trpo.parallel.ranks import RankLostError, Ranks
 
@@ -85,7 +86,7 @@ class Console:
         stopped = f"Stopped by {type(error).__name__} in iteration {iteration + 1},"
         print(
             f"{'Stopped' if isinstance(error, SystemExit) else stopped} after {frames} frames. The checkpoint of "
-            f"iteration {saved_at} is whole. To continue: resume={self._folder}"
+            f"iteration {saved_at} is whole. To continue: {typed('resume', self._folder)}"
         )
 
     def close(self) -> None:

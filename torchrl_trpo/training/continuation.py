@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
+import math
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from torchrl._utils import logger
 
 from torchrl_trpo.errors import SettingError
-from torchrl_trpo.reporting.record import flat, read_rows
+from torchrl_trpo.reporting.record import flat, read_json, read_rows
+from torchrl_trpo.training.metrics import COLUMNS
 
 _PACKAGES = ("torchrl-trpo", "torch", "torchrl", "tensordict", "vmas", "mpe2", "gymnasium", "hydra-core")
 _FIXED = (  # the task, the networks and the random numbers of a run
@@ -78,33 +79,48 @@ def check_continued(before: Mapping[str, Any], now: Mapping[str, Any], folder: P
 
 
 def check_unfinished(folder: Path, frames: int, now: Mapping[str, Any]) -> None:
-    """Raises SettingError if a run has done all its frames and has written its summary."""
-    summary, train = folder / "summary.json", now["train"]
-    has_summary = summary.exists() and json.loads(summary.read_text())["frames"] == frames
-    if has_summary and frames >= train["total_frames"]:
+    """Raises SettingError unless a run has whole batches of frames left, or none and no summary yet."""
+    summary, batch, total = folder / "summary.json", now["train"]["frames_per_batch"], now["train"]["total_frames"]
+    has_summary = summary.exists() and read_json(summary, "frames")["frames"] == frames
+    left = total - frames
+    if left < 0 or (has_summary and left == 0):
         raise SettingError(
-            f"resume: {str(folder)!r} has done {frames} frames already, and train.total_frames="
-            f"{train['total_frames']}. Nearest that continues: train.total_frames="
-            f"{frames + train['frames_per_batch']}."
+            f"resume: {str(folder)!r} has done {frames} frames already, and train.total_frames={total}. Nearest that "
+            f"continues: train.total_frames={frames + batch}."
+        )
+    if left % batch:
+        raise SettingError(
+            f"resume: {str(folder)!r} has done {frames} frames, and the {left} left to train.total_frames={total} are "
+            f"not a multiple of train.frames_per_batch={batch}. Legal: one that divides both, such as "
+            f"{math.gcd(left, total)}."
         )
 
 
 def rows_before(metrics: Path, iteration: int) -> list[dict[str, str]]:
     """The rows of ``metrics.csv`` up to a checkpoint; later iterations will be done again.
 
-    If the file is gone, a warning says so and there are no rows. Raises SettingError if rows are missing in between.
+    If the file is gone, a warning says so and there are no rows. Raises SettingError if all rows are missing or some in
+    between, or if there are columns that no run writes.
     """
     if not metrics.exists():
         logger.warning(f"{metrics} is gone: it begins anew with iteration {iteration + 1}.")
         return []
     rows = [row for row in read_rows(metrics) if int(row["iteration"]) <= iteration]
+    names = rows[0] if rows else ()
+    if unknown := [name for name in names if name not in COLUMNS and not name.startswith("episode_return_")]:
+        raise SettingError(
+            f"resume: {metrics} has a column {unknown[0]!r}, which would be lost. Put the file back as it was, or move "
+            "it away to begin it anew."
+        )
     numbers = [int(row["iteration"]) for row in rows]
-    if numbers != list(range(iteration - len(rows) + 1, iteration + 1)):
+    if numbers != list(range(iteration - len(rows) + 1, iteration + 1)) or (iteration and not rows):
         missing = sorted(set(range(1, iteration + 1)) - set(numbers))
         raise SettingError(
             f"resume: {metrics} should have one row for each iteration up to {iteration}, in order; missing are "
             f"{missing or 'none'}. Put the file back as it was, or move it away to begin it anew."
         )
+    if rows and numbers[0] > 1:
+        logger.warning(f"{metrics} begins with iteration {numbers[0]}, and not with 1.")
     return rows
 
 

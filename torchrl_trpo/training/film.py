@@ -18,6 +18,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl_trpo.envs.checks import EnvironmentFault
 from torchrl_trpo.errors import SettingError, require
 from torchrl_trpo.networks.recurrent import carry_states
+from torchrl_trpo.reporting.record import replacing
 from torchrl_trpo.training.policy import make_run_env
 
 FRAMES_PER_SECOND = 20
@@ -52,7 +53,7 @@ def film_run(
         every: how many steps there are from one picture to the next.
 
     Returns:
-        The path; or None, after a warning, if the environment cannot be drawn.
+        The path; or None, after a warning, if the environment cannot be drawn or the film cannot be written.
     """
     try:
         stage = make_run_env(config, num_envs=episodes, seed=seed, device=device, render=True)
@@ -98,7 +99,7 @@ def film_episodes(
         every: how many steps there are from one picture to the next; the film runs at the same speed.
 
     Returns:
-        The path; or None, after a warning, if the environment cannot be drawn.
+        The path; or None, after a warning, if the environment cannot be drawn or the film cannot be written.
     """
     data = env.reset()
     num_envs = env.batch_size[0]
@@ -117,16 +118,25 @@ def film_episodes(
     tiles: list[np.ndarray] = []
     running = [True] * num_envs
     acting = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
-    film: Any = imageio.get_writer(path, **settings)
-    with torch.no_grad(), set_exploration_type(acting), film:
-        for step in range(max_steps + 1):
-            if step % every == 0:
-                tiles = [render(index) if running[index] else tiles[index] for index in range(num_envs)]
-                film.append_data(_few_colors(_mosaic(tiles)) if is_gif else _mosaic(tiles))
-            if step == max_steps or not any(running):
-                break
-            data = env.step(policy(data))["next"]
-            running = [was and not done for was, done in zip(running, data["done"].flatten().tolist(), strict=True)]
+    film: Any
+    try:
+        with (
+            torch.no_grad(),
+            set_exploration_type(acting),
+            replacing(path) as new,
+            imageio.get_writer(new, **settings) as film,
+        ):
+            for step in range(max_steps + 1):
+                if step % every == 0:
+                    tiles = [render(index) if running[index] else tiles[index] for index in range(num_envs)]
+                    film.append_data(_few_colors(_mosaic(tiles)) if is_gif else _mosaic(tiles))
+                if step == max_steps or not any(running):
+                    break
+                data = env.step(policy(data))["next"]
+                running = [was and not done for was, done in zip(running, data["done"].flatten().tolist(), strict=True)]
+    except Exception as error:  # a full disk, a picture that cannot be encoded; each encoder has its own types
+        logger.warning(f"No film: {path} cannot be made ({type(error).__name__}: {error}).")
+        return None
     return path
 
 

@@ -19,7 +19,7 @@ from torchrl_trpo.distributions.divergence import entropy
 from torchrl_trpo.keys import GroupKeys
 from torchrl_trpo.numerics.statistics import read
 from torchrl_trpo.parallel.ranks import ALONE, Ranks
-from torchrl_trpo.reporting.record import cell, replacing, write_rows
+from torchrl_trpo.reporting.record import cell, write_rows
 from torchrl_trpo.training.episodes import episode_statistics
 
 COLUMNS = (
@@ -99,9 +99,8 @@ class Metrics:
         self._ranks = ranks
         self._file = None
         if ranks.is_first:
-            with replacing(path) as new:
-                write_rows(new, self.columns, rows)
-            self._file = path.open("a", newline="")
+            write_rows(path, self.columns, rows)
+            self._file = path.open("a", newline="", encoding="utf-8")
         self._laps: dict[str, float] = {}
         self._last_lap = self._wall_start = self._cpu_start = self._cpu_before = 0.0
 

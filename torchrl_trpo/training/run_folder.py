@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from torchrl_trpo.config.overrides import typed
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.parallel.torchrun import job_id
-from torchrl_trpo.reporting.record import STATE, WARNINGS, replacing
+from torchrl_trpo.reporting.record import STATE, WARNINGS, read_config, read_rows, replace_file
 from torchrl_trpo.training.checkpoints import find_checkpoint, has_checkpoint, read_record, remove_unfinished
 from torchrl_trpo.training.continuation import check_continued, check_unfinished, rows_before
 
@@ -48,9 +49,15 @@ class RunFolder:
         A run goes on if ``resume`` asks for it, or if torchrun or a scheduler has started the same job again. Raises
         SettingError if the run may not use the folder.
         """
-        if record["resume"] or self._belongs_to_this_job():
-            return self._resume(record)
-        self._begin()
+        try:
+            if record["resume"] or self._belongs_to_this_job():
+                return self._resume(record)
+            self._begin()
+        except OSError as error:
+            name = "resume" if record["resume"] else "output_dir"
+            raise SettingError(
+                f"{name}: {str(self.path)!r} cannot be used ({error}). Legal: a folder that can be read and written."
+            ) from error
         return Start(None, [], [])
 
     def release(self) -> None:
@@ -67,7 +74,7 @@ class RunFolder:
 
     def add_warning(self, iteration: int, text: str) -> None:
         """Appends a line to ``warnings.txt``."""
-        with (self.path / WARNINGS).open("a") as file:
+        with (self.path / WARNINGS).open("a", encoding="utf-8") as file:
             file.write(f"{iteration}: {text}\n")
 
     def _belongs_to_this_job(self) -> bool:
@@ -80,7 +87,17 @@ class RunFolder:
         if has_checkpoint(self.path):
             raise SettingError(
                 f"output_dir: {str(self.path)!r} holds a run already, which would be lost. Legal: another folder, or "
-                f"resume={self.path} to continue that run."
+                f"{typed('resume', self.path)} to continue that run."
+            )
+        if (self.path / "config.yaml").exists():
+            try:
+                read_config(self.path, "output_dir")
+            except SettingError as error:
+                raise SettingError(f"{error} Or another folder.") from error
+        if (self.path / "summary.json").exists() or read_rows(self.path / "metrics.csv"):
+            raise SettingError(
+                f"output_dir: {str(self.path)!r} holds a run without its checkpoints, which would be lost. Legal: "
+                "another folder, or to move its files away."
             )
         self.path.mkdir(parents=True, exist_ok=True)
         self._acquire()
@@ -109,11 +126,11 @@ class RunFolder:
     def _drop_warnings_after(self, iteration: int) -> None:
         """Removes the warnings of iterations that will be done again."""
         if (path := self.path / WARNINGS).exists():
-            lines = path.read_text().splitlines(keepends=True)
-            replace_file(path, "".join(line for line in lines if int(line.partition(":")[0]) <= iteration))
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file in one step, see :func:`~torchrl_trpo.reporting.record.replacing`."""
-    with replacing(path) as file:
-        file.write_text(text, newline="")
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                replace_file(path, "".join(line for line in lines if int(line.partition(":")[0]) <= iteration))
+            except ValueError as error:
+                raise SettingError(
+                    f"resume: {path} cannot be read ({error}). Legal: lines that begin with the number of an iteration "
+                    "and a colon. Put it back as it was, or move it away."
+                ) from error

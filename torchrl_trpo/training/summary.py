@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,10 @@ from torchrl.envs import EnvBase
 from torchrl_trpo.envs.normalization import observation_norm
 from torchrl_trpo.reporting.diagnosis import find_symptoms
 from torchrl_trpo.reporting.loggers import RunLogger
-from torchrl_trpo.reporting.record import read_run
+from torchrl_trpo.reporting.record import read_run, replace_file
 from torchrl_trpo.training.episodes import evaluate
 from torchrl_trpo.training.film import film_run
 from torchrl_trpo.training.policy import on_raw_observations
-from torchrl_trpo.training.run_folder import replace_file
 
 _FILES = (
     "learning_curve.png",
@@ -82,5 +82,6 @@ def summarize(
             print(f"  {folder / name}")
     for symptom in find_symptoms(record):
         print(f"  {symptom.name}: {symptom.figures} See docs/not-learning.md.")
-    print(f"To play and film the policy: make evaluate RUN={folder} (or python -m torchrl_trpo.evaluate {folder})")
+    typed = shlex.quote(str(folder))
+    print(f"To play and film the policy: make evaluate RUN={typed} (or python -m torchrl_trpo.evaluate {typed})")
     return summary

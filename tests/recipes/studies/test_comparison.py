@@ -59,6 +59,25 @@ def test_a_comparison_trains_evaluates_and_goes_on(tmp_path, monkeypatch):
         comparison.run_cell(shorter, tmp_path, comparison.cells(PLAN)[-1])
 
 
+@pytest.mark.parametrize("name", ["Zürich", "a\\b", 'k="3",('])
+def test_a_run_goes_to_its_folder(name, tmp_path):
+    """One with letters of another alphabet went to another, and was taken for done without results."""
+    assert jobs.config("hatrpo", [], tmp_path / name).output_dir == str(tmp_path / name)
+
+
+def test_a_run_without_its_checkpoints_is_not_taken(tmp_path, monkeypatch):
+    cell = comparison.cells(PLAN)[0]
+    folder = cell.folder(tmp_path)
+    monkeypatch.setattr(comparison, "train", lambda *_: folder.mkdir(parents=True, exist_ok=True))
+    with pytest.raises(SettingError, match=r"hatrpo/seed-0' has no checkpoints of the iterations \[2, 4\]"):
+        comparison.run_cell(PLAN, tmp_path, cell)
+    settings = OmegaConf.to_container(jobs.config("hatrpo", ["gamma=0.5"], folder))
+    OmegaConf.save(settings | {"algorithm": "HATRPO"}, folder / "config.yaml")
+    (folder / "summary.json").touch()
+    with pytest.raises(SettingError, match=r"other settings: .*gamma was 0\.5, now 0\.95"):
+        comparison.run_cell(PLAN, tmp_path, cell)
+
+
 def test_a_plan_has_settings_for_tasks_recipes_and_variants():
     parts = {"vmas": {"gamma": 0.9, "lmbda": 0.9}, "vmas/balance": {"lmbda": 0.8}, "matrpo": {"updater.max_kl": 0.1}}
     plan = {**PLAN, "algorithms": ["hatrpo", "matrpo-own"], "settings": parts | {"own": {"actor.sharing": "none"}}}
@@ -109,6 +128,10 @@ def test_a_part_of_the_comparison_is_not_reported_as_the_whole(tmp_path, monkeyp
     for wrong, message in (
         (["--tasks", "vmas/c"], "'vmas/c' (choose from"),
         (["--redraw", "--seeds", "7"], "has none"),
+        (["--seeds", "-1"], "--seeds: -1. Legal: from 0 to 4294957295"),
+        (["--seeds", "4294967295"], "--seeds: 4294967295. Legal"),
+        (["--workers", "0"], "argument --workers: '0'. Legal: a whole number of at least 1"),
+        (["--report", "comparison.yaml"], "--report: 'comparison.yaml' cannot be made"),
     ):
         with pytest.raises(SystemExit):
             comparison.main(wrong)
@@ -259,6 +282,10 @@ def test_trials_of_another_search_are_not_taken_for_those_of_this_one(tmp_path):
         (0.01, 0),
         (0.03, 1),
     ]
+    (folder.parent / "notes.txt").touch()
+    plan["space"]["itrpo"]["updater.max_kl"] = [0.01, 0.03, 0.1]
+    with pytest.raises(SettingError, match=r"itrpo' holds 'notes\.txt', which no search wrote\. Legal: to move it"):
+        tuning.run_search(plan, tmp_path, ("vmas/balance", "itrpo"))
     plan["space"]["itrpo"]["updater.max_kl"] = [0.01, 0.1]
     with pytest.raises(SettingError, match=r"itrpo/1' holds .*updater\.max_kl was 0\.03, now 0\.1"):
         tuning.run_search(plan, tmp_path, ("vmas/balance", "itrpo"))
@@ -321,6 +348,19 @@ def test_a_sensitivity_sweep_runs_each_setting_once(tmp_path):
     paths = sensitivity.write_report(plan, measured, tmp_path)
     assert all(path.stat().st_size > 0 for path in paths)
     assert sensitivity.read_measured(paths[0]) == measured
+
+
+def test_a_part_of_the_sensitivity_keeps_the_rest_of_the_table(tmp_path, monkeypatch):
+    sweeps = {"damping": {"updater.damping": [0.1, 1.0]}, "cg": {"updater.cg_iters": [10, 3]}}
+    plan = {"recipe": "hatrpo", "tasks": ["vmas/balance"], "seeds": [0], "settings": TINY, "sweeps": sweeps}
+    OmegaConf.save(plan, tmp_path / "sensitivity.yaml")
+    monkeypatch.setattr(sensitivity, "CONFIG", tmp_path)
+    results = dict(zip(sensitivity.MEASURED, [1.0, 2.0, 0.5, 0.5, 0.5], strict=True))
+    monkeypatch.setattr(sensitivity, "run_all", lambda _, ran, **__: dict.fromkeys(ran, results))
+    for sweep in sweeps:
+        sensitivity.main(["--sweeps", sweep, "--report", str(tmp_path)])
+    measured = sensitivity.read_measured(tmp_path / "sensitivity.csv")
+    assert [dict(trial.changed) for trial in measured] == [{}, {"updater.damping": 1.0}, {"updater.cg_iters": 3}]
 
 
 def test_results_come_in_the_order_of_their_jobs():
