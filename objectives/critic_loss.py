@@ -109,7 +109,7 @@ class CriticLoss(PPOLoss):
 
     @property
     def corrects_critic(self) -> bool:
-        """Whether the critic outputs normalised values: the estimator denormalises with the same ``value_norm``."""
+        """Whether the critic outputs normalised values, which the estimator denormalises with ``value_norm``."""
         if self.value_norm is None:
             return False
         estimator = current_estimator(self)
