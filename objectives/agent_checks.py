@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from tensordict import NestedKey, TensorDictBase, is_tensor_collection
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.functional import in_evaluation
@@ -28,7 +26,6 @@ from torchrl_trpo.objectives.policy_rows import PolicyRows
 from torchrl_trpo.parallel.ranks import Ranks
 
 _ROWS = 4
-_common: WeakKeyDictionary[nn.Module, dict[Any, list[tuple[str, ...]]]] = WeakKeyDictionary()
 
 
 def check_stacked_agents(
@@ -94,32 +91,30 @@ def common_entries(
     entries: Sequence[tuple[str, ...]],
     ranks: Ranks,
 ) -> list[tuple[str, ...]]:
-    """Those of the agents' ``entries`` of the rows of which an agent reads the others' part too.
+    """Those of the agents' tensors, ``entries`` of the rows, of which an agent reads the others' part too.
 
-    Such as observations that agents exchange, and a picture with as many channels as there are agents. A policy is
-    asked once.
+    Such as observations that agents exchange, and a picture with as many channels as there are agents. It waits for the
+    device once.
     """
-    known = _common.setdefault(network, {})
-    if not entries or tuple(entries) in known:
-        return known.get(tuple(entries), [])
     few, agents = _few(rows), range(rows.agent_shape.numel())
+    if not entries or len(agents) == 1 or rows.log_prob.is_meta:
+        return []
     moved = _moved_parameters(parameters)
     with in_evaluation(network), differentiable_attention():
         before = distribution_parameters(network, moved, few.inputs)
 
-        def reaches_others(entry: tuple[str, ...], agent: int) -> bool:
+        def reaches_others(entry: tuple[str, ...], agent: int) -> Tensor:
             inputs, own = few.inputs.clone(), (*[slice(None)] * few.row_dims, agent)
             part = inputs.get(entry[1:])
-            part[own] = part[own].apply(_moved) if is_tensor_collection(part) else _moved(part[own])
+            part[own] = _exchanged(part[own])
             after = distribution_parameters(network, moved, inputs)
             rest = [other for other in agents if other != agent]
             pairs = [(value, after.get(key)) for key, value in before.items(True, True)]
-            return not all(_close(*(_of_agent(each, other, few) for each in pair)) for pair in pairs for other in rest)
+            return torch.stack([_differ(*(_of_agent(v, each, few) for v in pair)) for pair in pairs for each in rest])
 
-        found = [int(any(reaches_others(entry, agent) for agent in agents)) for entry in entries]
-    found = ranks.max_(torch.tensor(found, device=rows.log_prob.device)).tolist()
-    known[tuple(entries)] = [entry for entry, is_common in zip(entries, found, strict=True) if is_common]
-    return known[tuple(entries)]
+        found = [torch.cat([reaches_others(entry, agent) for agent in agents]).any() for entry in entries]
+    flags = ranks.max_(torch.stack(found).int()).tolist()
+    return [entry for entry, is_common in zip(entries, flags, strict=True) if is_common]
 
 
 @torch.enable_grad()
@@ -158,6 +153,11 @@ def _moved(value: Tensor) -> Tensor:
     return value + 0.1 * _waves(value) if value.is_floating_point() else value.clone()
 
 
+def _exchanged(value: Tensor) -> Tensor:
+    """Other values; of integers and flags, which may have no others, those of other rows."""
+    return _moved(value).nan_to_num() if value.is_floating_point() else value.roll(1, 0)
+
+
 def _waves(value: Tensor) -> Tensor:
     """Numbers between -1 and 1, different for each entry."""
     return torch.arange(1, 1 + value.numel(), device=value.device).to(value.dtype).sin().reshape(value.shape)
@@ -172,6 +172,14 @@ def _of_agent(value: Tensor, agent: int, rows: PolicyRows) -> Tensor:
 def _any(slope: Tensor) -> bool:
     """Whether any entry of a derivative is not 0; NaN and tensors on the meta device count as 0."""
     return not slope.is_meta and bool((slope.abs() > 0).any())
+
+
+def _differ(value: Tensor, other: Tensor) -> Tensor:
+    """Whether two evaluations differ by more than rounding, a scalar; NaN does not."""
+    if not value.is_floating_point():
+        return (value != other).any()
+    tolerance = torch.finfo(value.dtype).eps ** 0.5
+    return ((value - other).abs() > tolerance * (1 + value.abs())).any()
 
 
 def _close(value: Tensor, expected: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torchrl.objectives.value import MultiAgentGAE
 from torchrl_trpo.errors import nearest
 from torchrl_trpo.keys import entry, finite_where_masked, group_of, key_list, next_key, path, reads_init
 from torchrl_trpo.objectives.functional import parameters_restored
-from torchrl_trpo.objectives.step_values import add_states, can_share, learns_statistics, shared_values
+from torchrl_trpo.objectives.step_values import add_states, batch_norms, can_share, shared_values
 
 
 class AgentGAE(MultiAgentGAE):
@@ -75,7 +75,7 @@ class AgentGAE(MultiAgentGAE):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if self.value_network is not None and (reads_init(self.value_network) or learns_statistics(self.value_network)):
+        if self.value_network is not None and (reads_init(self.value_network) or batch_norms(self.value_network)):
             self.deactivate_vmap = True  # TorchRL's own recurrent modules branch on what is in the data
         if team_reward not in (None, "mean", "sum"):
             raise ValueError(f"team_reward: {team_reward!r}. {nearest(team_reward, ['mean', 'sum', None])}")
@@ -146,9 +146,8 @@ class AgentGAE(MultiAgentGAE):
     def _prepared(self, tensordict: TensorDictBase, time_dim: int | None) -> TensorDictBase:
         """A shallow copy of the data with the team's reward, and with masked entries that cannot spread."""
         keys = self.tensor_keys
-        named = (
-            [] if keys.terminated == self.default_keys.terminated else [keys.terminated]
-        )  # without it, done stands in
+        # Without the default key, done stands in.
+        named = [] if keys.terminated == self.default_keys.terminated else [keys.terminated]
         for key in (keys.reward, keys.done, *named):
             entry(tensordict, next_key(key), "the reward, done and terminated keys")
         self._check_time(tensordict, time_dim)
@@ -275,6 +274,7 @@ class AgentGAE(MultiAgentGAE):
         if network is not None and not in_parts and not any(known) and can_share(network, data, params, next_params):
             finite = self._sanitize_next_obs_nan(data, network.in_keys)
             values = shared_values(network, finite, params, value_key=value_key, time_dim=time_dim)
+            self.deactivate_vmap |= values is None  # the critic may draw random numbers, which vmap refuses
         if values is not None:
             value, next_value, valid = *values, None
         else:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import Categorical, Composite, TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -230,9 +230,11 @@ class CentralCriticValueEstimator(AgentGAE):
         # A recurrent policy takes single steps from the recorded states.
         own = parameters_restored(self.actor_network)
         following = tensordict.get("next").select(*self.actor_network.in_keys, strict=False).copy()
-        for key, value in following.items(True, True):
-            if value.dtype == torch.bool and value.ndim > following.ndim and value.shape[-1] > 1:
-                following.set(key, value | ~value.any(-1, keepdim=True))  # where an episode ends no action is allowed
+        drawing = [each for each in self.actor_network.modules() if isinstance(each, ProbabilisticTensorDictModule)]
+        own_keys = {key for module in drawing for key in module.in_keys}
+        for key, value in following.select(*own_keys, strict=False).items(True, True):
+            if value.dtype == torch.bool:  # a mask of actions; where an episode ends none may be allowed
+                following.set(key, value | ~value.any(-1, keepdim=True))
         with own, set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False):
             drawn = self.actor_network(following)
         done = entry(tensordict, next_key(self.tensor_keys.done), "the done key")

@@ -45,7 +45,7 @@ def collected_log_prob(loss: PPOLoss, tensordict: TensorDictBase) -> Tensor:
     if not agent_dims:
         extra = max(part.ndim for part, _ in pairs) - batch_dims
         many = any(part.shape[batch_dims:].numel() > 1 for part, _ in pairs)
-        if many and not _has_agents(loss, tensordict):
+        if many and not _has_agents(loss, tensordict) and not _reads_as_agents(loss, tensordict, part):
             raise ValueError(
                 f"the log-probability {keys.sample_log_prob!r} has shape {tuple(part.shape)} in data of batch size "
                 f"{tuple(tensordict.batch_size)}: is it one of each agent, or of each action of one agent? Legal: the "
@@ -92,6 +92,14 @@ def action_group(loss: PPOLoss) -> str | None:
     """The group of the agents whose actions a loss is of; None for actions at the root."""
     action = loss.tensor_keys.action
     return group_of(action[0] if isinstance(action, list) else action)
+
+
+def _reads_as_agents(loss: PPOLoss, tensordict: TensorDictBase, log_prob: Tensor) -> bool:
+    """Whether all that the policy reads is ``[*B, n, F]``, as the log-probability is ``[*B, n]``."""
+    dim = tensordict.batch_dims
+    read = [tensordict.get(key, None) for key in loss.actor_network.in_keys]
+    tensors = [value for value in read if isinstance(value, Tensor)]
+    return bool(tensors) and all(value.shape[dim:-1][:1] == log_prob.shape[dim : dim + 1] for value in tensors)
 
 
 def _has_agents(loss: PPOLoss, tensordict: TensorDictBase, *, by_key: bool = True) -> bool:

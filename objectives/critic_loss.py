@@ -21,6 +21,7 @@ from torchrl_trpo.objectives.policy_update import (
 )
 from torchrl_trpo.objectives.popart import check_values, update_value_norm
 from torchrl_trpo.parallel.ranks import Ranks
+from torchrl_trpo.seeding import untouched_generators
 
 
 class CriticLoss(PPOLoss):
@@ -61,7 +62,8 @@ class CriticLoss(PPOLoss):
 
         @torch.no_grad()
         def values() -> Tensor:
-            with in_evaluation(network), other_parameters(network, critic_network_parameters(self)):
+            own = other_parameters(network, critic_network_parameters(self))
+            with untouched_generators(0), in_evaluation(network), own:
                 few = network(tensordict[:4].select(*network.in_keys, strict=False))
             return norm.denormalize(few.get(self.tensor_keys.value))
 

@@ -162,9 +162,9 @@ def flatten_rows(
     ``inputs`` has the batch size, ``action`` is ``[*B, *A, action_dim]``, ``log_prob`` ``[*B, *A, 1]``, and the
     advantage broadcastable to it. Where the ``mask``, bool ``[*B, *A, 1]``, is off, rows weigh 0 and are copies of one
     that counts, so that padding, which may be no legal input, cannot spread NaN into sums or gradients. A recurrent
-    policy has read its masked inputs: of these, what is not finite is cleared. ``common`` are agents' entries that all
-    of them read: they stay as they are where any agent counts. The weights of all ranks sum to 1, with ``per_agent``
-    for each agent.
+    policy has read its masked inputs: of these, what is not finite is cleared. So it is with ``common`` tensors, which
+    agents read of each other, where one of them counts. The weights of all ranks sum to 1, with ``per_agent`` for each
+    agent.
     """
     batch_size = inputs.batch_size
     log_prob, advantage = at_least_single(log_prob), at_least_single(advantage)
@@ -175,15 +175,22 @@ def flatten_rows(
     if sequences:
         check_same_length(rows.shape[1], ranks, log_prob.device)
     agent_entries = tuple(key for key in _agent_entries(rows, group) if key not in common)
-    with_agents = {key for key in rows.keys(True, True) for own in agent_entries if path(key)[: len(own)] == own}
+    with_agents = {
+        key
+        for key in rows.keys(True, True)
+        if path(key) not in common and any(path(key)[: len(own)] == own for own in agent_entries)
+    }
     if mask is None:
         weight = _equal_weight(rows.numel() if per_agent else log_prob.numel(), log_prob, ranks)
     else:
         mask = mask.reshape(rows["log_prob"].shape)
 
         def cleared(key: NestedKey, value: Tensor) -> Tensor:
-            clear = _clear_masked if sequences and path(key)[0] == "inputs" else _copy_over_masked
-            return clear(value, mask, row_dims, key in with_agents)
+            if sequences and path(key)[0] == "inputs":
+                return _clear_masked(value, mask, row_dims, key in with_agents)
+            if path(key) in common and value.is_floating_point():
+                value = _clear_masked(value, mask, row_dims, has_agents=True)
+            return _copy_over_masked(value, mask, row_dims, key in with_agents)
 
         rows = rows.named_apply(cleared, nested_keys=True)
         rows.set("advantage", torch.where(mask, rows.get("advantage"), 0.0))

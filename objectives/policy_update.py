@@ -89,8 +89,9 @@ def read_rows(
     rows = flatten()
     in_doubt = [
         key
-        for key in rows.agent_entries
-        if key[0] == "inputs" and (mask is not None or (n_agents is not None and key[1] != group))
+        for key in (("inputs", *path(name)) for name in rows.inputs.keys(True, True))
+        if any(key[: len(own)] == own for own in rows.agent_entries)
+        and (mask is not None or (n_agents is not None and key[1] != group))
     ]
     common = common_entries(loss.actor_network, actor_parameters(loss), rows, in_doubt, ranks)
     return flatten(common=common) if common else rows

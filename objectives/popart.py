@@ -37,7 +37,8 @@ def update_value_norm(
 
 def check_values(before: Tensor, after: Tensor, value_norm: ValueNorm) -> None:
     """Raises ValueError if values differ by more than rounding before and after a correction."""
-    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(value_norm.scale()), equal_nan=True):
+    tolerance = max(1e-3, 8 * torch.finfo(before.dtype).eps)
+    if not torch.allclose(before, after, rtol=tolerance, atol=tolerance * float(value_norm.scale()), equal_nan=True):
         raise ValueError(
             "value_norm: the critic outputs normalised values, and its linear layer of one output was corrected for "
             f"new statistics, but its values changed by up to {float((after - before).abs().max()):.3g}: that layer is "

@@ -15,9 +15,9 @@ from torchrl_trpo.keys import next_key, reads_init
 from torchrl_trpo.objectives.functional import other_parameters
 
 
-def learns_statistics(network: nn.Module) -> bool:
-    """Whether a network normalises by the statistics of the rows that it is called with."""
-    return any(isinstance(module, _BatchNorm) and module.training for module in network.modules())
+def batch_norms(network: nn.Module) -> list[nn.Module]:
+    """The layers of a network that may normalise by the statistics of the rows that it is called with."""
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
 
 
 def can_share(
@@ -31,7 +31,7 @@ def can_share(
     Not a recurrent one, nor one with other parameters at ``t+1``, nor one whose values of a row are by its batch. And
     only on a CPU: on another device, the rows that are left could not be counted without a wait.
     """
-    if learns_statistics(network):
+    if any(module.training for module in batch_norms(network)):
         return False
     values = [data.get(key, None) for name in network.in_keys for key in (name, next_key(name))]
     on_cpu = all(value is not None and value.device.type == "cpu" for value in values)
@@ -71,8 +71,9 @@ def shared_values(
     is_new.narrow(time_dim, -1, 1).fill_(True)
     with other_parameters(network, params):
         value = network(now).get(value_key)
-        few = torch.arange(0, now.numel(), max(1, now.numel() // 4))
-        alone = network(now.reshape(-1)[few]).get(value_key)
+        few = torch.linspace(0, now.numel() - 1, 4).long()
+        with torch.no_grad():
+            alone = network(now.reshape(-1)[few]).get(value_key)
         if not torch.allclose(alone, value.flatten(0, now.ndim - 1)[few], rtol=1e-3, atol=1e-5, equal_nan=True):
             return None
         next_value = value.roll(-1, time_dim)

@@ -154,6 +154,12 @@ class SurrogateLoss(CriticLoss):
                 "value_network is another network than the loss's critic_network: values would come from one that "
                 "loss_critic does not train. Legal: the critic_network that the loss was made with."
             )
+        norm = hyperparams.get("value_norm", getattr(value_type, "value_norm", None))
+        if self.critic_network is not None and norm not in (None, self.value_norm):
+            raise ValueError(
+                "value_norm: the value estimator has another one than the loss, so that values would be denormalised "
+                f"with statistics that nothing moves. Legal: the loss's, {self.value_norm}; None for raw values."
+            )
         if value_type is None or getattr(value_type, "name", str(value_type)).upper() == ValueEstimators.MAGAE.name:
             defaults = default_value_kwargs(self.default_value_estimator)
             super().make_value_estimator(AgentGAE, **{**defaults, "value_network": self.critic_network, **hyperparams})
@@ -164,11 +170,6 @@ class SurrogateLoss(CriticLoss):
             self.set_keys()  # hands on the keys that it has
         self._forward_masks()
         self._set_in_keys()
-        if getattr(self.value_estimator, "value_norm", None) not in (None, self.value_norm):
-            raise ValueError(
-                "value_norm: the value estimator has another one than the loss, so that values would be denormalised "
-                f"with statistics that nothing moves. Legal: the loss's, {self.value_norm}; None for raw values."
-            )
         if self.ranks.size > 1 and getattr(self.value_estimator, "average_gae", False):
             raise ValueError(
                 "average_gae=True would normalise the advantages of each process alone. Legal: average_gae=False, with "

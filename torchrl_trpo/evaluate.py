@@ -204,8 +204,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     film = None if given.no_film else given.film or given.run_folder / "evaluation.mp4"
     try:
-        if given.film and given.film.exists():
-            raise SettingError(f"--film: {str(given.film)!r} exists already, and would be lost. Legal: another file.")
         record = evaluate_run(
             given.run_folder,
             episodes=given.episodes,

@@ -244,8 +244,8 @@ def test_only_an_environment_that_last_bits_decide_may_differ():
 def test_small_numbers_are_compared_too():
     """Numbers below 1e-4 were all equal."""
     exact = torch.full((3, 1), 1e-5)
-    assert find_difference(["reward"], [exact * 1.1], [exact]) == "reward is not what it should be"
-    assert find_difference(["reward"], [exact * (1 + 1e-6)], [exact]) is None
+    assert find_difference(["reward"], [exact * 1.1], [exact], floor=1e-3) == "reward is not what it should be"
+    assert find_difference(["reward"], [exact * (1 + 1e-6)], [exact], floor=1e-3) is None
 
 
 def test_what_a_reset_empties_and_a_step_fills_before_it_reads_it(monkeypatch):

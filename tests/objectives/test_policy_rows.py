@@ -7,7 +7,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
+from torchrl.modules import IndependentNormal, MaskedCategorical, MultiAgentMLP, ProbabilisticActor
 
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
@@ -137,6 +137,43 @@ def test_what_agents_read_of_each_other_stays(n_channels):
     torch.testing.assert_close(stats["log_ratio_max"], torch.zeros(1))
     torch.testing.assert_close(stats["grad_norm"][0], torch.cat([slope.flatten() for slope in slopes]).norm())
     torch.testing.assert_close(stats["kl"][0], loss(data)["kl"])
+
+
+@pytest.mark.parametrize("kind", ["words", "flags"])
+def test_masks_of_actions_are_legal_where_agents_exchange_observations(kind):
+    """An all-False mask of a masked agent made the KL NaN, and each step was rejected."""
+
+    class Heard(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.net = nn.Embedding(5, 4), nn.Linear(5, 4)
+
+        def forward(self, said):
+            shared = (self.words(said) if kind == "words" else self.net(said.float())).mean(-2, keepdim=True)
+            return shared.expand(*said.shape[: shared.ndim - 2], AGENTS, 4)
+
+    said, logits, allowed = (("agents", name) for name in ("said", "logits", "action_mask"))
+    actor = ProbabilisticActor(
+        TensorDictModule(Heard(), [said], [logits]),
+        in_keys={"logits": logits, "mask": allowed},
+        out_keys=[("agents", "action")],
+        distribution_class=MaskedCategorical,
+        return_log_prob=True,
+    )
+    words = torch.randint(5, (B, T, AGENTS)) if kind == "words" else torch.rand(B, T, AGENTS, 5) < 0.5
+    mask = torch.rand(B, T, AGENTS, 4) < 0.6
+    mask[..., 0] = True
+    agents = TensorDict({"said": words, "action_mask": mask}, [B, T, AGENTS])
+    data = actor(TensorDict({"agents": agents}, [B, T])).detach()
+    data["advantage"] = torch.randn(B, T, AGENTS, 1)
+    data["agents", "mask"] = torch.rand(B, T, AGENTS) < 0.6
+    data["agents", "action_mask"][~data["agents", "mask"]] = False
+    loss = TRPOLoss(actor)
+    loss.set_keys(action=("agents", "action"), sample_log_prob=("agents", "action_log_prob"))
+    loss.loss_mask_key = ("agents", "mask")
+    stats = TrustRegionUpdater(loss).step(data)
+    assert stats["accepted"].all()
+    torch.testing.assert_close(stats["log_ratio_max"], torch.zeros(1))
 
 
 def test_an_agent_may_read_a_picture_with_a_channel_for_each_agent():

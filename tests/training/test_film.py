@@ -44,7 +44,7 @@ def test_a_film_that_cannot_be_written_is_a_warning(env, tmp_path, monkeypatch, 
     monkeypatch.setattr("torchrl_trpo.training.film._mosaic", lambda _: np.zeros((0, 0, 3), np.uint8))
     actor = make_actor(env, *group_keys(env), share_params=True)
     assert film_episodes(env, actor, path, max_steps=2) is None
-    assert f"No film: {path} cannot be made" in caplog.text
+    assert f"No film: {path} cannot be written" in caplog.text
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("film.mp4", "the one before")]
 
 

@@ -286,9 +286,10 @@ class CompiledFunction:
                 call = functools.partial(function, simulator, *arguments)
                 names = [*Places(simulator).paths, *(f"result {number}" for number in range(len(self.slots)))]
                 exact, others = results_of(call), list[list[Tensor]]()
-                if find_difference(names, ours, exact) and not all(map(_is_same, results_of(call), exact)):
+                find = functools.partial(find_difference, names, ours, exact, floor=1e-3)
+                if find() and not all(map(_is_same, results_of(call), exact)):
                     raise NotCompiled("it gives other numbers when it is called again")
-                while (difference := find_difference(names, ours, exact, others)) and len(others) < _MOST_CHANGES:
+                while (difference := find(others)) and len(others) < _MOST_CHANGES:
                     others.append(results_of(call, len(others)))
                 if difference:
                     raise NotCompiled(difference)
@@ -315,15 +316,23 @@ def check_equal(names: Sequence[str], tensors: Sequence[Tensor], exact: Sequence
 
 
 def find_difference(
-    names: Sequence[str], tensors: Sequence[Tensor], exact: Sequence[Tensor], others: Sequence[Sequence[Tensor]] = ()
+    names: Sequence[str],
+    tensors: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    others: Sequence[Sequence[Tensor]] = (),
+    *,
+    floor: float = 1.0,
 ) -> str | None:
-    """Compares tensors up to rounding, relative to the largest number in each, or to 0.001 if all are smaller.
+    """Compares tensors up to rounding, relative to the largest number in each.
 
     Args:
         names: their names.
         tensors: the tensors.
         exact: what they should be.
         others: what they may be as well: a row of a tensor may be as far from what it should be as four times these.
+
+    Keyword Args:
+        floor: the largest number is taken to be at least this, since small ones may be what is left of large ones.
 
     Returns:
         Which one differs; None if there is none.
@@ -332,7 +341,7 @@ def find_difference(
         is_equal = tensor.shape == right.shape and tensor.dtype == right.dtype
         if is_equal and right.numel():
             found, expected = _rows(tensor), _rows(right)
-            bound = 1e-4 * max(1e-3, expected.abs().max().item()) * right.is_floating_point()
+            bound = 1e-4 * max(floor, expected.abs().max().item()) * right.is_floating_point()
             spread = [(_rows(other[number]) - expected).abs().amax(1, True) for other in others]
             limit = 4 * torch.stack(spread).amax(0) + bound if spread else bound
             is_equal = bool(((found - expected).abs() <= limit).all()) and torch.equal(tensor.isnan(), right.isnan())

@@ -15,6 +15,8 @@ from torchrl_trpo.envs.fused_rollout import FusedRollout
 from torchrl_trpo.kernels.buffers import NotCompiled
 from torchrl_trpo.keys import next_key
 
+_MOST = 16  # times that a collector compiles anew
+
 
 class CompiledCollector(Collector):
     """TorchRL's ``Collector``, whose rollouts in a :class:`~torchrl_trpo.envs.CompiledVmasEnv` are compiled.
@@ -47,6 +49,7 @@ class CompiledCollector(Collector):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._fused: FusedRollout | None = None
+        self._n_compiled = 0
         self._is_torn = False  # whether a rollout has ended in the middle of a step
         self._returns_same_td: bool = self.return_same_td
         self.why_not_compiled: str | None = None
@@ -54,6 +57,7 @@ class CompiledCollector(Collector):
 
     def _compile(self) -> None:
         try:
+            self._n_compiled += 1
             if reason := self._reason_against():
                 raise NotCompiled(reason)
             with set_exploration_type(self.exploration_type):
@@ -71,6 +75,7 @@ class CompiledCollector(Collector):
         """Which argument asks for something that compiled rollouts do not do."""
         devices = {self.env.device, self.policy_device, self.storing_device} - {None, torch.device("cpu")}
         asked = {
+            "settings of the policy or the environment change again and again": self._n_compiled > _MOST,
             "a replay buffer is written at each step": self.replay_buffer is not None and not self.extend_buffer,
             "random frames come first": bool(self.init_random_frames),
             "compact_obs leaves entries out": bool(self._compact_next_keys),

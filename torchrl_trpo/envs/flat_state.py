@@ -225,12 +225,12 @@ class FlatState:
     def _shared_memory(self, places: Places) -> str | None:
         """Which tensor has memory in common with another one, both of which matter.
 
-        They do not if each step replaces one before it reads it, or if one is replaced and nobody writes to them.
+        They do not if each step replaces one before it reads it, or if nobody writes to them.
         """
         if not self._resets_are_known:
             return None
         matter = [n for n in range(len(places.tensors)) if n in self.used or n not in self.changed]
-        replaced, written = self.changed | self._reset, self.written | self._reset_in_place
+        written = self.written | self._reset_in_place
         tensors = {id(places.tensors[number]): number for number in reversed(matter)}
         parts = sorted((*_extent(places.tensors[number]), number) for number in tensors.values())
         for position, (_, end, number) in enumerate(parts):
@@ -239,7 +239,7 @@ class FlatState:
                     break
                 pair = {number, other}
                 are_shared_by_all = self.slots[number] is self.slots[other] is None
-                if are_shared_by_all or (pair & replaced and not pair & written):
+                if are_shared_by_all or not pair & written:
                     continue
                 if _overlap(places.tensors[number], places.tensors[other]):
                     return f"{places.paths[number]} shares its memory with {places.paths[other]}"

@@ -35,6 +35,7 @@ from torchrl_trpo.kernels.row_function import RowFunction
 from torchrl_trpo.seeding import untouched_generators
 
 _NAMES = {"name", "_name"}  # of the agents, which TorchRL reads
+_IMMUTABLE = 1 << 8  # among the flags of a class: what is read of it cannot be noted, and is taken to be all
 
 
 class RolloutFunctions:
@@ -134,8 +135,11 @@ class RolloutFunctions:
     def _compile_torchrl(self, function: Callable[..., Any], inputs: Sequence[Tensor], n_by_lane: int) -> RowFunction:
         """A function of TorchRL's; the last of its results are written as lanes, the others as rows."""
         traced = trace(base_of(self._twin)._env, function, inputs)
-        if read := sorted(path for path in traced.read if path.rpartition(".")[2] not in _NAMES):
-            raise NotCompiled(f"a transform reads the simulator's objects: {', '.join(read[:3])}")
+        objects = traced.before.objects
+        split = {path: path.rpartition(".") for path in traced.read}
+        read = [path for path, (owner, _, name) in split.items() if name not in _NAMES and _is_noted(objects[owner])]
+        if read:
+            raise NotCompiled(f"a transform reads the simulator's objects: {', '.join(sorted(read)[:3])}")
         before = traced.before
         lowered, names = self._lower(traced.graph, inputs, list(zip(before.paths, before.tensors, strict=True)))
         n_guards = len(traced.expected)
@@ -154,6 +158,11 @@ class RolloutFunctions:
         places = [(path, tensor, None) for path, tensor in unused]
         lowered = NetworkOperations(graph, len(inputs[0]), parameters, self._constants).lower([*places, *named])
         return lowered, [*names, *parameters]
+
+
+def _is_noted(value: Any) -> bool:
+    """Whether the attributes that are read of an object are noted."""
+    return not type(value).__flags__ & _IMMUTABLE
 
 
 def _written(data: TensorDictBase, policy: Policy) -> tuple[dict[Any, Tensor], str | None]:

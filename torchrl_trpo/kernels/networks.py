@@ -70,7 +70,7 @@ class NetworkOperations(Operations):
         if not is_constant and not is_new and not is_fixed(tensor):
             raise Unsupported(
                 f"it reads a tensor of shape {tuple(tensor.shape)} that is no parameter and no buffer of its modules: "
-                "register it as one"
+                "make it a buffer of one"
             )
         return super().attribute(node)
 

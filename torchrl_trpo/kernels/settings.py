@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _FEW = 1024  # numbers of a tensor that are compared by value
 _DEEPEST = 2  # of the objects in objects whose attributes are compared
-_LIBRARIES = ("torch.", "tensordict.", "torchrl.")  # their objects are compared by identity
+_LIBRARIES = ("torch.", "tensordict.", "torchrl.", "logging")  # their objects are compared by identity
 _TENSORS = {"_parameters", "_buffers", "_modules"}
 
 
@@ -126,10 +126,9 @@ def setting_of(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (set, frozenset)):
         return (type(value), frozenset(setting_of(each, depth) for each in value))
     inside: Any = ()
-    if isinstance(value, FunctionType):
+    if depth < _DEEPEST and isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
         inside = [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        depth = _DEEPEST - 1
     elif depth < _DEEPEST and is_plain_object(value):
         inside = vars(value)
     return (_Same(value, 0), setting_of(inside, depth + 1))

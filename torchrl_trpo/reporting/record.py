@@ -7,12 +7,11 @@ import csv
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torchrl._utils import logger
 
 from torchrl_trpo.errors import SettingError
 
@@ -317,7 +316,7 @@ def find_runs(folder: Path) -> Iterator[Path]:
         try:
             read_config(path)
         except SettingError as error:
-            logger.warning(f"Left out, since it is no run: {error}")
+            warnings.warn(f"Left out, since it is no run: {error}", stacklevel=2)
         else:
             yield path
 

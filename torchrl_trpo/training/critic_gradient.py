@@ -190,9 +190,8 @@ class _Graph:
 
     def _state_of(self, critic: _Critic) -> tuple[Any, ...]:
         """What the operations depend on, besides the parameters and the minibatch."""
-        buffers = (
-            dict(critic.loss.named_buffers()) if self._names else {}
-        )  # one may have taken the place of one that is read
+        # A buffer may have taken the place of one that is read.
+        buffers = dict(critic.loss.named_buffers()) if self._names else {}
         tensors = [*self._constants, *map(buffers.get, self._names)]
         return (*critic.entries, *_settings(critic.loss), *map(setting_of, tensors))
 
@@ -256,9 +255,8 @@ def _graph_of(critic: _Critic, values: Sequence[Tensor], expected: Sequence[Tens
         return known
     _graphs[critic.loss] = None
     new = _Graph(critic, values, known)
-    fewer = _take(
-        values, torch.arange(new.size, device=values[0].device) // 2
-    )  # what was true of the others may not be
+    # What Python has read of the minibatch is not true of another one, with half of its rows.
+    fewer = _take(values, torch.arange(new.size, device=values[0].device) // 2)
     if new.fits(critic, values, expected) and new.fits(critic, fewer, critic.results(critic.parameters, fewer)):
         _graphs[critic.loss] = new
     return _graphs[critic.loss]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,24 +121,42 @@ def film_episodes(
     acting = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     film: Any
     try:
-        with (
-            torch.no_grad(),
-            set_exploration_type(acting),
-            replacing(path) as new,
-            imageio.get_writer(new, **settings) as film,
-        ):
-            for step in range(max_steps + 1):
-                if step % every == 0:
-                    tiles = [render(index) if running[index] else tiles[index] for index in range(num_envs)]
-                    film.append_data(_few_colors(_mosaic(tiles)) if is_gif else _mosaic(tiles))
-                if step == max_steps or not any(running):
-                    break
-                data = env.step(policy(data))["next"]
-                running = [was and not done for was, done in zip(running, data["done"].flatten().tolist(), strict=True)]
-    except Exception as error:  # a full disk, a picture that cannot be encoded; each encoder has its own types
-        logger.warning(f"No film: {path} cannot be made ({type(error).__name__}: {error}).")
+        with torch.no_grad(), set_exploration_type(acting), replacing(path) as new:
+            with _told():
+                film = imageio.get_writer(new, **settings)
+            try:
+                for step in range(max_steps + 1):
+                    if step % every == 0:
+                        tiles = [render(index) if running[index] else tiles[index] for index in range(num_envs)]
+                        with _told():
+                            film.append_data(_few_colors(_mosaic(tiles)) if is_gif else _mosaic(tiles))
+                    if step == max_steps or not any(running):
+                        break
+                    data = env.step(policy(data))["next"]
+                    ended = data["done"].flatten().tolist()
+                    running = [was and not done for was, done in zip(running, ended, strict=True)]
+            finally:
+                with _told():
+                    film.close()
+            if not new.exists():
+                raise _NotWritten("the encoder has left no file")
+    except _NotWritten as error:
+        logger.warning(f"No film: {path} cannot be written ({error}).")
         return None
     return path
+
+
+class _NotWritten(Exception):
+    """A film cannot be written: a full disk, or what an encoder raises."""
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Raises what an encoder raises, of a type of its own, as _NotWritten."""
+    try:
+        yield
+    except Exception as error:
+        raise _NotWritten(f"{type(error).__name__}: {error}") from error
 
 
 def _choose_renderer(env: Any, shrink: float) -> Callable[[int], np.ndarray]:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torchrl_trpo.config.overrides import typed
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.parallel.torchrun import job_id
-from torchrl_trpo.reporting.record import STATE, WARNINGS, read_config, read_rows, replace_file
+from torchrl_trpo.reporting.record import STATE, WARNINGS, read_config, read_json, read_rows, replace_file
 from torchrl_trpo.training.checkpoints import find_checkpoint, has_checkpoint, read_record, remove_unfinished
 from torchrl_trpo.training.continuation import check_continued, check_unfinished, rows_before
 
@@ -94,7 +94,9 @@ class RunFolder:
                 read_config(self.path, "output_dir")
             except SettingError as error:
                 raise SettingError(f"{error} Or another folder.") from error
-        if (self.path / "summary.json").exists() or read_rows(self.path / "metrics.csv"):
+        state = self.path / STATE
+        was_killed = state.exists() and read_json(state, "state")["state"] == "running"  # before its first checkpoint
+        if (self.path / "summary.json").exists() or (read_rows(self.path / "metrics.csv") and not was_killed):
             raise SettingError(
                 f"output_dir: {str(self.path)!r} holds a run without its checkpoints, which would be lost. Legal: "
                 "another folder, or to move its files away."
