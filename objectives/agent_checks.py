@@ -96,10 +96,10 @@ def common_entries(
     Such as observations that agents exchange, and a picture with as many channels as there are agents. It waits for the
     device once.
     """
-    few, agents = _few(rows), range(rows.agent_shape.numel())
+    agents = range(rows.agent_shape.numel())
     if not entries or len(agents) == 1 or rows.log_prob.is_meta:
         return []
-    moved = _moved_parameters(parameters)
+    few, moved = _few(rows), _moved_parameters(parameters)
     with in_evaluation(network), differentiable_attention():
         before = distribution_parameters(network, moved, few.inputs)
 

@@ -185,7 +185,8 @@ class RegionCompiler:
 
     def __init__(self) -> None:
         self._settings: Any = None
-        self._of_agents: dict[int, tuple[ProbabilisticTensorDictSequential, Any]] = {}  # with their settings at first
+        self._of_agents: dict[int, ProbabilisticTensorDictSequential] = {}
+        self._at_first: dict[int, Any] = {}  # the settings of those that have made one forward pass at most
         self._functions: dict[Any, RegionFunctions | None] = {}
         self._n_compiled = 0
         self._warned = False
@@ -198,17 +199,14 @@ class RegionCompiler:
     ) -> ProbabilisticTensorDictSequential:
         """As the function of this name, which is called once for each agent as long as the policy's settings stay."""
         self._forget_if_changed(network)
-        copy, settings = self._of_agents.get(agent, (None, None))
-        if copy is not None and settings is not None:  # once: whether forward passes have changed its attributes
-            if settings_of(copy.named_modules()) == settings:
-                self._of_agents[agent] = copy, None
-            else:
-                self._functions.clear()
-                copy = None
-        if copy is None:
-            copy = single_agent_network(network, agent, n_agents)
-            self._of_agents[agent] = copy, settings_of(copy.named_modules())
-        return copy
+        # Has a forward pass changed its attributes?
+        if agent in self._at_first and settings_of(self._of_agents[agent].named_modules()) != self._at_first.pop(agent):
+            self._functions.clear()
+            del self._of_agents[agent]
+        if agent not in self._of_agents:
+            self._of_agents[agent] = copy = single_agent_network(network, agent, n_agents)
+            self._at_first[agent] = settings_of(copy.named_modules())
+        return self._of_agents[agent]
 
     def region(
         self,
@@ -218,7 +216,7 @@ class RegionCompiler:
         **settings: Any,
     ) -> PolicyTrustRegion:
         """The region of these arguments, which are those of :class:`PolicyTrustRegion`."""
-        if all(network is not copy for copy, _ in self._of_agents.values()):
+        if network not in self._of_agents.values():
             self._forget_if_changed(network)
         region = CompiledRegion(network, parameters, rows, **settings)
         key = (distribution_settings(network), *_shapes(region))
@@ -235,6 +233,7 @@ class RegionCompiler:
         if settings != self._settings:
             self._settings = settings
             self._of_agents.clear()
+            self._at_first.clear()
             self._functions.clear()
 
     def _compile(self, region: PolicyTrustRegion, settings: dict[str, Any]) -> RegionFunctions | None:

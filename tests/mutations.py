@@ -908,8 +908,8 @@ MUTATIONS = (
     Mutation(
         "gradient-in-another-layout",
         "torchrl_trpo/training/critic_gradient.py",
-        "gradient is not None and gradient.stride() != parameter.stride()",
-        "False",
+        "if gradient.stride() != parameter.stride():",
+        "if False:",
         "a fused optimiser, which reads memory in order, takes a gradient's numbers for those of other parameters",
         "training/critic_gradient::test_agents_with_critics_of_their_own",
     ),

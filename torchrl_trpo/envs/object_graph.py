@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrl_trpo.kernels.settings import held_by
+
 _LEAVES: tuple[type, ...] = (int, float, complex, str, bytes, type, enum.Enum, range, slice)
 _LEAVES += (types.NoneType, types.ModuleType, types.BuiltinFunctionType)
 _LEAVES += (torch.device, torch.dtype, torch.Size, torch.Generator)
@@ -94,13 +96,7 @@ def parts_of(value: Any) -> Any:
         return (value.__func__, value.__self__)
     if isinstance(value, functools.partial):
         return (value.func, *value.args, *value.keywords.values(), *value.keywords)
-    cells = [cell.cell_contents for cell in value.__closure__ or () if not is_empty(cell)]
-    return (value.__code__, *cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-
-
-def is_empty(cell: types.CellType) -> bool:
-    """Whether a closure's variable has no value yet."""
-    return cell == types.CellType()
+    return (value.__code__, *held_by(value))
 
 
 def named(parts: Any) -> Iterator[tuple[str | int, Any]]:

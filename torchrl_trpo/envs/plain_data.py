@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_trpo.envs.object_graph import InexactError, Place, is_empty, kind_of, named, parts_of, path_of
+from torchrl_trpo.envs.object_graph import InexactError, Place, kind_of, named, parts_of, path_of
 from torchrl_trpo.errors import SettingError
+from torchrl_trpo.kernels.settings import is_empty
 
 PLAIN = {types.NoneType, bool, int, float, str}  # written as they are
 CONSTANTS = (type, types.ModuleType, types.BuiltinFunctionType)  # known by name, and the same in each process

@@ -135,12 +135,11 @@ class RolloutFunctions:
     def _compile_torchrl(self, function: Callable[..., Any], inputs: Sequence[Tensor], n_by_lane: int) -> RowFunction:
         """A function of TorchRL's; the last of its results are written as lanes, the others as rows."""
         traced = trace(base_of(self._twin)._env, function, inputs)
-        objects = traced.before.objects
-        split = {path: path.rpartition(".") for path in traced.read}
-        read = [path for path, (owner, _, name) in split.items() if name not in _NAMES and _is_noted(objects[owner])]
-        if read:
-            raise NotCompiled(f"a transform reads the simulator's objects: {', '.join(sorted(read)[:3])}")
         before = traced.before
+        split = {path: path.rpartition(".") for path in sorted(traced.read)}
+        read = [p for p, (owner, _, name) in split.items() if name not in _NAMES and _is_noted(before.objects[owner])]
+        if read:
+            raise NotCompiled(f"a transform reads the simulator's objects: {', '.join(read[:3])}")
         lowered, names = self._lower(traced.graph, inputs, list(zip(before.paths, before.tensors, strict=True)))
         n_guards = len(traced.expected)
         results = lowered.outputs[len(before.paths) : len(lowered.outputs) - n_guards]

@@ -93,6 +93,17 @@ def is_plain_object(value: Any) -> bool:
     return has_attributes and not type(value).__module__.startswith(_LIBRARIES)
 
 
+def held_by(function: FunctionType) -> list[Any]:
+    """What a function holds in its closure and as defaults."""
+    cells = [cell.cell_contents for cell in function.__closure__ or () if not is_empty(cell)]
+    return [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def is_empty(cell: CellType) -> bool:
+    """Whether a closure's variable has no value yet."""
+    return cell == CellType()
+
+
 def _parts_of(value: Any) -> Any:
     """The parts of what is no more than its parts; None of other values."""
     if isinstance(value, (list, tuple, dict)):
@@ -127,8 +138,7 @@ def setting_of(value: Any, depth: int = 0) -> Any:
         return (type(value), frozenset(setting_of(each, depth) for each in value))
     inside: Any = ()
     if depth < _DEEPEST and isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-        inside = [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        inside = held_by(value)
     elif depth < _DEEPEST and is_plain_object(value):
         inside = vars(value)
     return (_Same(value, 0), setting_of(inside, depth + 1))

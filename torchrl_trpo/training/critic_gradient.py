@@ -73,7 +73,9 @@ class CriticGradient:
         if self._function is not None and self._function.size in (None, len(drawn)):
             mean, *gradients = self._function(self._parameters, _take(self._values, drawn))
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
-                if gradient is not None and gradient.stride() != parameter.stride():
+                if gradient is None:
+                    continue
+                if gradient.stride() != parameter.stride():
                     gradient = torch.empty_like(parameter).copy_(gradient)  # as backward does; fused Adam reads memory
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
             return mean
