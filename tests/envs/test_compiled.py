@@ -18,6 +18,7 @@ from vmas.simulator.utils import ScenarioUtils
 from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledVmasEnv
 from torchrl_trpo.envs.attribute_reads import attribute_reads
 from torchrl_trpo.envs.compiled import find_difference
+from torchrl_trpo.envs.compiled_vmas import _RESET_TOGETHER
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 N = 20
@@ -760,7 +761,7 @@ def test_ended_environments_take_fresh_ones(traits):
     """Those of a reset of many by VMAS, one after the other; those that go on keep their bits."""
     ours, theirs = both(traits=traits)
     data = go_on(ours, theirs, 3)
-    many = make(traits=traits, compiled=False, n=N * (512 // N))
+    many = make(traits=traits, compiled=False, n=N * (_RESET_TOGETHER // N))
     many._random_state = list(ours._random_state)
     many.reset()
     fresh = [entity.state.pos.clone() for entity in many._env.world.entities]
@@ -790,12 +791,12 @@ def test_more_environments_end_than_wait():
     data = env.reset()
     seen = set()
     n_ended = N - 1
-    for _ in range(512 // n_ended + 3):
+    for _ in range(_RESET_TOGETHER // n_ended + 3):
         reset = torch.zeros(N, 1, dtype=torch.bool)
         reset[:n_ended] = True
         data = env.reset(data.set("_reset", reset))
         seen |= {tuple(row.tolist()) for row in env._env.agents[0].state.pos[:n_ended]}
-    assert len(seen) == (512 // n_ended + 3) * n_ended, "each fresh environment is used once"
+    assert len(seen) == (_RESET_TOGETHER // n_ended + 3) * n_ended, "each fresh environment is used once"
 
 
 def through_file(state):

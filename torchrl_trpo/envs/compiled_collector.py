@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.envs import set_exploration_type
 from torchrl.modules.tensordict_module.exploration import RandomPolicy
@@ -15,6 +16,7 @@ from torchrl_trpo.envs.fused_rollout import FusedRollout
 from torchrl_trpo.kernels.buffers import NotCompiled
 from torchrl_trpo.keys import next_key
 
+_TRAJ_IDS = ("collector", "traj_ids")
 _MOST = 16  # times that a collector compiles anew
 
 
@@ -112,14 +114,27 @@ class CompiledCollector(Collector):
         with set_exploration_type(self.exploration_type):
             following = self._fused.collect(self._carried, batch)
         self._is_torn = False
-        ids = self._carrier.get("collector") if self.track_traj_ids else None
+        if self.track_traj_ids:
+            following.set(_TRAJ_IDS, self._number_trajectories(self._carrier.get(_TRAJ_IDS), batch))
         self._carrier = following
-        if ids is not None:
-            self._carrier.set("collector", ids)
-            dones = batch.select(*map(next_key, self.env.done_keys))
-            ends = torch.stack([done.flatten(2).any(-1).any(0) for done in dones.values(True, True)]).any(0)
-            for time, ends_here in enumerate(ends.tolist()):
-                batch.get(("collector", "traj_ids"))[:, time] = self._carrier.get(("collector", "traj_ids"))
-                if ends_here:
-                    self._update_traj_ids(dones[:, time])
         return self._maybe_set_truncated(batch)
+
+    def _number_trajectories(self, first: Tensor, batch: TensorDictBase) -> Tensor:
+        """Writes the ids of a batch's trajectories, as ``Collector`` does step by step.
+
+        Args:
+            first: those at the first step, ``[n]``.
+            batch: the batch, ``[n, T]``.
+
+        Returns:
+            Those after the last step.
+        """
+        dones = [batch.get(next_key(key)).flatten(2).any(-1) for key in self.env.done_keys]
+        ends = torch.stack(dones).any(0)
+        ids = torch.full((len(first), batch.shape[1] + 1), -1)
+        if n_ends := int(ends.sum()):
+            ids.T[1:][ends.T] = self._traj_pool.get_traj_and_increment(n_ends)  # in the order of time
+        ids = ids.cummax(1).values
+        ids = torch.where(ids < 0, first.unsqueeze(1), ids)
+        batch.set(_TRAJ_IDS, ids[:, :-1].contiguous())
+        return ids[:, -1].clone()

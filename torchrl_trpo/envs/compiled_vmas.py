@@ -21,7 +21,7 @@ from torchrl_trpo.envs.tracing import Places, left_as_it_is
 from torchrl_trpo.envs.vmas import BatchedResetVmasEnv, undecorated
 from torchrl_trpo.kernels.buffers import NotCompiled, reason_of, unused_size
 
-_RESET_TOGETHER = 512  # which takes VMAS hardly longer than one environment
+_RESET_TOGETHER = 2048  # which takes VMAS a few times as long as one environment
 _STEPS_UNTIL_VARIANT, _STEPS_UNTIL_WARNING = 2, 3  # the first step of a simulator makes attributes
 _MOST_VARIANTS = 12
 

@@ -127,10 +127,11 @@ class FusedRollout:
         rows = [batch.get(key) for key in self._functions.stored_keys]
         first = np.array([tensor.data_ptr() for tensor in rows], np.uint64)
         step = np.array([tensor.stride(1) * tensor.element_size() for tensor in rows], np.uint64)
+        places = first + step * np.arange(batch.shape[1], dtype=np.uint64)[:, None]
         self._functions.finish_step.strides[: len(rows)] = [tensor.stride(0) for tensor in rows]
         try:
-            for time in range(batch.shape[1]):
-                self._functions.finish_step.outputs[: len(rows)] = first + step * np.uint64(time)
+            for time, place in enumerate(places):
+                self._functions.finish_step.outputs[: len(rows)] = place
                 self._choose_actions()
                 self._simulate()
                 self._finish_data(rows, time)

@@ -41,7 +41,7 @@ class ResetPool:
         self._n = twin.num_envs
         self._reset = reset
         self._lanes: dict[str, Tensor] = {}  # by kind, the lanes of the simulator's buffers that a reset writes
-        self._fresh: dict[str, Tensor] = {}  # by kind, these lanes of the environments in the pool, [lanes, ...]
+        self._fresh: dict[str, Tensor] = {}  # by kind, the rows of the environments in the pool, [..., lanes]
         self._origins: list[int] = []  # by place, which tensor a reset leaves there; 0 if it does nothing
         self._written: set[int] = set()  # the places with tensors that a reset writes to
         self._same: list[int] = []  # for each place the first one with the same tensor before a reset
@@ -96,15 +96,16 @@ class ResetPool:
     def state_dict(self) -> dict[str, Any]:
         """The environments in the pool."""
         sharing = {"origins": self._origins, "written": list(self._written), "same": self._same}
-        return {"lanes": self._lanes, "fresh": self._fresh, "next": self._next, "shared": self._shared, **sharing}
+        return {"lanes": self._lanes, "rows": self._fresh, "next": self._next, "shared": self._shared, **sharing}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave; one of an older version, without sharing, leaves the pool empty."""
-        if "origins" not in state_dict:
+        """Restores what :meth:`state_dict` gave; one of an older version, without rows, leaves the pool empty."""
+        if "rows" not in state_dict:
+            self.clear()
             return
         device = self._state.layout.device
         self._lanes, self._fresh = (
-            {kind: tensor.to(device) for kind, tensor in state_dict[name].items()} for name in ("lanes", "fresh")
+            {kind: tensor.to(device) for kind, tensor in state_dict[name].items()} for name in ("lanes", "rows")
         )
         self._next = state_dict["next"]
         self._shared = [tensor.to(device) for tensor in state_dict.get("shared", self._shared)]
@@ -137,7 +138,7 @@ class ResetPool:
             return False
         if not all(torch.equal(*pair) for pair in zip(self._shared_now(), self._shared, strict=True)):
             self.clear()
-        rows = ended.nonzero().squeeze(-1)
+        rows = ended.nonzero()
         while len(rows):
             if self._next == self._n:
                 try:
@@ -148,12 +149,11 @@ class ResetPool:
                 return False
             n_now = min(len(rows), self._n - self._next)
             for kind, lanes in self._lanes.items():
-                if len(lanes):
-                    fresh = self._fresh[kind][:, self._next : self._next + n_now]
-                    self._state.buffers[kind][lanes.unsqueeze(1), rows[:n_now]] = fresh
+                fresh = self._fresh[kind][self._next : self._next + n_now]
+                state.buffers[kind].index_put_((lanes, rows[:n_now]), fresh)
             self._next += n_now
             rows = rows[n_now:]
-            self._state.share(self._sharing[1])
+            state.share(self._sharing[1])
         return True
 
     def clear(self) -> None:
@@ -195,7 +195,7 @@ class ResetPool:
         shared = after.same()
         lanes: dict[str, list[int]] = {kind: [] for kind in DTYPES}
         device = self._state.layout.device
-        fresh = {k: [torch.empty(0, self._n, dtype=dtype, device=device)] for k, dtype in DTYPES.items()}
+        fresh: dict[str, list[Tensor]] = {kind: [] for kind in DTYPES}
         for number, ((old, writes, values), new) in enumerate(zip(held, after.tensors, strict=True)):
             slot = self._state.slots[number]
             if new is old and n_writes(new) == writes:
@@ -210,7 +210,7 @@ class ResetPool:
             if new.shape != (self._n, *slot.shape) or new.dtype != DTYPES[slot.kind]:
                 raise NotCompiled(f"a reset changes the shape or type of {before.paths[number]}")
             lanes[slot.kind] += slot.lanes
-            fresh[slot.kind].append(new.reshape(self._n, -1).T)
-        self._lanes = {k: torch.tensor(numbers, dtype=torch.long, device=device) for k, numbers in lanes.items()}
-        self._fresh = {kind: torch.cat(parts) for kind, parts in fresh.items()}
+            fresh[slot.kind].append(new.reshape(self._n, -1))
+        self._lanes = {kind: torch.tensor(numbers, device=device) for kind, numbers in lanes.items() if numbers}
+        self._fresh = {kind: torch.cat(fresh[kind], 1) for kind in self._lanes}
         self._next = 0

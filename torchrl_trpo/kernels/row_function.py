@@ -45,7 +45,7 @@ class RowFunction:
         guards: Sequence[tuple[Lanes, Any]] = (),
     ) -> None:
         self._layout = layout
-        self._draws = Draws(layout, lowered.draws)
+        self._draws, self._has_draws = Draws(layout, lowered.draws), bool(lowered.draws)
         places = {name: (number, 0) for number, name in enumerate(names)}
         places |= {f"draw{number}": (len(names) + number, 0) for number in range(len(lowered.draws))}
         stores = []
@@ -71,5 +71,6 @@ class RowFunction:
         Returns:
             Whether the results are right: the function branches as it did when it was traced.
         """
-        self._draws.draw({})
+        if self._has_draws:
+            self._draws.draw({})
         return bool(self._run(self._layout.n, self._layout.padded, *self._pointers))

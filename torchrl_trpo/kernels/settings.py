@@ -117,8 +117,10 @@ def _parts_of(value: Any) -> Any:
 
 def setting_of(value: Any, depth: int = 0) -> Any:
     """An attribute as :func:`settings_of` compares it; ``depth`` is how many objects it is in, besides its module."""
-    if isinstance(value, (bool, int, float, str, type, torch.dtype, torch.device)) or value is None:
+    if value is None or isinstance(value, (bool, int, float, str, type, torch.dtype, torch.device)):
         return value
+    if isinstance(value, (dict, list, tuple)) and not value:  # most of a module's: it has a dozen dicts for hooks
+        return type(value)
     if isinstance(value, Tensor):
         if depth:  # compiled code does not have its numbers
             return (value.dtype, value.shape)
