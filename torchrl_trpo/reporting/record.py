@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -97,7 +98,8 @@ class RunRecord:
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write beside another, which it replaces in one step when the block has ended.
 
-    A reader sees the old file or the new one, whenever the process is killed. After an error it is the old one.
+    A reader sees the old file or the new one, whenever the process is killed or the power fails. After an error it is
+    the old one.
 
     Args:
         path: the file to replace.
@@ -108,6 +110,8 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".new_{path.name}")
     try:
         yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())  # else the name may be on the disk before what it is of
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
