@@ -72,7 +72,7 @@ _mathml = LatexToMathML(fancy_error=False)
 INTERNAL = (
     r"torchrl_trpo\.(arguments|keys|seeding|(numerics|distributions|objectives|envs|kernels|networks|trainer|recipes\.studies)(\..*)?|"
     r"parallel(\.(minibatches|torchrun))?|reporting(\.style)?|config(\..*)?|"
-    r"training(\.(checkpoints|collection_state|console|continuation|critic_gradient|run_folder|signals|summary))?)"
+    r"training(\.(checkpoints|collection_state|console|continuation|run_folder|signals|summary))?)"
 )
 coverage_ignore_functions = ["main"]
 coverage_show_missing_items = True

@@ -51,6 +51,7 @@ class HAPPOUpdater(AgentOrder, ClippedUpdater):
         max_grad_norm: the gradient's largest Euclidean norm; a longer one is shortened to it. Default: 10.
         agent_order: ``"random"`` (drawn anew at every update from torch's generator, as the paper asks), ``"fixed"``
             (by index), or a sequence that names every agent index once.
+        compiled: as for :class:`ClippedUpdater`. Default: False.
         process_group: the processes of ``torch.distributed`` that update together, each with rows of its own, as for
             :class:`TRPOLoss`: they begin with the first one's parameters and take the steps of one process with all
             rows. Default: this process alone.
@@ -94,6 +95,7 @@ class HAPPOUpdater(AgentOrder, ClippedUpdater):
         minibatch_size: int = 1000,
         max_grad_norm: float = 10.0,
         agent_order: Literal["random", "fixed"] | Sequence[int] = "random",
+        compiled: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
@@ -102,6 +104,7 @@ class HAPPOUpdater(AgentOrder, ClippedUpdater):
             epochs=epochs,
             minibatch_size=minibatch_size,
             max_grad_norm=max_grad_norm,
+            compiled=compiled,
             process_group=process_group,
         )
         self._agents_are_checked = False

@@ -11,10 +11,14 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 from torch import distributions as D
+from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_trpo.distributions.divergence import has_exact_entropy
 from torchrl_trpo.numerics.statistics import HostScalar
+from torchrl_trpo.objectives.attention import differentiable_attention
+from torchrl_trpo.objectives.functional import other_parameters
+from torchrl_trpo.objectives.minibatch_gradient import MinibatchGradient
 from torchrl_trpo.objectives.policy_network import (
     build_distribution,
     distribution_parameters,
@@ -39,7 +43,6 @@ class MemberLoss(ClipPPOLoss):
     def __init__(self, network: ProbabilisticTensorDictSequential, group_loss: ClipPPOLoss) -> None:
         is_asymmetric = "clip_epsilon_low" in dict(group_loss.named_buffers())
         super().__init__(network, functional=False, clip_epsilon=(0.2, 0.2) if is_asymmetric else 0.2)
-        self.loss_mask_key = _COUNTS
         self._entropy_coeff_on_host = HostScalar()
 
     def follow(self, group_loss: ClipPPOLoss) -> None:
@@ -54,9 +57,9 @@ class MemberLoss(ClipPPOLoss):
         keys = group_loss.tensor_keys
         self.set_keys(action=keys.action, sample_log_prob=keys.sample_log_prob, advantage=keys.advantage)
 
-    def minibatch(self, rows: PolicyRows, counts: Tensor) -> TensorDict:
-        """What the loss reads of some rows, with its keys; ``counts`` is the mask, bool ``[*R, *A, 1]``."""
-        batch = rows.inputs
+    def batch_of(self, rows: PolicyRows, counts: Tensor | None) -> TensorDict:
+        """What the loss reads of rows, with its keys; ``counts`` is the mask, bool ``[*R, *A, 1]``, if there is one."""
+        batch = rows.inputs.copy()
         for key in log_prob_keys(self):
             batch.update(batch.select(key).apply(lambda value: value.squeeze(-1)))
         if isinstance(rows.action, Tensor):
@@ -64,7 +67,8 @@ class MemberLoss(ClipPPOLoss):
         else:
             batch.update(rows.action)
         batch.set(self.tensor_keys.advantage, rows.factor * rows.advantage)
-        return batch.set(_COUNTS, counts)
+        self.loss_mask_key = None if counts is None else _COUNTS
+        return batch if counts is None else batch.set(_COUNTS, counts)
 
     def _get_entropy(self, dist: D.Distribution, adv_shape: torch.Size) -> Tensor | TensorDict:
         # A hook of PPOLoss without a public name: its estimate by sampling differs from call to call.
@@ -116,6 +120,27 @@ class Member:
         for parameter, state in self.optimizer.state.items():
             for name, value in state.items():
                 state[name] = value.to(parameter.device) if name == "step" else value.to(parameter)
+
+    def mean_loss(self, batch: TensorDictBase) -> Tensor:
+        """What a step makes smaller, the mean over a minibatch, a scalar."""
+        policy = other_parameters(self.network, self.parameters)
+        with set_recurrent_mode(True), policy, differentiable_attention():
+            out = self.loss(batch)
+        return out["loss_objective"] + out.get("loss_entropy", 0.0)
+
+    def gradient(self, *, may_record: bool) -> MinibatchGradient:
+        """The gradient of :meth:`mean_loss` in one update; compiled if it may be recorded and that can be compiled."""
+        may_record = may_record and all(leaf.requires_grad for leaf in self.parameters.values(True, True))
+        return MinibatchGradient(
+            "The policy's update",
+            self.loss,
+            self.network,
+            self.mean_loss,
+            self.trained,
+            buffers=[name for name, _ in self.loss.named_buffers(recurse=False)],  # such as clip_epsilon: of a schedule
+            may_record=may_record,
+            compiled=may_record,
+        )
 
     @torch.no_grad()
     def distribution(self, rows: PolicyRows, chunk_size: int) -> D.Distribution:

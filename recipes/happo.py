@@ -68,7 +68,13 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
             entropy_coeff=cfg.entropy_coeff,
         )
         losses[str(keys.group)] = attach_estimator(loss, estimator, keys)
-    updater = HAPPOUpdater(losses, **cfg.updater, agent_order=cfg.agent_order, process_group=ranks.group)
+    updater = HAPPOUpdater(
+        losses,
+        **cfg.updater,
+        agent_order=cfg.agent_order,
+        compiled=cfg.env.get("compiled", False),
+        process_group=ranks.group,
+    )
     critic_optim = critic_optimizer(losses.values(), lr=cfg.critic.lr)
 
     collector = make_collector(env, policy, frames_per_batch=cfg.train.frames_per_batch, ranks=ranks, **cfg.collector)

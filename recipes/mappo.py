@@ -65,7 +65,7 @@ def train(cfg: DictConfig, ranks: Ranks) -> dict[str, Any]:
             entropy_coeff=cfg.entropy_coeff,
         )
         losses[str(keys.group)] = attach_estimator(loss, estimator, keys)
-    updater = ClippedUpdater(losses, **cfg.updater, process_group=ranks.group)
+    updater = ClippedUpdater(losses, **cfg.updater, compiled=cfg.env.get("compiled", False), process_group=ranks.group)
     critic_optim = critic_optimizer(losses.values(), lr=cfg.critic.lr)
 
     collector = make_collector(env, policy, frames_per_batch=cfg.train.frames_per_batch, ranks=ranks, **cfg.collector)

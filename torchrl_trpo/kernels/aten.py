@@ -337,8 +337,10 @@ class Operations(Views):
 
     def scatter(self, tensor: Lanes, dim: int, index: Lanes, value: Any) -> Lanes:
         dim %= tensor.ndim
-        if index.shape[dim] != 1 or isinstance(value, Lanes):
+        is_narrower = any(a != b for d, (a, b) in enumerate(zip(index.shape, tensor.shape, strict=True)) if d != dim)
+        if index.shape[dim] != 1 or is_narrower or (isinstance(value, Lanes) and value.shape != index.shape):
             raise Unsupported("scatter of several entries")
+        value = self._drop(value, dim) if isinstance(value, Lanes) else value
         parts = []
         for position in range(tensor.shape[dim]):
             hit = self._compare("eq", self._drop(index, dim), position)

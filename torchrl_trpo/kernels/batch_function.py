@@ -26,7 +26,8 @@ _MOST_THREADS = 2  # of PyTorch's, with which it would not be faster
 _LOSSES = ("mse_loss", "smooth_l1_loss")
 _BACKWARD = ("tanh", "softplus", "threshold", "sigmoid", "silu", "elu", "leaky_relu", "select", "slice", *_LOSSES)
 _SOFTMAX = ("_log_softmax_backward_data", "_softmax_backward_data")
-_DECOMPOSED = (*_LOSSES, *(f"{name}_backward" for name in _BACKWARD), *_SOFTMAX)
+_NLL = tuple(f"nll_loss{of}_{way}" for of in ("", "2d") for way in ("forward", "backward"))
+_DECOMPOSED = (*_LOSSES, *(f"{name}_backward" for name in _BACKWARD), *_SOFTMAX, *_NLL)
 _TOLERANCE = 1e-4  # of the largest number
 
 

@@ -221,8 +221,15 @@ class NetworkOperations(Operations):
 
     # Losses
 
-    def masked_fill_(self, tensor: Lanes, mask: Lanes, value: Any) -> Lanes:
+    def masked_fill(self, tensor: Lanes, mask: Lanes, value: Any) -> Lanes:
         return self._where(mask, value, tensor, tensor.kind)
+
+    masked_fill_ = masked_fill
+
+    def _foreach_sub(self, tensors: Sequence[Lanes], others: Sequence[Lanes]) -> list[Lanes]:
+        if {each.kind for each in (*tensors, *others)} != {"f"}:
+            raise Unsupported("a difference of lists of other numbers")
+        return [self._elementwise("sub", *pair, kind="f") for pair in zip(tensors, others, strict=True)]
 
     # Distributions
 

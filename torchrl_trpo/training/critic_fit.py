@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -15,10 +16,18 @@ from torchrl.objectives import PPOLoss
 from torchrl_trpo.arguments import positive_whole
 from torchrl_trpo.keys import entry, finite_where_masked, non_finite, reads_init
 from torchrl_trpo.numerics.statistics import read, variance
-from torchrl_trpo.objectives.policy_update import critic_network_parameters, mask_keys, row_mask, trained
+from torchrl_trpo.objectives.minibatch_gradient import MinibatchGradient
+from torchrl_trpo.objectives.policy_update import (
+    critic_network_parameters,
+    mask_keys,
+    mean_critic_loss,
+    row_mask,
+    trained,
+)
 from torchrl_trpo.parallel.minibatches import average_gradients, count_by_rank, draw_minibatches
 from torchrl_trpo.parallel.ranks import Ranks, check_same_length
-from torchrl_trpo.training.critic_gradient import CriticGradient
+
+_FEWEST_STEPS = 50  # of a fit for which recording pays
 
 
 def fit_critics(
@@ -42,8 +51,8 @@ def fit_critics(
         epochs: the number of passes over the batch.
         minibatch_size: rows (environment steps) per gradient step, of all processes together.
         compiled: whether gradients are compiled with the machine's C++ compiler, in a fit of at least 50 minibatches.
-            They are equal up to rounding. Recurrent critics and losses with a ``value_norm`` stay as they are. If
-            another one cannot be compiled, a warning says why.
+            They are equal up to rounding. Recurrent critics, losses with a ``value_norm`` and batches with a mask stay
+            as they are. If another one cannot be compiled, a warning says why.
         process_group: the processes that fit together. Default: this one alone.
 
     Returns:
@@ -83,8 +92,8 @@ def fit_critic(
         epochs: the number of passes over the batch.
         minibatch_size: rows (environment steps) per gradient step, of all processes together.
         compiled: whether gradients are compiled with the machine's C++ compiler, in a fit of at least 50 minibatches.
-            They are equal up to rounding. Recurrent critics and losses with a ``value_norm`` stay as they are. If
-            another one cannot be compiled, a warning says why.
+            They are equal up to rounding. Recurrent critics, losses with a ``value_norm`` and batches with a mask stay
+            as they are. If another one cannot be compiled, a warning says why.
         process_group: the processes that fit together. Default: this one alone.
 
     Returns:
@@ -123,7 +132,7 @@ def fit_critic(
         minibatch_size = max(1, minibatch_size // rows.shape[1])
     parameters = trained_parameters(loss)
     steps_of_fit = epochs * math.ceil(len(kept) / minibatch_size)
-    gradient = CriticGradient(loss, parameters, steps=steps_of_fit, compiled=compiled)
+    gradient = _minibatch_gradient(loss, parameters, steps_of_fit, compiled and not has_masks)
     total = target.new_zeros(())
     steps = 0
     for epoch in range(epochs):
@@ -143,6 +152,20 @@ def fit_critic(
         **read({"loss_critic": total / steps, "explained_variance": 1 - unexplained}),
         "dropped": int(dropped),
     }
+
+
+def _minibatch_gradient(loss: PPOLoss, parameters: list[Tensor], steps: int, compiled: bool) -> MinibatchGradient:
+    """The gradient of the critic's loss, recorded unless a call changes the loss, or the fit or the critic is long."""
+    may_record = (
+        steps >= _FEWEST_STEPS
+        and getattr(loss, "value_norm", None) is None
+        and not reads_init(loss.critic_network)
+        and all(leaf.requires_grad for leaf in critic_network_parameters(loss).values(True, True))
+    )
+    mean = functools.partial(mean_critic_loss, loss)
+    return MinibatchGradient(
+        "The critic's fit", loss, loss.critic_network, mean, parameters, may_record=may_record, compiled=compiled
+    )
 
 
 def critic_optimizer(losses: Iterable[PPOLoss], *, lr: float) -> torch.optim.Adam:
