@@ -272,7 +272,8 @@ class ClippedUpdater(RangedSettings):
         """Runs the epochs of one member; returns the mean norm of the gradients, and whether all steps were taken."""
         optimizer: Any = member.optimizer
         optimizer.param_groups[0]["lr"] = self.lr
-        if rows.weight.ndim == 1:  # without a mask all rows count, and the device need not be asked which
+        has_mask = rows.weight.ndim > 1
+        if not has_mask:  # all rows count, and the device need not be asked which
             kept = torch.arange(len(rows), device=counts.device)
         else:
             kept = counts.flatten(1).any(1).nonzero().squeeze(-1)
@@ -280,9 +281,9 @@ class ClippedUpdater(RangedSettings):
         size = max(1, self.minibatch_size // rows.steps_per_row)
         norms = [rows.log_prob.new_zeros(())] if not sum(kept_by_rank) else []
         taken = rows.log_prob.new_ones((), dtype=torch.bool)
-        batch = member.loss.batch_of(rows, None if rows.weight.ndim == 1 else counts)
+        batch = member.loss.batch_of(rows, counts if has_mask else None)
         n_steps = self.epochs * math.ceil(sum(kept_by_rank) / size)
-        may_record = self.compiled and n_steps >= _FEWEST_STEPS and rows.weight.ndim == 1 and rows.row_dims == 1
+        may_record = self.compiled and n_steps >= _FEWEST_STEPS and not has_mask and rows.row_dims == 1
         gradient = member.gradient(may_record=may_record)
         for _ in range(self.epochs if sum(kept_by_rank) else 0):
             for drawn in draw_minibatches(kept, kept_by_rank, size, self._ranks):

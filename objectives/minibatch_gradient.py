@@ -15,10 +15,10 @@ from torchrl_trpo.kernels.batch_function import BatchFunction, Blocks, check_res
 from torchrl_trpo.kernels.buffers import NotCompiled, reason_of
 from torchrl_trpo.kernels.record import record
 from torchrl_trpo.kernels.settings import setting_of, settings_of
+from torchrl_trpo.kernels.writer import LARGEST_INT
 from torchrl_trpo.seeding import untouched_generators
 
 _MOST_COMPILED = 4  # functions of a loss: its settings may change in each fit
-_MOST = 2**23  # from here on compiled functions do not know whole numbers
 _CLOSE = 1e-3  # of the largest number: how far from what is expected without asking how far rounding goes
 _DTYPES = (torch.float32, torch.int64, torch.bool)
 
@@ -132,10 +132,7 @@ class MinibatchGradient:
         values = [rows.get(entry.key)[entry.once] for entry in loss.entries]
         minibatch = _take(values, drawn)
         try:
-            known = loss.module in _graphs
             graph = _graph_of(loss, minibatch, expected)
-            if graph is None and not known:
-                raise NotCompiled("its operations, recorded, do not give its results again")
             self._function, self._values = graph, values
             if graph is not None and self._compiled and (compiled := graph.compiled(loss, minibatch, expected)):
                 self._values = _packed(values)
@@ -201,8 +198,8 @@ def _packed(values: Sequence[Tensor]) -> list[Tensor]:
     """Tensors ``[N, *shape]`` as one ``[N, K]`` of each dtype."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for value in values:
-        if value.dtype == torch.int64 and value.numel() and max(int(value.max()), -int(value.min())) >= _MOST:
-            raise NotCompiled(f"it reads whole numbers of {_MOST} and beyond")
+        if value.dtype == torch.int64 and value.numel() and max(int(value.max()), -int(value.min())) >= LARGEST_INT:
+            raise NotCompiled(f"it reads whole numbers of {LARGEST_INT} and beyond")
         by_dtype.setdefault(value.dtype, []).append(value.reshape(len(value), -1))
     return [torch.cat(parts, 1) for parts in by_dtype.values()]
 
@@ -334,7 +331,7 @@ _graphs: WeakKeyDictionary[nn.Module, _Graph | None] = WeakKeyDictionary()  # No
 def _graph_of(loss: _Loss, values: Sequence[Tensor], expected: Sequence[Tensor | None]) -> _Graph | None:
     """A graph that gives what is expected, the recorded one or a new one; None if there is none.
 
-    One of :data:`REFUSALS` is raised if the loss cannot be recorded, and None returned from then on.
+    An error is raised if the loss cannot be recorded, and None returned from then on.
     """
     known = _graphs.get(loss.module)
     if loss.module in _graphs and (known is None or known.fits(loss, values, expected)):
@@ -343,6 +340,7 @@ def _graph_of(loss: _Loss, values: Sequence[Tensor], expected: Sequence[Tensor |
     new = _Graph(loss, values, known)
     # What Python has read of the minibatch is not true of another one, with half of its rows.
     fewer = _take(values, torch.arange(new.size, device=values[0].device) // 2)
-    if new.fits(loss, values, expected) and new.fits(loss, fewer, loss.results(loss.parameters, fewer)):
-        _graphs[loss.module] = new
-    return _graphs[loss.module]
+    if not new.fits(loss, values, expected) or not new.fits(loss, fewer, loss.results(loss.shared(), fewer)):
+        raise NotCompiled("its operations, recorded, do not give its results again")
+    _graphs[loss.module] = new
+    return new

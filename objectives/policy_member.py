@@ -139,7 +139,7 @@ class Member:
             self.trained,
             buffers=[name for name, _ in self.loss.named_buffers(recurse=False)],  # such as clip_epsilon: of a schedule
             may_record=may_record,
-            compiled=may_record,
+            compiled=True,
         )
 
     @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -24,6 +26,9 @@ from torchrl_trpo.distributions import BoundedTanhNormal, MultiCategorical
 from torchrl_trpo.objectives import TRPOLoss
 from torchrl_trpo.objectives.policy_network import input_keys, is_composite
 
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
+)
 GROUP = "agents"
 OBSERVATION, ACTION = (GROUP, "observation"), (GROUP, "action")
 LOG_PROB, REWARD, VALUE = (GROUP, "action_log_prob"), (GROUP, "reward"), (GROUP, "state_value")

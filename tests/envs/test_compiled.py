@@ -5,7 +5,6 @@ import functools
 import io
 import itertools
 import random
-import shutil
 import warnings
 
 import numpy as np
@@ -15,12 +14,13 @@ from vmas.simulator.core import Agent, Landmark, Line, Sphere, World
 from vmas.simulator.scenario import BaseScenario
 from vmas.simulator.utils import ScenarioUtils
 
+from tests.cases import needs_compiler
 from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledVmasEnv
 from torchrl_trpo.envs.attribute_reads import attribute_reads
 from torchrl_trpo.envs.compiled import find_difference
 from torchrl_trpo.envs.compiled_vmas import _RESET_TOGETHER
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+pytestmark = needs_compiler
 N = 20
 
 

@@ -1,6 +1,5 @@
 """Compiled rollouts against TorchRL's collector, in the same environment with the same random numbers."""
 
-import shutil
 import warnings
 
 import pytest
@@ -21,13 +20,14 @@ from torchrl.envs import (
     VecNormV2,
 )
 
+from tests.cases import needs_compiler
 from tests.envs.test_compiled import Push
 from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledCollector, CompiledVmasEnv
 from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks import make_actor
 from torchrl_trpo.networks.recurrent import carry_states
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+pytestmark = needs_compiler
 N, STEPS, LIMIT = 20, 9, 7
 KEY = ("agents", "observation")
 

@@ -1,7 +1,6 @@
 """Resets of a compiled VMAS environment: those of VMAS, whatever is changed, seeded or copied."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -9,9 +8,10 @@ from tensordict import TensorDict
 from vmas.simulator.core import Agent, World
 from vmas.simulator.scenario import BaseScenario
 
+from tests.cases import needs_compiler
 from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledVmasEnv
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+pytestmark = needs_compiler
 N = 6
 OBSERVATION = ("agents", "observation")
 

@@ -1,16 +1,16 @@
 """Functions of a batch that end in sums over its rows, compiled, against themselves in double precision."""
 
 import itertools
-import shutil
 
 import pytest
 import torch
 from torch import nn
 
+from tests.cases import needs_compiler
 from torchrl_trpo.kernels.batch_function import BatchFunction, Blocks
 from torchrl_trpo.kernels.buffers import NotCompiled
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+pytestmark = needs_compiler
 
 
 def as_double(tensors):

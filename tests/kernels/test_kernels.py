@@ -1,13 +1,13 @@
 """Functions of rows, compiled into one loop, against PyTorch on the whole batch."""
 
 import math
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from torch.func import functionalize
 
+from tests.cases import needs_compiler
 from tests.kernels import emulated_gpu
 from torchrl_trpo.kernels import compiler, cuda, writer
 from torchrl_trpo.kernels.aten import Operations
@@ -15,7 +15,7 @@ from torchrl_trpo.kernels.lanes import DTYPES, KINDS, Unsupported
 from torchrl_trpo.kernels.record import record
 from torchrl_trpo.kernels.rows import compile_rows
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+pytestmark = needs_compiler
 N_TRACED, N = 5, 37
 PADDED = 48
 

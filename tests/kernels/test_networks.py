@@ -1,18 +1,17 @@
 """Networks and distributions, compiled into one loop over the rows, against PyTorch."""
 
-import shutil
-
 import pytest
 import torch
 from torch import nn
 
+from tests.cases import needs_compiler
 from torchrl_trpo.kernels.buffers import Buffers, Columns
 from torchrl_trpo.kernels.lanes import Unsupported
 from torchrl_trpo.kernels.networks import NetworkOperations
 from torchrl_trpo.kernels.record import record
 from torchrl_trpo.kernels.row_function import RowFunction
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+pytestmark = needs_compiler
 N_TRACED, N = 7, 37
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import warnings
 
 import pytest
@@ -21,11 +20,12 @@ from tests.cases import (
     make_actor,
     make_data,
     make_policy,
+    needs_compiler,
 )
 from torchrl_trpo.objectives import ClippedUpdater, HAPPOUpdater
 from torchrl_trpo.objectives.policy_member import MemberLoss
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+pytestmark = needs_compiler
 SETTINGS = {"lr": 0.01, "epochs": 4, "minibatch_size": 15}  # 40 rows: 12 steps, of which each third has fewer rows
 
 

@@ -1,17 +1,16 @@
 """Compiled updates against those that are not: the same step up to rounding, or a warning and the very same step."""
 
-import shutil
 from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 
-from tests.cases import bits, make_actor, make_data, make_loss, make_policy, same_bits
+from tests.cases import bits, make_actor, make_data, make_loss, make_policy, needs_compiler, same_bits
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+pytestmark = needs_compiler
 
 
 def make_case(kind="normal", share_params=False, **actor_settings):

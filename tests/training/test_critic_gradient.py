@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from copy import deepcopy
 
 import pytest
@@ -13,7 +12,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import MultiAgentMLP
 
-from tests.cases import make_actor
+from tests.cases import make_actor, needs_compiler
 from torchrl_trpo.networks.builders import TeamCritic
 from torchrl_trpo.objectives import TRPOLoss
 from torchrl_trpo.training import critic_fit
@@ -22,9 +21,6 @@ from torchrl_trpo.training.critic_fit import critic_optimizer, fit_critic, train
 CENTRAL, VALUE, TARGET = ("agents", "central"), ("agents", "state_value"), ("agents", "value_target")
 MASK = ("collector", "mask")
 FIT = {"epochs": 2, "minibatch_size": 10}
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
-)
 
 
 def make_loss(*layers, dtype=torch.float64, **settings):

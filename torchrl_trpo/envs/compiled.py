@@ -214,13 +214,11 @@ class CompiledFunction:
         n_state = len(state.addresses)
         self._inputs[:n_state] = state.addresses
         self._inputs[n_state : n_state + len(arguments)] = arguments
-        masks = dict(zip(self._masked, self._of_masks(self._inputs), strict=True)) if self._masked else {}
-        if self.draws:
-            self._drawn.draw(masks)
-        if self._firsts:
-            of_firsts = self._of_firsts(self._inputs)
-            for first, tensor, mask in zip(self._firsts, of_firsts[::2], of_firsts[1::2], strict=True):
-                first.copy_(tensor[mask.int().argmax()])
+        masks = dict(zip(self._masked, self._of_masks(self._inputs), strict=True))
+        self._drawn.draw(masks)
+        of_firsts = self._of_firsts(self._inputs)
+        for first, tensor, mask in zip(self._firsts, of_firsts[::2], of_firsts[1::2], strict=True):
+            first.copy_(tensor[mask.int().argmax()])
         self._outputs[:] = [buffer.data_ptr() for buffer in (*after.values(), *results.values())]
         if not self._run(n, state.layout.padded, self._inputs, self._outputs):
             if generator is not None:

@@ -45,7 +45,7 @@ class RowFunction:
         guards: Sequence[tuple[Lanes, Any]] = (),
     ) -> None:
         self._layout = layout
-        self._draws, self._has_draws = Draws(layout, lowered.draws), bool(lowered.draws)
+        self._draws = Draws(layout, lowered.draws)
         places = {name: (number, 0) for number, name in enumerate(names)}
         places |= {f"draw{number}": (len(names) + number, 0) for number in range(len(lowered.draws))}
         stores = []
@@ -71,6 +71,5 @@ class RowFunction:
         Returns:
             Whether the results are right: the function branches as it did when it was traced.
         """
-        if self._has_draws:
-            self._draws.draw({})
+        self._draws.draw({})
         return bool(self._run(self._layout.n, self._layout.padded, *self._pointers))

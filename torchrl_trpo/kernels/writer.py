@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torchrl_trpo.kernels.lanes import InMemory, Items, Lane, Lanes, Statement, Statements
 from torchrl_trpo.kernels.stages import Line, ends_of_stages, in_parts, lanes_of, type_of
 
-_LARGEST_INT = 2**23  # up to which float32 holds whole numbers, with room for one addition
+LARGEST_INT = 2**23  # up to which float32 holds whole numbers, with room for one addition
 _C_TYPES = {"f": "float", "b": "uint8_t", "i": "int64_t", "j": "int32_t"}  # of the buffers
 FUNCTIONS = ("sqrt", "sin", "cos", "tan", "exp", "log", "log1p", "expm1", "atanh", "trunc", "floor")
 """Functions of a number that the code calls with ``_of`` behind their names."""
@@ -187,7 +187,7 @@ def write(
         else:
             lines.append(Line(index, _CODE[operation].format(*map(_term, arguments)), lanes_of(arguments)))
         if kind in {"i", "j"} and operation != "where":
-            lines.append(Line(None, f"fail = fail | (abs_of(v{index}) > F({_LARGEST_INT}.0f))", [index]))
+            lines.append(Line(None, f"fail = fail | (abs_of(v{index}) > F({LARGEST_INT}.0f))", [index]))
     for store in stores:
         code = scratch.store(store) if isinstance(store.value, Items) else _store(store)
         stages[-1].append(Line(None, code, lanes_of([store.value])))
