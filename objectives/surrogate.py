@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModule,
     composite_lp_aggregate,
     dispatch,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributions as D
 from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss, ValueEstimators
@@ -79,6 +80,19 @@ class SurrogateLoss(CriticLoss):
             )
         for tensor in (*self.parameters(), *self.buffers()):
             self.ranks.first_(tensor.data)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copies the loss. The networks of the copy, its estimator's too, hold the parameters that it trains."""
+        held = (each for module in self.modules() for each in (module, *vars(module).values()))
+        for network in held:
+            for module in network.modules() if isinstance(network, nn.Module) else ():
+                if isinstance(module, TensorDictParams) and id(module) not in memo:
+                    # tensordict's own deepcopy gives parameters that no network holds
+                    copied = module.apply(lambda leaf: copy.deepcopy(leaf, memo))
+                    memo[id(module)] = TensorDictParams(copied, no_convert=module.no_convert)
+        result = memo[id(self)] = self.__class__.__new__(self.__class__)
+        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return result
 
     @property
     def actor_parameters(self) -> TensorDictBase:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from tensordict.nn import TensorDictModule
@@ -9,7 +11,20 @@ from torch import nn
 from torchrl.modules import PopArtValueNorm
 from torchrl.objectives.value import MultiAgentGAE
 
-from tests.cases import ACTION, GROUP, LOG_PROB, MASK, OBSERVATION, OLD_DATA, REWARD, VALUE, make_actor, make_data
+from tests.cases import (
+    ACTION,
+    GROUP,
+    LOG_PROB,
+    MASK,
+    OBSERVATION,
+    OLD_DATA,
+    REWARD,
+    VALUE,
+    bits,
+    make_actor,
+    make_data,
+    same_bits,
+)
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.objectives import CentralCriticValueEstimator, HATRPOSequentialObjective, TRPOLoss
 
@@ -324,3 +339,21 @@ def test_an_estimator_with_another_network_than_the_losss_critic_is_refused():
     settings = {"gamma": 0.99, "lmbda": 0.95, "observation_keys": OBSERVATION, "central_key": CENTRAL}
     with pytest.raises(ValueError, match="value_network is another network"):
         loss.make_value_estimator(CentralCriticValueEstimator, value_network=make_critic(9), **settings)
+
+
+@pytest.mark.parametrize("share_params", [True, False])
+def test_the_networks_of_a_copied_loss_are_those_that_it_trains(share_params):
+    """Its estimator evaluated a critic, and drew the others' actions from a policy, that no longer learned."""
+    actor, critic = make_actor(share_params=share_params), make_critic(9 + 4)
+    loss = TRPOLoss(actor, critic)
+    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, value=VALUE)
+    loss.make_value_estimator(make_estimator(value_network=critic, action_keys=[ACTION], actor_network=actor))
+    before, copied, data = bits(loss), deepcopy(loss), rollout(actor)
+    TrustRegionUpdater(copied).step(copied.value_estimator(data.clone()))
+    copied.critic_network_params.data.add_(1.0)
+    assert same_bits(loss, before)
+    for network in (copied.actor_network, copied.value_estimator.actor_network):
+        assert same_bits(network, list(copied.actor_network_params.parameters()))
+        assert not same_bits(network, bits(actor))
+    for network in (copied.critic_network, copied.value_estimator.value_network):
+        assert same_bits(network, [parameter + 1.0 for parameter in critic.parameters()])

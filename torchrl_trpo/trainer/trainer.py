@@ -224,7 +224,7 @@ class TRPOTrainer(OnPolicyTrainer):
     Raises:
         TypeError: if ``loss_module`` is another kind of loss.
         ValueError: if a keyword has a value that a trust-region step cannot have, the collector's policy has other
-            parameters than the loss's, or the loss is a deepcopy; see also :class:`TrustRegionStepper`.
+            parameters than the loss's; see also :class:`TrustRegionStepper`.
     """
 
     _algo_name = "TRPO"  # in the errors of OnPolicyTrainer
@@ -253,8 +253,6 @@ class TRPOTrainer(OnPolicyTrainer):
             if name in _LEGAL:
                 _check_legal(name, value)
         self._losses = losses_by_group(loss_module)
-        for loss in self._losses.values():
-            _check_not_copied(loss)
         _check_same_parameters(getattr(collector, "policy", None), loss_module.actor_network)
         stepper = TrustRegionStepper(
             TrustRegionUpdater(loss_module) if updater is None else updater,
@@ -354,16 +352,6 @@ def critic_parameters(loss: TRPOLoss) -> list[Tensor]:
     """
     policy = {id(parameter) for parameter in loss.actor_parameters.values(True, True)}
     return [parameter for parameter in trained_parameters(loss) if id(parameter) not in policy]
-
-
-def _check_not_copied(loss: TRPOLoss) -> None:
-    """Refuses a deepcopy: the collector gets the weights of its ``actor_network``, and those no longer learn."""
-    held = {id(parameter) for parameter in loss.actor_network.parameters()}
-    if not held <= {id(parameter) for parameter in loss.actor_parameters.values(True, True)}:
-        raise ValueError(
-            "loss_module: the parameters of its actor_network are not those that it trains, as in a deepcopy of a "
-            "TorchRL loss. Legal: a loss made anew, with load_state_dict."
-        )
 
 
 def _check_same_parameters(policy: Any, actor_network: TensorDictModuleBase) -> None:
