@@ -27,6 +27,7 @@ from torchrl_trpo.objectives.policy_network import (
 )
 from torchrl_trpo.objectives.policy_rows import PolicyRows
 from torchrl_trpo.objectives.policy_update import actor_parameters, exact_entropy, trained
+from torchrl_trpo.objectives.recorded_loss import MeanLoss
 from torchrl_trpo.parallel.ranks import Ranks
 
 _COUNTS = "_counts"
@@ -131,16 +132,9 @@ class Member:
     def gradient(self, *, may_record: bool) -> MinibatchGradient:
         """The gradient of :meth:`mean_loss` in one update; compiled if it may be recorded and that can be compiled."""
         may_record = may_record and all(leaf.requires_grad for leaf in self.parameters.values(True, True))
-        return MinibatchGradient(
-            "The policy's update",
-            self.loss,
-            self.network,
-            self.mean_loss,
-            self.trained,
-            buffers=[name for name, _ in self.loss.named_buffers(recurse=False)],  # such as clip_epsilon: of a schedule
-            may_record=may_record,
-            compiled=True,
-        )
+        buffers = [name for name, _ in self.loss.named_buffers(recurse=False)]  # such as clip_epsilon: of a schedule
+        loss = MeanLoss(self.loss, self.network, self.mean_loss, self.trained, buffers)
+        return MinibatchGradient("The policy's update", loss, may_record=may_record, compiled=True)
 
     @torch.no_grad()
     def distribution(self, rows: PolicyRows, chunk_size: int) -> D.Distribution:

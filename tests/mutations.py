@@ -899,9 +899,9 @@ MUTATIONS = (
     ),
     Mutation(
         "stale-critic-settings",
-        "objectives/minibatch_gradient.py",
-        " or self._state_of(loss) != self._state:",
-        ":",
+        "objectives/recorded_loss.py",
+        "graphs, state = _kept.setdefault(loss.module, _Kept()).graphs, loss.state()",
+        "graphs, state = _kept.setdefault(loss.module, _Kept()).graphs, None",
         "a critic's loss whose settings have changed is fitted by the operations of before",
         "training/critic_gradient::test_recorded_again_when_a_setting_has_changed_that_the_first_minibatch_does_not_show",
     ),
@@ -923,7 +923,7 @@ MUTATIONS = (
     ),
     Mutation(
         "constant-that-changes-unseen",
-        "objectives/minibatch_gradient.py",
+        "objectives/recorded_loss.py",
         "if self._compiled is not None and not self._compiled.gives(",
         "if False and not self._compiled.gives(",
         "what was compiled goes on after a constant in it has changed where nothing looks",
@@ -931,8 +931,8 @@ MUTATIONS = (
     ),
     Mutation(
         "few-rows-are-as-many",
-        "objectives/minibatch_gradient.py",
-        "if not _are_close(self(shared, _packed(one)), loss.results(shared, one)):",
+        "objectives/recorded_loss.py",
+        "if not _are_close(self(shared, pack(one)), loss.results(shared, one)):",
         "if False:",
         "a last minibatch of one row takes the way of the others",
         "objectives/compiled_clipped::test_python_that_depends_on_rows_is_not_compiled",

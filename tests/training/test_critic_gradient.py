@@ -177,6 +177,20 @@ def test_what_is_compiled_serves_minibatches_of_all_sizes(monkeypatch):
         torch.testing.assert_close((fast, own), (slow, expected), rtol=1e-3, atol=1e-5)
 
 
+@needs_compiler
+def test_settings_that_come_back_are_not_compiled_anew(monkeypatch):
+    data = make_batch(dtype=torch.float32)
+    losses = [make_loss(dtype=torch.float32) for _ in range(2)]
+    optimizers = [critic_optimizer([loss], lr=0.01) for loss in losses]
+    for kind, most_calls in (("l2", 5), ("l1", 5), ("l2", 1), ("l1", 1)):
+        for loss in losses:
+            loss.loss_critic_type = kind
+        fast, own, calls = fit(losses[0], optimizers[0], data, recorded=True, compiled=True, monkeypatch=monkeypatch)
+        slow, expected, _ = fit(losses[1], optimizers[1], data, recorded=False, monkeypatch=monkeypatch)
+        assert calls == most_calls
+        torch.testing.assert_close((fast, own), (slow, expected), rtol=1e-3, atol=1e-5)
+
+
 class ScaledLoss(TRPOLoss):
     """A loss that divides the critic's by a tensor of a part of it."""
 

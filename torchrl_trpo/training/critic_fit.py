@@ -24,6 +24,7 @@ from torchrl_trpo.objectives.policy_update import (
     row_mask,
     trained,
 )
+from torchrl_trpo.objectives.recorded_loss import MeanLoss
 from torchrl_trpo.parallel.minibatches import average_gradients, count_by_rank, draw_minibatches
 from torchrl_trpo.parallel.ranks import Ranks, check_same_length
 
@@ -162,10 +163,8 @@ def _minibatch_gradient(loss: PPOLoss, parameters: list[Tensor], steps: int, com
         and not reads_init(loss.critic_network)
         and all(leaf.requires_grad for leaf in critic_network_parameters(loss).values(True, True))
     )
-    mean = functools.partial(mean_critic_loss, loss)
-    return MinibatchGradient(
-        "The critic's fit", loss, loss.critic_network, mean, parameters, may_record=may_record, compiled=compiled
-    )
+    mean = MeanLoss(loss, loss.critic_network, functools.partial(mean_critic_loss, loss), parameters)
+    return MinibatchGradient("The critic's fit", mean, may_record=may_record, compiled=compiled)
 
 
 def critic_optimizer(losses: Iterable[PPOLoss], *, lr: float) -> torch.optim.Adam:
