@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
@@ -17,7 +17,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_trpo.distributions.divergence import entropy
 from torchrl_trpo.errors import PlainKeyError, nearest
-from torchrl_trpo.keys import entry, next_key, path, reads_init, time_of
+from torchrl_trpo.keys import entry, group_of, key_list, next_key, path, reads_init, time_of
 from torchrl_trpo.numerics.statistics import standardize
 from torchrl_trpo.objectives.agent_checks import common_entries
 from torchrl_trpo.objectives.agent_gae import AgentGAE
@@ -203,9 +203,9 @@ def check_masks(loss: PPOLoss, tensordict: TensorDictBase) -> None:
 
 
 def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
-    """Raises ValueError if the losses of two groups write the same entry, or their policies share a parameter.
+    """Raises ValueError if the policies of two groups share a parameter, or their losses write the same entry.
 
-    One group would train on the other's advantages, or be moved by the other's steps. Nor may they share a
+    A step of one would move the other's policy, or one would train on the other's advantages. Nor may they share a
     ``value_norm`` for which their critics are corrected.
     """
     owners: dict[int, str] = {}
@@ -226,6 +226,11 @@ def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
                 f"value_norm: groups {other!r} and {group!r} share one, and their critics output normalised values: "
                 "when it moves for one group, the values of the other's critic change. Legal: one for each group."
             )
+    check_own_entries(losses)
+
+
+def check_own_entries(losses: Mapping[str, PPOLoss]) -> None:
+    """Raises ValueError if the losses of two groups write the same entry: one would train on the other's advantages."""
     taken: dict[tuple[str, NestedKey], str] = {}
     for group, loss in losses.items():
         for name in ["advantage"] if loss.critic_network is None else ["advantage", "value", "value_target"]:
@@ -238,6 +243,16 @@ def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
                     "value estimator writes. Legal: a key for each group, such as "
                     f"{' and '.join(f'losses[{m!r}].set_keys({name}={own})' for m, own in legal.items())}."
                 )
+
+
+def by_group(losses: Iterable[PPOLoss]) -> dict[str, PPOLoss]:
+    """Losses by the group of their actions, or by their number where groups are not told apart by that."""
+    losses = list(losses)
+    groups = [group_of(next(iter(key_list(loss.tensor_keys.action)))) for loss in losses]
+    named = None not in groups and len(set(groups)) == len(groups)
+    return {
+        str(group if named else number): loss for number, (group, loss) in enumerate(zip(groups, losses, strict=True))
+    }
 
 
 # ------------------------------------------------------------------ advantages and entropies

@@ -44,6 +44,9 @@ from torchrl_trpo.objectives.policy_update import (
 )
 from torchrl_trpo.parallel.ranks import Ranks
 
+_NOT_OFFERED = {"kwargs", "gamma", "actor", "critic", "advantage_key", "value_target_key", "value_key"}
+"""Arguments of ``PPOLoss`` that TorchRL has replaced."""
+
 
 class SurrogateLoss(CriticLoss):
     """The part of :class:`TRPOLoss` that evaluates: :meth:`forward`, and the value estimator.
@@ -66,10 +69,12 @@ class SurrogateLoss(CriticLoss):
         process_group: dist.ProcessGroup | None,
         **kwargs: Any,
     ) -> None:
-        accepted = [name for name in inspect.signature(PPOLoss).parameters if name != "kwargs"]
+        accepted = set(inspect.signature(PPOLoss).parameters) - {"kwargs"}
         for name in kwargs:
             if name not in accepted:  # PPOLoss would ignore it
-                raise TypeError(f"{name}: {type(self).__name__} has no such argument. {nearest(name, accepted)}")
+                raise TypeError(
+                    f"{name}: {type(self).__name__} has no such argument. {_legal_instead(type(self), name)}"
+                )
         super().__init__(actor_network, critic_network, entropy_coeff=plain_number(entropy_coeff), **kwargs)
         self.value_norm = value_norm
         self._figures: dict[str, Tensor] = {}  # kl and ESS, from _log_weight to the end of forward
@@ -241,3 +246,11 @@ class SurrogateLoss(CriticLoss):
     def _get_entropy(self, dist: D.Distribution, adv_shape: torch.Size) -> Tensor | TensorDict:
         # Without sampling where possible: PPOLoss's estimate differs from call to call.
         return exact_entropy(dist, adv_shape) if has_exact_entropy(dist) else super()._get_entropy(dist, adv_shape)
+
+
+def _legal_instead(loss: type[SurrogateLoss], name: str) -> str:
+    """What is legal in place of an argument that a loss does not have."""
+    if name == "clip_epsilon":
+        return "Legal: TrustRegionUpdater(loss, max_kl=...), which bounds a step where ClipPPOLoss clips."
+    names = [*inspect.signature(loss).parameters, *inspect.signature(PPOLoss).parameters]
+    return nearest(name, [each for each in dict.fromkeys(names) if each not in _NOT_OFFERED])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 from collections.abc import Callable, Mapping
@@ -42,6 +43,8 @@ class RangedSettings:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._settings():
             value = self._checked(name, value)
+        elif not hasattr(self, name) and (close := difflib.get_close_matches(name, self._settings(), 1, 0.8)):
+            raise AttributeError(f"{name}: {type(self).__name__} has no such setting. Did you mean {close[0]!r}?")
         super().__setattr__(name, value)
 
     def _settings(self) -> list[str]:

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
@@ -17,12 +18,14 @@ from torchrl.envs import (
     StepCounter,
     Transform,
     TransformedEnv,
+    VecNorm,
     VecNormV2,
 )
 
 from tests.cases import needs_compiler
 from tests.envs.test_compiled import Push
 from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledCollector, CompiledVmasEnv
+from torchrl_trpo.envs.many_steps import ManySteps
 from torchrl_trpo.keys import group_keys
 from torchrl_trpo.networks import make_actor
 from torchrl_trpo.networks.recurrent import carry_states
@@ -141,6 +144,14 @@ def test_a_reset_that_draws_a_goal_for_all_is_in_it():
     assert len(ours.env.base_env._variants) > 1
 
 
+def test_steps_are_taken_without_python(monkeypatch):
+    """Nothing but the first resets, which fill the pool, needs Python."""
+    taken, own = [], ManySteps.take
+    monkeypatch.setattr(ManySteps, "take", lambda *arguments: taken.append(own(*arguments)) or taken[-1])
+    check(n_batches=4, traits=(), limit=100)
+    assert sum(n_taken for n_taken, _ in taken) >= 4 * STEPS - 3
+
+
 def test_parameters_are_read_where_they_are():
     def change(collector, number):
         with torch.no_grad():
@@ -148,6 +159,17 @@ def test_parameters_are_read_where_they_are():
                 parameter.add_(0.1 * number)
 
     check(change)
+
+
+@pytest.mark.parametrize("share_params", [True, False])
+def test_parameters_that_to_module_puts_there_are_read(share_params):
+    """A policy with ``TensorDictParams``, as ``MultiAgentMLP`` has them, acted with its first parameters."""
+
+    def change(collector, number):
+        parameters = TensorDict.from_module(collector.policy).data
+        parameters.apply(lambda value: value + 0.1 * number).to_module(collector.policy)
+
+    check(change, 3, actor={"share_params": share_params})
 
 
 def test_what_has_changed_is_compiled_anew():
@@ -206,21 +228,24 @@ class ReadsTheScenario(Transform):
         return self._call(tensordict_reset)
 
 
-@pytest.mark.filterwarnings("ignore:Rollouts are not compiled", "ignore:Support of VecNormV2")
+@pytest.mark.filterwarnings(
+    "ignore:Rollouts are not compiled",
+    "ignore:Support of VecNormV2",
+    "ignore:The VecNorm class",
+    "ignore:This class is to be",
+)
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
         ({"actor": {"network": "gru"}}, "its transforms refuse another number of environments"),
-        (
-            {"transforms": [lambda: VecNormV2(in_keys=[KEY], decay=0.9)]},
-            "its transforms refuse another number of environments",
-        ),
+        ({"transforms": [lambda: VecNormV2(in_keys=[KEY], decay=0.9)]}, "VecNormV2 holds a lock, lock"),
+        ({"transforms": [lambda: VecNorm(in_keys=[KEY], decay=0.9)]}, "VecNorm holds a lock, lock"),
         ({"init_random_frames": N * STEPS}, "random frames come first"),
         ({"replay_buffer": True}, "a replay buffer is written at each step"),
         ({"traits": ("batch",)}, "its simulator is not compiled: .*add over rows"),
         ({"transforms": [ReadsTheScenario]}, "a transform reads the simulator's objects: scenario.bonus"),
     ],
-    ids=["recurrent", "running statistics", "random frames", "replay buffer", "simulator", "scenario"],
+    ids=["recurrent", "running statistics", "lock", "random frames", "replay buffer", "simulator", "scenario"],
 )
 def test_what_is_not_compiled_is_torchrls_and_says_so(settings, reason):
     if "replay_buffer" in settings:

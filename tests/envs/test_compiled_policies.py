@@ -215,15 +215,13 @@ def test_a_rollout_that_was_interrupted_is_followed_by_a_reset(monkeypatch):
     """The first step after it led from the state before the interrupted rollout to one of its middle."""
     ours = make(CompiledCollector, **SETTINGS, limit=100)
     collect(ours, 1)
-    own, calls = ours._fused._finish_data, []
+    own = ours._fused._many_steps.take
 
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        own(*arguments)
+    def interrupted(n_steps, *arguments):
+        own(4, *arguments)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(ours._fused, "_finish_data", interrupted)
+    monkeypatch.setattr(ours._fused._many_steps, "take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ours.rollout()
     monkeypatch.undo()

@@ -287,6 +287,13 @@ def test_what_is_no_number(value):
         TrustRegionUpdater(TRPOLoss(make_actor()), max_kl=value)
 
 
+def test_a_misspelt_setting_is_named():
+    """A schedule of ``updater.maxkl`` changed nothing."""
+    updater = TrustRegionUpdater(make_loss(make_actor()))
+    with pytest.raises(AttributeError, match=r"^maxkl: TrustRegionUpdater has no such setting. Did you mean 'max_kl'"):
+        updater.maxkl = 0.5
+
+
 def test_the_text_of_a_key_error_is_printed_as_it_is():
     """Python's ``KeyError`` prints its message in quotes, with those inside escaped."""
     with pytest.raises(KeyError) as caught:

@@ -876,13 +876,21 @@ def test_a_loss_may_have_a_policy_alone(layout, functional):
 
 
 @pytest.mark.parametrize(
-    "keywords",
-    [{"critic_coef": 1.0}, {"entropy_coef": 1.0}, {"gamma": 0.9}, {"clip_epsilon": 0.2}, {"reductoin": "sum"}],
-    ids=lambda keywords: next(iter(keywords)),
+    ("keywords", "hint"),
+    [
+        ({"critic_coef": 1.0}, "'critic_coeff'"),
+        ({"entropy_coef": 1.0}, "'entropy_coeff'"),
+        ({"gamma": 0.9}, "gamma"),
+        ({"clip_epsilon": 0.2}, r"Legal: TrustRegionUpdater\(loss, max_kl=...\)"),
+        ({"reductoin": "sum"}, "'reduction'"),
+        ({"compile": True}, "'compiled'"),
+        ({"chunk_sise": 10}, "'chunk_size'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_keywords_that_torchrl_has_not_are_refused(keywords):
+def test_keywords_that_torchrl_has_not_are_refused(keywords, hint):
     """``PPOLoss`` takes any keyword, and ignores those it does not know."""
-    with pytest.raises(TypeError, match=next(iter(keywords))):
+    with pytest.raises(TypeError, match=f"{next(iter(keywords))}.*{hint}"):
         make_case().loss(**keywords)
 
 

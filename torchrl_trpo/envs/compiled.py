@@ -16,8 +16,9 @@ from torchrl_trpo.envs.reads import Untraceable
 from torchrl_trpo.envs.tracing import Places, first_with, left_as_it_is, trace
 from torchrl_trpo.kernels.aten import Operations
 from torchrl_trpo.kernels.buffers import Buffers, Columns, Draws, NotCompiled, Slot, reason_of
+from torchrl_trpo.kernels.compiler import Call
 from torchrl_trpo.kernels.lanes import DTYPES, Lanes, Lowered, Unsupported
-from torchrl_trpo.kernels.rows import compile_rows
+from torchrl_trpo.kernels.rows import RowsOnCpu, compile_rows
 from torchrl_trpo.kernels.writer import Guard, Store
 from torchrl_trpo.seeding import device_state, forked_generators, set_device_state
 
@@ -235,6 +236,29 @@ class CompiledFunction:
             for kind, buffer in after.items():
                 torch.where(is_changed, buffer, state.buffers[kind], out=buffer)
         return True
+
+    def call(self, arguments: Sequence[int] | np.ndarray, results: Columns, *, of_rows: bool = False) -> Call | None:
+        """The function on addresses, for C++ to call. The first inputs and outputs are the buffers of the state.
+
+        Args:
+            arguments: as of :meth:`run`.
+            results: where the results are written.
+
+        Keyword Args:
+            of_rows: whether the state of some environments stays.
+
+        Returns:
+            The call; None if more than the compiled code is needed, or other places hold the same tensors after it.
+        """
+        state, has_more = self._state, self.draws or self._masked or self._firsts or self._used is not None
+        if has_more or not isinstance(self._run, RowsOnCpu):
+            return None
+        if self.changes_state and self._sharing_after(of_rows) is not state.same:
+            return None
+        self._inputs[: len(state.addresses)] = state.addresses
+        self._inputs[len(state.addresses) :][: len(arguments)] = arguments
+        self._outputs[len(DTYPES) :] = [buffer.data_ptr() for buffer in results.buffers.values()]
+        return self._run.on(self._inputs, self._outputs)
 
     def _sharing_after(self, keeps_rows: bool) -> list[int]:
         """Which places hold the same tensors after a call; if it keeps some rows, those that did before too."""

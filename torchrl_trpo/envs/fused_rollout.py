@@ -19,6 +19,7 @@ from torchrl.modules import TanhNormal
 from torchrl_trpo.distributions import BoundedTanhNormal
 from torchrl_trpo.envs.compiled import CompiledFunction, check_equal
 from torchrl_trpo.envs.compiled_vmas import CompiledVmasEnv
+from torchrl_trpo.envs.many_steps import ManySteps
 from torchrl_trpo.envs.reads import Untraceable
 from torchrl_trpo.envs.rollout_functions import RolloutFunctions, some_and_all
 from torchrl_trpo.envs.torchrl_step import Policy, base_of, filled, left_as_they_are, parameters_of, settings_of
@@ -32,8 +33,9 @@ class FusedRollout:
     """A policy in compiled VMAS: the policy, TorchRL's transforms and resets are compiled as the simulator is.
 
     A step is three compiled functions: the policy with the actions' way through the inverse transforms; the simulator's
-    step; and what TorchRL makes of its entries. Where episodes end, another one is what TorchRL makes of a reset.
-    What a compiled function cannot do at some step, TorchRL and VMAS do.
+    step; and what TorchRL makes of its entries. Where episodes end, another one is what TorchRL makes of a reset. As
+    long as nothing else is needed, steps are taken one after the other in one call. What a compiled function cannot do
+    at some step, TorchRL and VMAS do.
 
     Args:
         env: a :class:`~torchrl_trpo.envs.CompiledVmasEnv`, or a ``TransformedEnv`` of one.
@@ -71,15 +73,31 @@ class FusedRollout:
         self._torchrl = functions.torchrl
         self._keys = self._torchrl.carried_keys  # of what a step leaves to the next
         self._done = self._keys.index("done")
-        self._carried, self._following = (Columns.like(n, functions.carried) for _ in range(2))
+        self._columns = [Columns.like(n, functions.carried) for _ in range(3)]  # carried, following, and room
         self._chosen, self._actions = Columns.like(n, functions.chosen), Columns.like(n, functions.actions)
+        self._many_steps: ManySteps | None = None
+        self._n_asked = 1 << 62  # of it at a time: fewer after it has stopped early
         if self.why_policy_not_compiled is None:
+            self._many_steps = ManySteps(functions, self._columns, self._done)
             functions.act.outputs[:] = [*self._chosen.addresses, *self._actions.addresses]
         else:
             functions.act.outputs[:] = self._actions.addresses
             functions.act.inputs[len(self._keys) :][: len(functions.chosen)] = self._chosen.addresses
         self._step: Any = None
         self._follow_variant()
+
+    @property
+    def _carried(self) -> Columns:
+        """What a step has left to the next."""
+        return self._columns[0]
+
+    @property
+    def _following(self) -> Columns:
+        """Room for what it leaves."""
+        return self._columns[1]
+
+    def _carry_on(self) -> None:
+        self._columns[:2] = self._columns[1], self._columns[0]
 
     def _follow_variant(self) -> None:
         """Takes over the simulator's functions, if it has others than at the last call."""
@@ -130,17 +148,52 @@ class FusedRollout:
         places = first + step * np.arange(batch.shape[1], dtype=np.uint64)[:, None]
         self._functions.finish_step.strides[: len(rows)] = [tensor.stride(0) for tensor in rows]
         try:
-            for time, place in enumerate(places):
-                self._functions.finish_step.outputs[: len(rows)] = place
+            time = 0
+            while (time := time + self._take_steps(places[time:], step)) < len(places):
+                self._functions.finish_step.outputs[: len(rows)] = places[time]
                 self._choose_actions()
                 self._simulate()
                 self._finish_data(rows, time)
                 ended = self._carried.tensors[self._done]
                 if ended.any():
                     self._reset_ended(ended)
+                time += 1
         finally:
             self._hold()
         return self._carried_in(data)
+
+    def _take_steps(self, places: np.ndarray, step: np.ndarray) -> int:
+        """Takes the steps that compiled functions can take by themselves, until one needs more.
+
+        Args:
+            places: where the data of each step is written.
+            step: how many bytes farther that of the next is.
+
+        Returns:
+            How many it has taken.
+        """
+        base, state, many, time = self._base, self._state, self._many_steps, 0
+        has_resets = base.compiled_read is not None and self._functions.finish_reset
+        while many is not None and self._is_attached and time < len(places):
+            read = base.compiled_read.call((), self._reset_entries, of_rows=True) if has_resets else None
+            calls = self._step.call(self._actions.addresses, self._entries), read
+            states = [state.buffers, *(self._spare() for _ in range(3))]
+            n_asked = min(len(places) - time, self._n_asked, many.most)
+            n_taken, now = many.take(n_asked, base, calls, states, (places[time], step))
+            if now:
+                state.move(states[now])
+            unused = (each for number, each in enumerate(states) if number != now)
+            self._spares += [each for each in unused if each is not self._held]
+            time += n_taken
+            if n_taken < n_asked:
+                self._n_asked = 2 * n_taken + 1
+                break
+            self._n_asked = max(self._n_asked, 2 * n_asked)
+        return time
+
+    def _spare(self) -> dict[str, Tensor]:
+        """Buffers of the state that nothing reads."""
+        return self._spares.pop() if self._spares else self._state.layout.empty()
 
     def _hold(self) -> None:
         """Makes the simulator's objects hold the state."""
@@ -187,7 +240,7 @@ class FusedRollout:
             for row, value in zip(rows, stored.values(), strict=True):
                 row[:, time] = value
             self._following.put(following)
-        self._carried, self._following = self._following, self._carried
+        self._carry_on()
 
     def _reset_ended(self, ended: Tensor) -> None:
         base, rows = self._base, ended.squeeze(-1)
@@ -212,7 +265,7 @@ class FusedRollout:
         if not finish():
             leaves = [*self._carried.tensors, ended, *self._reset_entries.tensors]
             self._following.put(self._torchrl.reset(self._env, self._data, [leaf.clone() for leaf in leaves]))
-        self._carried, self._following = self._following, self._carried
+        self._carry_on()
 
     def _run(
         self,
@@ -225,7 +278,7 @@ class FusedRollout:
         state = self._state
         after = state.buffers
         if function.changes_state:
-            after = self._spares.pop() if self._spares else state.layout.empty()
+            after = self._spare()
         with self._base._drawing() if function.draws else contextlib.nullcontext():
             holds = function.run(arguments, after, results.buffers, rows)
         if function.changes_state:

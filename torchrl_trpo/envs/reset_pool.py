@@ -48,7 +48,7 @@ class ResetPool:
         self._sharing: tuple[Any, list[int]] = (None, [])  # before a reset, and afterwards
         self._read: list[int] = []  # the places whose tensors a reset reads
         self._shared: list[Tensor] = []  # those that all environments share, as they were when the pool was filled
-        self._constants: list[tuple[Slot, Tensor]] = []  # what a reset reads and does not write: the same in all rows
+        self._constants: list[tuple[int, Slot, Tensor]] = []  # places that a reset reads and leaves, and their rows
         self._next = twin.num_envs  # of the environments in the pool; it is empty
 
     def check(self, rewind: Callable[[], None]) -> None:
@@ -78,7 +78,7 @@ class ResetPool:
             if slot is not None and self._origins[number] == 0:
                 if not torch.equal(rows, rows[:1].expand_as(rows)):
                     raise NotCompiled(f"a reset reads {before.paths[number]}, which it does not write")
-                self._constants.append((slot, rows[0].clone()))
+                self._constants.append((number, slot, rows[0].clone()))
         check_equal(["what a reset leaves"] * len(left[0]), left[0], left[1])
         for _ in range(_RESETS_TO_TRY):
             self._fill()
@@ -133,10 +133,9 @@ class ResetPool:
     def put(self, ended: Tensor) -> bool:
         """Puts fresh environments in the place of ended ones, in the state's buffers; whether it has."""
         state = self._state
-        values = ((state.layout.view(state.buffers, slot), row) for slot, row in self._constants)
-        if state.reset_problem is not None or not all(torch.equal(now, row.expand_as(now)) for now, row in values):
+        if not self._are_resets_known():
             return False
-        if not all(torch.equal(*pair) for pair in zip(self._shared_now(), self._shared, strict=True)):
+        if self._has_other_shared():
             self.clear()
         rows = ended.nonzero()
         while len(rows):
@@ -155,6 +154,36 @@ class ResetPool:
             rows = rows[n_now:]
             state.share(self._sharing[1])
         return True
+
+    def _are_resets_known(self) -> bool:
+        """Whether resets are what they were when the pool was checked."""
+        state = self._state
+        values = ((state.layout.view(state.buffers, slot), row) for _, slot, row in self._constants)
+        return state.reset_problem is None and all(torch.equal(now, row.expand_as(now)) for now, row in values)
+
+    def _has_other_shared(self) -> bool:
+        """Whether what all environments share is something else than when the pool was filled."""
+        return not all(torch.equal(*pair) for pair in zip(self._shared_now(), self._shared, strict=True))
+
+    def waiting(self) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
+        """The environments that wait, for others than :meth:`put` to put them in place in many steps.
+
+        Returns:
+            How many there are; by kind, the lanes of the state that a reset writes, and the numbers in them for each
+            environment. None wait if steps may change what a reset reads, or a reset changes which places hold the same
+            tensors.
+        """
+        same, n_waiting = self._state.same, self._n - self._next
+        may_change = any(number in self._state.changed for number, *_ in self._constants)
+        if may_change or not self._are_resets_known() or self._has_other_shared():
+            return 0, {}
+        if self._sharing[0] is not same or self._sharing[1] is not same:
+            return 0, {}
+        return n_waiting, {kind: (lanes, self._fresh[kind][self._next :]) for kind, lanes in self._lanes.items()}
+
+    def taken(self, n: int) -> None:
+        """Takes note that so many of those that wait are in place."""
+        self._next += n
 
     def clear(self) -> None:
         """Forgets the environments in the pool: those that follow are reset anew."""

@@ -18,6 +18,7 @@ from torchrl_trpo.envs.torchrl_step import (
     Policy,
     TorchRLStep,
     base_of,
+    check_locks,
     constants_of,
     filled,
     leaves_of,
@@ -67,6 +68,7 @@ class RolloutFunctions:
     """
 
     def __init__(self, env: EnvBase, policy: Policy, data: TensorDictBase) -> None:
+        check_locks(env, policy)
         base = base_of(env)
         step, read = base.compiled_step, base.compiled_read
         self._layout: Buffers = base.state.layout

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
+from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase, TensorDictParams
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 from torchrl.envs import EnvBase, TransformedEnv
@@ -155,8 +155,7 @@ def parameters_of(env: EnvBase, policy: Policy) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for owner, root in (("policy", policy), ("env", env)):
         for name, module in _modules_of(root):
-            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            found |= {f"{owner}.{name}.{key}": tensor for key, tensor in tensors}
+            found |= {f"{owner}.{name}.{key}": tensor for key, tensor in _own_tensors(module)}
     for name, tensor in found.items():
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise NotCompiled(f"{name} is not contiguous, or not on the CPU")
@@ -175,8 +174,23 @@ def constants_of(*roots: Any) -> list[Tensor]:
 
 def tensors_of(root: Any) -> list[Tensor]:
     """The parameters and buffers of the modules of a policy, or of an environment's transforms."""
-    modules = [module for _, module in _modules_of(root)]
-    return [tensor for module in modules for tensor in (*module.parameters(False), *module.buffers(False))]
+    return [tensor for _, module in _modules_of(root) for _, tensor in _own_tensors(module)]
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[NestedKey, Tensor]]:
+    """The parameters and buffers of a module, without those of its parts, by name."""
+    if isinstance(module, TensorDictParams):  # what to_module puts there, its lists of parameters do not have
+        return [*module.items(True, True)]
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def check_locks(*roots: Any) -> None:
+    """Raises NotCompiled if a module holds a lock: it might be left locked where a trace ends in an error."""
+    for root in roots:
+        for _, module in _modules_of(root):
+            for name, value in vars(module).items():
+                if hasattr(value, "acquire") and hasattr(value, "release"):
+                    raise NotCompiled(f"{type(module).__name__} holds a lock, {name}")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -132,16 +133,20 @@ class Draws:
             :data:`DRAWN_IF` for a method, it has numbers in [0, 1) of which each row may need the first ones.
 
     Attributes:
+        methods: as ``draws``.
+        tensors: the tensors.
         addresses: where their lanes are.
+        size: how many numbers they have.
     """
 
     def __init__(self, layout: Buffers, draws: Sequence[tuple[tuple[int, ...], str, tuple[float, ...]]]) -> None:
-        self._draws = draws
+        self.methods = draws
         dtypes = [torch.int64 if method == "random_" else torch.float32 for _, method, _ in draws]
         shapes = [shape for shape, *_ in draws]
         empty = [torch.empty(s, dtype=t, device=layout.device) for s, t in zip(shapes, dtypes, strict=True)]
-        self._columns = Columns.like(layout.n, empty)
-        self.addresses = self._columns.addresses
+        columns = Columns.like(layout.n, empty)
+        self.tensors, self.addresses = columns.tensors, columns.addresses
+        self.size = sum(tensor.numel() for tensor in self.tensors)
 
     def draw(self, masks: Mapping[int, Tensor], n_used: int | None = None) -> None:
         """Draws them from the device's global generator, as the function does.
@@ -150,7 +155,7 @@ class Draws:
             masks: by the numbers of random tensors the rows that are drawn, bool ``[n]``. Default: all.
             n_used: how many numbers each row needs of those that are drawn under a condition. Default: all.
         """
-        pairs = zip(self._columns.tensors, self._draws, strict=True)
+        pairs = zip(self.tensors, self.methods, strict=True)
         for number, (column, (_, method, parameters)) in enumerate(pairs):
             if method == DRAWN_IF:
                 drawn = column.new_empty(column.shape[1] if n_used is None else n_used, len(column)).uniform_()
@@ -160,6 +165,38 @@ class Draws:
                 column[rows] = getattr(column.new_empty(len(rows), *column.shape[1:]), method)(*parameters)
             else:
                 column.copy_(getattr(column.new_empty(column.shape), method)(*parameters))
+
+
+class DrawsOfSteps:
+    """The random tensors of a compiled function for several calls, drawn together.
+
+    Args:
+        layout: the number of rows, and where they are.
+        draws: those of one call, none of which are drawn under a condition.
+        n_steps: for how many calls there is room.
+
+    Attributes:
+        addresses: where their lanes are, ``[n_steps, n_draws]``.
+    """
+
+    def __init__(self, layout: Buffers, draws: Draws, n_steps: int) -> None:
+        self._pairs, fills = [], []
+        for column, (_, method, parameters) in zip(draws.tensors, draws.methods, strict=True):
+            drawn = column.new_empty(n_steps, *column.shape)
+            lanes = column.new_zeros(n_steps, column[0].numel(), layout.padded)
+            self._pairs.append((lanes[..., : layout.n], drawn.view(n_steps, layout.n, -1).mT))
+            fills.append([functools.partial(getattr(each, method), *parameters) for each in drawn.unbind()])
+        addresses = [[lanes[step].data_ptr() for lanes, _ in self._pairs] for step in range(n_steps)]
+        self.addresses = np.array(addresses, np.uint64).reshape(n_steps, -1)
+        self._fills = [*zip(*fills, strict=True)]
+
+    def draw(self, n_steps: int) -> None:
+        """Draws those of the first steps from the device's global generator, as so many calls do."""
+        for fills in self._fills[:n_steps]:
+            for fill in fills:
+                fill()
+        for lanes, drawn in self._pairs:
+            lanes[:n_steps].copy_(drawn[:n_steps])
 
 
 def unused_size(tensors: Iterable[Tensor]) -> int:

@@ -32,6 +32,12 @@ class CompilerError(NotCompiled):
     """There is no compiler, or it refuses the code."""
 
 
+class Call(ctypes.Structure):
+    """A compiled function and its arguments, as C++ sees them."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("run", "inputs", "outputs", "strides"))
+
+
 class Function:
     """A function of :func:`source`, which is compiled at its first call, with all others that wait for theirs.
 
@@ -57,6 +63,23 @@ class Function:
 
         Returns:
             Its result.
+        """
+        self._compile_waiting()
+        return int(self._run(*arguments))
+
+    def on(self, inputs: int, outputs: int, strides: int = 0) -> Call:
+        """The function with arguments, for C++ to call.
+
+        Args:
+            inputs: where the addresses of its inputs are.
+            outputs: where those of its outputs are.
+            strides: where the strides of the outputs that are stored by row are.
+        """
+        self._compile_waiting()
+        return Call(ctypes.cast(self._run, ctypes.c_void_p), inputs, outputs, strides)
+
+    def _compile_waiting(self) -> None:
+        """Compiles the function, if it is not yet, with all that wait.
 
         Raises:
             CompilerError: if there is no C++ compiler, it fails, or the libraries' folder cannot be written.
@@ -71,7 +94,6 @@ class Function:
                     raise
                 self._waiting.extend(map(weakref.ref, others))
                 _load([self])
-        return int(self._run(*arguments))
 
 
 def _load(functions: Sequence[Function]) -> None:

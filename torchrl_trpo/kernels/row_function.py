@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from torchrl_trpo.kernels.buffers import Buffers, Draws, NotCompiled
-from torchrl_trpo.kernels.compiler import Function
+from torchrl_trpo.kernels.compiler import Call, Function
 from torchrl_trpo.kernels.cpp import source
 from torchrl_trpo.kernels.lanes import Lanes, Lowered
 from torchrl_trpo.kernels.writer import Guard, Store
@@ -29,6 +29,7 @@ class RowFunction:
         inputs: the addresses of the inputs: lanes, or a tensor that all rows share.
         outputs: the addresses of the results.
         strides: of the results that are written as rows, in numbers.
+        draws: the random numbers that a call draws.
 
     Raises:
         NotCompiled: if a result has no row for each environment, or the compiler fails.
@@ -45,7 +46,7 @@ class RowFunction:
         guards: Sequence[tuple[Lanes, Any]] = (),
     ) -> None:
         self._layout = layout
-        self._draws = Draws(layout, lowered.draws)
+        self.draws = Draws(layout, lowered.draws)
         places = {name: (number, 0) for number, name in enumerate(names)}
         places |= {f"draw{number}": (len(names) + number, 0) for number in range(len(lowered.draws))}
         stores = []
@@ -60,10 +61,14 @@ class RowFunction:
         self._run = Function(source(lowered.statements.all, places, stores, checks))
         self._addresses = np.zeros(len(names) + len(lowered.draws), np.uint64)
         self.inputs = self._addresses[: len(names)]
-        self._addresses[len(names) :] = self._draws.addresses
+        self._addresses[len(names) :] = self.draws.addresses
         self.outputs = np.zeros(len(by_row) + len(by_lane), np.uint64)
         self.strides = np.zeros(len(by_row) + len(by_lane), np.int64)
         self._pointers = [array.ctypes.data for array in (self._addresses, self.outputs, self.strides)]
+
+    def call(self) -> Call:
+        """The function, for C++ to call. Its random numbers come behind its inputs."""
+        return self._run.on(*self._pointers)
 
     def __call__(self) -> bool:
         """Calls the function. Random numbers are drawn from PyTorch's global generator, as the function draws them.
@@ -71,5 +76,5 @@ class RowFunction:
         Returns:
             Whether the results are right: the function branches as it did when it was traced.
         """
-        self._draws.draw({})
+        self.draws.draw({})
         return bool(self._run(self._layout.n, self._layout.padded, *self._pointers))

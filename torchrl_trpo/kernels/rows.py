@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from torchrl_trpo.kernels.compiler import Function
+from torchrl_trpo.kernels.compiler import Call, Function
 from torchrl_trpo.kernels.cpp import source
 from torchrl_trpo.kernels.cuda import Kernel
 from torchrl_trpo.kernels.lanes import Statement
 from torchrl_trpo.kernels.writer import Guard, Store
+
+
+class RowsOnCpu:
+    """A function of a batch in memory, compiled.
+
+    Args:
+        code: the code.
+    """
+
+    def __init__(self, code: str) -> None:
+        self._function = Function(code)
+
+    def __call__(self, n: int, padded: int, inputs: np.ndarray, outputs: np.ndarray) -> bool:
+        """Calls the function; see :func:`compile_rows`."""
+        return bool(self._function(n, padded, inputs.ctypes.data, outputs.ctypes.data, 0))
+
+    def on(self, inputs: np.ndarray, outputs: np.ndarray) -> Call:
+        """The function with arguments, for C++ to call."""
+        return self._function.on(inputs.ctypes.data, outputs.ctypes.data)
 
 
 def compile_rows(
@@ -20,7 +39,7 @@ def compile_rows(
     inputs: Mapping[str, tuple[int, int]],
     stores: Sequence[Store],
     guards: Sequence[Guard],
-) -> Callable[[int, int, np.ndarray, np.ndarray], bool]:
+) -> RowsOnCpu | Kernel:
     """Compiles statements, as :func:`~torchrl_trpo.kernels.cpp.source` says, or as a CUDA kernel.
 
     Args:
@@ -36,5 +55,4 @@ def compile_rows(
     """
     if device.type != "cpu":
         return Kernel(device, statements, inputs, stores, guards)
-    run = Function(source(statements, inputs, stores, guards))
-    return lambda n, padded, read, written: bool(run(n, padded, read.ctypes.data, written.ctypes.data, 0))
+    return RowsOnCpu(source(statements, inputs, stores, guards))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
 from types import CellType, FunctionType, ModuleType, SimpleNamespace
@@ -17,6 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _FEW = 1024  # numbers of a tensor that are compared by value
 _DEEPEST = 2  # of the objects in objects whose attributes are compared
 _LIBRARIES = ("torch.", "tensordict.", "torchrl.", "logging")  # their objects are compared by identity
+_ATOMS = {type(None), bool, int, float, str, torch.dtype, torch.device}
+_CONTAINERS = {dict, OrderedDict, list, tuple, set}
 _TENSORS = {"_parameters", "_buffers", "_modules"}
 
 
@@ -117,10 +120,11 @@ def _parts_of(value: Any) -> Any:
 
 def setting_of(value: Any, depth: int = 0) -> Any:
     """An attribute as :func:`settings_of` compares it; ``depth`` is how many objects it is in, besides its module."""
-    if value is None or isinstance(value, (bool, int, float, str, type, torch.dtype, torch.device)):
+    kind = type(value)
+    if kind in _ATOMS or isinstance(value, (int, float, str, type)):
         return value
-    if isinstance(value, (dict, list, tuple)) and not value:  # most of a module's: it has a dozen dicts for hooks
-        return type(value)
+    if kind in _CONTAINERS and not value:  # most of a module's: it has a dozen dicts for hooks
+        return kind
     if isinstance(value, Tensor):
         if depth:  # compiled code does not have its numbers
             return (value.dtype, value.shape)

@@ -188,9 +188,9 @@ def write(
             lines.append(Line(index, _CODE[operation].format(*map(_term, arguments)), lanes_of(arguments)))
         if kind in {"i", "j"} and operation != "where":
             lines.append(Line(None, f"fail = fail | (abs_of(v{index}) > F({LARGEST_INT}.0f))", [index]))
-    for store in stores:
-        code = scratch.store(store) if isinstance(store.value, Items) else _store(store)
-        stages[-1].append(Line(None, code, lanes_of([store.value])))
+    for block in _blocks(stores):
+        code = scratch.store(block[0]) if isinstance(block[0].value, Items) else _store(block)
+        stages[-1].append(Line(None, code, lanes_of([store.value for store in block])))
     for value, expected in guards:
         wrong = f"({_term(value)} {'^' if isinstance(expected, bool) else '!='} {_term(expected)})"
         stages[-1].append(Line(None, f"fail = fail | {wrong}", lanes_of([value])))
@@ -283,11 +283,28 @@ def _load(statement: Statement, inputs: Mapping[str, tuple[int, int]]) -> str:
     return f"{operation}((const {_C_TYPES[kind]}*)in[{buffer}] + {place})"
 
 
-def _store(store: Store) -> str:
-    value, kind, buffer, row, by_row = store
+def _blocks(stores: Sequence[Store]) -> list[list[Store]]:
+    """Stores of numbers that are next to each other in a row, together."""
+    blocks: list[list[Store]] = []
+    for store in stores:
+        last = blocks[-1][-1] if blocks else None
+        follows = last is not None and store.by_row and store[1:] == (last.kind, last.buffer, last.row + 1, last.by_row)
+        if follows and store.kind == "f":
+            blocks[-1].append(store)
+        else:
+            blocks.append([store])
+    return blocks
+
+
+def _store(block: Sequence[Store]) -> str:
+    value, kind, buffer, row, by_row = block[0]
     if by_row:
         c_type = "bool" if kind == "b" else _C_TYPES[kind]
-        return f"store_rows(({c_type}*)out[{buffer}] + {row} + i * S[{buffer}], S[{buffer}], n - i, {_term(value)})"
+        place = f"({c_type}*)out[{buffer}] + {row} + i * S[{buffer}], S[{buffer}], n - i"
+        if len(block) == 1:
+            return f"store_rows({place}, {_term(value)})"
+        values = ", ".join(_term(store.value) for store in block)
+        return f"{{ const F block[] = {{{values}}}; store_rows<{len(block)}>({place}, block); }}"
     return f"store(({_C_TYPES[kind]}*)out[{buffer}] + {row} * P + i, only({_term(value)}, valid))"
 
 

@@ -18,6 +18,8 @@ from torchrl_trpo.keys import entry, finite_where_masked, non_finite, reads_init
 from torchrl_trpo.numerics.statistics import read, variance
 from torchrl_trpo.objectives.minibatch_gradient import MinibatchGradient
 from torchrl_trpo.objectives.policy_update import (
+    by_group,
+    check_own_entries,
     critic_network_parameters,
     mask_keys,
     mean_critic_loss,
@@ -43,6 +45,8 @@ def fit_critics(
 ) -> dict[str, float]:
     """Fits the critics of several groups, one after the other, with :func:`fit_critic`.
 
+    It is an error if two losses read the same entry: one critic would be fitted on the other's targets.
+
     Args:
         losses: the losses of the groups.
         optimizer: over the parameters of all critics.
@@ -59,8 +63,10 @@ def fit_critics(
     Returns:
         What :func:`fit_critic` returns, averaged over the groups; ``dropped`` is summed.
     """
+    groups = by_group(losses)
+    check_own_entries(groups)
     settings: Any = {"minibatch_size": minibatch_size, "compiled": compiled, "process_group": process_group}
-    fits = [fit_critic(loss, optimizer, data, epochs=epochs, **settings) for loss in losses]
+    fits = [fit_critic(loss, optimizer, data, epochs=epochs, **settings) for loss in groups.values()]
     total = {name: sum(fit[name] for fit in fits) for name in fits[0]}
     return {name: value if name == "dropped" else value / len(fits) for name, value in total.items()}
 

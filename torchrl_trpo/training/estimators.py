@@ -14,7 +14,7 @@ from torchrl.objectives import PPOLoss
 from torchrl_trpo.keys import GroupKeys, group_keys
 from torchrl_trpo.networks import make_central_critic, make_critic, make_value_norm
 from torchrl_trpo.objectives import AgentGAE, CentralCriticValueEstimator
-from torchrl_trpo.objectives.policy_update import run_value_estimator
+from torchrl_trpo.objectives.policy_update import by_group, check_own_entries, run_value_estimator
 
 _Loss = TypeVar("_Loss", bound=PPOLoss)
 
@@ -144,9 +144,13 @@ def attach_estimator(loss: _Loss, estimator: AgentGAE, keys: GroupKeys) -> _Loss
 def estimate_advantages(losses: Iterable[PPOLoss], data: TensorDictBase) -> None:
     """Writes values, advantages and value targets into a batch, with each loss's value estimator.
 
+    It is an error if two losses write the same entry: one would train on the other's advantages.
+
     Args:
         losses: the losses of the groups.
         data: the batch, ``[*B, T]``.
     """
-    for loss in losses:
+    groups = by_group(losses)
+    check_own_entries(groups)
+    for loss in groups.values():
         run_value_estimator(loss, data)

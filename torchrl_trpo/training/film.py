@@ -165,6 +165,8 @@ def _choose_renderer(env: Any, shrink: float) -> Callable[[int], np.ndarray]:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame, without a display
         # The public env.render() would draw all environments, also those whose episode has ended.
         return lambda index: _shrink(np.asarray(env._envs[index].render()), max(1, round(shrink)))
+    if not hasattr(env, "scenario"):
+        raise NotImplementedError(f"{type(env).__name__} has no method render of a single environment")
     size = env.scenario.viewer_size
     env.scenario.viewer_size = tuple(int(each / shrink) for each in size)  # read when the first picture is drawn
     try:
