@@ -1132,8 +1132,8 @@ MUTATIONS = (
     Mutation(
         "held-buffer-reused",
         "torchrl_trpo/envs/fused_rollout.py",
-        "            if unused is not self._held:\n",
-        "            if True:\n",
+        "self._spares += [each for each in unused if each is not self._held]",
+        "self._spares += [*unused]",
         "a rollout writes into tensors that were read from VMAS's objects before",
         "envs/compiled_collector::test_vmas_objects_hold_what_the_batch_ends_with",
     ),
