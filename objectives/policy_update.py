@@ -229,30 +229,32 @@ def check_separate_losses(losses: Mapping[str, PPOLoss]) -> None:
     check_own_entries(losses)
 
 
-def check_own_entries(losses: Mapping[str, PPOLoss]) -> None:
-    """Raises ValueError if the losses of two groups write the same entry: one would train on the other's advantages."""
-    taken: dict[tuple[str, NestedKey], str] = {}
+def check_own_entries(
+    losses: Mapping[str, PPOLoss] | Mapping[str | int, PPOLoss],
+    names: Sequence[str] = ("advantage", "value", "value_target"),
+) -> None:
+    """Raises ValueError if two groups' losses have the same entry: one would train on the other's advantages."""
+    taken: dict[tuple[str, NestedKey], str | int] = {}
     for group, loss in losses.items():
-        for name in ["advantage"] if loss.critic_network is None else ["advantage", "value", "value_target"]:
+        for name in names if loss.critic_network is not None else {"advantage"}.intersection(names):
             key = unravel_key(getattr(loss.tensor_keys, name))
             other = taken.setdefault((name, key), group)
             if other != group:
-                legal = {member: (member, path(key)[-1]) for member in (other, group)}
+                own = path(key)[-1]
+                legal = {m: (m, own) if isinstance(m, str) else f"{own}_{m}" for m in (other, group)}
                 raise ValueError(
                     f"{name}: {key!r} is the key of groups {other!r} and {group!r}: each would use what the other's "
                     "value estimator writes. Legal: a key for each group, such as "
-                    f"{' and '.join(f'losses[{m!r}].set_keys({name}={own})' for m, own in legal.items())}."
+                    f"{' and '.join(f'losses[{m!r}].set_keys({name}={key!r})' for m, key in legal.items())}."
                 )
 
 
-def by_group(losses: Iterable[PPOLoss]) -> dict[str, PPOLoss]:
+def by_group(losses: Iterable[PPOLoss]) -> dict[str | int, PPOLoss]:
     """Losses by the group of their actions, or by their number where groups are not told apart by that."""
     losses = list(losses)
     groups = [group_of(next(iter(key_list(loss.tensor_keys.action)))) for loss in losses]
     named = None not in groups and len(set(groups)) == len(groups)
-    return {
-        str(group if named else number): loss for number, (group, loss) in enumerate(zip(groups, losses, strict=True))
-    }
+    return {group if named and group else n: loss for n, (group, loss) in enumerate(zip(groups, losses, strict=True))}
 
 
 # ------------------------------------------------------------------ advantages and entropies

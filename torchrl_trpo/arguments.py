@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping
@@ -43,9 +43,16 @@ class RangedSettings:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._settings():
             value = self._checked(name, value)
-        elif not hasattr(self, name) and (close := difflib.get_close_matches(name, self._settings(), 1, 0.8)):
-            raise AttributeError(f"{name}: {type(self).__name__} has no such setting. Did you mean {close[0]!r}?")
+        elif not name.startswith("_") and not hasattr(self, name) and self._is_unknown(name):
+            raise AttributeError(
+                f"{name}: {type(self).__name__} has no such setting. {nearest(name, self._settings())}"
+            )
         super().__setattr__(name, value)
+
+    def _is_unknown(self, name: str) -> bool:
+        """Whether a class of this library has no such attribute; others may have any."""
+        is_ours = type(self).__module__.startswith("torchrl_trpo.")
+        return is_ours and name not in inspect.signature(type(self)).parameters
 
     def _settings(self) -> list[str]:
         return [*self.RANGES, *self.CHOICES]

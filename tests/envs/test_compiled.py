@@ -835,3 +835,16 @@ def test_a_rollout_of_torchrl():
         data = env.rollout(20, break_when_any_done=False)
     assert data["next", "truncated"].sum() == 2 * N
     assert torch.equal(data["next", "truncated"], data["next", "done"])
+
+
+def test_actions_that_have_a_graph():
+    """They were an error outside of ``torch.no_grad``, or left their graph in the environment."""
+    env = CompiledVmasEnv("navigation", num_envs=6, seed=0, n_agents=2)
+    weight = torch.ones((), requires_grad=True)
+
+    def policy(data):
+        return data.set(("agents", "action"), weight * torch.full((6, 2, 2), 0.5))
+
+    data = env.rollout(3, policy)
+    assert data.shape == (6, 3)
+    assert not data["next", "agents", "observation"].requires_grad

@@ -229,3 +229,53 @@ def test_a_rollout_that_was_interrupted_is_followed_by_a_reset(monkeypatch):
     assert (batch["step_count"][:, 0] == 0).all()
     position, velocity = batch[KEY][..., :2], batch["next", *KEY][..., 2:4]
     torch.testing.assert_close(batch["next", *KEY][..., :2], position + 0.1 * velocity)
+
+
+class Hash(nn.Module):
+    """A policy that computes with whole numbers that single precision does not have."""
+
+    def __init__(self, actor):
+        super().__init__()
+        self.actor = actor
+
+    def forward(self, data):
+        hashed = (data["step_count"] * 3_000_001) % 7
+        data = self.actor(data)
+        return data.set(ACTION, 0 * data[ACTION] + (hashed / 14).unsqueeze(-1))
+
+
+def test_a_step_whose_numbers_are_too_large_is_torchrls():
+    """The policy acted by what compiled code had made of them."""
+    check(wrap=Hash, limit=50, n_batches=3, **SETTINGS)
+
+
+def test_a_hook_before_a_batch_is_heeded_in_it():
+    """What it changed was noticed one batch later."""
+
+    def with_hook(collector, **settings):
+        made = make(collector, limit=100, **settings)
+        made.pre_collect_hook = lambda: setattr(
+            made.env.transform[1], "max_steps", made.env.transform[1].max_steps // 4
+        )
+        return made
+
+    ours, theirs = (collect(with_hook(collector, **SETTINGS), 3) for collector in (CompiledCollector, Collector))
+    for batch, other in zip(ours, theirs, strict=True):
+        assert torch.equal(batch["next", "step_count"], other["next", "step_count"])
+
+
+def test_what_only_looks_like_a_lock():
+    """Attributes that answer to any name, as those of a mapping of settings, were an error."""
+
+    class Settings(dict):
+        __getattr__ = dict.__getitem__
+
+    class Configured(Hash):
+        def __init__(self, actor):
+            super().__init__(actor)
+            self.settings = Settings(gain=1.0)
+
+        def forward(self, data):
+            return self.actor(data)
+
+    check(wrap=Configured, **SETTINGS)

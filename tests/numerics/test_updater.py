@@ -287,11 +287,18 @@ def test_what_is_no_number(value):
         TrustRegionUpdater(TRPOLoss(make_actor()), max_kl=value)
 
 
-def test_a_misspelt_setting_is_named():
-    """A schedule of ``updater.maxkl`` changed nothing."""
+@pytest.mark.parametrize("name", ["maxkl", "clip_epsilon"])
+def test_a_setting_that_is_none_is_named(name):
+    """A schedule of ``updater.maxkl`` changed nothing. Subclasses may have attributes of their own."""
     updater = TrustRegionUpdater(make_loss(make_actor()))
-    with pytest.raises(AttributeError, match=r"^maxkl: TrustRegionUpdater has no such setting. Did you mean 'max_kl'"):
-        updater.maxkl = 0.5
+    with pytest.raises(AttributeError, match=rf"^{name}: TrustRegionUpdater has no such setting\. .*'max_kl'"):
+        setattr(updater, name, 0.5)
+    updater._max_kl = 0.5
+
+    class Scheduled(TrustRegionUpdater):
+        pass
+
+    Scheduled(make_loss(make_actor())).max_kl_0 = 0.5
 
 
 def test_the_text_of_a_key_error_is_printed_as_it_is():

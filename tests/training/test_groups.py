@@ -12,8 +12,13 @@ from torchrl_trpo.training.critic_fit import critic_optimizer, fit_critics
 from torchrl_trpo.training.estimators import estimate_advantages
 
 
-@pytest.mark.parametrize("shared", ["advantage", "value", "value_target"])
-@pytest.mark.parametrize("name", ["estimate_advantages", "fit_critics"])
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        *(("estimate_advantages", shared) for shared in ("advantage", "value", "value_target")),
+        *(("fit_critics", shared) for shared in ("value", "value_target")),
+    ],
+)
 def test_losses_of_groups_that_write_the_same_entry_are_refused(name, shared):
     """The second group's advantages were those of both, and so were its targets."""
     losses = []

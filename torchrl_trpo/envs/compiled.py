@@ -48,9 +48,9 @@ class _Part:
         except KeyError as error:
             raise NotCompiled(f"rows are chosen by random numbers, or by other rows: {error}") from error
 
-    def __call__(self, inputs: np.ndarray) -> list[Tensor]:
-        if self._run is not None:
-            self._run(self._layout.n, self._layout.padded, inputs, self._outputs)
+    def __call__(self, inputs: np.ndarray) -> list[Tensor] | None:
+        if self._run is not None and not self._run(self._layout.n, self._layout.padded, inputs, self._outputs):
+            return None
         return self._columns.tensors
 
 
@@ -215,9 +215,16 @@ class CompiledFunction:
         n_state = len(state.addresses)
         self._inputs[:n_state] = state.addresses
         self._inputs[n_state : n_state + len(arguments)] = arguments
-        masks = dict(zip(self._masked, self._of_masks(self._inputs), strict=True))
+        of_masks = self._of_masks(self._inputs)
+        if of_masks is None:
+            return False
+        masks = dict(zip(self._masked, of_masks, strict=True))
         self._drawn.draw(masks)
         of_firsts = self._of_firsts(self._inputs)
+        if of_firsts is None:
+            if generator is not None:
+                set_device_state(device, generator)
+            return False
         for first, tensor, mask in zip(self._firsts, of_firsts[::2], of_firsts[1::2], strict=True):
             first.copy_(tensor[mask.int().argmax()])
         self._outputs[:] = [buffer.data_ptr() for buffer in (*after.values(), *results.values())]

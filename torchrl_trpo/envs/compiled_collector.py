@@ -47,6 +47,7 @@ class CompiledCollector(Collector):
     """
 
     _carrier: TensorDictBase
+    pre_collect_hook: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -99,13 +100,19 @@ class CompiledCollector(Collector):
         Returns:
             The batch, ``[*env.batch_size, frames_per_batch / num_envs]``.
         """
-        with set_exploration_type(self.exploration_type):
-            if self._fused is not None and not self._fused.is_current(self._wrapped_policy):
-                self._compile()
         if self._fused is None:
             return super().rollout()
-        if self.pre_collect_hook is not None:
-            self.pre_collect_hook()
+        hook, self.pre_collect_hook = self.pre_collect_hook, None  # called here, and not again
+        try:
+            if hook is not None:
+                hook()
+            with set_exploration_type(self.exploration_type):
+                if not self._fused.is_current(self._wrapped_policy):
+                    self._compile()
+            if self._fused is None:
+                return super().rollout()
+        finally:
+            self.pre_collect_hook = hook
         if self.reset_at_each_iter or self._is_torn:
             self._carrier.update(self.env.reset())
             self._start_new_trajectories()

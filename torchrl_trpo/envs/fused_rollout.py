@@ -176,7 +176,8 @@ class FusedRollout:
         has_resets = base.compiled_read is not None and self._functions.finish_reset
         while many is not None and self._is_attached and time < len(places):
             read = base.compiled_read.call((), self._reset_entries, of_rows=True) if has_resets else None
-            calls = self._step.call(self._actions.addresses, self._entries), read
+            moves = self._step.changes_state
+            calls = self._step.call(self._actions.addresses, self._entries) if moves else None, read
             states = [state.buffers, *(self._spare() for _ in range(3))]
             n_asked = min(len(places) - time, self._n_asked, many.most)
             n_taken, now = many.take(n_asked, base, calls, states, (places[time], step))
@@ -216,8 +217,16 @@ class FusedRollout:
             data = self._carried_in(self._data)
             acted = self._by_vmas(lambda: self._policy(data))  # it may look at the simulator's objects, and change them
             self._chosen.put([acted.get(key) for key in self._torchrl.chosen_keys])
+        generator = torch.get_rng_state()
         self._functions.act.inputs[: len(self._keys)] = self._carried.addresses
-        self._functions.act()
+        if not self._functions.act():  # a whole number is too large for compiled code
+            torch.set_rng_state(generator)
+            is_called = self.why_policy_not_compiled is not None
+            leaves = [*self._carried.tensors, *(self._chosen.tensors if is_called else ())]
+            clones = [leaf.clone() for leaf in leaves]
+            chosen, actions = self._torchrl.choose(self._env, self._data, clones, None if is_called else self._policy)
+            self._chosen.put(chosen)
+            self._actions.put(actions)
 
     def _carried_in(self, data: TensorDictBase) -> TensorDictBase:
         """Data with what the last step has left."""

@@ -111,6 +111,8 @@ class ResetPool:
         self._shared = [tensor.to(device) for tensor in state_dict.get("shared", self._shared)]
         self._origins, self._written, self._same = state_dict["origins"], set(state_dict["written"]), state_dict["same"]
         self._sharing = None, []
+        if any(len(rows) != self._n for rows in self._fresh.values()):  # of another version
+            self.clear()
 
     def take(self, ended: Tensor) -> bool:
         """Puts fresh environments in the place of ended ones.

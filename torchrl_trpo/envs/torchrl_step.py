@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.synchronize import SemLock
 from typing import Any
 
 from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase, TensorDictParams
@@ -15,6 +17,7 @@ from torchrl.envs import EnvBase, TransformedEnv
 from torchrl_trpo.kernels import settings
 from torchrl_trpo.kernels.buffers import NotCompiled
 
+_LOCKS = (type(threading.Lock()), type(threading.RLock()), SemLock)
 Policy = Callable[[TensorDictBase], TensorDictBase]
 
 
@@ -189,7 +192,7 @@ def check_locks(*roots: Any) -> None:
     for root in roots:
         for _, module in _modules_of(root):
             for name, value in vars(module).items():
-                if hasattr(value, "acquire") and hasattr(value, "release"):
+                if isinstance(value, _LOCKS):
                     raise NotCompiled(f"{type(module).__name__} holds a lock, {name}")
 
 

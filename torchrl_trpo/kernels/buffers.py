@@ -121,7 +121,7 @@ class Columns:
     def put(self, tensors: Sequence[Tensor]) -> None:
         """Copies tensors ``[n, *shape]``."""
         for column, tensor in zip(self.tensors, tensors, strict=True):
-            column.copy_(tensor)
+            column.copy_(tensor.detach())
 
 
 class Draws:

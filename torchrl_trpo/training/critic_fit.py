@@ -64,7 +64,7 @@ def fit_critics(
         What :func:`fit_critic` returns, averaged over the groups; ``dropped`` is summed.
     """
     groups = by_group(losses)
-    check_own_entries(groups)
+    check_own_entries(groups, ["value", "value_target"])
     settings: Any = {"minibatch_size": minibatch_size, "compiled": compiled, "process_group": process_group}
     fits = [fit_critic(loss, optimizer, data, epochs=epochs, **settings) for loss in groups.values()]
     total = {name: sum(fit[name] for fit in fits) for name in fits[0]}
