@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ def run_recipe(train: Callable[[DictConfig], Any], recipe: str) -> None:
     flags = {"--help", "-h", "--environments"}.intersection(arguments)
     with plain_errors():
         overrides = check_overrides([each for each in arguments if each not in flags], config_dir, path.stem)
+    if flags and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of ``| head``, which reads no further
     if "--environments" in flags:
         print(environments_text(config_dir))
     elif flags:
