@@ -184,7 +184,7 @@ class ManySteps:
             self._draws = DrawsOfSteps(env.state.layout, act.draws, n_steps)
         generator = torch.get_rng_state()
         self._draws.draw(n_steps)
-        tables = {  # in C's order
+        tables = {  # contiguous, as C++ reads them
             "states": np.array([[buffer.data_ptr() for buffer in each.values()] for each in states], np.uint64),
             "carried": np.stack([each.addresses for each in self._columns]),
             "draws": np.vstack([self._draws.addresses[:n_steps], act.draws.addresses]),
