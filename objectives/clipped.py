@@ -17,14 +17,10 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl_trpo.arguments import RangedSettings
 from torchrl_trpo.distributions.divergence import kl_if_exact
 from torchrl_trpo.errors import PlainKeyError
+from torchrl_trpo.objectives.loss_groups import check_separate_losses
 from torchrl_trpo.objectives.policy_member import Member, check_loss, log_prob_keys
 from torchrl_trpo.objectives.policy_rows import PolicyRows
-from torchrl_trpo.objectives.policy_update import (
-    actor_parameters,
-    check_separate_losses,
-    read_rows,
-    standardized_advantage,
-)
+from torchrl_trpo.objectives.policy_update import actor_parameters, read_rows, standardized_advantage
 from torchrl_trpo.parallel.minibatches import ADAM_RANGES, average_gradients, count_by_rank, draw_minibatches
 from torchrl_trpo.parallel.ranks import Ranks
 

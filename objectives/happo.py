@@ -14,10 +14,11 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl_trpo.objectives.agent_checks import check_agents_alone, check_stacked_agents
 from torchrl_trpo.objectives.agent_order import AgentOrder, drawn_order
 from torchrl_trpo.objectives.clipped import ClippedUpdater
+from torchrl_trpo.objectives.loss_groups import check_separate_losses
 from torchrl_trpo.objectives.policy_member import Member
 from torchrl_trpo.objectives.policy_network import agent_policy, resolve_trust_region
 from torchrl_trpo.objectives.policy_rows import PolicyRows
-from torchrl_trpo.objectives.policy_update import actor_parameters, check_separate_losses
+from torchrl_trpo.objectives.policy_update import actor_parameters
 
 
 class HAPPOUpdater(AgentOrder, ClippedUpdater):

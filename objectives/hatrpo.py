@@ -17,10 +17,11 @@ from torchrl.objectives import LossModule
 from torchrl_trpo.keys import next_key
 from torchrl_trpo.objectives.agent_checks import check_agents_alone
 from torchrl_trpo.objectives.agent_order import AgentOrder, drawn_order
+from torchrl_trpo.objectives.loss_groups import check_separate_losses
 from torchrl_trpo.objectives.policy_network import resolve_trust_region
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.policy_rows import PolicyRows
-from torchrl_trpo.objectives.policy_update import check_separate_losses, current_estimator, row_mask
+from torchrl_trpo.objectives.policy_update import current_estimator, row_mask
 from torchrl_trpo.objectives.trpo import TRPOLoss
 
 

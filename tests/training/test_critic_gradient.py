@@ -53,6 +53,15 @@ def fit(loss, optimizer, data, *, recorded, monkeypatch, compiled=False, minibat
     return result, [parameter.clone() for parameter in loss.critic_network_params.values(True, True)], len(calls)
 
 
+def compare(losses, optimizers, data, *, monkeypatch, compiled=False, minibatch_size=10, **close):
+    """Fits one loss by what is recorded and the other as it is, and compares; how often each is called."""
+    how = {"monkeypatch": monkeypatch, "minibatch_size": minibatch_size}
+    fast, own, calls = fit(losses[0], optimizers[0], data, recorded=True, compiled=compiled, **how)
+    slow, expected, all_calls = fit(losses[1], optimizers[1], data, recorded=False, **how)
+    torch.testing.assert_close((fast, own), (slow, expected), **close)
+    return calls, all_calls
+
+
 @pytest.mark.parametrize(
     ("settings", "batch"),
     [
@@ -68,10 +77,9 @@ def test_recorded_fit_is_the_fit_to_the_bit(settings, batch, monkeypatch):
     twin = deepcopy(loss)
     optimizers = [critic_optimizer([each], lr=0.01) for each in (loss, twin)]
     for _ in range(2):  # the second fit uses the graph of the first
-        fast, own, calls = fit(loss, optimizers[0], data, recorded=True, monkeypatch=monkeypatch)
-        slow, expected, all_calls = fit(twin, optimizers[1], data, recorded=False, monkeypatch=monkeypatch)
+        close = {"rtol": 0, "atol": 0, "equal_nan": True}
+        calls, all_calls = compare((loss, twin), optimizers, data, monkeypatch=monkeypatch, **close)
         assert calls <= 5 < all_calls
-        torch.testing.assert_close((fast, own), (slow, expected), rtol=0, atol=0, equal_nan=True)
 
 
 def test_recorded_again_when_the_loss_has_changed(monkeypatch):
@@ -81,9 +89,7 @@ def test_recorded_again_when_the_loss_has_changed(monkeypatch):
     loss.loss_critic_type = "l2"
     twin = deepcopy(loss)
     optimizers = [critic_optimizer([each], lr=0.01) for each in (loss, twin)]
-    fast, own, _ = fit(loss, optimizers[0], data, recorded=True, monkeypatch=monkeypatch)
-    slow, expected, _ = fit(twin, optimizers[1], data, recorded=False, monkeypatch=monkeypatch)
-    torch.testing.assert_close((fast, own), (slow, expected), rtol=0, atol=0)
+    compare((loss, twin), optimizers, data, monkeypatch=monkeypatch, rtol=0, atol=0)
 
 
 def test_recorded_again_when_a_setting_has_changed_that_the_first_minibatch_does_not_show(monkeypatch):
@@ -96,9 +102,7 @@ def test_recorded_again_when_a_setting_has_changed_that_the_first_minibatch_does
     loss.clip_value = torch.tensor(0.1)
     twin = deepcopy(loss)
     optimizers = [critic_optimizer([each], lr=0.01) for each in (loss, twin)]
-    fast, own, _ = fit(loss, optimizers[0], data, recorded=True, monkeypatch=monkeypatch)
-    slow, expected, _ = fit(twin, optimizers[1], data, recorded=False, monkeypatch=monkeypatch)
-    torch.testing.assert_close((fast, own), (slow, expected), rtol=0, atol=0)
+    compare((loss, twin), optimizers, data, monkeypatch=monkeypatch, rtol=0, atol=0)
 
 
 class Aware(nn.Module):
@@ -158,10 +162,9 @@ def test_compiled_fit_is_the_fit_up_to_rounding(settings, monkeypatch):
     for critic_coeff, most_calls in ((1.0, 5), (1.0, 1), (0.5, 5)):
         for loss in losses:
             loss.critic_coeff.fill_(critic_coeff)
-        fast, own, calls = fit(losses[0], optimizers[0], data, recorded=True, compiled=True, monkeypatch=monkeypatch)
-        slow, expected, _ = fit(losses[1], optimizers[1], data, recorded=False, monkeypatch=monkeypatch)
+        how = {"compiled": True, "monkeypatch": monkeypatch, "rtol": 1e-4, "atol": 1e-6}
+        calls, _ = compare(losses, optimizers, data, **how)
         assert calls == most_calls
-        torch.testing.assert_close((fast, own), (slow, expected), rtol=1e-4, atol=1e-6)
 
 
 @needs_compiler
@@ -170,11 +173,9 @@ def test_what_is_compiled_serves_minibatches_of_all_sizes(monkeypatch):
     losses = [make_loss(dtype=torch.float32) for _ in range(2)]
     optimizers = [critic_optimizer([loss], lr=0.01) for loss in losses]
     for number in range(6):  # the first size differs from fit to fit, as that of one process of several
-        how = {"minibatch_size": 10 + number, "monkeypatch": monkeypatch}
-        fast, own, calls = fit(losses[0], optimizers[0], data, recorded=True, compiled=True, **how)
-        slow, expected, _ = fit(losses[1], optimizers[1], data, recorded=False, **how)
+        how = {"compiled": True, "monkeypatch": monkeypatch, "rtol": 1e-3, "atol": 1e-5}
+        calls, _ = compare(losses, optimizers, data, minibatch_size=10 + number, **how)
         assert calls <= 5
-        torch.testing.assert_close((fast, own), (slow, expected), rtol=1e-3, atol=1e-5)
 
 
 @needs_compiler
@@ -185,10 +186,9 @@ def test_settings_that_come_back_are_not_compiled_anew(monkeypatch):
     for kind, most_calls in (("l2", 5), ("l1", 5), ("l2", 1), ("l1", 1)):
         for loss in losses:
             loss.loss_critic_type = kind
-        fast, own, calls = fit(losses[0], optimizers[0], data, recorded=True, compiled=True, monkeypatch=monkeypatch)
-        slow, expected, _ = fit(losses[1], optimizers[1], data, recorded=False, monkeypatch=monkeypatch)
+        how = {"compiled": True, "monkeypatch": monkeypatch, "rtol": 1e-3, "atol": 1e-5}
+        calls, _ = compare(losses, optimizers, data, **how)
         assert calls == most_calls
-        torch.testing.assert_close((fast, own), (slow, expected), rtol=1e-3, atol=1e-5)
 
 
 class ScaledLoss(TRPOLoss):
@@ -216,9 +216,7 @@ def test_compiled_anew_when_a_tensor_has_changed_that_the_loss_reads(monkeypatch
     for scale in (1.0, 1.0, 5.0):
         for loss in losses:
             loss.part.scale.fill_(scale)
-        fast, own, _ = fit(losses[0], optimizers[0], data, recorded=True, compiled=True, monkeypatch=monkeypatch)
-        slow, expected, _ = fit(losses[1], optimizers[1], data, recorded=False, monkeypatch=monkeypatch)
-        torch.testing.assert_close((fast, own), (slow, expected), rtol=1e-3, atol=1e-5)
+        compare(losses, optimizers, data, compiled=True, monkeypatch=monkeypatch, rtol=1e-3, atol=1e-5)
 
 
 def test_a_loss_with_trained_parameters_of_its_own_is_never_recorded(monkeypatch):
@@ -257,9 +255,7 @@ def test_fit_that_cannot_be_compiled_says_why(monkeypatch):
     twin = deepcopy(loss)
     optimizers = [critic_optimizer([each], lr=0.01) for each in (loss, twin)]
     with pytest.warns(UserWarning, match="The critic's fit is not compiled: it reads data of torch.float64"):
-        fast, own, _ = fit(loss, optimizers[0], data, recorded=True, compiled=True, monkeypatch=monkeypatch)
-    slow, expected, _ = fit(twin, optimizers[1], data, recorded=False, monkeypatch=monkeypatch)
-    torch.testing.assert_close((fast, own), (slow, expected), rtol=0, atol=0)
+        compare((loss, twin), optimizers, data, compiled=True, monkeypatch=monkeypatch, rtol=0, atol=0)
 
 
 def test_data_without_value_targets_is_refused():

@@ -212,9 +212,7 @@ class CompiledFunction:
         """
         state, n, device = self._state, self._state.layout.n, self._state.layout.device
         generator = device_state(device) if self.draws else None
-        n_state = len(state.addresses)
-        self._inputs[:n_state] = state.addresses
-        self._inputs[n_state : n_state + len(arguments)] = arguments
+        self._read_from(arguments)
         of_masks = self._of_masks(self._inputs)
         if of_masks is None:
             return False
@@ -262,10 +260,15 @@ class CompiledFunction:
             return None
         if self.changes_state and self._sharing_after(of_rows) is not state.same:
             return None
-        self._inputs[: len(state.addresses)] = state.addresses
-        self._inputs[len(state.addresses) :][: len(arguments)] = arguments
+        self._read_from(arguments)
         self._outputs[len(DTYPES) :] = [buffer.data_ptr() for buffer in results.buffers.values()]
         return self._run.on(self._inputs, self._outputs)
+
+    def _read_from(self, arguments: Sequence[int] | np.ndarray) -> None:
+        """Makes the state as it is now, and arguments, the inputs."""
+        n_state = len(self._state.addresses)
+        self._inputs[:n_state] = self._state.addresses
+        self._inputs[n_state : n_state + len(arguments)] = arguments
 
     def _sharing_after(self, keeps_rows: bool) -> list[int]:
         """Which places hold the same tensors after a call; if it keeps some rows, those that did before too."""

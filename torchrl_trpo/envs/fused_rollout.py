@@ -176,11 +176,10 @@ class FusedRollout:
         has_resets = base.compiled_read is not None and self._functions.finish_reset
         while many is not None and self._is_attached and time < len(places):
             read = base.compiled_read.call((), self._reset_entries, of_rows=True) if has_resets else None
-            moves = self._step.changes_state
-            calls = self._step.call(self._actions.addresses, self._entries) if moves else None, read
+            move = self._step.call(self._actions.addresses, self._entries) if self._step.changes_state else None
             states = [state.buffers, *(self._spare() for _ in range(3))]
             n_asked = min(len(places) - time, self._n_asked, many.most)
-            n_taken, now = many.take(n_asked, base, calls, states, (places[time], step))
+            n_taken, now = many.take(n_asked, base, (move, read), states, (places[time], step))
             if now:
                 state.move(states[now])
             unused = (each for number, each in enumerate(states) if number != now)
@@ -217,16 +216,18 @@ class FusedRollout:
             data = self._carried_in(self._data)
             acted = self._by_vmas(lambda: self._policy(data))  # it may look at the simulator's objects, and change them
             self._chosen.put([acted.get(key) for key in self._torchrl.chosen_keys])
-        generator = torch.get_rng_state()
         self._functions.act.inputs[: len(self._keys)] = self._carried.addresses
         if not self._functions.act():  # a whole number is too large for compiled code
-            torch.set_rng_state(generator)
-            is_called = self.why_policy_not_compiled is not None
-            leaves = [*self._carried.tensors, *(self._chosen.tensors if is_called else ())]
-            clones = [leaf.clone() for leaf in leaves]
-            chosen, actions = self._torchrl.choose(self._env, self._data, clones, None if is_called else self._policy)
+            chosen, actions = self._choose_by_torchrl(self._carried.tensors)
             self._chosen.put(chosen)
             self._actions.put(actions)
+
+    def _choose_by_torchrl(self, carried: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What the policy chooses, or has chosen if it is called, and what the simulator's actions are."""
+        is_called = self.why_policy_not_compiled is not None
+        leaves = [*carried, *(self._chosen.tensors if is_called else ())]
+        policy = None if is_called else self._policy
+        return self._torchrl.choose(self._env, self._data, [leaf.clone() for leaf in leaves], policy)
 
     def _carried_in(self, data: TensorDictBase) -> TensorDictBase:
         """Data with what the last step has left."""
@@ -318,9 +319,7 @@ class FusedRollout:
         drawn, generator = list(base._random_state), torch.get_rng_state()
         self._choose_actions()
         torch.set_rng_state(generator)
-        policy = self._policy if self.why_policy_not_compiled is None else None
-        leaves = carried if policy is not None else [*carried, *self._chosen.tensors]
-        chosen, actions = self._torchrl.choose(self._env, data, leaves, policy)
+        chosen, actions = self._choose_by_torchrl(carried)
         names = [*map(str, self._torchrl.chosen_keys), *["an action"] * len(actions)]
         check_equal(names, [*self._chosen.tensors, *self._actions.tensors], [*chosen, *actions])
         with left_as_it_is(base._env):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from torchrl_trpo.kernels.buffers import Buffers, Draws, NotCompiled
 from torchrl_trpo.kernels.compiler import Call, Function
@@ -74,7 +75,12 @@ class RowFunction:
         """Calls the function. Random numbers are drawn from PyTorch's global generator, as the function draws them.
 
         Returns:
-            Whether the results are right: the function branches as it did when it was traced.
+            Whether the results are right: the function branches as it did when it was traced. If they are not, nothing
+            has been drawn.
         """
+        generator = torch.get_rng_state() if self.draws.size else None
         self.draws.draw({})
-        return bool(self._run(self._layout.n, self._layout.padded, *self._pointers))
+        holds = bool(self._run(self._layout.n, self._layout.padded, *self._pointers))
+        if not holds and generator is not None:
+            torch.set_rng_state(generator)
+        return holds

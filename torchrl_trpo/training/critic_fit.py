@@ -16,10 +16,9 @@ from torchrl.objectives import PPOLoss
 from torchrl_trpo.arguments import positive_whole
 from torchrl_trpo.keys import entry, finite_where_masked, non_finite, reads_init
 from torchrl_trpo.numerics.statistics import read, variance
+from torchrl_trpo.objectives.loss_groups import by_group, check_own_entries
 from torchrl_trpo.objectives.minibatch_gradient import MinibatchGradient
 from torchrl_trpo.objectives.policy_update import (
-    by_group,
-    check_own_entries,
     critic_network_parameters,
     mask_keys,
     mean_critic_loss,

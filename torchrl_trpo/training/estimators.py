@@ -14,7 +14,8 @@ from torchrl.objectives import PPOLoss
 from torchrl_trpo.keys import GroupKeys, group_keys
 from torchrl_trpo.networks import make_central_critic, make_critic, make_value_norm
 from torchrl_trpo.objectives import AgentGAE, CentralCriticValueEstimator
-from torchrl_trpo.objectives.policy_update import by_group, check_own_entries, run_value_estimator
+from torchrl_trpo.objectives.loss_groups import by_group, check_own_entries
+from torchrl_trpo.objectives.policy_update import run_value_estimator
 
 _Loss = TypeVar("_Loss", bound=PPOLoss)
 
