@@ -71,6 +71,14 @@ def test_gradient_of_stacked_networks():
     check(gradient_of(loss), [torch.randn(4, 3, 20), torch.randn(4, 20, 2)], [torch.randn(90, 4, 3)])
 
 
+def test_many_results_that_are_reduced_and_read_besides():
+    def function(shared, rows):
+        scaled = (rows[0] @ shared[0]) * 0.5
+        return [scaled.sum(0), scaled.exp().sum(0)]
+
+    check(function, [torch.rand(3, 20)], [torch.rand(90, 3)])
+
+
 def test_writing_into_a_part_of_a_tensor_is_refused():
     def function(shared, rows):
         changed = rows[0] * shared[0]

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torchrl_trpo.kernels.lanes import Statement
-from torchrl_trpo.kernels.writer import DERIVED, Guard, Store, write
+from torchrl_trpo.kernels.terms import DERIVED
+from torchrl_trpo.kernels.writer import Guard, Store, write
 
 ROWS_AT_A_TIME = 16
 """Buffers have a multiple of as many rows, the most that a register holds."""
@@ -202,18 +203,51 @@ static __attribute__((noinline)) void linear(const F* x, const float* w, F* y) {
   for (; j + W <= N; j += W) some_columns<K, SK, SN, W>(x, w + j * SN, y + j);
   if constexpr (N % W) some_columns<K, SK, SN, N % W>(x, w + j * SN, y + j);
 }
-// The polynomials are the best of their degrees: p for tanh(a) / a - 1, with an error of 4e-9, and q for
-// (exp(2r) - 1) / r with 2e-9, where size = r + n log(2) / 2. Adding 1.5 * 2^23 rounds n and leaves it in the low bits.
+// one of 16 numbers, for each row
+FN F entry(const float* table, B place) {
+  F found;
+#ifdef LIBRARY
+  asm("vpermps %2, %1, %0" : "=v"(found) : "v"(place), "v"(load(table)));
+  if constexpr (W == 8) {
+    const F first = found;
+    asm("vpermps %2, %1, %0" : "=v"(found) : "v"(place), "v"(load(table + 8)));
+    found = where((place & 8) != 0, found, first);
+  }
+#else
+  for (int k = 0; k < W; k++) found[k] = table[place[k] & 15];
+#endif
+  return found;
+}
+// Polynomials of tanh in a - c, the best for their intervals: c, and the coefficients from the constant one on. The
+// first three bits of |a| + 0.75 and those of its exponent say which. The largest relative error is 6e-8.
+alignas(64) static const float TANH[7][16] = {
+    {1.496521f, 2.00250244f, 2.49572754f, 3.00177002f, 3.74798584f, 4.75750732f, 5.75280762f, 6.75f, 8.11730957f, 0,
+     0, 0.188476562f, 0.374694824f, 0.624816895f, 0.876403809f, 1.12438965f},
+    {0.904517651f, 0.964203954f, 0.986500204f, 0.995072186f, 0.998889923f, 0.999852538f, 0.999979854f, 0.999997258f,
+     0.999999821f, 1, 0, 0.186276048f, 0.358091384f, 0.554472923f, 0.704613149f, 0.809090376f},
+    {0.181847796f, 0.0703107119f, 0.0268173385f, 0.00983135123f, 0.00221886765f, 0.000294920406f, 4.02945843e-05f,
+     5.48403159e-06f, 3.56229606e-07f, 0, 1, 0.965301216f, 0.87177068f, 0.692559838f, 0.50352031f, 0.345372766f},
+    {-0.164500624f, -0.0677936375f, -0.0264537502f, -0.00978207868f, -0.00221291091f, -0.000294388243f,
+     -4.02271871e-05f, -5.47499985e-06f, -3.50113282e-07f, 0, 3.11896969e-07f, -0.179811999f, -0.312164098f,
+     -0.384002358f, -0.35478881f, -0.279440314f},
+    {0.0881758258f, 0.0419328548f, 0.0171598103f, 0.00645691156f, 0.00147258234f, 0.000196076304f, 2.68132717e-05f,
+     3.65054393e-06f, 2.35255854e-07f, 0, -0.333355635f, -0.288276166f, -0.178831697f, -0.0179453716f, 0.0821474418f,
+     0.110967055f},
+    {-0.0242371578f, -0.0178437531f, -0.00817618053f, -0.0031996984f, -0.000770227343f, -0.000103184801f,
+     -1.41141327e-05f, -1.92121092e-06f, -1.38390845e-07f, 0, 0.000472508749f, 0.113291115f, 0.166466385f,
+     0.137383163f, 0.0606883913f, 0.00379861076f},
+    {-0.00320012425f, 0.0047018826f, 0.00286748656f, 0.00123015291f, 0.000303074572f, 4.17456431e-05f,
+     5.66307654e-06f, 7.6665998e-07f, 5.30958992e-08f, 0, 0.129987478f, 0.0971129462f, 0.0204074215f, -0.0539799631f,
+     -0.0585770495f, -0.0321104564f},
+};
 FN F tanh_of(F a) {
-  const F z = a * a, size = abs_of(a), x = where(size > 10.0f, F(10.0f), size);
-  F p = fmadd(z, F(-0.005717033f), F(0.020650575f));
-  p = fmadd(z, fmadd(z, fmadd(z, p, F(-0.053743493f)), F(0.13331491f)), F(-0.33333284f));
-  const F bits = fmadd(x, F(2.88539008f), F(12582912.0f)), n = bits - 12582912.0f;
-  const F r = fmadd(n, F(-0.34657359f), x), power = (F)(((B)bits << 23) + 0x3f800000);
-  F q = fmadd(r, F(0.0885987803f), F(0.267975539f));
-  q = fmadd(r, fmadd(r, fmadd(r, fmadd(r, q, F(0.666688144f)), F(1.33331441f)), F(1.99999976f)), F(2.0f));
-  const F far = 1.0f - 2.0f / fmadd(power, r * q, power + 1.0f);
-  return where(size < 0.625f, fmadd(p * z, a, a), (F)((B)far | ((B)a & INT32_MIN)));
+  const F size = abs_of(a), x = where(F(9.02f) < size, F(9.02f), size);
+  const B place = (B)(x + 0.75f) >> 21;
+  const F d = x - entry(TANH[0], place);
+  F p = entry(TANH[6], place);
+#pragma GCC unroll 8
+  for (int k = 5; k > 0; k--) p = fmadd(p, d, entry(TANH[k], place));
+  return (F)((B)p | ((B)a & INT32_MIN));
 }
 """
 HEAD += DERIVED

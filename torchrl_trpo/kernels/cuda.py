@@ -14,7 +14,8 @@ from torch.utils import cpp_extension
 
 from torchrl_trpo.kernels.compiler import CompilerError
 from torchrl_trpo.kernels.lanes import Statement, Unsupported
-from torchrl_trpo.kernels.writer import DERIVED, FUNCTIONS, FUNCTIONS_OF_TWO, Guard, Store, write
+from torchrl_trpo.kernels.terms import DERIVED, FUNCTIONS, FUNCTIONS_OF_TWO
+from torchrl_trpo.kernels.writer import Guard, Store, write
 
 _ROWS_OF_A_BLOCK = 64
 _HEAD = r"""

@@ -21,6 +21,8 @@ KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 """The kinds by dtype."""
 OTHER_KIND = "?"
 """The kind of the lanes of other dtypes, with which nothing can be computed."""
+BLOCKS = {"linear", "map", "table", "put"}
+"""The operations of statements that have several results."""
 
 
 class Unsupported(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torchrl_trpo.kernels.lanes import Lane, Statement
+from torchrl_trpo.kernels.lanes import BLOCKS, Lane, Statement
 
 _STATEMENTS_OF_A_PART = 1000  # a compiler's time grows faster than the length of a function
 
@@ -23,7 +23,7 @@ def ends_of_stages(statements: Sequence[Statement], needed: Sequence[int]) -> se
 
     A guess would be wrong nearly always. It is made anyway where results are in memory, which is that of a few rows.
     """
-    if {statements[index].operation for index in needed} & {"linear", "map", "table", "put"}:
+    if {statements[index].operation for index in needed} & BLOCKS:
         return set()
     seen: set[int] = set()
     found: set[int] = set()
