@@ -77,7 +77,7 @@ PART store_rows(bool* p, int64_t stride, int64_t n, B v) {
 template <typename T> PART store_rows(T* p, int64_t stride, int64_t n, F v) {
   for (int k = 0; k < W && k < n; k++) p[k * stride] = (T)v[k];
 }
-// Blocks of W lanes and rows are turned, so that a row's numbers are written together.
+// Blocks of as many lanes and rows are turned, so that a row's numbers are written together.
 template <int... K> struct Row {};
 template <int N, int... K> struct Upto : Upto<N - 1, N - 1, K...> {};
 template <int... K> struct Upto<0, K...> { typedef Row<K...> row; };
@@ -86,25 +86,26 @@ template <int... K> struct Upto<0, K...> { typedef Row<K...> row; };
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, B{__VA_ARGS__})
 #endif
-template <int S, int... K> FN void exchange(F* v, Row<K...>) {
+template <int N, int S, int... K> FN void exchange(F* v, Row<K...>) {
 #pragma GCC unroll 16
-  for (int j = 0; j < W; j++) {
+  for (int j = 0; j < N; j++) {
     if (j & S) continue;
     const F a = v[j], b = v[j + S];
     v[j] = SHUFFLE(a, b, (K & S ? W + K - S : K)...);
     v[j + S] = SHUFFLE(a, b, (K & S ? W + K : K + S)...);
   }
 }
-template <int S = 1> FN void transpose(F* v) {
-  exchange<S>(v, typename Upto<W>::row());
-  if constexpr (2 * S < W) transpose<2 * S>(v);
+template <int N, int S = 1> FN void transpose(F* v) {
+  exchange<N, S>(v, typename Upto<W>::row());
+  if constexpr (2 * S < N) transpose<N, 2 * S>(v);
 }
 template <int N> PART store_lanes(float* p, int64_t stride, int64_t n, const F* v) {
-  F block[W];
+  constexpr int M = N > 8 ? 16 : N > 4 ? 8 : 4;
+  F block[M];
 #pragma GCC unroll 16
-  for (int j = 0; j < W; j++) block[j] = j < N ? v[j] : F{};
-  transpose(block);
-  for (int k = 0; k < W && k < n; k++) __builtin_memcpy(p + k * stride, block + k, 4 * N);
+  for (int j = 0; j < M; j++) block[j] = j < N ? v[j] : F{};
+  transpose<M>(block);
+  for (int k = 0; k < W && k < n; k++) __builtin_memcpy(p + k * stride, (float*)(block + k % M) + k / M * M, 4 * N);
 }
 template <int N> FN void store_rows(float* p, int64_t stride, int64_t n, const F* v) {
   if constexpr (N > W) {
