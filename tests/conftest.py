@@ -41,9 +41,11 @@ def _no_plots(request, monkeypatch):
 
 
 @pytest.fixture
-def quick_processes():
-    """Processes of environments that are forked from one that has imported what they need."""
+def quick_processes(monkeypatch):
+    """Processes of environments and studies that are forked from one that has imported what they need."""
     multiprocessing.set_forkserver_preload(PRELOADED)
+    context = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda *_: context)
     multiprocessing.set_start_method("forkserver", force=True)
     yield
     multiprocessing.set_start_method(None, force=True)

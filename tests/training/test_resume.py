@@ -485,8 +485,12 @@ def test_what_a_killed_writer_left_is_removed(run_folder):
 @pytest.mark.parametrize(
     ("number", "env"),
     [
-        pytest.param(signal.SIGTERM, ["env=vmas/balance", "env.num_envs=4"], marks=pytest.mark.slow),
-        (signal.SIGINT, ["env=pettingzoo/simple_speaker_listener_v4", "env.num_envs=1", "env.parallel=true"]),
+        (signal.SIGTERM, ["env=vmas/balance", "env.num_envs=4"]),
+        pytest.param(
+            signal.SIGINT,
+            ["env=pettingzoo/simple_speaker_listener_v4", "env.num_envs=1", "env.parallel=true"],
+            marks=pytest.mark.slow,  # its processes import everything
+        ),
     ],
 )
 @pytest.mark.usefixtures("quick_processes")

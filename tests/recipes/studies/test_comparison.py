@@ -363,11 +363,13 @@ def test_a_part_of_the_sensitivity_keeps_the_rest_of_the_table(tmp_path, monkeyp
     assert [dict(trial.changed) for trial in measured] == [{}, {"updater.damping": 1.0}, {"updater.cg_iters": 3}]
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_results_come_in_the_order_of_their_jobs():
     results = jobs.run_all(math.sqrt, [9.0, 4.0], workers=2)
     assert list(results.items()) == [(9.0, 3.0), (4.0, 2.0)]
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_one_job_that_fails_does_not_stop_the_others(tmp_path, capfd):
     commands = [("touch", str(tmp_path / "a")), ("false",), ("touch", str(tmp_path / "b"))]
     with pytest.raises(SystemExit, match=r"error: 1 jobs failed, see above.*: \[\('false',\)\]"):
@@ -378,6 +380,7 @@ def test_one_job_that_fails_does_not_stop_the_others(tmp_path, capfd):
     assert "CalledProcessError" in said
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_an_interrupt_lets_no_other_job_begin(tmp_path):
     begun = tmp_path / "begun"
     commands = [("sh", "-c", f"echo {number} >> {begun}; sleep 0.5") for number in range(6)]
