@@ -485,7 +485,8 @@ def test_what_a_killed_writer_left_is_removed(run_folder):
 @pytest.mark.parametrize(
     ("number", "env"),
     [
-        (signal.SIGTERM, ["env=vmas/balance", "env.num_envs=4"]),
+        (signal.SIGINT, ["env=vmas/balance", "env.num_envs=4"]),
+        pytest.param(signal.SIGTERM, ["env=vmas/balance", "env.num_envs=4"], marks=pytest.mark.slow),
         pytest.param(
             signal.SIGINT,
             ["env=pettingzoo/simple_speaker_listener_v4", "env.num_envs=1", "env.parallel=true"],
