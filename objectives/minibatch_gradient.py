@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -82,7 +83,7 @@ class MinibatchGradient:
             expected = [mean.detach(), *(parameter.grad for parameter in parameters)]
             if all(each is None or bool(each.isfinite().all()) for each in expected):
                 with untouched_generators():
-                    self._record(rows, drawn, expected)
+                    self._record(rows, drawn, expected, before)
         return mean.detach()
 
     def _of_function(self, drawn: Tensor) -> list[Tensor] | None:
@@ -101,13 +102,15 @@ class MinibatchGradient:
         if self._compiled:
             warnings.warn(f"{self._name} is not compiled: {reason_of(error)}.", stacklevel=6)
 
-    def _record(self, rows: TensorDictBase, drawn: Tensor, expected: Sequence[Tensor | None]) -> None:
+    def _record(
+        self, rows: TensorDictBase, drawn: Tensor, expected: Sequence[Tensor | None], settings: tuple[Any, ...]
+    ) -> None:
         """Finds a function that gives what is expected of the rows that are drawn, if there is one."""
         loss = self._loss._replace(entries=entries_of(rows))
         values = [entry.of(rows) for entry in loss.entries]
         minibatch = take(values, drawn)
         try:
-            graph = graph_of(loss, minibatch, expected)
+            graph = graph_of(loss, settings, minibatch, expected)
             self._function, self._values = graph, values
             if graph is not None and self._compiled and (compiled := graph.compiled(loss, minibatch, expected)):
                 self._values = pack(values)

@@ -75,9 +75,9 @@ class MeanLoss(NamedTuple):
         """What the loss and the network are besides their tensors."""
         return settings_of([("", self.module), *self.network.named_modules(prefix="network")])
 
-    def state(self) -> tuple[Any, ...]:
+    def state(self, settings: tuple[Any, ...]) -> tuple[Any, ...]:
         """What the operations depend on, besides the numbers that they are given and the size of the minibatch."""
-        return (*self.entries, *((each.shape, each.dtype) for each in self.shared()), *self.settings())
+        return (*self.entries, *((each.shape, each.dtype) for each in self.shared()), *settings)
 
     def mean_of(self, values: Sequence[Tensor]) -> Tensor:
         """The mean loss on a minibatch, of the values of its entries."""
@@ -241,12 +241,16 @@ class _Kept:
 _kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
-def graph_of(loss: MeanLoss, values: Sequence[Tensor], expected: Sequence[Tensor | None]) -> Graph | None:
+def graph_of(
+    loss: MeanLoss, settings: tuple[Any, ...], values: Sequence[Tensor], expected: Sequence[Tensor | None]
+) -> Graph | None:
     """A graph that gives what is expected, a recorded one or a new one; None if there is none.
+
+    ``settings`` are those of the loss.
 
     An error is raised if the loss cannot be recorded, and None returned from then on.
     """
-    graphs, state = _kept.setdefault(loss.module, _Kept()).graphs, loss.state()
+    graphs, state = _kept.setdefault(loss.module, _Kept()).graphs, loss.state(settings)
     is_known = state in graphs
     known = graphs[state] = graphs.pop(state, None)
     if is_known and (known is None or known.fits(loss, values, expected)):

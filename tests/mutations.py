@@ -900,7 +900,7 @@ MUTATIONS = (
     Mutation(
         "stale-critic-settings",
         "objectives/recorded_loss.py",
-        "graphs, state = _kept.setdefault(loss.module, _Kept()).graphs, loss.state()",
+        "graphs, state = _kept.setdefault(loss.module, _Kept()).graphs, loss.state(settings)",
         "graphs, state = _kept.setdefault(loss.module, _Kept()).graphs, None",
         "a critic's loss whose settings have changed is fitted by the operations of before",
         "training/critic_gradient::test_recorded_again_when_a_setting_has_changed_that_the_first_minibatch_does_not_show",
