@@ -93,13 +93,13 @@ def test_recorded_again_when_the_loss_has_changed(monkeypatch):
 
 
 def test_recorded_again_when_a_setting_has_changed_that_the_first_minibatch_does_not_show(monkeypatch):
-    data, loss = make_batch(), make_loss(clip_value=10.0)
+    data, loss = make_batch(), make_loss()
     fit(loss, critic_optimizer([loss], lr=0.01), data, recorded=True, monkeypatch=monkeypatch)
     torch.manual_seed(1)
-    first = torch.randperm(len(data))[: FIT["minibatch_size"]]  # of the next fit
+    first = torch.randperm(len(data))[: FIT["minibatch_size"]]  # of the next fit, whose loss is 0 of whatever kind
     with torch.no_grad(), loss.critic_network_params.to_module(loss.critic_network):
-        data[VALUE][first] = loss.critic_network(data[first].clone())[VALUE]
-    loss.clip_value = torch.tensor(0.1)
+        data[TARGET][first] = loss.critic_network(data[first].clone())[VALUE]
+    loss.loss_critic_type = "l2"
     twin = deepcopy(loss)
     optimizers = [critic_optimizer([each], lr=0.01) for each in (loss, twin)]
     compare((loss, twin), optimizers, data, monkeypatch=monkeypatch, rtol=0, atol=0)
