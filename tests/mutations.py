@@ -820,8 +820,8 @@ MUTATIONS = (
     Mutation(
         "clocks-reset",
         "torchrl_trpo/envs/vmas.py",
-        "        env.steps = torch.where(ended, env.steps, steps)\n",
-        "",
+        "env.steps = torch.where(ended, env.steps, steps)",
+        "pass",
         "the time limit of environments that go on starts anew",
         "envs/vmas::test_each_scenario_is_reset_exactly[navigation]",
     ),
