@@ -231,7 +231,7 @@ class PolicyTrustRegion:
                 ratio, _ = self._ratio_and_gain(rows, self._policy(rows, self._live))
             else:
                 ratio = torch.where(same, known, torch.nan)
-            ratios.append(torch.where(self._accepted.unsqueeze(-1) & (rows.weight > 0), ratio, 1.0))
+            ratios.append(torch.where(self._accepted.unsqueeze(-1), ratio, 1.0))
         return torch.cat(ratios)
 
     @torch.no_grad()

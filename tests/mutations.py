@@ -454,9 +454,9 @@ MUTATIONS = (
     ),
     Mutation(
         "factor-of-masked",
-        "objectives/policy_region.py",
-        "torch.where(self._accepted.unsqueeze(-1) & (rows.weight > 0), ratio, 1.0)",
-        "torch.where(self._accepted.unsqueeze(-1), ratio, 1.0)",
+        "objectives/policy_rows.py",
+        "log_ratio = torch.where(self.weight > 0, log_ratio, 0.0)",
+        "pass",
         "the factor takes in ratios of rows that are masked",
         "objectives/hatrpo",
     ),
@@ -839,7 +839,7 @@ MUTATIONS = (
         "if lane in kept and last_read[lane] == where",
         "if lane in kept",
         "a number is overwritten before the last part that reads it",
-        "envs/compiled",
+        "kernels/batch_function::test_gradient_of_a_network",
     ),
     Mutation(
         "written-is-constant",
