@@ -447,8 +447,8 @@ MUTATIONS = (
     Mutation(
         "factor-of-rejected",
         "objectives/policy_region.py",
-        "torch.where(self._accepted.unsqueeze(-1) & (rows.weight > 0), ratio, 1.0)",
-        "torch.where(rows.weight > 0, ratio, 1.0)",
+        "torch.where(self._accepted.unsqueeze(-1), ratio, 1.0)",
+        "ratio",
         "the factor takes in ratios of agents whose step was rejected",
         "objectives/hatrpo",
     ),
