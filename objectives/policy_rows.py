@@ -120,9 +120,11 @@ class PolicyRows:
             The logarithms, ``[*R, *A, 1]``; 0 where a row is masked.
         """
         log_ratio = log_prob(dist, self.action, self.log_prob.ndim - 1).unsqueeze(-1) - self.log_prob
-        if self.weight.ndim > 1:  # a masked agent's action is not its own
-            log_ratio = torch.where(self.weight > 0, log_ratio, 0.0)
-        return log_ratio if cap is None else log_ratio + (cap.log() - log_ratio.detach()).clamp_max(0)
+        if cap is not None:
+            log_ratio = log_ratio + (cap.log() - log_ratio.detach()).clamp_max(0)
+        if self.weight.ndim == 1:
+            return log_ratio
+        return torch.where(self.weight > 0, log_ratio, 0.0)  # a masked agent's action is not its own
 
     def with_factor(self, factor: Tensor) -> PolicyRows:
         """The same rows with another ``M``.

@@ -358,8 +358,8 @@ MUTATIONS = (
     Mutation(
         "ratio-not-capped",
         "objectives/policy_rows.py",
-        "return log_ratio if cap is None else log_ratio + (cap.log() - log_ratio.detach()).clamp_max(0)",
-        "return log_ratio",
+        "log_ratio = log_ratio + (cap.log() - log_ratio.detach()).clamp_max(0)",
+        "pass",
         "max_importance_ratio is ignored",
         "objectives/trpo",
     ),
@@ -450,14 +450,6 @@ MUTATIONS = (
         "torch.where(self._accepted.unsqueeze(-1), ratio, 1.0)",
         "ratio",
         "the factor takes in ratios of agents whose step was rejected",
-        "objectives/hatrpo",
-    ),
-    Mutation(
-        "factor-of-masked",
-        "objectives/policy_rows.py",
-        "log_ratio = torch.where(self.weight > 0, log_ratio, 0.0)",
-        "pass",
-        "the factor takes in ratios of rows that are masked",
         "objectives/hatrpo",
     ),
     Mutation(

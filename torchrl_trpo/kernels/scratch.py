@@ -45,8 +45,8 @@ class Scratch:
         self._within = {block for block in readers if block not in stores and self._is_within(block, readers[block])}
         written = [index for index in needed if index not in self._within]
         self._last = {items.block: index for index in written for items in _items(self._operands(index))}
-        self._first: dict[int, int] = {}
-        self._free: dict[int, list[int]] = {}
+        self._taken: dict[int, tuple[int, int]] = {}  # where results begin, and their number
+        self._free: dict[int, list[int]] = {}  # by the number of results
 
     def _is_within(self, block: int, readers: Sequence[int]) -> bool:
         """Whether a statement can be done in the loop of the one that reads it."""
@@ -123,7 +123,7 @@ class Scratch:
         return f"for (int j = 0; j < {items.length}; j++) store({place}, only(({self._place(items)})[j], valid))"
 
     def _place(self, items: Items) -> str:
-        return f"scratch + {self._first[items.block] + items.first}"
+        return f"scratch + {self._taken[items.block][0] + items.first}"
 
     def _take(self, index: int, length: int) -> int:
         """A place for results. One that is free is of results of the same number."""
@@ -131,19 +131,15 @@ class Scratch:
         if not free:
             free.append(self.size)
             self.size += length
-        self._first[index] = free.pop()
-        return self._first[index]
+        self._taken[index] = free.pop(), length
+        return self._taken[index][0]
 
     def _release(self, index: int) -> None:
         """Makes room where nothing reads any more after a statement."""
         for block in {index, *(items.block for items in _items(self._operands(index)))}:
-            if block in self._first and self._last.get(block, index) == index:
-                self._free.setdefault(self._length(block), []).append(self._first.pop(block))
-
-    def _length(self, block: int) -> int:
-        operation, _, arguments = self._statements[block]
-        place = {"linear": 4, "map": 1, "table": 2}
-        return arguments[place[operation]] if operation in place else arguments[0].length
+            if block in self._taken and self._last.get(block, index) == index:
+                first, length = self._taken.pop(block)
+                self._free[length].append(first)
 
     def _operands(self, index: int) -> list[Any]:
         """What a statement reads, also in what is done in its loop."""
