@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from torchrl_trpo.config.overrides import check_overrides, written
+from torchrl_trpo.config.overrides import compose_settings, written
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.reporting.record import flat, read_config
 from torchrl_trpo.training.checkpoints import has_checkpoint
@@ -82,9 +81,8 @@ def train(recipe: str, cfg: DictConfig) -> None:
 
 def config(recipe: str, overrides: Sequence[str], folder: Path) -> DictConfig:
     """Composes the config of a run, which resumes the run in its folder if there is one with the same settings."""
-    checked = check_overrides([*overrides, "film=false", f"output_dir={written(str(folder))}"], CONFIG, recipe)
-    with initialize_config_dir(str(CONFIG), version_base=None):
-        cfg = settle_compilation(compose(recipe, checked))
+    settings = [*overrides, "film=false", f"output_dir={written(str(folder))}"]
+    cfg = settle_compilation(compose_settings(settings, CONFIG, recipe)[0])
     can_be_resumed = has_checkpoint(folder)
     if can_be_resumed or (folder / "summary.json").exists():
         now: Any = OmegaConf.to_container(cfg, resolve=True)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf, open_dict
 
 from tests.rank_processes import run_command
 from tests.recipes.test_recipes import CONFIG_DIR, RECIPES
-from torchrl_trpo.config.overrides import check_overrides
+from torchrl_trpo.config.overrides import compose_settings
 from torchrl_trpo.config.schema import RECIPES as SETTINGS
 from torchrl_trpo.config.validation import check_settings
 from torchrl_trpo.errors import SettingError
@@ -25,9 +25,7 @@ from torchrl_trpo.training.run_folder import RunFolder
 
 
 def config(name, *overrides):
-    overrides = check_overrides(["output_dir=unused", "device=cpu", *overrides], CONFIG_DIR, name)
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        return compose(name, overrides)
+    return compose_settings(["output_dir=unused", "device=cpu", *overrides], CONFIG_DIR, name)[0]
 
 
 def message(name, *overrides):
@@ -262,11 +260,11 @@ def test_what_only_some_recipes_have(name, override):
 
 
 def test_a_sweep_is_left_to_hydra():
-    assert check_overrides(["-m", "seed=1,2"], CONFIG_DIR, "hatrpo") == ["-m", "++seed=1,2"]
+    assert compose_settings(["-m", "seed=1,2"], CONFIG_DIR, "hatrpo")[1] == ["-m", "++seed=1,2"]
     with pytest.raises(SettingError, match=r"^setting 'sed' does not exist"):
-        check_overrides(["-m", "seed=1,2", "sed=1"], CONFIG_DIR, "hatrpo")
+        compose_settings(["-m", "seed=1,2", "sed=1"], CONFIG_DIR, "hatrpo")
     with pytest.raises(SettingError, match=r"^updater\.max_kl must be a positive number, got -1\.$"):
-        check_overrides(["-m", "updater.max_kl=0.01,-1"], CONFIG_DIR, "hatrpo")
+        compose_settings(["-m", "updater.max_kl=0.01,-1"], CONFIG_DIR, "hatrpo")
 
 
 @functools.cache
@@ -286,9 +284,30 @@ def recorded(folder, **kwargs):
 
 def resumed(*overrides):
     """What a run is resumed with."""
-    checked = check_overrides(overrides, CONFIG_DIR, "hatrpo")
+    return composed_twice("hatrpo", *overrides)
+
+
+def composed_twice(name, *overrides):
+    """A config as it is checked, and as Hydra composes it for a run."""
+    cfg, checked = compose_settings(overrides, CONFIG_DIR, name)
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        return compose("hatrpo", ["++output_dir=.", *checked])
+        assert compose(name, ["++output_dir=.", *checked]) == cfg
+    return cfg
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "matrpo",
+        "hatrpo agent_order=[1,0] actor.hidden=[16] env.kwargs.n_agents=2 train.frames_per_batch=60",
+        "hatrpo env=vmas/transport env.kwargs={n_agents:2}",
+        "hatrpo env=pettingzoo/simple_push_v3 ~env.kwargs env.kwargs={}",
+        "itrpo hyperparameters=finetuned env=vmas/balance seed=3",
+        "trpo env=gym/Acrobot-v1 critic.lr=1e-4 output_dir=a",
+    ],
+)
+def test_what_is_checked_is_what_hydra_composes(command):
+    composed_twice(*command.split())
 
 
 @pytest.mark.parametrize(
@@ -329,14 +348,14 @@ def test_a_run_can_be_resumed_in_any_folder(name, tmp_path, capsys):
 
 def test_what_cannot_be_beside_resume(tmp_path):
     folder = recorded(tmp_path / "run")
-    assert check_overrides(["-m", f"resume={folder}", "train.total_frames=120"], CONFIG_DIR, "hatrpo")[0] == "-m"
-    check_overrides([f"resume={folder}", f"output_dir='{folder}'"], CONFIG_DIR, "hatrpo")
+    assert compose_settings(["-m", f"resume={folder}", "train.total_frames=120"], CONFIG_DIR, "hatrpo")[1][0] == "-m"
+    compose_settings([f"resume={folder}", f"output_dir='{folder}'"], CONFIG_DIR, "hatrpo")
     with pytest.raises(SettingError, match=r"^output_dir=other with resume=.*Legal: without output_dir\.$"):
-        check_overrides([f"resume={folder}", "output_dir=other"], CONFIG_DIR, "hatrpo")
+        compose_settings([f"resume={folder}", "output_dir=other"], CONFIG_DIR, "hatrpo")
     for damage in ("", "a: [", "seed: 0\n"):
         (folder / "config.yaml").write_text(damage)
         with pytest.raises(SettingError) as caught:  # and nothing of settings that the run would have had
-            check_overrides([f"resume={folder}", "train.total_frames=120"], CONFIG_DIR, "hatrpo")
+            compose_settings([f"resume={folder}", "train.total_frames=120"], CONFIG_DIR, "hatrpo")
         assert str(caught.value).startswith(f"resume: {folder / 'config.yaml'} is not the config.yaml of a run: ")
 
 
@@ -409,16 +428,16 @@ def test_the_command_line_says_it_all(tmp_path):
 def test_a_simulator_that_is_not_installed_is_no_misspelt_task(monkeypatch):
     monkeypatch.setattr("torchrl_trpo.envs.tasks.known_tasks", lambda library: [])
     with pytest.raises(SettingError, match=r"not installed\. Use: pip install 'torchrl-trpo\[recipes,gym\]'"):
-        check_overrides(["env=gym/Acrobot-v1"], CONFIG_DIR, "trpo")
+        compose_settings(["env=gym/Acrobot-v1"], CONFIG_DIR, "trpo")
 
 
 def test_flags_of_hydra_are_no_settings():
     flags = ["--cfg", "job", "--config-dir=.", "~critic.lr"]
-    assert check_overrides(flags[:3], CONFIG_DIR, "hatrpo") == flags[:3]
+    assert compose_settings(flags[:3], CONFIG_DIR, "hatrpo")[1] == flags[:3]
     with pytest.raises(SettingError, match=r"^critic\.lr is missing"):
-        check_overrides(flags, CONFIG_DIR, "hatrpo")
+        compose_settings(flags, CONFIG_DIR, "hatrpo")
 
 
 def test_wrong_syntax_is_one_of_the_problems():
     with pytest.raises(SettingError, match=r"2 settings are wrong:.*\n  - env: 'vmas/balanc'.*\n  - .*gamma=\["):
-        check_overrides(["gamma=[", "env=vmas/balanc"], CONFIG_DIR, "hatrpo")
+        compose_settings(["gamma=[", "env=vmas/balanc"], CONFIG_DIR, "hatrpo")

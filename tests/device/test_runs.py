@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from tests.recipes.test_recipes import CONFIG_DIR, RECIPES
 from torchrl_trpo import load_policy
-from torchrl_trpo.config.overrides import check_overrides
+from torchrl_trpo.config.overrides import compose_settings
 from torchrl_trpo.evaluate import evaluate_run
 
 TINY = ("film=false", "env.num_envs=6", "env.max_steps=5", "train.frames_per_batch=60", "checkpoint.every=1")
@@ -25,10 +24,7 @@ def train(name, folder, *overrides, iterations=2, device="fake"):
     settings = {o.partition("=")[0]: o for o in (*TINY, f"device={device}", f"output_dir={folder}", *overrides)}
     frames = int(settings["train.frames_per_batch"].partition("=")[2])
     settings["total"] = f"train.total_frames={iterations * frames}"
-    checked = check_overrides(list(settings.values()), CONFIG_DIR, name)
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        cfg = compose(name, checked)
-    RECIPES[name].train(cfg)
+    RECIPES[name].train(compose_settings(list(settings.values()), CONFIG_DIR, name)[0])
     with (folder / "metrics.csv").open(newline="") as file:
         return [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from torchrl_trpo.config.overrides import check_overrides
+from torchrl_trpo.config.overrides import compose_settings
 from torchrl_trpo.errors import SettingError
 from torchrl_trpo.recipes import hatrpo, itrpo, matrpo
 from torchrl_trpo.training.run import Run
@@ -63,9 +62,7 @@ ALGORITHMS = {
 def config(recipe, folder, *settings):
     name = recipe.__name__.rpartition(".")[2]
     overrides = [*TINY, f"output_dir={folder}", *[part for text in settings for part in text.split()]]
-    overrides = check_overrides(overrides, CONFIG_DIR, name)
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        return compose(name, overrides)
+    return compose_settings(overrides, CONFIG_DIR, name)[0]
 
 
 SLOW = pytest.mark.slow

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from torchrl_trpo.config.overrides import check_overrides
+from torchrl_trpo.config.overrides import compose_settings
 from torchrl_trpo.recipes import hatrpo, itrpo, matrpo, trpo
 
 CONFIG_DIR = Path(hatrpo.__file__).parent / "config"
@@ -22,9 +21,7 @@ def returns(recipe, env, frames, folder, seeds):
     found = []
     for seed in seeds:
         overrides = [f"env={env}", f"seed={seed}", f"output_dir={folder / str(seed)}", "film=false"]
-        overrides = check_overrides([*overrides, f"train.total_frames={frames}"], CONFIG_DIR, name)
-        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            cfg = compose(name, overrides)
+        cfg, _ = compose_settings([*overrides, f"train.total_frames={frames}"], CONFIG_DIR, name)
         found.append(recipe.train(cfg)["episode_return"])
     print(f"{name} on {env}: {[round(value, 1) for value in found]}")
     return found

@@ -14,12 +14,11 @@ from pathlib import Path
 import imageio.v3 as imageio
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from tests.rank_processes import run_command
 from torchrl_trpo import TrustRegionUpdater
-from torchrl_trpo.config.overrides import check_overrides, environments
+from torchrl_trpo.config.overrides import compose_settings, environments
 from torchrl_trpo.config.schema import RECIPES as SETTINGS
 from torchrl_trpo.config.validation import check_settings
 from torchrl_trpo.envs import BatchedResetVmasEnv, make_env, resolve_device
@@ -50,9 +49,7 @@ TINY = ("env.num_envs=4", "env.max_steps=10", "train.frames_per_batch=80", "trai
 def config(name, folder, *overrides):
     """The config of a run in a folder; a run that is resumed stays in its own."""
     folder = next((each.removeprefix("resume=") for each in overrides if each.startswith("resume=")), folder)
-    overrides = check_overrides([*TINY, f"output_dir={folder}", *overrides], CONFIG_DIR, name)
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        return compose(name, overrides)
+    return compose_settings([*TINY, f"output_dir={folder}", *overrides], CONFIG_DIR, name)[0]
 
 
 def metrics(folder):
@@ -291,7 +288,7 @@ def test_each_is_a_command(name, tmp_path):
 )
 def test_unknown_names(override, message):
     with pytest.raises(ValueError, match=message):
-        check_overrides(["seed=1", override], CONFIG_DIR, "hatrpo")
+        compose_settings(["seed=1", override], CONFIG_DIR, "hatrpo")
 
 
 @pytest.mark.parametrize(
@@ -458,5 +455,5 @@ def test_recipes_for_teams_refuse_a_single_agent(name, tmp_path):
 
 def test_settings_of_the_resumed_environment_are_known(tmp_path):
     itrpo.train(config("itrpo", tmp_path, "env=pettingzoo/simple_spread_v3", "film=false", "train.total_frames=80"))
-    overrides = check_overrides([f"resume={tmp_path}", "env.parallel=true"], CONFIG_DIR, "itrpo")
+    _, overrides = compose_settings([f"resume={tmp_path}", "env.parallel=true"], CONFIG_DIR, "itrpo")
     assert "env=pettingzoo/simple_spread_v3" in overrides

@@ -7,7 +7,7 @@ import gc
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import TextWrapper
 from typing import Any
@@ -16,7 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from torchrl_trpo.config.overrides import check_overrides, compose_settings, environments
+from torchrl_trpo.config.overrides import compose_settings, environments
 from torchrl_trpo.config.schema import RECIPES
 from torchrl_trpo.config.validation import choices, fields
 from torchrl_trpo.errors import AgreedError, SettingError
@@ -35,13 +35,13 @@ def run_recipe(train: Callable[[DictConfig], Any], recipe: str) -> None:
     config_dir, arguments = path.parent / "config", sys.argv[1:]
     flags = {"--help", "-h", "--environments"}.intersection(arguments)
     with plain_errors():
-        overrides = check_overrides([each for each in arguments if each not in flags], config_dir, path.stem)
+        cfg, overrides = compose_settings([each for each in arguments if each not in flags], config_dir, path.stem)
     if flags and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of ``| head``, which reads no further
     if "--environments" in flags:
         print(environments_text(config_dir))
     elif flags:
-        print(help_text(str(sys.modules["__main__"].__doc__), overrides, config_dir, path.stem))
+        print(help_text(str(sys.modules["__main__"].__doc__), cfg, config_dir, path.stem))
     else:
         sys.argv[1:] = overrides
         gc.freeze()  # what is imported stays; looking through it for garbage takes a twentieth of a short run
@@ -66,9 +66,8 @@ def plain_errors() -> Iterator[None]:
                 Path(HydraConfig.get().runtime.output_dir).rmdir()
 
 
-def help_text(purpose: str, overrides: Sequence[str], config_dir: Path, config_name: str) -> str:
+def help_text(purpose: str, cfg: DictConfig, config_dir: Path, config_name: str) -> str:
     """The help of a recipe: its settings with their values, meaning and legal values."""
-    cfg = compose_settings(overrides, config_dir, config_name)
     model = RECIPES[config_name].of_library(cfg.env.name.partition("/")[0])
     lines = [
         purpose.strip(),

@@ -31,8 +31,8 @@ _ENV_DEFAULTS: dict[str, dict[str, Any]] = {
 _NOT_RESUMED = ("resume", "output_dir", *RECORDED)
 
 
-def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str) -> list[str]:
-    """Checks the settings of a command line: names, values, and the settings against each other.
+def compose_settings(overrides: Sequence[str], config_dir: Path, config_name: str) -> tuple[DictConfig, list[str]]:
+    """Composes a recipe's config from a command line, and checks it: names, values, and settings against each other.
 
     In a sweep, each value of a setting is checked, together with the first values of the others.
 
@@ -42,7 +42,8 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
         config_name: the recipe's config.
 
     Returns:
-        The overrides for Hydra. With ``resume=<folder>``, the settings of that run come before.
+        The config, which has the first values of a sweep, and ``output_dir`` ``"."`` if none is given; and the
+        overrides with which Hydra composes it. With ``resume=<folder>``, the settings of that run come before.
 
     Raises:
         SettingError: if settings or environments are unknown, missing or invalid; it lists all of them.
@@ -83,7 +84,7 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
     lines = [line for each in problems.values() for line in each]
     try:
         right = [override for override in checked if not problems.get(_split(override)[0])]
-        cfg = compose_settings(right, config_dir, config_name)
+        cfg = _compose(right, config_dir, config_name)
     except (HydraException, OmegaConfBaseException) as error:
         lines.append(str(error).splitlines()[0])
     else:
@@ -92,7 +93,7 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
             lines += _sweep_problems(right, cfg, config_name)
     if lines:
         raise SettingError(one_message(lines))
-    return checked
+    return cfg, checked
 
 
 def typed(name: str, folder: Path) -> str:
@@ -116,8 +117,20 @@ def written(value: Any) -> str:
     return Override(OverrideType.CHANGE, "", ValueType.ELEMENT, quoted(value)).get_value_element_as_str()
 
 
-def compose_settings(overrides: Sequence[str], config_dir: Path, config_name: str) -> DictConfig:
-    """Composes a recipe's config from what :func:`check_overrides` returns; a sweep has its first values."""
+def environments(config_dir: Path) -> dict[str, list[str]]:
+    """The environments that can be chosen, by library: those with a YAML file, and those of installed simulators.
+
+    Names without a task, such as ``custom``, are under ``""``.
+    """
+    names = {"": sorted(path.stem for path in (config_dir / "env").glob("*.yaml"))}
+    for library in LIBRARIES:
+        written = {path.stem for path in (config_dir / "env" / library).glob("*.yaml")}
+        names[library] = [f"{library}/{task}" for task in sorted(written.union(known_tasks(library)))]
+    return names
+
+
+def _compose(overrides: Sequence[str], config_dir: Path, config_name: str) -> DictConfig:
+    """Composes a recipe's config from overrides with ``++``; a sweep has its first values."""
     parser = OverridesParser.create()
     parsed = parser.parse_overrides([each for each in overrides if _is_setting(each)])
     parsed = [parser.parse_override(_first(each)) for each in parsed if not each.is_interval_sweep()]
@@ -131,18 +144,6 @@ def compose_settings(overrides: Sequence[str], config_dir: Path, config_name: st
         merge = isinstance(value, dict) and OmegaConf.is_dict(OmegaConf.select(cfg, name))
         OmegaConf.update(cfg, name, value, merge=merge, force_add=True)
     return cfg
-
-
-def environments(config_dir: Path) -> dict[str, list[str]]:
-    """The environments that can be chosen, by library: those with a YAML file, and those of installed simulators.
-
-    Names without a task, such as ``custom``, are under ``""``.
-    """
-    names = {"": sorted(path.stem for path in (config_dir / "env").glob("*.yaml"))}
-    for library in LIBRARIES:
-        written = {path.stem for path in (config_dir / "env" / library).glob("*.yaml")}
-        names[library] = [f"{library}/{task}" for task in sorted(written.union(known_tasks(library)))]
-    return names
 
 
 def _env_problems(envs: Sequence[str], config_dir: Path) -> Iterator[str]:
@@ -268,6 +269,6 @@ def _level_problems(level: str, config_dir: Path, recipe: str, envs: Sequence[st
     return [
         f"hyperparameters=finetuned: {recipe} has not been tuned on {env!r}. Tuned: {', '.join(known)}. Legal for "
         "other tasks: hyperparameters=common."
-        for env in envs or [compose_settings([], config_dir, recipe).env.name]
+        for env in envs or [_compose([], config_dir, recipe).env.name]
         if env not in known
     ]

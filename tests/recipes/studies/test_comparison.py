@@ -16,10 +16,9 @@ from pathlib import Path
 import imageio.v3 as imageio
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from torchrl_trpo.config.overrides import check_overrides
+from torchrl_trpo.config.overrides import compose_settings
 from torchrl_trpo.config.schema import RECIPES
 from torchrl_trpo.config.validation import check_settings
 from torchrl_trpo.errors import SettingError
@@ -98,7 +97,7 @@ def test_the_plans_are_legal(name):
         if cell.task != plan["tasks"][0] and cell.algorithm != plan["algorithms"][0]:
             continue
         recipe, settings = comparison.settings_of(plan, cell)
-        check_overrides([f"{key}={value}" for key, value in settings.items()], CONFIG_DIR, recipe)
+        compose_settings([f"{key}={value}" for key, value in settings.items()], CONFIG_DIR, recipe)
 
 
 def test_a_part_of_the_comparison_is_not_reported_as_the_whole(tmp_path, monkeypatch, capsys):
@@ -297,9 +296,7 @@ FINETUNED = CONFIG_DIR / "hyperparameters" / "finetuned"
 @pytest.mark.parametrize("task", ["vmas/balance", "pettingzoo/simple_spread_v3"])
 @pytest.mark.parametrize("recipe", sorted(path.name for path in FINETUNED.iterdir()))
 def test_tuned_settings_are_those_of_a_run(recipe, task):
-    overrides = check_overrides([f"env={task}", "hyperparameters=finetuned", "output_dir=."], CONFIG_DIR, recipe)
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        cfg = compose(recipe, overrides)
+    cfg, _ = compose_settings([f"env={task}", "hyperparameters=finetuned"], CONFIG_DIR, recipe)
     check_settings(cfg, RECIPES[recipe])
     for name, value in OmegaConf.to_container(OmegaConf.load(FINETUNED / recipe / f"{task}.yaml")).items():
         assert cfg[name] == value if not isinstance(value, dict) else value.items() <= dict(cfg[name]).items()
@@ -328,7 +325,7 @@ def test_tuned_settings_are_the_best_that_were_found(tmp_path):
 )
 def test_settings_that_were_not_found_are_refused(recipe, overrides, message):
     with pytest.raises(SettingError, match=message):
-        check_overrides(overrides, CONFIG_DIR, recipe)
+        compose_settings(overrides, CONFIG_DIR, recipe)
 
 
 def test_a_sensitivity_sweep_runs_each_setting_once(tmp_path):
