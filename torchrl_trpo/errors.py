@@ -1,10 +1,14 @@
-"""Errors that name the nearest legal choice."""
+"""Errors that name the nearest legal choice, and warnings that name the user's line."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
+import warnings
 from collections.abc import Iterable
 from importlib.util import find_spec
+
+_LIBRARIES = {"torchrl_trpo", "torchrl", "tensordict", "torch", "hydra", "contextlib"}
 
 
 class SettingError(ValueError):
@@ -41,18 +45,31 @@ def require(extras: str, *modules: str, importer: str) -> None:
         raise ImportError(f"{importer} needs {', '.join(missing)}. Use: {command}", name=importer)
 
 
-def question(given: object, legal: Iterable[object]) -> str:
-    """Asks for the nearest legal values.
+def warn(message: str) -> None:
+    """Warns of something at the line that called a library: the user's, or a recipe's.
 
     Args:
-        given: the value that is not legal.
-        legal: the legal values.
-
-    Returns:
-        ``"Did you mean 'x'? "``, or nothing when nothing is near.
+        message: what is to be said.
     """
-    close = difflib.get_close_matches(str(given), [str(value) for value in legal], n=3, cutoff=0.5)
-    return f"Did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_back is not None and _is_of_library(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_of_library(module: str) -> bool:
+    return module.partition(".")[0] in _LIBRARIES and not module.startswith("torchrl_trpo.recipes")
+
+
+def close_names(given: object, legal: Iterable[str]) -> list[str]:
+    """The legal names near one that is not legal, the nearest first."""
+    return difflib.get_close_matches(str(given), list(legal), n=3, cutoff=0.5)
+
+
+def did_you_mean(names: Iterable[str]) -> str:
+    """Asks for one of some names: ``"Did you mean 'x'? "``, or nothing when there is none."""
+    listed = " or ".join(map(repr, names))
+    return f"Did you mean {listed}? " if listed else ""
 
 
 def nearest(given: object, legal: Iterable[object]) -> str:
@@ -66,7 +83,7 @@ def nearest(given: object, legal: Iterable[object]) -> str:
         ``"Did you mean 'x'? Legal: 'x', 'y'."``, without the question when nothing is near.
     """
     names = [str(value) for value in legal]
-    return f"{question(given, names)}Legal: {', '.join(repr(name) for name in names) or 'nothing'}."
+    return f"{did_you_mean(close_names(given, names))}Legal: {', '.join(map(repr, names)) or 'nothing'}."
 
 
 def nearest_multiples(value: int, step: int) -> str:

@@ -107,6 +107,9 @@ ONE = [
     ("hatrpo", "updater={maxkl: 1}", r"^setting 'updater\.maxkl' does not exist\. Did you mean 'updater\.max_kl'"),
     ("hatrpo", "updater={max_kl: -1}", r"^updater\.max_kl must be a positive number, got -1\.$"),
     ("hatrpo", "+sed=1", r"^setting 'sed' does not exist\. Did you mean 'seed'"),
+    ("hatrpo", "lr=1", r"^setting 'lr' does not exist\. Did you mean 'critic\.lr'\? Legal: what --help lists\.$"),
+    ("hatrpo", "trainer.max_kl=1", r"^setting 'trainer\.max_kl' does not exist\. Did you mean 'updater\.max_kl'\? "),
+    ("hatrpo", "checkpoint.x=3", r"^setting 'checkpoint\.x' does not exist\. Legal: 'checkpoint\.every', 'checkpoint"),
     ("hatrpo", "+env.parallel=true", r"^setting 'env\.parallel' does not exist\."),
     ("itrpo", "+team_reward=sum", r"^setting 'team_reward' does not exist\."),
     ("hatrpo", "~critic.lr", r"^critic\.lr is missing\. Legal: a number of at least 0\.$"),
@@ -372,7 +375,7 @@ def test_a_config_made_by_hand():
     assert lines[0] == "4 settings are wrong:"
     for part in (
         "'updater.maxkl' does not exist. Did you mean 'updater.max_kl'",
-        "'typo'",
+        "'typo.a' does not exist. Legal: what --help lists.",
         "'env.parallel'",
         "seed is",
     ):

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from torchrl_trpo.config.schema import RECIPES, Recipe
 from torchrl_trpo.envs import resolve_device
-from torchrl_trpo.errors import SettingError, nearest, nearest_multiples, question
+from torchrl_trpo.errors import SettingError, close_names, did_you_mean, nearest, nearest_multiples
 from torchrl_trpo.keys import GroupKeys
 from torchrl_trpo.reporting.loggers import logger_problem
 
@@ -78,7 +78,7 @@ def find_problems(cfg: DictConfig, recipe: type[Recipe], *, knows_env: bool = Tr
         for detail in error.errors(include_url=False):
             name = ".".join(map(str, detail["loc"]))
             if detail["type"] == "extra_forbidden":
-                problems[name] = _unknown(name, known)
+                problems[name] = _unknown(name, known, _value(settings, name))
                 continue
             while name not in known and not _parts(name, known):  # pydantic's place may go on inside the value
                 name = name.rpartition(".")[0]
@@ -136,16 +136,23 @@ def _wrong_value(name: str, known: Mapping[str, FieldInfo], value: object) -> st
     return f"{name}: {shown}. {_legal(name, known, value)}"
 
 
-def _unknown(name: str, known: Mapping[str, FieldInfo]) -> str:
+def _unknown(name: str, known: Mapping[str, FieldInfo], value: object) -> str:
     """What to type instead of a setting that does not exist."""
+    while isinstance(value, Mapping) and len(value) == 1:  # of a section that does not exist
+        ((part, value),) = value.items()
+        name = f"{name}.{part}"
     said = f"setting {name!r} does not exist."
-    section = name.rpartition(".")[0]
-    legal = [each for each in known if each.rpartition(".")[0] == section] or list(known)
+    section, _, last = name.rpartition(".")
+    legal = [each for each in known if each.rpartition(".")[0] == section]
     if others := [recipe for recipe, model in RECIPES.items() if name in dict(fields(model))]:
         return f"{said} It is one of {', '.join(others)}. {nearest('', legal)}"
-    if asked := question(name, known):
-        return f"{said} {asked}Legal: what --help lists."
-    return f"{said} {nearest(name, legal)}"
+    alike: dict[str, list[str]] = {}  # by their names without the section
+    for each in legal if section and legal else known:
+        alike.setdefault(each.rpartition(".")[2], []).append(each)
+    close = alike.get(last) or [each for word in close_names(last, alike) for each in alike[word]]
+    if close or not (section and legal):
+        return f"{said} {did_you_mean(close)}Legal: what --help lists."
+    return f"{said} {nearest('', legal)}"
 
 
 def _legal(name: str, known: Mapping[str, FieldInfo], value: object = "") -> str:
