@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 
+from torchrl_trpo.errors import warn
 from torchrl_trpo.kernels.batch_function import BatchFunction, Blocks, check_results
 from torchrl_trpo.kernels.buffers import REFUSALS, NotCompiled, reason_of
 from torchrl_trpo.kernels.settings import constants_of, settings_of
@@ -258,7 +258,7 @@ class RegionCompiler:
         except REFUSALS as error:
             if not self._warned:
                 self._warned = True
-                warnings.warn(f"The policy's update is not compiled: {reason_of(error)}.", stacklevel=6)
+                warn(f"The policy's update is not compiled: {reason_of(error)}.")
             return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import LossModule
 
+from torchrl_trpo.errors import warn
 from torchrl_trpo.keys import next_key
 from torchrl_trpo.objectives.agent_checks import check_agents_alone
 from torchrl_trpo.objectives.agent_order import AgentOrder, drawn_order
@@ -139,11 +139,10 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
         first = all_rewards.gather(-1, counts.byte().argmax(-1, keepdim=True))  # of an agent that counts
         if not torch.allclose(torch.where(counts, all_rewards, first), first.expand_as(all_rewards)):
             self._warned_of_rewards = True
-            warnings.warn(
+            warn(
                 "The agents' rewards differ. HATRPO's guarantee that no update lowers the expected return (Kuba et al. "
                 "2022, theorem 2) is for one reward that all agents share. AgentGAE and CentralCriticValueEstimator "
                 "make one with team_reward='mean' or 'sum'; rewards that compete are a task for ITRPO or MATRPO.",
-                stacklevel=4,
             )
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from torchrl_trpo.errors import warn
 from torchrl_trpo.kernels.buffers import reason_of
 from torchrl_trpo.objectives.recorded_loss import Compiled, Graph, MeanLoss, entries_of, graph_of, pack, take
 from torchrl_trpo.seeding import untouched_generators
@@ -100,7 +100,7 @@ class MinibatchGradient:
     def _refuse(self, error: Exception) -> None:
         self._may_record = False
         if self._compiled:
-            warnings.warn(f"{self._name} is not compiled: {reason_of(error)}.", stacklevel=6)
+            warn(f"{self._name} is not compiled: {reason_of(error)}.")
 
     def _record(
         self, rows: TensorDictBase, drawn: Tensor, expected: Sequence[Tensor | None], settings: tuple[Any, ...]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torchrl.envs import set_exploration_type
 from torchrl.modules.tensordict_module.exploration import RandomPolicy
 
 from torchrl_trpo.envs.fused_rollout import FusedRollout
+from torchrl_trpo.errors import warn
 from torchrl_trpo.kernels.buffers import NotCompiled
 from torchrl_trpo.keys import next_key
 
@@ -67,10 +67,10 @@ class CompiledCollector(Collector):
                 self._fused = FusedRollout(self.env, self._wrapped_policy, self._carried)
             reason = self._fused.why_policy_not_compiled
             if reason and not isinstance(self._wrapped_policy, RandomPolicy):
-                warnings.warn(f"The policy is called at each step, not compiled: {reason}.", stacklevel=3)
+                warn(f"The policy is called at each step, not compiled: {reason}.")
         except NotCompiled as error:
             self._fused, self.why_not_compiled = None, str(error)
-            warnings.warn(f"Rollouts are not compiled: {error}.", stacklevel=3)
+            warn(f"Rollouts are not compiled: {error}.")
         # a batch of a compiled rollout has memory of its own, and needs no copy
         self.return_same_td = self._returns_same_td or self._fused is not None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -19,6 +18,7 @@ from torchrl_trpo.envs.saved_state import ObjectState
 from torchrl_trpo.envs.snapshot import ObjectSnapshot
 from torchrl_trpo.envs.tracing import Places, left_as_it_is
 from torchrl_trpo.envs.vmas import BatchedResetVmasEnv, undecorated
+from torchrl_trpo.errors import warn
 from torchrl_trpo.kernels.buffers import NotCompiled, reason_of, unused_size
 
 _RESET_TOGETHER = 2048  # which takes VMAS a few times as long as one environment
@@ -85,7 +85,7 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             self._compile()
         except NotCompiled as error:
             self.why_not_compiled = str(error)
-            warnings.warn(f"{self.scenario_name} is stepped by VMAS, not compiled: {error}.", stacklevel=3)
+            warn(f"{self.scenario_name} is stepped by VMAS, not compiled: {error}.")
 
     def _compile(self, numbers: Set[str] = frozenset()) -> None:
         env = self._env
@@ -244,10 +244,9 @@ class CompiledVmasEnv(BatchedResetVmasEnv):
             if self.n_left_to_vmas == _STEPS_UNTIL_VARIANT and self._find_variant():
                 return self._take_step(actions)
             if self.n_left_to_vmas == _STEPS_UNTIL_WARNING:
-                warnings.warn(
+                warn(
                     f"{self.scenario_name}: VMAS takes the steps, and not the compiled simulator, because something "
                     f"in its objects has changed: {self.state.problem}.",
-                    stacklevel=2,
                 )
         return super()._take_step(actions)
 

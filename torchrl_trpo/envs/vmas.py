@@ -21,7 +21,7 @@ from torchrl.envs import VmasEnv
 from torchrl_trpo.envs.object_graph import InexactError, tensors_in
 from torchrl_trpo.envs.saved_state import ObjectState
 from torchrl_trpo.envs.snapshot import ObjectSnapshot
-from torchrl_trpo.errors import SettingError
+from torchrl_trpo.errors import SettingError, warn
 from torchrl_trpo.kernels.buffers import reason_of
 from torchrl_trpo.seeding import GlobalGenerators, device_state, set_device_state, untouched_generators
 
@@ -85,10 +85,9 @@ class BatchedResetVmasEnv(VmasEnv):
             self._random_state = _generators(env)
         self._why_slowly = "gradients are to pass through them" if env.grad_enabled else error
         if error:
-            warnings.warn(
+            warn(
                 f"{self.scenario_name}: ended environments are reset one by one, which is slow when there are many. It "
                 f"cannot be made with another number of environments, as a vectorised reset needs it: {error}.",
-                stacklevel=2,
             )
         roots = {f"{type(each).__name__} {each.name}": each for each in (*env.world.agents, *env.world.landmarks)}
         roots |= {"scenario": env.scenario, "world": env.world, "agents": env.agents}
@@ -233,11 +232,10 @@ class BatchedResetVmasEnv(VmasEnv):
             env.steps = steps
             GlobalGenerators().load_state_dict(drawn)
             self._why_slowly = str(error)
-            warnings.warn(
+            warn(
                 f"{self.scenario_name}: ended environments are reset one by one, which is slow when there are many. A "
                 f"vectorised reset would change those that go on: {self._why_slowly}. Many scenarios change it only "
                 "when all are reset: then a policy is trained for what it was at the start of the run.",
-                stacklevel=2,
             )
             return None
         return entries

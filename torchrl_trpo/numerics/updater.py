@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -12,6 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from torchrl_trpo.arguments import RangedSettings
+from torchrl_trpo.errors import warn
 from torchrl_trpo.numerics.conjugate_gradient import conjugate_gradient
 from torchrl_trpo.numerics.line_search import backtrack
 
@@ -223,14 +223,13 @@ class TrustRegionUpdater(RangedSettings):
         self._warned |= new
         if "gradient" in new:
             regions = ", ".join(map(str, order[wrong].tolist()))
-            warnings.warn(
+            warn(
                 f"The gradient of region {regions} is not finite, so that it kept its policy. Likely: a NaN or an "
                 "infinity among the advantages, observations, actions or log-probabilities of the data. Each step says "
                 "so in accepted and grad_norm.",
-                stacklevel=3,
             )
         if "data" in new:
-            warnings.warn(
+            warn(
                 "The data was not collected by the policy that is updated: its log-probabilities differ by up to "
                 f"{float(stats['log_ratio_max'].max()):.3g} from the policy's (effective sample size "
                 f"{float(stats['ESS'].min()):.2f}). The trust region is around the policy, not around what the data is "
@@ -238,14 +237,12 @@ class TrustRegionUpdater(RangedSettings):
                 "(update_policy_weights_), a batch that was used before, rows of a recurrent policy out of order, a "
                 "part of a composite log-probability left out, dropout or batch norm in the policy, most actions at "
                 "their bounds. Each step says more in log_ratio_max and ESS.",
-                stacklevel=3,
             )
         if "policy" in new:
-            warnings.warn(
+            warn(
                 "The policy is not what the last step left: something else has changed its parameters, without a trust "
                 "region. Likely causes: an optimiser of loss_objective or loss_entropy, which belong to this step "
                 "alone; a critic that shares layers with the policy; parameters that were loaded since.",
-                stacklevel=3,
             )
 
     def _team_radii(self, tensordict: TensorDictBase) -> Tensor:

@@ -8,13 +8,12 @@ import json
 import math
 import os
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchrl_trpo.errors import SettingError
+from torchrl_trpo.errors import SettingError, warn
 
 STATE, WARNINGS = "state.json", "warnings.txt"
 """The files with a run's state and with its warnings."""
@@ -320,7 +319,7 @@ def find_runs(folder: Path) -> Iterator[Path]:
         try:
             read_config(path)
         except SettingError as error:
-            warnings.warn(f"Left out, since it is no run: {error}", stacklevel=2)
+            warn(f"Left out, since it is no run: {error}")
         else:
             yield path
 
