@@ -42,6 +42,14 @@ class Wrapped(nn.Module):
         return self.change(self, self.actor(data))
 
 
+class Scaled(Wrapped):
+    """It reads a number of a buffer, before random numbers are drawn."""
+
+    def forward(self, data):
+        scale = float(self.scale)
+        return self.change(self, self.actor(data), scale)
+
+
 def brakes(policy, data):
     speed = data[KEY].numpy()[..., 2:4]
     return data.set(ACTION, torch.from_numpy(0.5 * (abs(speed) < 0.2).astype("float32")))
@@ -55,8 +63,8 @@ def is_noisy(policy, data):
     return data.set(ACTION, data[ACTION] * float(np.random.rand()))  # noqa: NPY002
 
 
-def is_scaled(policy, data):
-    return data.set(ACTION, data[ACTION] * float(policy.scale))
+def is_scaled(policy, data, scale):
+    return data.set(ACTION, data[ACTION] * scale)
 
 
 def keeps_a_log(policy, data):
@@ -111,7 +119,8 @@ def test_what_is_not_computed_with_tensors_is_no_constant(change):
         collector.policy.plain.offset += 0.1 * number
         collector.policy.made = None
 
-    check(seeded, n_batches=2, wrap=lambda actor: Wrapped(actor, change), **SETTINGS)
+    kind = Scaled if change is is_scaled else Wrapped
+    check(seeded, n_batches=2, wrap=lambda actor: kind(actor, change), **SETTINGS)
 
 
 @NOT_COMPILED
