@@ -17,6 +17,7 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl_trpo.arguments import RangedSettings
 from torchrl_trpo.distributions.divergence import kl_if_exact
 from torchrl_trpo.errors import PlainKeyError
+from torchrl_trpo.objectives.functional import copy_parameters
 from torchrl_trpo.objectives.loss_groups import check_separate_losses
 from torchrl_trpo.objectives.policy_member import Member, check_loss, log_prob_keys
 from torchrl_trpo.objectives.policy_rows import PolicyRows
@@ -123,6 +124,8 @@ class ClippedUpdater(RangedSettings):
         """An updater of its own, on copies of the losses, that takes the same steps."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
+        for loss in self.losses.values():
+            copy_parameters(loss, memo)
         for name, value in vars(self).items():
             if name != "_members":  # their parameters are views on those of the losses; views of copies are made below
                 setattr(copied, name, copy.deepcopy(value, memo))

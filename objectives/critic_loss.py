@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.modules import ValueNorm
+from torchrl.modules import ValueNorm, recurrent_mode, set_recurrent_mode
 from torchrl.objectives import PPOLoss
 
 from torchrl_trpo.keys import entry
@@ -40,12 +40,15 @@ class CriticLoss(PPOLoss):
         change, because that layer does not output them, a ``ValueError`` says so at the first correction.
 
         Args:
-            tensordict: the data with value targets, ``[*B]``.
+            tensordict: the data with value targets, ``[*B]``; of a recurrent critic whole sequences, ``[*B, T]``.
 
         Returns:
             The distance ``[*B, n_agents, 1]`` times ``critic_coeff``, the share of clipped values (None without
             ``clip_value``) and the explained variance (None unless it is logged).
         """
+        if not recurrent_mode():  # torch.compile cannot enter it twice
+            with set_recurrent_mode(True):
+                return self.loss_critic(tensordict)
         if torch.is_grad_enabled() and self.value_norm is not None:
             with self._correction_checked(tensordict, self.value_norm):
                 self.update_value_norm(tensordict)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDictBase, TensorDictParams
 from torch import Tensor, nn
 
 
@@ -69,6 +70,19 @@ def parameters_restored(*networks: nn.Module | None) -> Iterator[None]:
         if of_tensordict and replaced is not None and not isinstance(replaced, Exception):
             raise replaced from None
         raise
+
+
+def copy_parameters(loss: nn.Module, memo: dict[int, Any]) -> None:
+    """Copies a loss's parameters into the memory of a deepcopy, so that networks and loss of the copy have the same.
+
+    tensordict's own deepcopy gives the loss parameters that no network holds.
+    """
+    held = (each for module in loss.modules() for each in (module, *vars(module).values()))
+    for network in held:
+        for module in network.modules() if isinstance(network, nn.Module) else ():
+            if isinstance(module, TensorDictParams) and id(module) not in memo:
+                copied = module.apply(lambda leaf: copy.deepcopy(leaf, memo))
+                memo[id(module)] = TensorDictParams(copied, no_convert=module.no_convert)
 
 
 def _registries(module: nn.Module) -> tuple[dict, dict]:

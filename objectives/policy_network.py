@@ -90,7 +90,7 @@ def _unshared_nets(network: nn.Module) -> list[MultiAgentNetBase]:
 
 def distribution_keys(network: ProbabilisticTensorDictSequential) -> list[NestedKey]:
     """The keys of the distribution's parameters that a policy writes, such as ``("agents", "loc")``."""
-    return list(_distribution_module(network).in_keys)
+    return list(distribution_module(network).in_keys)
 
 
 def distribution_parameters(
@@ -107,7 +107,7 @@ def distribution_parameters(
 
 def build_distribution(network: ProbabilisticTensorDictSequential, dist_params: TensorDictBase) -> D.Distribution:
     """A policy's distribution; TorchRL's ``TanhNormal`` as the equal, faster ``BoundedTanhNormal``."""
-    module = _distribution_module(network)
+    module = distribution_module(network)
     if module.distribution_class is not TanhNormal:
         return module.get_dist(dist_params)
     names = [path(name)[-1] for name in module.dist_keys]
@@ -123,20 +123,21 @@ def input_keys(network: ProbabilisticTensorDictSequential) -> list[NestedKey]:
 
 def is_composite(network: ProbabilisticTensorDictSequential) -> bool:
     """Whether a policy's actions have several parts: its distribution is a ``CompositeDistribution``."""
-    return _distribution_module(network).distribution_class is CompositeDistribution
+    return distribution_module(network).distribution_class is CompositeDistribution
 
 
 def distribution_settings(network: ProbabilisticTensorDictSequential) -> Any:
     """The settings of a policy's distribution, such as its bounds, to be compared."""
-    return setting_of(_distribution_module(network).distribution_kwargs)
+    return setting_of(distribution_module(network).distribution_kwargs)
 
 
-def _distribution_module(network: ProbabilisticTensorDictSequential) -> ProbabilisticTensorDictModule:
+def distribution_module(network: ProbabilisticTensorDictSequential) -> ProbabilisticTensorDictModule:
+    """The module that makes the policy's distribution; there must be one."""
     found = [module for module in network.modules() if isinstance(module, ProbabilisticTensorDictModule)]
     if len(found) != 1:
         raise ValueError(
-            f"the policy has {len(found)} probabilistic modules. Legal: one, at its end; a CompositeDistribution for "
-            f"actions of several parts.\n{network}"
+            f"actor_network: the policy has {len(found)} probabilistic modules. Legal: one, at its end; a "
+            f"CompositeDistribution for actions of several parts.\n{network}"
         )
     return found[0]
 

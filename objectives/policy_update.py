@@ -152,7 +152,9 @@ def estimator_mask_keys(loss: PPOLoss) -> tuple[NestedKey, ...]:
 def row_mask(loss: PPOLoss, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
     """Which entries count, by the loss's masks: bool of the shape of ``like``, or None if the data has no mask."""
     masks = []
-    for mask in (tensordict.get(key, None) for key in mask_keys(loss)):
+    for key in mask_keys(loss):
+        is_found = loss.loss_mask_key == "auto"
+        mask = tensordict.get(key, None) if is_found else entry(tensordict, key, "loss_mask_key")
         if mask is not None:
             dim = tensordict.batch_dims
             if mask.shape[dim:].numel() > 1 and like.shape[dim:].numel() == 1:

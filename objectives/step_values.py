@@ -96,9 +96,11 @@ def add_states(
     """
     carried = [key for key in network.in_keys if next_key(key) in network.out_keys]
     before: TensorDictBase = TensorDict()
-    steps = []
+    steps: list[TensorDictBase] = []
     with torch.no_grad(), other_parameters(network, params), set_recurrent_mode(False):
         for step in data.select(*network.in_keys, strict=False).unbind(time_dim):
+            if not steps and any(step.get(key, None) is None for key in carried):
+                step.set("is_init", torch.ones_like(step.get("is_init")))  # from zeros, as sequences do
             for key in carried:
                 state, recorded = before.get(next_key(key), None), step.get(key, None)
                 if state is not None:

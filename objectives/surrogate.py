@@ -9,14 +9,14 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
-from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModule,
     composite_lp_aggregate,
     dispatch,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributions as D
 from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss, ValueEstimators
@@ -30,7 +30,7 @@ from torchrl_trpo.numerics.statistics import effective_sample_size
 from torchrl_trpo.objectives.agent_gae import AgentGAE
 from torchrl_trpo.objectives.collected import broadcast_advantage, collected_log_prob
 from torchrl_trpo.objectives.critic_loss import CriticLoss
-from torchrl_trpo.objectives.functional import parameters_restored
+from torchrl_trpo.objectives.functional import copy_parameters, parameters_restored
 from torchrl_trpo.objectives.policy_network import is_composite
 from torchrl_trpo.objectives.policy_update import (
     actor_parameters,
@@ -88,13 +88,7 @@ class SurrogateLoss(CriticLoss):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copies the loss. The networks of the copy, its estimator's too, hold the parameters that it trains."""
-        held = (each for module in self.modules() for each in (module, *vars(module).values()))
-        for network in held:
-            for module in network.modules() if isinstance(network, nn.Module) else ():
-                if isinstance(module, TensorDictParams) and id(module) not in memo:
-                    # tensordict's own deepcopy gives parameters that no network holds
-                    copied = module.apply(lambda leaf: copy.deepcopy(leaf, memo))
-                    memo[id(module)] = TensorDictParams(copied, no_convert=module.no_convert)
+        copy_parameters(self, memo)
         result = memo[id(self)] = self.__class__.__new__(self.__class__)
         result.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return result

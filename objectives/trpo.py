@@ -18,7 +18,12 @@ from torchrl_trpo.numerics.statistics import HostScalar
 from torchrl_trpo.objectives.agent_checks import check_shared_agents, check_stacked_agents
 from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.compiled_region import RegionCompiler
-from torchrl_trpo.objectives.policy_network import distribution_keys, resolve_trust_region, single_agent_network
+from torchrl_trpo.objectives.policy_network import (
+    distribution_keys,
+    distribution_module,
+    resolve_trust_region,
+    single_agent_network,
+)
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.policy_rows import PolicyRows
 from torchrl_trpo.objectives.policy_update import collected_distribution, current_distribution, read_rows
@@ -134,6 +139,7 @@ class TRPOLoss(SurrogateLoss):
             process_group=process_group,
             **kwargs,
         )
+        distribution_module(self.actor_network)  # there must be one
         self.agent_dim = agent_dim
         self.chunk_size = None if chunk_size is None else positive_whole("chunk_size", chunk_size)
         self.trust_region, self.n_regions = resolve_trust_region(

@@ -238,7 +238,7 @@ def test_padding_and_its_states_count_nowhere(share_params, padding):
         twin = recurrent_actor(share_params=share_params)
         twin.load_state_dict(actor.state_dict())
         loss = TRPOLoss(twin)
-        loss.loss_mask_key = "mask"
+        loss.loss_mask_key = "mask" if batch is padded else None
         stats = TrustRegionUpdater(loss).step(batch)
         updated.append((flat_parameters(twin), stats))
     torch.testing.assert_close(updated[0][0], updated[1][0])
@@ -421,6 +421,17 @@ def test_values_of_torchrls_recurrent_critics(module):
         torch.testing.assert_close(data["next", "state_value"][:, t], later["state_value"])
 
 
+def test_the_loss_of_a_recurrent_critic_is_that_of_sequences():
+    """It was that of a critic without memory, unless its caller knew of TorchRL's recurrent mode."""
+    loss, data = TRPOLoss(recurrent_actor(), recurrent_critic(), loss_critic_type="l2"), rollout()
+    loss.set_keys(value=VALUE)
+    loss.make_value_estimator(gamma=0.9, lmbda=0.8)
+    loss.value_estimator(data)
+    data["value_target"] = data[VALUE]
+    assert loss.loss_critic(data)[0].abs().max() < 1e-20
+    assert loss.mean_critic_loss(data) < 1e-20
+
+
 def test_a_recurrent_critic_is_fitted_on_sequences():
     critic, data = recurrent_critic(), rollout()
     policy = recurrent_actor()
@@ -432,9 +443,8 @@ def test_a_recurrent_critic_is_fitted_on_sequences():
     assert not data["value_target"].requires_grad, "the critic's own parameters stay where they are"
     optimizer = torch.optim.Adam(loss.critic_network_params.flatten_keys().values(), lr=1e-2)
     first = fit_critic(loss, optimizer, data, epochs=1, minibatch_size=21)
-    torch.testing.assert_close(
-        first["loss_critic"], float((data["value_target"] - data[VALUE]).square().mean()), rtol=1e-6, atol=0
-    )
+    expected = (data["value_target"] - data[VALUE]).square().mean()
+    torch.testing.assert_close(first["loss_critic"], float(expected), rtol=1e-6, atol=0)
     assert fit_critic(loss, optimizer, data, epochs=60, minibatch_size=7)["loss_critic"] < first["loss_critic"]
     data["next", "reward"][1, 3] = data["value_target"][1, 3] = torch.nan
     before = fit_critic(loss, optimizer, data, epochs=1, minibatch_size=7)
@@ -460,6 +470,16 @@ def test_an_environment_carries_the_states(network):
     with set_recurrent_mode(True):
         dist = actor.get_dist(data.select(*actor.in_keys))
     torch.testing.assert_close(dist.log_prob(data[keys.action]), data[keys.log_prob], rtol=1e-4, atol=1e-5)
+
+
+def test_an_environment_that_does_not_carry_the_states_is_refused():
+    """The policy acted without its memory, and nothing said so."""
+    settings = {"num_envs": 2, "max_steps": 20, "kwargs": {}, "seed": 0, "device": torch.device("cpu")}
+    env = make_env("custom", factory="tests.environments.make_memory", **settings)
+    (keys,) = group_keys(env)
+    actor = make_actor(env, keys, share_params=False, hidden=[8], network="gru")
+    with pytest.raises(PlainKeyError, match=r"policy_state.* is missing where no episode begins.*carry_states\(env"):
+        env.rollout(3, actor)
 
 
 def train_memory(network, iterations, padding=0):

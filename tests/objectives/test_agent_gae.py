@@ -189,7 +189,7 @@ def test_masked_rows_count_nowhere_from_data_to_critic(sequential):
         normalised = {"normalize_advantage": True, "normalize_advantage_exclude_dims": (-2,)}
         loss = TRPOLoss(twin, twin_critic, entropy_coeff=0.1, **normalised)
         loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, reward=REWARD, value=VALUE)
-        loss.loss_mask_key = "counts"
+        loss.loss_mask_key = "counts" if batch is padded else None
         with torch.no_grad():
             loss.value_estimator(
                 batch, params=loss.critic_network_params, target_params=loss.target_critic_network_params

@@ -114,6 +114,7 @@ def test_the_value_estimator_must_know_the_mask(updater):
     loss.make_value_estimator(AgentGAE, gamma=0.9, lmbda=0.9, value_network=critic)
     data = make_data(actor)
     updater(loss).step(data)
+    data[GROUP, "mask"] = torch.ones(5, 8, 3, dtype=torch.bool)
     loss.loss_mask_key = (GROUP, "mask")
     with pytest.raises(
         ValueError, match=r"loss_mask_key=\('agents', 'mask'\).*Legal: make_value_estimator\(AgentGAE, ma"

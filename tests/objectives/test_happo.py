@@ -557,6 +557,8 @@ def test_a_copy_takes_the_same_steps_on_a_policy_of_its_own(kind):
     assert (results[0] == results[1]).all()
     assert (results[0]["kl"] > 0).all()
     copied = twin.losses["agents"].actor_network_params
+    acting = twin.losses["agents"].actor_network
+    assert same_bits(acting, list(copied.parameters())), "its policy was the one from before"
     theirs = original.losses["agents"].actor_network_params
     assert (copied == theirs).all()
     assert not any(torch.equal(new, old) for new, old in zip(actor.parameters(), before, strict=True))

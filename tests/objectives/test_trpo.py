@@ -725,7 +725,9 @@ def test_a_policy_with_two_distributions_is_refused():
     first, second = (make_single()[0] for _ in range(2))
     policy = ProbabilisticTensorDictSequential(*first, *second, return_composite=True)
     with pytest.raises(ValueError, match=r"2 probabilistic modules.*CompositeDistribution"):
-        TrustRegionUpdater(TRPOLoss(policy)).step(single_data(first).set("advantage", torch.randn(5, 8, 1)))
+        TRPOLoss(policy)
+    with pytest.raises(ValueError, match=r"^actor_network: the policy has 0 probabilistic modules"):
+        TRPOLoss(first.module[0])
 
 
 def test_a_policy_that_masks_itself():

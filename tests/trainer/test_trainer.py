@@ -18,7 +18,7 @@ from torchrl.collectors import Collector
 from torchrl.data import Categorical, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
 from torchrl.modules import PopArtValueNorm
 from torchrl.record.loggers import CSVLogger
-from torchrl.trainers import Trainer
+from torchrl.trainers import BatchSubSampler, ReplayBufferTrainer, Trainer
 
 from tests.cases import make_actor as make_double_actor
 from tests.cases import make_loss
@@ -386,6 +386,27 @@ def test_parts_that_do_not_fit_are_refused():
             optimizer=adam(made),
             optimization_stepper=stepper,
         )
+
+
+@pytest.mark.filterwarnings("ignore:.*will be replaced by OptimizationStepper:FutureWarning")
+@pytest.mark.parametrize("hook", ["replay buffer", "sub-batches", "rewards"])
+def test_hooks_that_split_or_mix_a_batch_are_refused(hook):
+    """Advantages went along steps that were drawn at random."""
+    env = environment("make_copy")
+    made = losses(env)["agents"]
+    whole = trainer(made, env)
+    if hook == "replay buffer":
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(FRAMES), batch_size=FRAMES)
+        ReplayBufferTrainer(buffer, flatten_tensordicts=True).register(whole)
+    elif hook == "sub-batches":
+        whole.register_op("process_optim_batch", BatchSubSampler(batch_size=8, sub_traj_len=2))
+    else:
+        reward = ("next", *made.tensor_keys.reward)
+        whole.register_op("process_optim_batch", lambda batch: batch.clone().set(reward, 2 * batch[reward]))
+        whole.train()
+        return
+    with pytest.raises(ValueError, match=r"process_optim_batch: .*other steps than were collected, .*Legal: hooks"):
+        whole.train()
 
 
 def test_a_network_that_policy_and_critic_share_is_not_the_critics_to_fit():

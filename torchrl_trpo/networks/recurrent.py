@@ -13,7 +13,7 @@ from torchrl.envs import EnvBase, TensorDictPrimer
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.modules.tensordict_module.rnn import recurrent_mode
 
-from torchrl_trpo.errors import nearest
+from torchrl_trpo.errors import PlainKeyError, nearest
 from torchrl_trpo.keys import entry, path
 
 
@@ -30,8 +30,8 @@ class RecurrentModule(TensorDictModuleBase):
 
     Keyword Args:
         cell: ``"gru"`` (Cho et al. 2014, arXiv:1406.1078) or ``"lstm"`` (Hochreiter and Schmidhuber 1997).
-        in_keys: the observation ``[*B, (T), n_agents, F]``, the recurrent state ``[*B, (T), n_agents, S]`` (zeros where
-            it is missing) and the flag where episodes begin, ``[*B, (T), 1]``.
+        in_keys: the observation ``[*B, (T), n_agents, F]``, the recurrent state ``[*B, (T), n_agents, S]`` (if it is
+            missing, sequences start from zeros) and the flag where episodes begin, ``[*B, (T), 1]``.
         out_keys: the features ``[*B, (T), n_agents, hidden_size]`` and the state after each step.
         n_agents: the number of agents; None for entries without an agent dimension.
         share_params: whether the agents share one layer or have one each, stacked on a leading agent dimension.
@@ -39,7 +39,8 @@ class RecurrentModule(TensorDictModuleBase):
 
     Raises:
         ValueError: if ``cell`` is another one, or there are not three ``in_keys``.
-        PlainKeyError: when called on data without the observation or the flag.
+        PlainKeyError: when called on data without the observation or the flag; or on single steps without the state,
+            where no episode begins.
 
     Examples:
         >>> import torch
@@ -97,10 +98,16 @@ class RecurrentModule(TensorDictModuleBase):
             The same tensordict.
         """
         observation = entry(tensordict, self.in_keys[0], "in_keys")
+        is_init = entry(tensordict, self.in_keys[2], "in_keys (TorchRL's InitTracker adds 'is_init')")
         state = tensordict.get(self.in_keys[1], None)
         if state is None:
+            if not (recurrent_mode() or is_init.is_meta or bool(is_init.all())):
+                raise PlainKeyError(
+                    f"the recurrent state {self.in_keys[1]!r} is missing where no episode begins: the network would "
+                    "have no memory. Legal: an environment that carries it, carry_states(env, policy) of "
+                    "torchrl_trpo.networks; or whole sequences, with set_recurrent_mode(True)."
+                )
             state = observation.new_zeros(*observation.shape[:-1], self.state_size)
-        is_init = entry(tensordict, self.in_keys[2], "in_keys (TorchRL's InitTracker adds 'is_init')")
         if self.n_agents is not None:
             is_init = is_init.unsqueeze(-2).expand(*observation.shape[:-1], 1)
         inputs = torch.cat([observation, state, is_init.to(observation.dtype)], -1)

@@ -72,7 +72,8 @@ class TrustRegionStepper(OptimizationStepper):
         TypeError: if the updater is on another kind of objective.
         ValueError: if a loss has no critic, or ``critic_epochs`` or ``minibatch_size`` is below 1; when registered, if
             the updater is not on the trainer's loss, the optimiser is missing or not over the critics' parameters
-            alone, or the trainer takes several steps on a batch.
+            alone, or the trainer takes several steps on a batch; at a step, if a hook of the trainer has left other
+            steps than were collected.
 
     Examples:
         >>> from torchrl.trainers import Trainer
@@ -98,6 +99,7 @@ class TrustRegionStepper(OptimizationStepper):
         self.optimizer = optimizer
         self.critic_epochs = positive_whole("critic_epochs", critic_epochs)
         self.minibatch_size = positive_whole("minibatch_size", minibatch_size)
+        self._collected: TensorDictBase | None = None  # what the next step is to have whole
         self._losses = losses_by_group(updater.objective)
         for group, loss in self._losses.items():
             if loss.critic_network is None:
@@ -125,6 +127,7 @@ class TrustRegionStepper(OptimizationStepper):
         for setting in ("optim_steps_per_batch", "num_epochs"):
             _check_legal(setting, getattr(trainer, setting))
         self._check_optimizer(self.optimizer or trainer.optimizer)
+        trainer.register_op("pre_epoch", self._note_collected)
         super().register(trainer, name)
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDict:
@@ -142,6 +145,7 @@ class TrustRegionStepper(OptimizationStepper):
             :func:`~torchrl_trpo.training.critic_fit.fit_critics` returns them: ``loss_critic``, ``explained_variance``
             and ``dropped``.
         """
+        self._check_whole(sub_batch)
         losses = self._losses.values()
         sub_batch = sub_batch.clone(False)  # a collector may fill the same tensordict again
         missing = [loss for loss in losses if sub_batch.get(loss.tensor_keys.advantage, None) is None]
@@ -171,6 +175,23 @@ class TrustRegionStepper(OptimizationStepper):
         self.updater.load_state_dict(state_dict["updater"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state_dict["optimizer"])
+
+    def _note_collected(self, batch: TensorDictBase) -> TensorDictBase:
+        self._collected = batch
+        return batch
+
+    def _check_whole(self, batch: TensorDictBase) -> None:
+        """Checks that hooks such as a replay buffer's have neither split the collected batch nor mixed its steps."""
+        collected, self._collected = self._collected, None
+        if collected is None or batch is collected:
+            return
+        for key in (key for loss in self._losses.values() for key in key_list(loss.tensor_keys.action)):
+            ours, theirs = batch.get(key), collected.get(key)
+            if ours.shape != theirs.shape or not torch.equal(ours.to(theirs.device), theirs):
+                raise ValueError(
+                    f"process_optim_batch: the trainer's hooks leave a batch {[*batch.shape]} with other steps than "
+                    f"were collected, {[*collected.shape]}. Legal: hooks that leave all steps in their places."
+                )
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
         legal = (
