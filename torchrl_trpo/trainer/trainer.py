@@ -186,8 +186,9 @@ class TrustRegionStepper(OptimizationStepper):
         if collected is None or batch is collected:
             return
         for key in (key for loss in self._losses.values() for key in key_list(loss.tensor_keys.action)):
-            ours, theirs = batch.get(key), collected.get(key)
-            if ours.shape != theirs.shape or not torch.equal(ours.to(theirs.device), theirs):
+            theirs = collected.get(key)
+            ours = batch.get(key).to(theirs.device)
+            if ours.shape != theirs.shape or bool(((ours != theirs) & (ours == ours)).any()):  # padding may be NaN
                 raise ValueError(
                     f"process_optim_batch: the trainer's hooks leave a batch {[*batch.shape]} with other steps than "
                     f"were collected, {[*collected.shape]}. Legal: hooks that leave all steps in their places."
