@@ -355,6 +355,8 @@ def test_what_cannot_be_beside_resume(tmp_path):
     compose_settings([f"resume={folder}", f"output_dir='{folder}'"], CONFIG_DIR, "hatrpo")
     with pytest.raises(SettingError, match=r"^resume=a,b: a sweep resumes no runs\. Legal: one folder\.$"):
         compose_settings(["-m", "resume=a,b"], CONFIG_DIR, "hatrpo")
+    with pytest.raises(SettingError, match=r"^output_dir=a,b with resume=.*Legal: without output_dir\.$"):
+        compose_settings(["-m", f"resume={folder}", "output_dir=a,b"], CONFIG_DIR, "hatrpo")
     with pytest.raises(SettingError, match=r"^output_dir=other with resume=.*Legal: without output_dir\.$"):
         compose_settings([f"resume={folder}", "output_dir=other"], CONFIG_DIR, "hatrpo")
     for damage in ("", "a: [", "seed: 0\n"):

@@ -389,7 +389,7 @@ def test_parts_that_do_not_fit_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore:.*will be replaced by OptimizationStepper:FutureWarning")
-@pytest.mark.parametrize("hook", ["replay buffer", "sub-batches", "rewards"])
+@pytest.mark.parametrize("hook", ["replay buffer", "sub-batches"])
 def test_hooks_that_split_or_mix_a_batch_are_refused(hook):
     """Advantages went along steps that were drawn at random."""
     env = environment("make_copy")
@@ -398,15 +398,19 @@ def test_hooks_that_split_or_mix_a_batch_are_refused(hook):
     if hook == "replay buffer":
         buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(FRAMES), batch_size=FRAMES)
         ReplayBufferTrainer(buffer, flatten_tensordicts=True).register(whole)
-    elif hook == "sub-batches":
-        whole.register_op("process_optim_batch", BatchSubSampler(batch_size=8, sub_traj_len=2))
     else:
-        reward = ("next", *made.tensor_keys.reward)
-        whole.register_op("process_optim_batch", lambda batch: batch.clone().set(reward, 2 * batch[reward]))
-        whole.train()
-        return
+        whole.register_op("process_optim_batch", BatchSubSampler(batch_size=8, sub_traj_len=2))
     with pytest.raises(ValueError, match=r"process_optim_batch: .*other steps than were collected, .*Legal: hooks"):
         whole.train()
+
+
+def test_hooks_that_leave_all_steps_in_their_places_are_taken():
+    env = environment("make_copy")
+    made = losses(env)["agents"]
+    whole, reward = trainer(made, env), ("next", *made.tensor_keys.reward)
+    whole.register_op("process_optim_batch", lambda batch: batch.clone().set(reward, 2 * batch[reward]))
+    whole.train()
+    assert whole.collected_frames == 2 * FRAMES
 
 
 def test_a_network_that_policy_and_critic_share_is_not_the_critics_to_fit():

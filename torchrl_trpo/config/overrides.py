@@ -60,7 +60,7 @@ def compose_settings(overrides: Sequence[str], config_dir: Path, config_name: st
     for name in given:
         if name.partition(".")[0] in RECORDED:
             problems[name] = [f"setting {name!r} does not exist: a run writes it down. Legal: what --help lists."]
-    if "resume" in given and _is_sweep(f"resume={given['resume']}"):
+    if folder is not None and _is_sweep(f"resume={given['resume']}"):
         problems["resume"] = [f"resume={given['resume']}: a sweep resumes no runs. Legal: one folder."]
     elif folder is not None:
         problems["resume"] = _resume_problems(folder, config_name, _folder("output_dir", given))
@@ -174,12 +174,14 @@ def _syntax_problem(override: str) -> str | None:
 def _folder(name: str, given: Mapping[str, str]) -> Path | None:
     """The folder that a setting names; None if it names none."""
     override = f"{name}={given.get(name, 'null')}"
-    value = None if _syntax_problem(override) else OverridesParser.create().parse_override(override).value()
+    if _syntax_problem(override):
+        return None
+    value = given[name] if _is_sweep(override) else OverridesParser.create().parse_override(override).value()
     return None if value is None or value == "" else Path(str(value))
 
 
 def _is_sweep(override: str) -> bool:
-    return not _syntax_problem(override) and OverridesParser.create().parse_override(override).is_sweep_override()
+    return OverridesParser.create().parse_override(override).is_sweep_override()
 
 
 def _resume_problems(folder: Path, config_name: str, output_dir: Path | None) -> list[str]:
