@@ -9,7 +9,9 @@ import torch
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.spaces import Dict as DictSpace
 from tensordict.nn import TensorDictSequential
-from torchrl.envs import ParallelEnv, SerialEnv, Transform, VmasEnv
+from torchrl.data import MultiCategorical as MultiCategoricalSpec
+from torchrl.data import OneHot
+from torchrl.envs import GymEnv, ParallelEnv, SerialEnv, Transform, VmasEnv
 from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
 from torchrl.modules import IndependentNormal
 
@@ -367,7 +369,7 @@ def test_observations_of_gymnasium_that_are_several():
     with pytest.raises(SettingError, match=r"'gym/Goal-v0' observes \['desired_goal', 'observation'\]\. .*CatTensors"):
         build("gym/Goal-v0")
     gymnasium.registry.pop("Goal-v0")
-    with pytest.raises(SettingError, match=r"'observation' is Stacked of shape \(3,\)\. Legal: \(F,\) or "):
+    with pytest.raises(SettingError, match=r"'observation' is Stacked of shape \(3, -1\)\. Legal: \(F,\) or "):
         build("gym/Blackjack-v1")
     with pytest.raises(
         SettingError, match=r"factory='tests\.envs\.test_make\.Goal' gave a Goal\. Legal: a torchrl EnvBase"
@@ -447,11 +449,37 @@ def test_the_policy_fits_the_action_space(space, distribution):
         assert _distribution(spec, (), masked=False)[0] is distribution
 
 
-def test_one_hot_actions():
-    env = build("custom", factory="torchrl.envs.GymEnv", kwargs={"env_name": "CartPole-v1"})
-    actor = make_actor(env, *group_keys(env), share_params=True)
-    actions = env.rollout(5, actor)["action"]
-    assert (actions.sum(-1) == 1).all()
+class Dice(gymnasium.Env):
+    observation_space = Box(-1, 1, (3,))
+    action_space = MultiDiscrete([2, 3])
+
+    def __init__(self):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return np.zeros(3, np.float32), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize(
+    ("task", "observation", "action"),
+    [("CartPole-v1", (4,), OneHot), ("FrozenLake-v1", (16,), OneHot), ("Dice-v0", (3,), MultiCategoricalSpec)],
+)
+def test_spaces_of_gymnasium_are_those_of_torchrl(task, observation, action, monkeypatch):
+    """A policy that wrote an index always moved left in ``GymEnv("CartPole-v1")``, and an index was no observation."""
+    monkeypatch.setitem(gymnasium.registry, "Dice-v0", gymnasium.envs.registration.EnvSpec("Dice-v0", Dice))
+    env = build(f"gym/{task}")
+    (keys,) = group_keys(env)
+    spec = env.full_action_spec_unbatched["action"]
+    assert (env.full_observation_spec_unbatched["observation"].shape, type(spec)) == (observation, action)
+    if action is OneHot:
+        assert spec == GymEnv(task, device="cpu").action_spec
+    data = env.rollout(5, make_actor(env, keys, share_params=True), break_when_any_done=False)
+    assert all(spec.is_in(each) for each in data["action"].flatten(0, 1))
     env.close(raise_if_closed=False)
 
 

@@ -389,7 +389,7 @@ def test_parts_that_do_not_fit_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore:.*will be replaced by OptimizationStepper:FutureWarning")
-@pytest.mark.parametrize("hook", ["replay buffer", "sub-batches"])
+@pytest.mark.parametrize("hook", ["replay buffer", "sub-batches", "flat"])
 def test_hooks_that_split_or_mix_a_batch_are_refused(hook):
     """Advantages went along steps that were drawn at random."""
     env = environment("make_copy")
@@ -398,9 +398,11 @@ def test_hooks_that_split_or_mix_a_batch_are_refused(hook):
     if hook == "replay buffer":
         buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(FRAMES), batch_size=FRAMES)
         ReplayBufferTrainer(buffer, flatten_tensordicts=True).register(whole)
+    elif hook == "flat":
+        whole.register_op("batch_process", lambda batch: batch.reshape(-1))
     else:
         whole.register_op("process_optim_batch", BatchSubSampler(batch_size=8, sub_traj_len=2))
-    with pytest.raises(ValueError, match=r"process_optim_batch: .*other steps than were collected, .*Legal: hooks"):
+    with pytest.raises(ValueError, match=r"hooks: .*other steps than were collected, .*Legal: hooks"):
         whole.train()
 
 

@@ -38,7 +38,7 @@ def make_env(
     max_steps: int,
     kwargs: Mapping[str, Any],
     seed: int,
-    device: torch.device,
+    device: torch.device | str,
     continuous_actions: bool | None = None,
     compiled: bool = False,
     factory: str | None = None,
@@ -74,7 +74,7 @@ def make_env(
         device: where the environments' data are. Simulators other than VMAS compute on the CPU, one environment at a
             time, and their data are moved; a factory's batch is where the factory makes it, ``env.device``.
         continuous_actions: whether actions are continuous, where the simulator offers both; discrete ones are
-            categorical.
+            categorical. Those of Gymnasium are one-hot, as TorchRL's ``GymEnv`` gives them.
         compiled: whether VMAS's simulator is compiled, see :class:`~torchrl_trpo.envs.CompiledVmasEnv`.
         factory: for ``"custom"``: where the function is that makes the environment, ``"package.module.function"``. It
             is called with ``kwargs``, and with ``num_envs``, ``device`` and ``seed`` if it takes them, and gives one
@@ -107,6 +107,7 @@ def make_env(
                 f"{nearest_multiples(num_envs, ranks.size)}."
             )
         num_envs, seed = num_envs // ranks.size, rank_seed(seed, ranks.rank)
+    device = torch.device(device)
     if device.type != "cpu" and device.index is None:  # tensors have an index, and TorchRL compares devices
         device = torch.device(device.type, torch.accelerator.current_device_index())
 

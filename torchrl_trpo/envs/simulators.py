@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torchrl.data import MultiOneHot
 from torchrl.envs import EnvBase
 
 from torchrl_trpo.envs.compiled_vmas import CompiledVmasEnv
@@ -124,9 +125,16 @@ def _gym(name: str, *, task: str, kwargs: dict, render: bool, **unused: Any) -> 
     """A single-agent task of Gymnasium."""
     kwargs |= {"render_mode": "rgb_array"} if render else {}
     # TorchRL counts the steps; a time limit inside the task would end episodes earlier.
-    return functools.partial(
-        ReplayedGymEnv, task, categorical_action_encoding=True, device="cpu", max_episode_steps=2**31 - 1, **kwargs
-    )
+    return functools.partial(_gym_env, task, device="cpu", max_episode_steps=2**31 - 1, **kwargs)
+
+
+def _gym_env(task: str, **kwargs: Any) -> EnvBase:
+    """A task with the action space that TorchRL gives it, or with indices where that has no distribution."""
+    env = ReplayedGymEnv(task, **kwargs)
+    if not isinstance(env.full_action_spec_unbatched["action"], MultiOneHot):
+        return env
+    env.close()
+    return ReplayedGymEnv(task, categorical_action_encoding=True, **kwargs)
 
 
 def _custom(

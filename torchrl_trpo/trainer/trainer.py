@@ -127,7 +127,7 @@ class TrustRegionStepper(OptimizationStepper):
         for setting in ("optim_steps_per_batch", "num_epochs"):
             _check_legal(setting, getattr(trainer, setting))
         self._check_optimizer(self.optimizer or trainer.optimizer)
-        trainer.register_op("pre_epoch", self._note_collected)
+        trainer.register_op("batch_process", self._note_collected)  # before hooks that are added later
         super().register(trainer, name)
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDict:
@@ -190,8 +190,8 @@ class TrustRegionStepper(OptimizationStepper):
             ours = batch.get(key).to(theirs.device)
             if ours.shape != theirs.shape or bool(((ours != theirs) & (ours == ours)).any()):  # padding may be NaN
                 raise ValueError(
-                    f"process_optim_batch: the trainer's hooks leave a batch {[*batch.shape]} with other steps than "
-                    f"were collected, {[*collected.shape]}. Legal: hooks that leave all steps in their places."
+                    f"hooks: the trainer's leave a batch {[*batch.shape]} with other steps than were collected, "
+                    f"{[*collected.shape]}. Legal: hooks that leave all steps in their places."
                 )
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
