@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDict
 from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, OneHot, Unbounded
-from torchrl.envs import EnvBase, FlattenObservation, PettingZooWrapper, TransformedEnv, VmasEnv
+from torchrl.envs import EnvBase, FlattenObservation, ObservationNorm, PettingZooWrapper, TransformedEnv, VmasEnv
 from torchrl.envs.utils import MarlGroupMapType
+
+from torchrl_trpo.envs.replay import ReplayedGymEnv
 
 
 def shape_of(size):
@@ -289,6 +291,11 @@ def make_specified(num_envs=4, name="nested"):
 def make_one_group_of_all(num_envs=4):
     """Agents that observe vectors of different lengths."""
     return VmasEnv("simple_tag", num_envs=num_envs, group_map=MarlGroupMapType.ALL_IN_ONE_GROUP)
+
+
+def make_far(offset=0.0):
+    """CartPole, whose episodes do not end together, seen from a distance."""
+    return TransformedEnv(ReplayedGymEnv("CartPole-v1", device="cpu"), ObservationNorm(offset, 1.0, ["observation"]))
 
 
 def make_tictactoe():

@@ -220,6 +220,27 @@ def test_absent_agents_are_in_no_statistics():
     assert not counts.all()
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_each_observation_counts_once_in_the_statistics(offset, parallel):
+    """Where an episode began, those of the others counted again; and with an offset the variance was rounded away."""
+    settings = {"factory": "tests.environments.make_far", "kwargs": {"offset": offset}, "max_steps": 50}
+    env = build("custom", **settings, parallel=parallel, normalize_observations=True)
+    raw = build("custom", **settings)
+    torch.manual_seed(0)
+    env.rollout(40, break_when_any_done=False)
+    torch.manual_seed(0)
+    data = raw.rollout(40, break_when_any_done=False)
+    began = data["is_init"].squeeze(-1)
+    assert 3 < began.sum() < 20
+    seen = torch.cat([data["observation"][began], data["next", "observation"].flatten(0, 1)]).double()
+    norm = observation_norm(env)
+    torch.testing.assert_close(norm.loc["observation"], seen.mean(0).float())
+    torch.testing.assert_close(norm.scale["observation"], seen.std(0, correction=0).float())
+    for each in (env, raw):
+        each.close(raise_if_closed=False)
+
+
 def test_one_nan_does_not_reach_the_statistics_of_observations(monkeypatch):
     env = build("gym/Pendulum-v1", normalize_observations=True)
     env.reset()

@@ -293,6 +293,8 @@ def test_returns_of_episodes_that_ended():
     assert log(data) == {"episode_return": (4 + 5 + 6 + 7) / 4, "log_pbar": True}
     data["next", "agents", "done"] = torch.tensor([9]).eq(torch.arange(12)).reshape(1, 3, 4, 1)
     assert LogEpisodeReturn(("agents", "episode_reward"), done_key=("agents", "done"))(data)["episode_return"] == 9
+    data["agents", "done"] = data["next", "agents", "done"]  # dead since the step before
+    assert LogEpisodeReturn(("agents", "episode_reward"), done_key=("agents", "done"))(data) is None
     data["next", "done"].zero_()
     assert log(data) is None
     assert LogEpisodeReturn()(data) is None

@@ -16,7 +16,11 @@ from torchrl_trpo.parallel.ranks import Ranks
 
 
 class ObservationNorm(VecNormV2):
-    """A ``VecNormV2`` whose statistics leave out absent agents and numbers that are not finite.
+    """A ``VecNormV2`` of what was observed: its statistics leave out absent agents and numbers that are not finite.
+
+    When some environments begin new episodes, only their observations count. TorchRL counts those of the others again,
+    and a ``SerialEnv`` has their old ones there. The statistics are kept in double precision, since the variance is the
+    mean square less the square of the mean. Observations are in single precision, before and after.
 
     ``masks`` maps an observation, ``[num_envs, *F]``, to the mask of its present agents, ``[num_envs, n_agents]``.
     """
@@ -29,6 +33,7 @@ class ObservationNorm(VecNormV2):
         super().__init__(in_keys=in_keys, decay=1.0, reduce_batch_dims=True)
         self.masks = masks
         self._counts: dict[NestedKey, Tensor] = {}
+        self._begun: Tensor | None = None  # which environments begin an episode now, [num_envs, 1]; None: all count
 
     @torch.no_grad()
     def merge(self, ranks: Ranks) -> None:
@@ -56,6 +61,8 @@ class ObservationNorm(VecNormV2):
             device = next(iter(self._loc.values(True, True))).device
             state = {key: value.to(device) for key, value in state.items()}
         super().set_extra_state(state)
+        if self._loc is not None:
+            self._loc, self._var = self._loc.double(), self._var.double()
         self._merged = None if self._loc is None else (self._count.clone(), self._loc.clone(), self._var.clone())
 
     def set_container(self, container: Any) -> None:
@@ -68,10 +75,19 @@ class ObservationNorm(VecNormV2):
         self._counts = {key: next_tensordict.get(mask) for key, mask in self.masks.items()}
         return super()._step(tensordict, next_tensordict)
 
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        self._begun = tensordict.get("_reset", None)
+        try:
+            return super()._reset(tensordict, tensordict_reset)
+        finally:
+            self._begun = None
+
     def _maybe_stateful_init(self, data: TensorDictBase) -> None:
         begins = self._loc is None
         super()._maybe_stateful_init(data)
-        if begins:  # a count for each number, since absent agents and NaNs leave out some of them
+        if begins:
+            self._loc, self._var = self._loc.double(), self._var.double()
+            # a count for each number, since absent agents and NaNs leave out some of them
             self._count = self._loc.apply(lambda mean, count: count.expand_as(mean).clone(), self._count)
 
     def _stateful_update(self, data: TensorDictBase) -> None:
@@ -82,20 +98,23 @@ class ObservationNorm(VecNormV2):
             if (mask := self._counts.get(key)) is not None:
                 mask = mask.reshape(*data.batch_size, -1)
                 counts = counts & mask.reshape(*mask.shape, *[1] * (value.ndim - mask.ndim))
+            if self._begun is not None:
+                counts = counts & self._begun.reshape(*data.batch_size, *[1] * (value.ndim - data.ndim))
             mean, square, count = (part.get(key) for part in (self._loc, self._var, self._count))
             number = counts.sum(0)
             count += number
-            value = torch.where(counts, value, 0.0)
+            value = torch.where(counts, value, 0.0).double()
             for statistic, batch in ((mean, value), (square, value.square())):
                 statistic.lerp_(batch.sum(0) / number.clamp_min(1), number.to(batch.dtype) / count.clamp_min(1))
 
     def _norm(self, data: TensorDictBase, loc: TensorDictBase, var: TensorDictBase, count: TensorDictBase) -> Any:
         # TorchRL keeps E[x] and E[x²]. If x is constant, rounding can make E[x²] − E[x]² negative, and its root NaN.
-        return super()._norm(data, loc, var.maximum(loc.pow(2)), count)
+        return super()._norm(data, loc, var.maximum(loc.pow(2)), count).float()
 
     def _get_loc_scale(self, loc_only: bool = False) -> Any:
         loc, scale = super()._get_loc_scale(loc_only)  # its root of the variance may be NaN for the same reason
-        return loc, None if loc_only else scale.apply(lambda root: torch.where(root.isnan(), self.eps, root))
+        scale = None if loc_only else scale.apply(lambda root: torch.where(root.isnan(), self.eps, root)).float()
+        return loc.float(), scale
 
 
 def observation_norm(env: EnvBase) -> ObservationNorm | None:

@@ -14,7 +14,7 @@ class LogEpisodeReturn(LogScalar):
     """Logs the mean return of the episodes that ended in a batch, over episodes and agents.
 
     It reads the running return that ``RewardSum`` or :func:`~torchrl_trpo.envs.make_env` writes. It logs nothing if the
-    data has no such entry or no episode ended.
+    data has no such entry or no episode ended. An agent that stays done until the others are counts once.
 
     Args:
         key: the running return ``[*B, T, n_agents, 1]`` or ``[*B, T, 1]``, inside ``"next"``.
@@ -46,7 +46,10 @@ class LogEpisodeReturn(LogScalar):
         returns = batch.get(self.key, None)
         if returns is None:
             return None
-        done = batch.get(self.done_key).flatten(batch.batch_dims)  # [*B, T, n_agents] or [*B, T, 1]
+        done = batch.get(self.done_key)
+        if (before := batch.get(self.done_key[1:], None)) is not None:
+            done = done & ~before
+        done = done.flatten(batch.batch_dims)  # [*B, T, n_agents] or [*B, T, 1]
         returns = returns.flatten(batch.batch_dims)
         ended = returns[done.expand_as(returns)]
         return {self.logname: ended.mean().item(), "log_pbar": self.log_pbar} if ended.numel() else None

@@ -14,7 +14,7 @@ from torchrl.trainers import LogScalar, OptimizationStepper, Trainer, UpdateWeig
 from torchrl.trainers.algorithms.on_policy import OnPolicyTrainer
 
 from torchrl_trpo.arguments import positive_whole
-from torchrl_trpo.keys import key_list, next_key, path, return_key
+from torchrl_trpo.keys import group_of, key_list, next_key, path, return_key
 from torchrl_trpo.numerics.updater import TrustRegionUpdater
 from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 from torchrl_trpo.trainer.episode_return import LogEpisodeReturn
@@ -329,8 +329,8 @@ class TRPOTrainer(OnPolicyTrainer):
                     LogScalar(reward, f"r_max{end}", include_std=False, reduction="max"),
                     LogScalar(total, f"r_total{end}", include_std=False, reduction="sum"),
                 ]
-                returns = LogEpisodeReturn(return_key(keys.reward), done_key=keys.done, logname=f"episode_return{end}")
-                returns.register(self)
+                done = keys.done if group_of(keys.reward) else "done"  # a team's return ends with the episode
+                LogEpisodeReturn(return_key(keys.reward), done_key=done, logname=f"episode_return{end}").register(self)
             for key in actions if self.log_actions else []:
                 part = "_".join(["", *path(key)]) if len(actions) > 1 else ""
                 logs.append(LogScalar(key, f"action_norm{part}{end}"))
