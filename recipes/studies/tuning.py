@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -73,7 +74,8 @@ def run_search(plan: Mapping[str, Any], root: Path, search: tuple[str, str]) -> 
             "task": task,
             "algorithm": algorithm,
             "settings": settings,
-            **{name: summary[name] for name in ("evaluation_return", "cpu_s")},
+            # a summary has None for what is not finite
+            **{name: math.nan if summary[name] is None else summary[name] for name in ("evaluation_return", "cpu_s")},
         }
         for settings, summary in zip(tried, found, strict=True)
     ]
@@ -116,8 +118,8 @@ def write_outcome(
 def _best(found: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
     best: dict[tuple[str, str], Mapping[str, Any]] = {}
     for trial in found:
-        cell = trial["algorithm"], trial["task"]
-        if cell not in best or trial["evaluation_return"] > best[cell]["evaluation_return"]:
+        cell, value = (trial["algorithm"], trial["task"]), trial["evaluation_return"]
+        if math.isfinite(value) and (cell not in best or value > best[cell]["evaluation_return"]):
             best[cell] = trial
     return best
 
@@ -129,7 +131,10 @@ def _table(
 ) -> str:
     """A table for each algorithm: a row for each task, a column for each trial, and the mean over the tasks."""
     tasks = list(dict.fromkeys(trial["task"] for trial in found))
-    returns = {task: [trial["evaluation_return"] for trial in found if trial["task"] == task] for task in tasks}
+    returns: dict[str, list[float]] = {task: [] for task in tasks}
+    for trial in found:
+        if math.isfinite(trial["evaluation_return"]):
+            returns[trial["task"]].append(trial["evaluation_return"])
     hours = sum(trial["cpu_s"] for trial in found) / 3600
     lines = [
         "# The search for settings",
@@ -155,9 +160,10 @@ def _table(
         for row, task in enumerate(tasks):
             texts = []
             for settings, trials in by_settings.items():
-                value, low, high = trials[row]["evaluation_return"], min(returns[task]), max(returns[task])
+                value = trials[row]["evaluation_return"]
+                low, high = min(returns[task], default=math.nan), max(returns[task], default=math.nan)
                 means[settings] += (value - low) / ((high - low) or 1.0) / len(tasks)
-                texts.append(f"**{value:.4g}**" if trials[row] is best[algorithm, task] else f"{value:.4g}")
+                texts.append(f"**{value:.4g}**" if trials[row] is best.get((algorithm, task)) else f"{value:.4g}")
             lines.append(f"| `{task}` | {' | '.join(texts)} |")
         lines.append(f"| mean | {' | '.join(f'{mean:.2f}' for mean in means.values())} |")
     return "\n".join(lines) + "\n"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import gymnasium
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
+from torchrl.envs import GymWrapper
 
 from torchrl_trpo.envs import make_env
 from torchrl_trpo.keys import group_keys
@@ -35,6 +40,44 @@ def test_a_film_needs_no_display(opengl, env, tmp_path, monkeypatch):
     assert len(frames) == 9
     assert frames[0].std() > 1, "something is drawn"
     assert np.abs(frames[0].astype(float) - frames[-1]).max() > 20, "and it moves"
+
+
+class Bar(gymnasium.Env):
+    """Shows how many of its steps are done, and has two to four; it refuses a step after the last one."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"]}
+    observation_space = Box(-1, 1, (1,))
+    action_space = Discrete(2)
+    render_mode = "rgb_array"
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = self.steps = int(self.np_random.integers(2, 5))
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        assert self.left > 0, "the episode has ended"
+        self.left -= 1
+        return np.zeros(1, np.float32), 1.0, self.left == 0, False, {}
+
+    def render(self):
+        return np.full((64, 64, 3), 255 * (self.steps - self.left) // self.steps, np.uint8)
+
+
+def make_bar(**kwargs):
+    return GymWrapper(Bar(), device="cpu")
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_film_shows_how_each_episode_ends(every, tmp_path):
+    """The last picture was never drawn, and environments were stepped after their end, which may be an error."""
+    settings = {"factory": "tests.training.test_film.make_bar", "kwargs": {}, "max_steps": 9, "device": "cpu"}
+    env = make_env("custom", num_envs=4, seed=0, **settings)
+    policy = make_actor(env, *group_keys(env), share_params=True)
+    path = film_episodes(env, policy, tmp_path / "film.gif", max_steps=9, every=every)
+    first, *_, last = imageio.imread(path)
+    assert first.max() == 0
+    assert last.min() == 255
 
 
 def test_a_film_that_cannot_be_written_is_a_warning(env, tmp_path, monkeypatch, caplog):

@@ -391,6 +391,8 @@ def test_a_run_can_film_its_policy(trained, tmp_path, monkeypatch):
     recurrent = trained("HATRPO, PettingZoo, GRU")
     monkeypatch.setattr(film, "film_episodes", lambda stage, *_, **__: stage.full_observation_spec["agents"].keys())
     assert "policy_state" in film_run(recurrent.config, load_policy(recurrent.folder), tmp_path / "x.gif", **settings)
+    monkeypatch.setattr(film, "film_episodes", lambda *_, **__: 1 / 0)
+    assert film_run(unseen.config, unseen.policy, tmp_path / "x.gif", **settings) is None, "the run goes on"
 
 
 @pytest.mark.parametrize(

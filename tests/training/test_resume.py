@@ -390,13 +390,20 @@ def custom(plain):
     return ["env=custom", f"env.factory={name}", f"env.kwargs.plain={plain}", "film=false", "team_reward=mean"]
 
 
-def test_buffers_are_not_the_environments_state(tmp_path, caplog):
-    """A buffer was once taken for it: an old observation was continued in a new episode, and nothing said so."""
+def test_buffers_are_not_the_environments_state(tmp_path, caplog, monkeypatch):
+    """A buffer was once taken for it: an old observation was continued in a new episode, and nothing said so.
+
+    Later each resumed run began with the episodes of the first iteration again.
+    """
+    log, batches = Run.log, []
+    monkeypatch.setattr(Run, "log", lambda self, data, *rest: batches.append(data.clone()) or log(self, data, *rest))
     RECIPES["hatrpo"].train(config("hatrpo", tmp_path, *custom("true")))
     assert components(tmp_path)[collection_of(tmp_path)]["simulator"] == {}
     assert "begins new episodes" in caplog.text, "it is told while there is time to change it"
     resume(tmp_path, "film=false")
     assert len(metrics(tmp_path)) == 6
+    first, _, _, resumed, *_ = (batch["agents", "observation"] for batch in batches)
+    assert not (first == resumed).any()
 
 
 def test_a_state_that_cannot_be_read_again_is_refused_at_once(tmp_path):

@@ -27,6 +27,8 @@ class ObservationNorm(VecNormV2):
 
     # VecNormV2 has no public way to merge or mask its statistics: _loc, _var (the mean square) and _count.
     _count: Any
+    _loc: Any
+    _var: Any
     _merged: tuple[TensorDictBase, ...] | None = None  # count, mean and mean square after the last merge
 
     def __init__(self, in_keys: Sequence[NestedKey], masks: Mapping[NestedKey, NestedKey]) -> None:

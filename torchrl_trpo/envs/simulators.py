@@ -117,6 +117,7 @@ def _mamujoco(
     """Multi-agent MuJoCo, from Gymnasium-Robotics: ``kwargs["agent_conf"]`` says how the robot is divided."""
     kwargs |= {"render_mode": "rgb_array"} if render else {}
     _check_arguments(name, importlib.import_module("gymnasium_robotics").mamujoco_v1.parallel_env, kwargs, "scenario")
+    kwargs = {"max_episode_steps": 2**31 - 1, **kwargs}
     make = functools.partial(_silent_mamujoco, task, **kwargs)
     return functools.partial(_wrap_pettingzoo, make, _pettingzoo_groups(make(), one_group), state)
 
@@ -131,7 +132,10 @@ def _gym(name: str, *, task: str, kwargs: dict, render: bool, **unused: Any) -> 
 def _gym_env(task: str, **kwargs: Any) -> EnvBase:
     """A task with the action space that TorchRL gives it, or with indices where that has no distribution."""
     env = ReplayedGymEnv(task, **kwargs)
-    if not isinstance(env.full_action_spec_unbatched["action"], MultiOneHot):
+    for space in (env.action_space, env.observation_space):
+        if (start := getattr(space, "start", 0)) != 0:  # which TorchRL does not look at
+            raise SettingError(f"env: 'gym/{task}' has the space {space}. Legal: start=0, and not {start}.")
+    if not any(isinstance(spec, MultiOneHot) for spec in env.full_action_spec_unbatched.values(True, True)):
         return env
     env.close()
     return ReplayedGymEnv(task, categorical_action_encoding=True, **kwargs)

@@ -56,7 +56,8 @@ class Checkpoints:
         self.folder = folder
         self._ranks = ranks
         self._collector = collector
-        self._of_this_rank = {"collection": CollectionState(collector), "generators": GlobalGenerators()}
+        self._collection = CollectionState(collector)
+        self._of_this_rank = {"collection": self._collection, "generators": GlobalGenerators()}
         self._transforms = {"collection": TransformState(collector.env)}
         self._components = dict(components)
         self._other_ranks = _OtherRanks()
@@ -89,8 +90,8 @@ class Checkpoints:
     def load(self, path: Path) -> dict[str, Any]:
         """Restores all that a checkpoint holds, and returns the progress that it was saved with.
 
-        If the number of processes has changed, the run begins new episodes, and a warning says so. Raises SettingError
-        if something is missing, or cannot be read.
+        If the number of processes has changed, or the simulator has no state, the run begins new episodes, and a
+        warning says so. Raises SettingError if something is missing, or cannot be read.
         """
         progress, same_size = agreed(lambda: self._load_first(path), self._ranks)
         if self._ranks.size > 1:
@@ -102,7 +103,7 @@ class Checkpoints:
                 _unpack(shared_state, shared)
             if own_state is not None:
                 _unpack(own_state, self._of_this_rank)
-        if not same_size:
+        if not same_size or self._collection.begins_anew:
             self._begin_episodes(progress)
         return progress
 

@@ -24,7 +24,12 @@ class CollectionState:
 
     Args:
         collector: the collector.
+
+    Attributes:
+        begins_anew: whether what was loaded has no state of the simulator.
     """
+
+    begins_anew = False
 
     def __init__(self, collector: Collector) -> None:
         self._collector = collector
@@ -54,7 +59,8 @@ class CollectionState:
         """Restores what :meth:`state_dict` returned."""
         env = self._collector.env
         env.transform.load_state_dict(state_dict["transforms"])
-        if state_dict["simulator"]:
+        self.begins_anew = not state_dict["simulator"]
+        if not self.begins_anew:
             env.base_env.load_state_dict(state_dict["simulator"])
             self._last_step = _unpack(state_dict["step"], self._last_step.device, env.device)
         else:

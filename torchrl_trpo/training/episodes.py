@@ -95,4 +95,5 @@ def _returns(data: TensorDictBase, groups: Sequence[GroupKeys]) -> Tensor:
     for keys in groups:
         returns = data["next"].get(return_key(keys.reward))  # [num_envs, T, n_agents, 1] or [num_envs, T, 1]
         parts.append(returns.flatten(data.batch_dims).expand(*data.batch_size, keys.n_agents))
-    return torch.cat(parts, -1)
+    returns = torch.cat(parts, -1)
+    return returns if returns.is_floating_point() else returns.float()

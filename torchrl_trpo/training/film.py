@@ -54,7 +54,7 @@ def film_run(
         every: how many steps there are from one picture to the next.
 
     Returns:
-        The path; or None, after a warning, if the environment cannot be drawn or the film cannot be written.
+        The path; or None, after a warning, if the environment cannot be played or drawn, or the film cannot be written.
     """
     try:
         stage = make_run_env(config, num_envs=episodes, seed=seed, device=device, render=True)
@@ -68,6 +68,9 @@ def film_run(
         carry_states(stage, policy)
         settings: dict[str, Any] = {"deterministic": deterministic, "shrink": shrink, "every": every}
         return film_episodes(stage, policy, path, max_steps=config["env"]["max_steps"], **settings)
+    except Exception as error:  # a film must not cost a run its summary
+        logger.warning(f"No film: {type(error).__name__}: {error}")
+        return None
     finally:
         stage.close(raise_if_closed=False)
 
@@ -126,15 +129,16 @@ def film_episodes(
                 film = imageio.get_writer(new, **settings)
             try:
                 for step in range(max_steps + 1):
-                    if step % every == 0:
+                    if step % every == 0 or not any(running):
                         tiles = [render(index) if running[index] else tiles[index] for index in range(num_envs)]
                         with _told():
                             film.append_data(_few_colors(_mosaic(tiles)) if is_gif else _mosaic(tiles))
                     if step == max_steps or not any(running):
                         break
-                    data = env.step(policy(data))["next"]
-                    ended = data["done"].flatten().tolist()
-                    running = [was and not done for was, done in zip(running, ended, strict=True)]
+                    data = env.step(policy(data).set("_step", torch.tensor(running)))["next"]
+                    for index, done in enumerate(data["done"].flatten().tolist()):
+                        if running[index] and done:
+                            tiles[index], running[index] = render(index), False
             finally:
                 with _told():
                     film.close()

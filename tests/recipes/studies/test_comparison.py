@@ -261,6 +261,11 @@ def test_the_outcome_of_a_search_is_the_best_trial_of_each_task(tmp_path):
     text = (tmp_path / "tuning.md").read_text()
     assert "| mappo | lr=0.1 gamma=0.9 | lr=0.1 gamma=0.8 | lr=0.2 gamma=0.9 | lr=0.2 gamma=0.8 |" in text
     assert "| `vmas/balance` | 1 | 5 | **3** | 2 |\n| mean | 0.00 | 1.00 | 0.50 | 0.25 |" in text
+    for trial in (found[0], found[2]):  # what is not finite was the best if it came first
+        trial["evaluation_return"] = math.nan
+    tuning.write_outcome(found, {}, tmp_path, tmp_path / "finetuned")
+    assert OmegaConf.load(tmp_path / "finetuned" / "mappo" / "vmas" / "balance.yaml") == tried[1]
+    assert "| `vmas/balance` | nan | **5** | nan | 2 |" in (tmp_path / "tuning.md").read_text()
 
 
 def test_trials_of_another_search_are_not_taken_for_those_of_this_one(tmp_path):
