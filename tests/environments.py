@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDict
 from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, OneHot, Unbounded
-from torchrl.envs import EnvBase, FlattenObservation, ObservationNorm, PettingZooWrapper, TransformedEnv, VmasEnv
+from torchrl.envs import (
+    EnvBase,
+    FlattenObservation,
+    ObservationNorm,
+    PettingZooWrapper,
+    TransformedEnv,
+    VecNormV2,
+    VmasEnv,
+)
 from torchrl.envs.utils import MarlGroupMapType
 
 from torchrl_trpo.envs.replay import ReplayedGymEnv
@@ -293,9 +301,10 @@ def make_one_group_of_all(num_envs=4):
     return VmasEnv("simple_tag", num_envs=num_envs, group_map=MarlGroupMapType.ALL_IN_ONE_GROUP)
 
 
-def make_far(offset=0.0):
-    """CartPole, whose episodes do not end together, seen from a distance."""
-    return TransformedEnv(ReplayedGymEnv("CartPole-v1", device="cpu"), ObservationNorm(offset, 1.0, ["observation"]))
+def make_far(offset=0.0, learns=False):
+    """CartPole, whose episodes do not end together, seen from a distance, or with statistics of its own."""
+    moved = VecNormV2(["observation"]) if learns else ObservationNorm(offset, 1.0, ["observation"])
+    return TransformedEnv(ReplayedGymEnv("CartPole-v1", device="cpu"), moved)
 
 
 def make_tictactoe():

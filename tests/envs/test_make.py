@@ -42,6 +42,8 @@ MPE = [
     "simple_world_comm_v3",
 ]
 
+ROBOTS = {"mamujoco/HalfCheetah": {"agent_conf": "2x3"}, "mamujoco/Reacher": {"agent_conf": "2x1"}}
+
 SCENARIOS = ["balance", "navigation", "transport", "give_way", "sampling", "discovery"]
 SCENARIOS += ["simple_tag", "simple_adversary", "simple_push", "simple_crypto"]
 
@@ -83,7 +85,7 @@ def test_one_team_and_one_kind_are_a_group(spaces, groups):
     ],
 )
 def test_the_groups_of(name, groups):
-    env = build(name, kwargs={"agent_conf": "2x3"} if "mamujoco" in name else {})
+    env = build(name, kwargs=ROBOTS.get(name, {}))
     assert agent_groups(env) == groups
     env.close(raise_if_closed=False)
 
@@ -102,6 +104,14 @@ def test_the_nine_particle_tasks(task, continuous):
         own = data[("next", *groups[-1].reward)][:, :6].sum(1).mean()
         assert statistics[f"episode_return_{name}"] == pytest.approx(float(own), abs=1e-4)
     env.close(raise_if_closed=False)
+
+
+def test_rewards_may_be_whole_numbers():
+    """The first finished episode was an error of torch."""
+    env = build("vmas/balance")
+    data, key = env.rollout(6), ("next", "agents", "episode_reward")
+    data[key] = torch.full_like(data[key], 3, dtype=torch.int64)
+    assert episode_statistics(data, group_keys(env))["episode_return"] == 3
 
 
 @pytest.mark.filterwarnings("ignore:.*are reset one by one")
@@ -123,12 +133,13 @@ def test_scenarios_of_vmas(scenario, continuous):
 
 @pytest.mark.parametrize(
     "name",
-    ["vmas/navigation", "pettingzoo/simple_tag_v3", "mamujoco/HalfCheetah", "gym/CartPole-v1", "gym/Pendulum-v1"],
+    ["vmas/navigation", "pettingzoo/simple_tag_v3", *ROBOTS, "gym/CartPole-v1", "gym/Pendulum-v1"],
 )
 def test_time_limits_truncate(name):
     """VmasEnv reports terminated = done also when max_steps ran out; ours tells them apart, everywhere."""
-    env = build(name, max_steps=5, kwargs={"agent_conf": "2x3"} if "mamujoco" in name else {})
-    last = env.rollout(5)[:, -1]["next"]
+    n_steps = 60 if "Reacher" in name else 5  # more than its own limit, which ended episodes earlier
+    env = build(name, max_steps=n_steps, kwargs=ROBOTS.get(name, {}))
+    last = env.rollout(n_steps)[:, -1]["next"]
     for keys in group_keys(env):
         assert last[keys.done].all()
         assert not last[keys.terminated].any()
@@ -239,6 +250,12 @@ def test_each_observation_counts_once_in_the_statistics(offset, parallel):
     torch.testing.assert_close(norm.scale["observation"], seen.std(0, correction=0).float())
     for each in (env, raw):
         each.close(raise_if_closed=False)
+
+
+def test_statistics_that_a_policy_does_not_take_along_are_told(caplog):
+    """Evaluations of a run began new ones: 101 in place of 284 on CartPole."""
+    build("custom", factory="tests.environments.make_far", kwargs={"learns": True})
+    assert "the factory's VecNormV2 has statistics of its own" in caplog.text
 
 
 def test_one_nan_does_not_reach_the_statistics_of_observations(monkeypatch):
@@ -502,6 +519,21 @@ def test_spaces_of_gymnasium_are_those_of_torchrl(task, observation, action, mon
     data = env.rollout(5, make_actor(env, keys, share_params=True), break_when_any_done=False)
     assert all(spec.is_in(each) for each in data["action"].flatten(0, 1))
     env.close(raise_if_closed=False)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (Discrete(3, start=-1), r"'gym/Dice-v0' has the space Discrete\(3, start=-1\)\. Legal: start=0, and not -1"),
+        (DictSpace({"x": Discrete(2), "y": Discrete(3)}), r"its actions are \['x', 'y'\]"),
+    ],
+)
+def test_actions_of_gymnasium_that_cannot_be_taken(space, message, monkeypatch):
+    """TorchRL does not look at the start: the task got actions 0, 1 and 2."""
+    monkeypatch.setitem(gymnasium.registry, "Dice-v0", gymnasium.envs.registration.EnvSpec("Dice-v0", Dice))
+    monkeypatch.setattr(Dice, "action_space", space)
+    with pytest.raises(SettingError, match=message):
+        build("gym/Dice-v0")
 
 
 # ------------------------------------------------------------------ films

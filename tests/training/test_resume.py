@@ -91,6 +91,7 @@ def check_same(whole, resumed):
     assert one["best_return"] == other["best_return"]
 
 
+FAR = "env.factory=tests.environments.make_far"
 CASES = [  # the first one has episodes that do not end together, and old observations beside those that begin
     ("trpo", "gym/CartPole-v1", ["normalize_observations=true", "critic.value_norm=true", "env.max_steps=50"]),
     ("trpo", "gym/Pendulum-v1", ["actor.network=lstm", "critic.network=gru"]),
@@ -112,6 +113,9 @@ CASES = [  # the first one has episodes that do not end together, and old observ
     ("happo", "vmas/balance", ["normalize_observations=true", "updater.minibatch_size=20"]),
     pytest.param("mappo", "vmas/navigation", ["updater.minibatch_size=20"], marks=pytest.mark.slow),
     ("hatrpo", "mamujoco/Swimmer", ["env.kwargs.agent_conf=2x1"]),
+    # A factory's transforms stood for its simulator, which began anew in mid-episode.
+    ("trpo", "custom", [FAR, "env.kwargs.learns=true", "env.max_steps=50"]),
+    pytest.param("trpo", "custom", [FAR, "env.parallel=true", "env.max_steps=50"], marks=pytest.mark.slow),
 ]
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
+from torchrl._utils import logger
 from torchrl.envs import (
     Compose,
     DTypeCastTransform,
@@ -142,6 +144,7 @@ def make_env(
         raise SettingError(
             f"state=True: {name!r} has no global state. Legal: state=False, with critics of observations."
         )
+    _warn_of_own_statistics(env)
     check_specs(env, name, seed)
     if library == "custom":
         check_seed(env, seed)
@@ -163,7 +166,36 @@ def _make_one(construct: Callable[[], EnvBase], factory: str | None) -> EnvBase:
     if not isinstance(env, EnvBase):
         raise SettingError(f"factory={factory!r} gave a {type(env).__name__}. Legal: a torchrl EnvBase.")
     devices = [spec.device for spec in env.full_observation_spec.values(True, True) if spec.device is not None]
-    return env.to(devices[0]) if env.device is None and devices else env
+    env = env.to(devices[0]) if env.device is None and devices else env
+    if isinstance(env, TransformedEnv):
+        _save_simulator_too(env)
+    return env
+
+
+def _save_simulator_too(env: TransformedEnv) -> None:
+    """Puts the simulator into the state of a factory's environment, where TorchRL has that of the transforms alone."""
+    transform, simulator = env.transform, env.base_env
+    if isinstance(simulator, TransformedEnv):
+        _save_simulator_too(simulator)
+
+    def state_dict() -> dict[str, Any]:
+        return {"transforms": transform.state_dict(), "simulator": simulator.state_dict()}
+
+    def load_state_dict(state: Mapping[str, Any], **kwargs: Any) -> None:
+        transform.load_state_dict(state["transforms"], **kwargs)
+        simulator.load_state_dict(state["simulator"], **kwargs)
+
+    vars(env).update(state_dict=state_dict, load_state_dict=load_state_dict)
+
+
+def _warn_of_own_statistics(env: EnvBase) -> None:
+    """Warns of a factory's transforms that learn something, such as VecNormV2: it is not saved with the policy."""
+    for part in env.transform.modules() if isinstance(env, TransformedEnv) else ():
+        if type(part).get_extra_state is not nn.Module.get_extra_state:
+            logger.warning(
+                f"env: the factory's {type(part).__name__} has statistics of its own. The last evaluation of a run has "
+                "them; evaluate, load_policy and films begin new ones. For observations use normalize_observations=true."
+            )
 
 
 def _check_entries(env: EnvBase, name: str) -> None:

@@ -84,11 +84,11 @@ class CollectionState:
 
 
 def _has_extra_state(state: Any) -> bool:
-    """Whether a ``state_dict``, or one inside it, has the result of a ``get_extra_state``."""
+    """Whether a simulator's ``state_dict``, or one inside it, has the result of a ``get_extra_state``."""
     if not isinstance(state, Mapping):
         return False
     own = any(str(key).endswith("_extra_state") and value is not None for key, value in state.items())
-    return own or any(_has_extra_state(value) for value in state.values())
+    return own or any(_has_extra_state(value) for key, value in state.items() if key != "transforms")
 
 
 def _check_plain(state: Any) -> None:
