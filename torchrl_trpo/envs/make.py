@@ -193,8 +193,9 @@ def _warn_of_own_statistics(env: EnvBase) -> None:
     for part in env.transform.modules() if isinstance(env, TransformedEnv) else ():
         if type(part).get_extra_state is not nn.Module.get_extra_state:
             logger.warning(
-                f"env: the factory's {type(part).__name__} has statistics of its own. The last evaluation of a run has "
-                "them; evaluate, load_policy and films begin new ones. For observations use normalize_observations=true."
+                f"env: the factory's {type(part).__name__} has statistics of its own, which are not saved with "
+                "the policy: evaluate, load_policy and films begin new ones. For observations use "
+                "normalize_observations=true."
             )
 
 

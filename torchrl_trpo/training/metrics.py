@@ -133,7 +133,7 @@ class Metrics:
         self._last_lap = time.perf_counter()
 
     def times(self) -> dict[str, float]:
-        """The seconds of the run so far, ``wall_s``, and the processor seconds of all its ranks without their workers."""
+        """The seconds of the run so far, ``wall_s``, and processor seconds of its ranks (no workers), ``cpu_s``."""
         wall_s = time.perf_counter() - self._wall_start
         cpu_s = time.process_time() - self._cpu_start
         if self._ranks.size > 1:
