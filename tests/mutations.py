@@ -802,6 +802,22 @@ MUTATIONS = (
         "recipes/recipes::test_evaluation_plays_one_episode_per_environment",
     ),
     Mutation(
+        "observations-recounted",
+        "torchrl_trpo/envs/normalization.py",
+        'self._begun = tensordict.get("_reset", None)',
+        "self._begun = None",
+        "where an episode begins, the observations of other environments count again",
+        "envs/make::test_each_observation_counts_once_in_the_statistics[False-0.0]",
+    ),
+    Mutation(
+        "dead-agent-counts-each-step",
+        "torchrl_trpo/trainer/episode_return.py",
+        "done = done & ~before",
+        "pass",
+        "the log of a Trainer has the return of a dead agent once for each step",
+        "trainer/trainer::test_returns_of_episodes_that_ended",
+    ),
+    Mutation(
         "reset-leaks",
         "torchrl_trpo/envs/vmas.py",
         "steps)\n            snapshot.keep(~ended)",
