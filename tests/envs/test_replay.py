@@ -207,3 +207,11 @@ def _assert_equal(here, there):
 def _assert_state_equal(here, there):
     for mine, other in zip(tree_leaves(dict(here)), tree_leaves(dict(there)), strict=True):
         assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
+
+
+def test_actions_of_another_encoding_are_not_replayed():
+    """An index was replayed as a one-hot action: always the first one."""
+    index = ReplayedGymEnv("CartPole-v1", categorical_action_encoding=True, device="cpu")
+    index.rollout(3)
+    with pytest.raises(RuntimeError, match=r"cannot be replayed: its 'action' has shape \[\], .* \[2\]\. It was saved"):
+        ReplayedGymEnv("CartPole-v1", device="cpu").load_state_dict(index.state_dict())

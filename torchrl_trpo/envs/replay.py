@@ -97,8 +97,14 @@ class Replayed(EnvBase):
             state: from :meth:`get_extra_state` of an environment made with the same arguments.
 
         Raises:
-            ReplayError: if the last observations differ from the saved ones.
+            ReplayError: if the last observations differ from the saved ones, or the actions are of another shape.
         """
+        for key, actions in zip(self.action_keys, state["actions"], strict=False):
+            if (saved := actions.shape[1:]) != (own := self.full_action_spec[key].shape):
+                raise ReplayError(
+                    f"the saved episode cannot be replayed: its {key!r} has shape {[*saved]}, and here it is "
+                    f"{[*own]}. It was saved with other arguments, or by another version of torchrl-trpo."
+                )
         self._begin(None)
         if state["seed"] is not None:
             self._reset(seed=state["seed"])
