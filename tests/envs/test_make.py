@@ -524,7 +524,8 @@ def test_spaces_of_gymnasium_are_those_of_torchrl(task, observation, action, mon
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        (Discrete(3, start=-1), r"'gym/Dice-v0' has the space Discrete\(3, start=-1\)\. Legal: start=0, and not -1"),
+        (Discrete(3, start=-1), r"'gym/Dice-v0' has the space Discrete\(3, start=-1\)\. Legal: start=0"),
+        (MultiDiscrete([2, 3], start=[0, 1]), r"has the space MultiDiscrete\(.*Legal: start=0"),
         (DictSpace({"x": Discrete(2), "y": Discrete(3)}), r"its actions are \['x', 'y'\]"),
     ],
 )

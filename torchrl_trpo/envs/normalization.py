@@ -111,7 +111,9 @@ class ObservationNorm(VecNormV2):
 
     def _norm(self, data: TensorDictBase, loc: TensorDictBase, var: TensorDictBase, count: TensorDictBase) -> Any:
         # TorchRL keeps E[x] and E[x²]. If x is constant, rounding can make E[x²] − E[x]² negative, and its root NaN.
-        return super()._norm(data, loc, var.maximum(loc.pow(2)), count).float()
+        loc, var = (part.select(*data.keys(True, True)) for part in (loc, var))
+        scale = (var - loc.pow(2)).clamp_min(0.0).sqrt().clamp_min(self.eps)
+        return (data - loc.float()) / scale.float()
 
     def _get_loc_scale(self, loc_only: bool = False) -> Any:
         loc, scale = super()._get_loc_scale(loc_only)  # its root of the variance may be NaN for the same reason

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torchrl.data import MultiOneHot
 from torchrl.envs import EnvBase
@@ -133,8 +134,8 @@ def _gym_env(task: str, **kwargs: Any) -> EnvBase:
     """A task with the action space that TorchRL gives it, or with indices where that has no distribution."""
     env = ReplayedGymEnv(task, **kwargs)
     for space in (env.action_space, env.observation_space):
-        if (start := getattr(space, "start", 0)) != 0:  # which TorchRL does not look at
-            raise SettingError(f"env: 'gym/{task}' has the space {space}. Legal: start=0, and not {start}.")
+        if np.any(getattr(space, "start", 0)):  # which TorchRL does not look at
+            raise SettingError(f"env: 'gym/{task}' has the space {space}. Legal: start=0.")
     if not any(isinstance(spec, MultiOneHot) for spec in env.full_action_spec_unbatched.values(True, True)):
         return env
     env.close()

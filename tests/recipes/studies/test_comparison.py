@@ -47,7 +47,7 @@ def test_a_comparison_trains_evaluates_and_goes_on(tmp_path, monkeypatch):
     cell = comparison.cells(PLAN)[0]
     film = comparison.film_cell(PLAN, tmp_path, tmp_path, cell)
     assert film.name == "balance-hatrpo.gif"
-    assert len(imageio.imread(film)) == 3, "every second picture of five steps"
+    assert len(imageio.imread(film)) == 4, "every second picture of five steps, and the last"
     monkeypatch.setattr(comparison, "train", lambda *_: pytest.fail("it was done already"))
     assert comparison.run_cell(PLAN, tmp_path, cell) == by_cell["hatrpo"]
     others = {**PLAN, "evaluation": {**PLAN["evaluation"], "episodes": {"vmas": 4}}}
