@@ -110,15 +110,16 @@ class ObservationNorm(VecNormV2):
                 statistic.lerp_(batch.sum(0) / number.clamp_min(1), number.to(batch.dtype) / count.clamp_min(1))
 
     def _norm(self, data: TensorDictBase, loc: TensorDictBase, var: TensorDictBase, count: TensorDictBase) -> Any:
-        # TorchRL keeps E[x] and E[x²]. If x is constant, rounding can make E[x²] − E[x]² negative, and its root NaN.
-        loc, var = (part.select(*data.keys(True, True)) for part in (loc, var))
-        scale = (var - loc.pow(2)).clamp_min(0.0).sqrt().clamp_min(self.eps)
-        return (data - loc.float()) / scale.float()
+        loc, scale = self._loc_scale_of(*(part.select(*data.keys(True, True)) for part in (loc, var)))
+        return (data - loc) / scale
 
     def _get_loc_scale(self, loc_only: bool = False) -> Any:
-        loc, scale = super()._get_loc_scale(loc_only)  # its root of the variance may be NaN for the same reason
-        scale = None if loc_only else scale.apply(lambda root: torch.where(root.isnan(), self.eps, root)).float()
-        return loc.float(), scale
+        return self._loc_scale_of(self._loc, self._var)
+
+    def _loc_scale_of(self, loc: TensorDictBase, var: TensorDictBase) -> Any:
+        # TorchRL keeps E[x] and E[x²]. If x is constant, rounding can make E[x²] − E[x]² negative, and its root NaN.
+        scale = (var - loc.pow(2)).clamp_min(0.0).sqrt().clamp_min(self.eps)
+        return loc.float(), scale.float()
 
 
 def observation_norm(env: EnvBase) -> ObservationNorm | None:
