@@ -8,6 +8,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.spaces import Dict as DictSpace
+from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 from torchrl.data import MultiCategorical as MultiCategoricalSpec
 from torchrl.data import OneHot
@@ -200,6 +201,18 @@ def test_what_does_not_vary_is_normalised_to_something_finite(seed):
     policy = on_raw_observations(env, make_actor(env, *group_keys(env), share_params=True))
     assert policy(raw)["agents", "action"].isfinite().all()
     assert env.rollout(3)["next", "agents", "observation"].isfinite().all()
+
+
+def test_what_has_not_varied_keeps_its_scale():
+    """The first visit to a state of CliffWalking was an observation of 10 000, for a loaded policy and in films."""
+    env = build("gym/CliffWalking-v1", num_envs=2, normalize_observations=True)
+    env.rollout(3)
+    norm = observation_norm(env)
+    unseen = norm.loc["observation"] == 0
+    states = TensorDict({"observation": torch.eye(48)}, [48])
+    normalised = norm.to_observation_norm()(states)["observation"]
+    assert torch.equal(normalised[:, unseen], torch.eye(48)[:, unseen])
+    assert unseen.sum() > 40
 
 
 class Seen(Transform):

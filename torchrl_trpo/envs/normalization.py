@@ -14,13 +14,17 @@ from torchrl.envs.transforms import VecNormV2
 
 from torchrl_trpo.parallel.ranks import Ranks
 
+_VARIES = 1e-7  # the least standard deviation of what varies: less is rounding
+
 
 class ObservationNorm(VecNormV2):
     """A ``VecNormV2`` of what was observed: its statistics leave out absent agents and numbers that are not finite.
 
     When some environments begin new episodes, only their observations count. TorchRL counts those of the others again,
     and a ``SerialEnv`` has their old ones there. The statistics are kept in double precision, since the variance is the
-    mean square less the square of the mean. Observations are in single precision, before and after.
+    mean square less the square of the mean. Observations are in single precision, before and after. A number that has
+    not varied has no scale: its mean is subtracted, and nothing else. TorchRL divides by 1e-4, so that the first other
+    value would be 10 000 times what it is.
 
     ``masks`` maps an observation, ``[num_envs, *F]``, to the mask of its present agents, ``[num_envs, n_agents]``.
     """
@@ -118,7 +122,8 @@ class ObservationNorm(VecNormV2):
 
     def _loc_scale_of(self, loc: TensorDictBase, var: TensorDictBase) -> Any:
         # TorchRL keeps E[x] and E[x²]. If x is constant, rounding can make E[x²] − E[x]² negative, and its root NaN.
-        scale = (var - loc.pow(2)).clamp_min(0.0).sqrt().clamp_min(self.eps)
+        deviation = (var - loc.pow(2)).clamp_min(0.0).sqrt()
+        scale = deviation.apply(lambda each: each.clamp_min(self.eps).where(each > _VARIES, 1.0))
         return loc.float(), scale.float()
 
 
