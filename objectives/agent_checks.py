@@ -79,7 +79,8 @@ def check_shared_agents(
         raise ValueError(
             f"trust_region: each of {len(reached)} agents has parameters of its own, but not stacked on a leading "
             "agent dimension, as those of a list of networks are not. Legal: MultiAgentMLP(share_params=False), or a "
-            "MultiAgentNetBase of your own, for a region each; trust_region='shared' for one region of all."
+            "MultiAgentNetBase of your own, for a region each; where their networks differ, a group with a loss of its "
+            "own for each agent; trust_region='shared' for one region of all."
         )
 
 

@@ -18,6 +18,8 @@ from torchrl_trpo.keys import entry, finite_where_masked, group_of, key_list, ne
 from torchrl_trpo.objectives.functional import parameters_restored
 from torchrl_trpo.objectives.step_values import add_states, batch_norms, can_share, shared_values
 
+_TRAJECTORIES = ("collector", "traj_ids")
+
 
 class AgentGAE(MultiAgentGAE):
     r"""TorchRL's :class:`~torchrl.objectives.value.MultiAgentGAE` with masks, recurrent critics and normalised values.
@@ -53,7 +55,9 @@ class AgentGAE(MultiAgentGAE):
         **kwargs: keywords of :class:`~torchrl.objectives.value.MultiAgentGAE`.
 
     Raises:
-        ValueError: if ``team_reward`` is unknown.
+        ValueError: if ``gamma`` or ``lmbda`` is not from 0 to 1, or ``team_reward`` is unknown.
+        ValueError: when called on data whose trajectories (``("collector", "traj_ids")``) change along time where none
+            ends, as in a batch that was flattened.
         ValueError: when called with a recurrent critic on data whose time is not the last dimension, or in chunks that
             cut its sequences; or with ``shifted`` where time is neither the last dimension nor named.
         KeyError: when called on data without one of the entries.
@@ -75,6 +79,9 @@ class AgentGAE(MultiAgentGAE):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        for name in ("gamma", "lmbda"):
+            if not 0 <= float(getattr(self, name)) <= 1:
+                raise ValueError(f"{name}: {float(getattr(self, name)):g}. Legal: from 0 to 1.")
         if self.value_network is not None and (reads_init(self.value_network) or batch_norms(self.value_network)):
             self.deactivate_vmap = True  # TorchRL's own recurrent modules branch on what is in the data
         if team_reward not in (None, "mean", "sum"):
@@ -153,6 +160,7 @@ class AgentGAE(MultiAgentGAE):
         self._check_time(tensordict, time_dim)
         data = tensordict.clone(False)
         self._leave_out_masked(data, time_dim)
+        self._check_trajectories(data, time_dim)
         if self.team_reward is not None:
             names = [keys.reward] if self.reward_keys is None else self.reward_keys
             own_rewards = [entry(data, next_key(name), "reward_keys") for name in dict.fromkeys(names)]
@@ -194,6 +202,24 @@ class AgentGAE(MultiAgentGAE):
             raise ValueError(
                 f"value_chunk_dim: {self.value_chunk_dim}. It cuts the sequences of a recurrent critic; legal: a "
                 "dimension other than time."
+            )
+
+    def _check_trajectories(self, data: TensorDictBase, time_dim: int | None) -> None:
+        """Refuses data in which steps follow those of another trajectory, if they are numbered, as collectors do."""
+        ids, time = data.get(_TRAJECTORIES, None), self._get_time_dim(time_dim, data)
+        if ids is None or ids.shape != data.batch_size:
+            return
+        dones = [
+            done for key, done in data["next"].items(True, True) if path(key)[-1] == path(self.tensor_keys.done)[-1]
+        ]
+        ends = torch.stack([done.reshape(*data.batch_size, -1).any(-1) for done in dones]).any(0)
+        before, after = (slice_of.narrow(time, start, ids.shape[time] - 1) for slice_of, start in ((ids, 0), (ids, 1)))
+        torn = (before != after) & ~ends.narrow(time, 0, ids.shape[time] - 1)
+        if torn.any() and self.lmbda:  # with lmbda = 0 steps stand alone
+            raise ValueError(
+                f"{_TRAJECTORIES}: the trajectory changes along time, dimension {time} of {tuple(data.batch_size)}, at "
+                f"{int(torn.sum())} steps where no episode ends. The advantages of one would leak into the other. "
+                "Legal: the batch as it was collected, [*B, T]; flatten or shuffle it after the advantages."
             )
 
     def _leave_out_masked(self, data: TensorDictBase, time_dim: int | None) -> None:

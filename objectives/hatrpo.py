@@ -99,6 +99,8 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
         self._out_keys: list[NestedKey] | None = None
         self._updates, self._warned_of_rewards = 0, False
         self._agents_are_checked = False
+        if not isinstance(losses, (TRPOLoss, Mapping)):
+            raise TypeError(f"losses: a {type(losses).__name__}. Legal: a TRPOLoss, or {{group: TRPOLoss, ...}}.")
         groups = {"agents": losses} if isinstance(losses, TRPOLoss) else dict(losses)
         if not groups:
             raise ValueError("losses is an empty mapping; legal: {group: TRPOLoss, ...} with at least one group.")
@@ -313,6 +315,6 @@ def _shared_message(group: str) -> str:
     return (
         f"HATRPO updates the agents one after the other, but agents of group {group!r} share parameters of the "
         "policy, or have them in networks that are not stacked. Give each agent its own slice: "
-        "MultiAgentMLP(..., share_params=False). For shared parameters use TRPOLoss with TrustRegionUpdater directly "
-        "(MATRPO or ITRPO)."
+        "MultiAgentMLP(..., share_params=False); where their networks differ, a group with a loss of its own. For "
+        "shared parameters use TRPOLoss with TrustRegionUpdater directly (MATRPO or ITRPO)."
     )

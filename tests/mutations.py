@@ -794,11 +794,11 @@ MUTATIONS = (
         "envs/make::test_the_nine_particle_tasks[continuous-simple_adversary_v3]",
     ),
     Mutation(
-        "unfinished-episode-lost",
+        "episode-goes-on",
         "torchrl_trpo/training/episodes.py",
-        "    done[:, -1] = True\n",
+        '            running &= ~taken["next", "done"].squeeze(-1)\n',
         "",
-        "an episode that does not end has the return of its first step",
+        "an episode has the return of the one that follows it",
         "recipes/recipes::test_evaluation_plays_one_episode_per_environment",
     ),
     Mutation(

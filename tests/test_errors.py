@@ -6,6 +6,7 @@ import torch
 from tests.cases import make_actor, make_data
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.envs import BatchedResetVmasEnv, CompiledCollector
+from torchrl_trpo.errors import close_names
 from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 
 
@@ -40,3 +41,14 @@ def test_a_warning_is_of_the_users_line(call, message):
     with pytest.warns(UserWarning, match=message) as caught:
         call()
     assert {each.filename for each in caught} == {__file__}
+
+
+@pytest.mark.parametrize(
+    ("given", "legal", "first"),
+    [
+        ("('agents', 'obs')", ["('agents', 'loc')", "('agents', 'observation')"], "('agents', 'observation')"),
+        ("max_kl", ["max_steps", "updater.max_kl"], "updater.max_kl"),
+    ],
+)
+def test_the_nearest_name_comes_first(given, legal, first):
+    assert close_names(given, legal)[0] == first

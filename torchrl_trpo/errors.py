@@ -62,8 +62,10 @@ def _is_of_library(module: str) -> bool:
 
 
 def close_names(given: object, legal: Iterable[str]) -> list[str]:
-    """The legal names near one that is not legal, the nearest first."""
-    return difflib.get_close_matches(str(given), list(legal), n=3, cutoff=0.5)
+    """The legal names near one that is not legal, the nearest first: those that it begins, and those spelt alike."""
+    names, stem = list(legal), str(given).rstrip("')")  # of a key, ('agents', 'obs')
+    begun = [name for name in names if len(stem) > 1 and name.startswith(stem)]
+    return [*dict.fromkeys(begun + difflib.get_close_matches(str(given), names, n=3, cutoff=0.5))][:3]
 
 
 def did_you_mean(names: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchrl.collectors.utils import split_trajectories
 from torchrl.modules import MultiAgentMLP, PopArtValueNorm, RunningValueNorm
 from torchrl.modules.models.cross_group_critic import CrossCriticGroupSpec, CrossGroupCritic
 from torchrl.objectives.value import GAE, MultiAgentGAE
@@ -55,6 +56,32 @@ def make_gae(critic, **keywords):
     gae = AgentGAE(gamma=GAMMA, lmbda=LMBDA, value_network=critic, **keywords)
     gae.set_keys(value=VALUE, reward=REWARD)
     return gae
+
+
+@pytest.mark.parametrize("wrong", [{"gamma": 95}, {"gamma": -0.5}, {"lmbda": 1.5}, {"lmbda": torch.nan}])
+def test_a_discount_that_is_none_is_refused(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"{name}: .*\. Legal: from 0 to 1"):
+        AgentGAE(**{"gamma": GAMMA, "lmbda": LMBDA, **wrong}, value_network=make_critic())
+
+
+def test_the_advantages_of_one_trajectory_do_not_leak_into_another():
+    """A batch of several environments that was flattened before: its advantages were wrong by three deviations."""
+    critic, data = make_critic(), rollout()
+    ends = data["next", "done"].squeeze(-1)
+    assert not ends[:, -1].all()
+    starts = torch.cat([torch.ones(4, 1), ends[:, :-1].float()], 1)
+    data["collector", "traj_ids"] = starts.flatten().cumsum(0).reshape(4, 6).long()
+    expected = make_gae(critic)(data.clone())["advantage"]
+    with pytest.raises(
+        ValueError, match=r"traj_ids'\): the trajectory changes along time.* Legal: the batch as it was"
+    ):
+        make_gae(critic)(data.reshape(-1))
+    padded = make_gae(critic)(split_trajectories(data, done_key="done", trajectory_key=("collector", "traj_ids")))
+    torch.testing.assert_close(padded["advantage"][padded["collector", "mask"]], expected.flatten(0, 1))
+    one_step = AgentGAE(gamma=GAMMA, lmbda=0, value_network=critic)
+    one_step.set_keys(value=VALUE, reward=REWARD)
+    one_step(data.reshape(-1))
 
 
 # ------------------------------------------------------------------ masks

@@ -545,6 +545,18 @@ def test_each_agents_advantages_are_normalised_over_its_rows():
     torch.testing.assert_close(loss.policy_rows(data).advantage, expected.flatten(0, 1))
 
 
+def test_advantages_whose_deviation_overflows_are_told():
+    """They were divided by infinity: each step had a gradient of 0, and was rejected without a word."""
+    actor = make_actor()
+    data = make_data(actor)
+    data["advantage"] *= 1e200
+    with pytest.warns(UserWarning, match=r"gradient of region 0, 1, 2 is not finite"):
+        stats = TrustRegionUpdater(
+            TRPOLoss(actor, normalize_advantage=True, normalize_advantage_exclude_dims=(-2,))
+        ).step(data)
+    assert not stats["accepted"].any()
+
+
 @pytest.mark.parametrize("padding", [1e3, torch.nan])
 def test_masked_rows_do_not_count_in_the_normalised_advantage(padding):
     actor = make_actor()

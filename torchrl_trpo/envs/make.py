@@ -38,9 +38,9 @@ def make_env(
     *,
     num_envs: int,
     max_steps: int,
-    kwargs: Mapping[str, Any],
     seed: int,
     device: torch.device | str,
+    kwargs: Mapping[str, Any] | None = None,
     continuous_actions: bool | None = None,
     compiled: bool = False,
     factory: str | None = None,
@@ -71,10 +71,10 @@ def make_env(
     Keyword Args:
         num_envs: the number of environments in the batch.
         max_steps: the time limit, in steps.
-        kwargs: the simulator's own arguments.
         seed: the seed of the environments' randomness.
         device: where the environments' data are. Simulators other than VMAS compute on the CPU, one environment at a
             time, and their data are moved; a factory's batch is where the factory makes it, ``env.device``.
+        kwargs: the simulator's own arguments. Default: none.
         continuous_actions: whether actions are continuous, where the simulator offers both; discrete ones are
             categorical. Those of Gymnasium are one-hot, as TorchRL's ``GymEnv`` gives them.
         compiled: whether VMAS's simulator is compiled, see :class:`~torchrl_trpo.envs.CompiledVmasEnv`.
@@ -109,7 +109,7 @@ def make_env(
                 f"{nearest_multiples(num_envs, ranks.size)}."
             )
         num_envs, seed = num_envs // ranks.size, rank_seed(seed, ranks.rank)
-    device = torch.device(device)
+    kwargs, device = dict(kwargs or {}), torch.device(device)
     if device.type != "cpu" and device.index is None:  # tensors have an index, and TorchRL compares devices
         device = torch.device(device.type, torch.accelerator.current_device_index())
 
@@ -118,7 +118,7 @@ def make_env(
             name,
             task=task,
             num_envs=num_envs,
-            kwargs=dict(kwargs),
+            kwargs=kwargs,
             seed=seed,
             device=device,
             continuous=continuous_actions,

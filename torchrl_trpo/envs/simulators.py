@@ -152,7 +152,8 @@ def _custom(
     except (ImportError, AttributeError, ValueError) as error:
         raise SettingError(
             f"factory={factory!r} cannot be imported ({error}). Legal: 'package.module.function', a function that "
-            "takes kwargs and returns a torchrl EnvBase, from an installed package or the working directory."
+            "takes kwargs and returns a torchrl EnvBase, from an installed package, the working directory or "
+            "PYTHONPATH."
         ) from error
     known = {"num_envs": num_envs, "device": device, "seed": seed}
     taken = _signature(make).parameters

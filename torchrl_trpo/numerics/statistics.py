@@ -15,7 +15,7 @@ _BLOCK = 2**22  # the values that a bootstrap has in memory at a time
 def standardize(values: Tensor, mask: Tensor | None, dims: Sequence[int], ranks: Ranks = ALONE) -> Tensor:
     """Values with mean 0 and (unbiased) deviation 1 over ``dims`` and all ranks; 0 if equal up to rounding.
 
-    ``mask``, bool of the same shape, says which values count; the others become 0.
+    ``mask``, bool of the same shape, says which values count; the others become 0. NaN if the deviation overflows.
     """
     if mask is None:
         mask = torch.ones_like(values, dtype=torch.bool)
@@ -25,7 +25,7 @@ def standardize(values: Tensor, mask: Tensor | None, dims: Sequence[int], ranks:
     centred = torch.where(mask, values - ranks.sum_(values.sum(dims, keepdim=True)) / count.clamp_min(1), 0.0)
     spread = (ranks.sum_(centred.square().sum(dims, keepdim=True)) / (count - 1).clamp_min(1)).sqrt()
     rounding = 32 * torch.finfo(values.dtype).eps * ranks.max_(values.abs().amax(dims, keepdim=True))
-    return torch.where(spread <= rounding, 0.0, centred / spread)
+    return torch.where(spread <= rounding, 0.0, centred / spread.where(spread.isfinite(), torch.nan))
 
 
 def variance(values: Tensor, ranks: Ranks = ALONE) -> Tensor:

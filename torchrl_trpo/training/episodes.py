@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -50,14 +51,19 @@ def play_episodes(
         ``"episode_return"`` ``[num_envs, n_agents]``, for the agents of all groups in order, and ``"episode_length"``
         ``[num_envs]``, in steps.
     """
+    groups = group_keys(env)
+    returns: Any = 0.0
+    running = torch.ones(env.batch_size, dtype=torch.bool, device=env.device)
+    lengths = torch.zeros_like(running, dtype=torch.long)
     with set_exploration_type(ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM):
-        data = env.rollout(max_steps, policy, break_when_any_done=False)
-    returns = _returns(data, group_keys(env))  # [num_envs, T, n_agents]
-    done = data["next", "done"].squeeze(-1)
-    done[:, -1] = True
-    first = done.long().argmax(dim=1)  # [num_envs]
-    episodes = torch.arange(len(first), device=first.device)
-    return TensorDict({"episode_return": returns[episodes, first], "episode_length": first + 1}, [len(first)])
+        data = env.reset()
+        for step in range(1, max_steps + 1):  # env.rollout would keep the data: gigabytes, of many environments
+            data.update(policy(data))
+            taken, data = env.step_and_maybe_reset(data) if step < max_steps else (env.step(data), data)
+            returns = torch.where(running.unsqueeze(-1), _returns(taken, groups), returns)
+            lengths += running
+            running &= ~taken["next", "done"].squeeze(-1)
+    return TensorDict({"episode_return": returns, "episode_length": lengths}, env.batch_size)
 
 
 def episode_statistics(data: TensorDictBase, groups: Sequence[GroupKeys], ranks: Ranks = ALONE) -> dict[str, float]:
@@ -90,10 +96,10 @@ def episode_statistics(data: TensorDictBase, groups: Sequence[GroupKeys], ranks:
 
 
 def _returns(data: TensorDictBase, groups: Sequence[GroupKeys]) -> Tensor:
-    """The running returns of the agents of all groups, ``[num_envs, T, n_agents]``; a team's return is each agent's."""
+    """The running returns of the agents of all groups, ``[*B, n_agents]``; a team's return is each agent's."""
     parts = []
     for keys in groups:
-        returns = data["next"].get(return_key(keys.reward))  # [num_envs, T, n_agents, 1] or [num_envs, T, 1]
+        returns = data["next"].get(return_key(keys.reward))  # [*B, n_agents, 1] or [*B, 1]
         parts.append(returns.flatten(data.batch_dims).expand(*data.batch_size, keys.n_agents))
     returns = torch.cat(parts, -1)
     return returns if returns.is_floating_point() else returns.float()
