@@ -122,6 +122,7 @@ class ClippedUpdater(RangedSettings):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ClippedUpdater:
         """An updater of its own, on copies of the losses, that takes the same steps."""
+        self._follow_losses()
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         for loss in self.losses.values():
@@ -155,6 +156,7 @@ class ClippedUpdater(RangedSettings):
         """
         check_separate_losses(self.losses)
         rows = [self._rows(member.group, tensordict) for member in self._members]
+        self._follow_losses()
         with self._restored():
             stats = [self._update(member, of_group)[0] for member, of_group in zip(self._members, rows, strict=True)]
             return torch.stack(stats)
@@ -195,8 +197,8 @@ class ClippedUpdater(RangedSettings):
         if len(states) != len(self._members):
             raise ValueError(f"optimizers: the state_dict has {len(states)} policies, legal: {len(self._members)}.")
         optimizers = []
+        self._follow_losses()  # the state takes the dtype of the parameters
         for index, (member, state) in enumerate(zip(self._members, states, strict=True)):
-            member.follow(self.losses[member.group])  # the state takes the dtype of the parameters
             try:
                 optimizers.append(member.optimizer_with(state))
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -207,7 +209,12 @@ class ClippedUpdater(RangedSettings):
 
     def _make_members(self) -> list[Member]:
         """The policies that are updated one after the other."""
-        return [Member.make(group, loss, self.lr) for group, loss in self.losses.items()]
+        return [Member(group, loss, self.lr) for group, loss in self.losses.items()]
+
+    def _follow_losses(self) -> None:
+        """Takes over what the losses have now."""
+        for member in self._members:
+            member.follow(self.losses[member.group])
 
     def _rows(self, group: str, tensordict: TensorDictBase) -> PolicyRows:
         """The rows of a batch for a group's update; the log-probabilities that its loss reads are in ``inputs``."""
@@ -238,7 +245,6 @@ class ClippedUpdater(RangedSettings):
     def _update(self, member: Member, rows: PolicyRows) -> tuple[TensorDict, Tensor]:
         """Updates one member on its rows; returns its statistics and its ratios, which are 1 where a row is masked."""
         group_loss = self.losses[member.group]
-        member.follow(group_loss)
         counts = (rows.weight > 0).expand_as(rows.log_prob)
         before = member.distribution(rows, self.minibatch_size)
         grad_norm, taken = self._fit(member, rows, counts)

@@ -22,6 +22,7 @@ from torchrl_trpo.objectives.policy_rows import PolicyRows
 
 _OWN = ("action", "log_prob", "advantage", "weight", "factor")  # entries of the rows, besides the inputs
 _N_COMPARED = 64  # rows on which compiled functions are compared with what they stand for
+_N_ACTED, _ALIKE = 16, 1e-4  # rows on which the policy must act as it did; by this share of the largest number
 _MOST = 16  # functions of a loss, which has more than one if agents have different bounds
 
 
@@ -131,6 +132,17 @@ class RegionFunctions:
             *(value for value in settings if value is not None),
         ]
 
+    @torch.no_grad()
+    def stand_for(self, region: PolicyTrustRegion) -> bool:
+        """Whether the policy acts as it did: it may read what its settings do not tell, such as a global variable."""
+        few = region._rows.take(torch.arange(min(_N_ACTED, len(region._rows))))
+        at_start = self.gradient(self.shared_of(region, few), Blocks(self.rows_of(few)))[4:]
+        acted = region._dist_params(few, region._leaves)
+        pairs = zip(at_start, (acted.get(key) for key in self._dist_keys), strict=True)
+        return not any(
+            bool(((new - old).abs() > _ALIKE * new.abs().max()).any()) for old, new in pairs
+        )  # or NaN in both
+
     def _region(self, shared: Sequence[Tensor], of_rows: Sequence[Tensor]) -> PolicyTrustRegion:
         """A region of such tensors."""
         given = iter(shared)
@@ -220,9 +232,9 @@ class RegionCompiler:
             self._forget_if_changed(network)
         region = CompiledRegion(network, parameters, rows, **settings)
         key = (distribution_settings(network), *_shapes(region))
-        if key not in self._functions:
-            self._functions[key] = self._compile(region, settings)
-        functions = self._functions[key]
+        functions = self._functions.get(key)
+        if key not in self._functions or (functions is not None and not functions.stand_for(region)):
+            functions = self._functions[key] = self._compile(region, settings)
         if functions is None:
             return PolicyTrustRegion(network, parameters, rows, **settings)
         region.use(functions)

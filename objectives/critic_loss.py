@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -29,7 +29,8 @@ class CriticLoss(PPOLoss):
 
     value_norm: ValueNorm | None
     ranks: Ranks
-    _norm_has_started = _correction_is_checked = False
+    _started_norm: Sequence[int] = ()  # the versions of its buffers when its statistics were known not to be empty
+    _correction_is_checked = False
 
     def loss_critic(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The critic's distance from the value targets, also of masked entries; to be minimised is its masked mean.
@@ -98,6 +99,8 @@ class CriticLoss(PPOLoss):
             targets = targets if mask is None else targets[mask].unsqueeze(-1)
             critic = self._critic_to_correct(self.value_norm)
             update_value_norm(self.value_norm, targets, critic, self.ranks)
+            if critic is not None:
+                self._started_norm = _versions(self.value_norm)
 
     def _critic_to_correct(self, norm: ValueNorm) -> TensorDictBase | None:
         """The critic's parameters if moving the statistics would change its values, else None.
@@ -106,10 +109,9 @@ class CriticLoss(PPOLoss):
         """
         if not self.corrects_critic:
             return None
-        if not self._norm_has_started:
-            self._norm_has_started = any(bool(buffer.any()) for buffer in norm.buffers())  # waits for the device
-            if not self._norm_has_started:
-                return None
+        has_started = _versions(norm) == self._started_norm  # nothing else has written to them, such as a loaded state
+        if not has_started and not any(bool(buffer.any()) for buffer in norm.buffers()):  # waits for the device
+            return None
         return critic_network_parameters(self)
 
     @property
@@ -117,10 +119,9 @@ class CriticLoss(PPOLoss):
         """Whether the critic outputs normalised values, which the estimator denormalises with ``value_norm``."""
         if self.value_norm is None:
             return False
-        estimator = current_estimator(self)
-        if estimator is None:  # one outside of the loss computes the advantages
-            return getattr(self.value_norm, "critic_is_normalized", False)
-        return getattr(estimator, "value_norm", None) is self.value_norm
+        own = getattr(current_estimator(self), "value_norm", None)
+        # or one outside of the loss computes the advantages, whatever the loss has by default
+        return own is self.value_norm or getattr(self.value_norm, "critic_is_normalized", False)
 
     def _critic_loss_inputs(
         self, target_return: Tensor, state_value: Tensor, old_state_value: Tensor | None
@@ -133,3 +134,7 @@ class CriticLoss(PPOLoss):
             state_value = norm.normalize(state_value)
         old_state_value = None if old_state_value is None else norm.normalize(old_state_value)
         return norm.normalize(target_return.detach()), state_value, old_state_value
+
+
+def _versions(norm: ValueNorm) -> list[int]:
+    return [buffer._version for buffer in norm.buffers()]  # private: PyTorch counts the writes to a tensor nowhere else

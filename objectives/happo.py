@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl.objectives import ClipPPOLoss
 
@@ -16,9 +16,9 @@ from torchrl_trpo.objectives.agent_order import AgentOrder, drawn_order
 from torchrl_trpo.objectives.clipped import ClippedUpdater
 from torchrl_trpo.objectives.loss_groups import check_separate_losses
 from torchrl_trpo.objectives.policy_member import Member
-from torchrl_trpo.objectives.policy_network import agent_policy, resolve_trust_region
+from torchrl_trpo.objectives.policy_network import resolve_trust_region
 from torchrl_trpo.objectives.policy_rows import PolicyRows
-from torchrl_trpo.objectives.policy_update import actor_parameters
+from torchrl_trpo.objectives.policy_update import actor_parameters, trained_keys
 
 
 class HAPPOUpdater(AgentOrder, ClippedUpdater):
@@ -108,7 +108,7 @@ class HAPPOUpdater(AgentOrder, ClippedUpdater):
             compiled=compiled,
             process_group=process_group,
         )
-        self._agents_are_checked = False
+        self._checked_keys: dict[str, list[NestedKey]] = {}  # by group, what was trained when its agents were checked
         self.agent_order = agent_order
 
     @property
@@ -145,6 +145,7 @@ class HAPPOUpdater(AgentOrder, ClippedUpdater):
         first = next(iter(rows.values()))
         factor = first.log_prob.new_ones(first.log_prob.shape[: first.row_dims].numel())  # M^1, [N]
         order = drawn_order(self.agent_order, self.n_agents, factor.device, self._ranks)
+        self._follow_losses()
         stats: dict[int, TensorDict] = {}
         with self._restored():
             for agent in order:
@@ -162,13 +163,11 @@ class HAPPOUpdater(AgentOrder, ClippedUpdater):
             network, parameters = loss.actor_network, actor_parameters(loss)
             kind, n_agents = resolve_trust_region(None, network, parameters)
             if kind == "per_agent":
-                for index in range(n_agents):
-                    policy = agent_policy(network, parameters, index, n_agents)
-                    members.append(Member.make(group, loss, self.lr, index=index, policy=policy))
+                members += [Member(group, loss, self.lr, index=index, n_agents=n_agents) for index in range(n_agents)]
             elif any(isinstance(net, MultiAgentNetBase) and net.n_agents > 1 for net in network.modules()):
                 raise ValueError(_shared_message(group))
             else:
-                members.append(Member.make(group, loss, self.lr))
+                members.append(Member(group, loss, self.lr))
         return members
 
     def _check_agents(self, rows: Mapping[str, PolicyRows]) -> None:
@@ -177,11 +176,11 @@ class HAPPOUpdater(AgentOrder, ClippedUpdater):
         for group, of_group in rows.items():
             if group not in stacked and of_group.agent_shape.numel() > 1:
                 raise ValueError(_shared_message(group))
-            if group in stacked and not self._agents_are_checked:
-                policy = self.losses[group].actor_network, actor_parameters(self.losses[group])
+            policy = self.losses[group].actor_network, actor_parameters(self.losses[group])
+            if group in stacked and self._checked_keys.get(group) != trained_keys(policy[1]):
                 check_stacked_agents(*policy, of_group)
                 check_agents_alone(*policy, of_group)
-        self._agents_are_checked = True
+                self._checked_keys[group] = trained_keys(policy[1])
 
 
 def _shared_message(group: str) -> str:

@@ -21,7 +21,7 @@ from torchrl_trpo.objectives.loss_groups import check_separate_losses
 from torchrl_trpo.objectives.policy_network import resolve_trust_region
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.policy_rows import PolicyRows
-from torchrl_trpo.objectives.policy_update import current_estimator, row_mask
+from torchrl_trpo.objectives.policy_update import current_estimator, row_mask, trained_keys
 from torchrl_trpo.objectives.trpo import TRPOLoss
 
 
@@ -98,7 +98,7 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
         super().__init__()
         self._out_keys: list[NestedKey] | None = None
         self._updates, self._warned_of_rewards = 0, False
-        self._agents_are_checked = False
+        self._checked_keys: dict[str, list[NestedKey]] = {}  # by group, what was trained when its agents were checked
         if not isinstance(losses, (TRPOLoss, Mapping)):
             raise TypeError(f"losses: a {type(losses).__name__}. Legal: a TRPOLoss, or {{group: TRPOLoss, ...}}.")
         groups = {"agents": losses} if isinstance(losses, TRPOLoss) else dict(losses)
@@ -269,9 +269,10 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
         for group, loss in self._groups.items():
             if loss.trust_region == "shared" and rows[group].agent_shape.numel() > 1:
                 raise ValueError(_shared_message(group))
-            if loss.trust_region == "per_agent" and not self._agents_are_checked:
+            keys = trained_keys(loss.actor_parameters)
+            if loss.trust_region == "per_agent" and self._checked_keys.get(group) != keys:
                 check_agents_alone(loss.actor_network, loss.actor_parameters, rows[group])
-        self._agents_are_checked = True
+                self._checked_keys[group] = keys
         self._check_rewards(tensordict)
         factor = _first_factor(rows)
         for index in drawn_order(self.agent_order, self.n_agents, factor.device, self._ranks):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,15 +14,16 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_trpo.distributions.divergence import has_exact_entropy
+from torchrl_trpo.kernels.settings import settings_of
 from torchrl_trpo.numerics.statistics import HostScalar
 from torchrl_trpo.objectives.attention import differentiable_attention
 from torchrl_trpo.objectives.functional import other_parameters
 from torchrl_trpo.objectives.minibatch_gradient import MinibatchGradient
 from torchrl_trpo.objectives.policy_network import (
+    agent_parameters,
     build_distribution,
     distribution_parameters,
-    slice_agents,
-    stacked_prefixes,
+    single_agent_network,
 )
 from torchrl_trpo.objectives.policy_rows import PolicyRows
 from torchrl_trpo.objectives.policy_update import actor_parameters, exact_entropy, trained
@@ -76,34 +76,36 @@ class MemberLoss(ClipPPOLoss):
         return exact_entropy(dist, adv_shape) if has_exact_entropy(dist) else super()._get_entropy(dist, adv_shape)
 
 
-@dataclass
 class Member:
     """What is updated at a time: an agent's policy, or with ``index`` None that of its whole group.
 
-    The parameters that are trained share the memory of the group's; the optimiser is over them alone.
+    It is that of the group's loss at the last :meth:`follow`. The parameters that are trained share the memory of the
+    group's; the optimiser is over them alone.
     """
 
-    group: str
-    index: int | None
-    network: ProbabilisticTensorDictSequential
-    parameters: TensorDictBase
-    loss: MemberLoss
-    optimizer: torch.optim.Adam
+    def __init__(
+        self, group: str, group_loss: ClipPPOLoss, lr: float, *, index: int | None = None, n_agents: int = 1
+    ) -> None:
+        self.group = group
+        self.index = index
+        self._n_agents = n_agents
+        self._settings: tuple[Any, ...] = ()
+        self._take_policy(group_loss)
+        self.loss = MemberLoss(self.network, group_loss)
+        self.optimizer = torch.optim.Adam(trained(self.parameters), lr=lr, fused=True)
 
-    @classmethod
-    def make(
-        cls,
-        group: str,
-        group_loss: ClipPPOLoss,
-        lr: float,
-        *,
-        index: int | None = None,
-        policy: tuple[ProbabilisticTensorDictSequential, TensorDictBase] | None = None,
-    ) -> Member:
-        """A member with an optimiser of its own: an agent with its policy and parameters, or by default the group."""
-        network, parameters = policy or (group_loss.actor_network, actor_parameters(group_loss))
-        optimizer = torch.optim.Adam(trained(parameters), lr=lr, fused=True)
-        return cls(group, index, network, parameters, MemberLoss(network, group_loss), optimizer)
+    def _take_policy(self, group_loss: ClipPPOLoss) -> None:
+        """Takes the group's policy as it is now; an agent's network is copied if more than its tensors has changed."""
+        network, parameters = group_loss.actor_network, actor_parameters(group_loss)
+        self.parameters = parameters
+        if self.index is not None:
+            self.parameters = agent_parameters(network, parameters, self.index)
+            settings = settings_of(network.named_modules())
+            if settings == self._settings:
+                return
+            self._settings = settings
+            network = single_agent_network(network, self.index, self._n_agents)
+        self.network = network
 
     @property
     def trained(self) -> list[Tensor]:
@@ -111,16 +113,20 @@ class Member:
         return self.optimizer.param_groups[0]["params"]
 
     def follow(self, group_loss: ClipPPOLoss) -> None:
-        """Takes over the group's settings, and the device and dtype of its parameters, which may have been moved."""
+        """Takes over what the group's loss has now: settings, modules, parameters, and which of these are trained."""
+        before = self.optimizer
+        states = {key: before.state[leaf] for key, leaf in self.parameters.items(True, True) if leaf in before.state}
+        self._take_policy(group_loss)
+        self.loss.actor_network = self.network
         self.loss.follow(group_loss)
-        if self.index is not None:
-            agents = slice(self.index, self.index + 1)
-            views = slice_agents(actor_parameters(group_loss), agents, stacked_prefixes(group_loss.actor_network))
-            for key, value in self.parameters.items(True, True):
-                value.data = views.get(key)
-        for parameter, state in self.optimizer.state.items():
-            for name, value in state.items():
-                state[name] = value.to(parameter.device) if name == "step" else value.to(parameter)
+        self.optimizer = torch.optim.Adam(trained(self.parameters), fused=True)
+        self.optimizer.param_groups[0].update(before.param_groups[0], params=trained(self.parameters))
+        for key, leaf in self.parameters.items(True, True):
+            if leaf.requires_grad and key in states:
+                self.optimizer.state[leaf] = {
+                    name: value.to(leaf.device) if name == "step" else value.to(leaf)
+                    for name, value in states[key].items()
+                }
 
     def mean_loss(self, batch: TensorDictBase) -> Tensor:
         """What a step makes smaller, the mean over a minibatch, a scalar."""

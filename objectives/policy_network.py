@@ -187,14 +187,13 @@ def slice_agents(
     return TensorDict(sliced)
 
 
-def agent_policy(
-    network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, agent: int, n_agents: int
-) -> tuple[ProbabilisticTensorDictSequential, TensorDictBase]:
-    """One agent's policy, to be trained alone: its parameters are leaves that share the memory of the stacked ones.
+def agent_parameters(
+    network: ProbabilisticTensorDictSequential, parameters: TensorDictBase, agent: int
+) -> TensorDictBase:
+    """One agent's parameters, to be trained alone: leaves ``[1, ...]`` that share the memory of the stacked ones.
 
     An optimiser that writes into the leaves writes into the policy of all agents. The leaves do not hold the other
-    agents' parameters, so that nothing moves those. The policy reads observations ``[*B, 1, F]``, its parameters are
-    ``[1, ...]``, and a tied parameter is one leaf.
+    agents' parameters, so that nothing moves those. A tied parameter is one leaf.
     """
     leaves = slice_agents(parameters, slice(agent, agent + 1), stacked_prefixes(network)).clone(False)
     by_parameter: dict[int, nn.Parameter] = {}
@@ -202,7 +201,7 @@ def agent_policy(
         if value.requires_grad:
             leaf = by_parameter.setdefault(id(value), nn.Parameter(leaves.get(key)))
             leaves.set(key, leaf)
-    return single_agent_network(network, agent, n_agents), leaves
+    return leaves
 
 
 def _is_inside(key: tuple[str, ...], outer: tuple[str, ...]) -> bool:

@@ -140,10 +140,9 @@ class PolicyRows:
 
     def _map(self, function: Callable[[Any], Any]) -> PolicyRows:
         """Applies a function to all that has rows; a weight or a factor ``[1]`` has none."""
-        names = ("inputs", "action", "log_prob", "advantage", "weight", "factor")
-        entries = {name: getattr(self, name) for name in names}
-        has_rows = {name: is_tensor_collection(value) or value.ndim > 1 for name, value in entries.items()}
-        return replace(self, **{name: function(value) for name, value in entries.items() if has_rows[name]})
+        names = ["inputs", "action", "log_prob", "advantage"]  # an action may be [N]
+        names += [name for name in ("weight", "factor") if getattr(self, name).ndim > 1]
+        return replace(self, **{name: function(getattr(self, name)) for name in names})
 
 
 def flatten_rows(

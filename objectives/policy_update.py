@@ -112,6 +112,11 @@ def trained(parameters: TensorDictBase) -> list[Tensor]:
     return list({id(leaf): leaf for leaf in parameters.values(True, True) if leaf.requires_grad}.values())
 
 
+def trained_keys(parameters: TensorDictBase) -> list[NestedKey]:
+    """The keys of the parameters that require a gradient."""
+    return [key for key, leaf in parameters.items(True, True) if leaf.requires_grad]
+
+
 def collected_distribution(
     network: ProbabilisticTensorDictSequential, tensordict: TensorDictBase
 ) -> D.Distribution | None:

@@ -152,14 +152,15 @@ class SurrogateLoss(CriticLoss):
         Args:
             value_type: a ``ValueEstimators`` entry or its name, or a ``ValueEstimatorBase`` class or instance. Default,
                 and for ``ValueEstimators.MAGAE``: :class:`AgentGAE`, a ``MultiAgentGAE``.
-            **hyperparams: the estimator's arguments, such as ``gamma`` and ``lmbda``.
+            **hyperparams: the estimator's arguments, such as ``gamma`` and ``lmbda``. Without ``value_norm``, an
+                :class:`AgentGAE` denormalises values if another one has done so; None says that values are raw.
 
         Returns:
             The loss itself.
 
         Raises:
-            ValueError: if the estimator's ``value_network`` or ``value_norm`` is not the loss's, or its statistics
-                would be of one process alone.
+            ValueError: if the estimator's ``value_network`` or ``value_norm`` is not the loss's, if it does not
+                denormalise values that the one before it did, or if its statistics would be of one process alone.
         """
         given = hyperparams.get("value_network", getattr(value_type, "value_network", None))
         if given is not None and self.critic_network is not None and given is not self.critic_network:
@@ -173,7 +174,19 @@ class SurrogateLoss(CriticLoss):
                 "value_norm: the value estimator has another one than the loss, so that values would be denormalised "
                 f"with statistics that nothing moves. Legal: the loss's, {self.value_norm}; None for raw values."
             )
-        if value_type is None or getattr(value_type, "name", str(value_type)).upper() == ValueEstimators.MAGAE.name:
+        is_default = value_type is None or getattr(value_type, "name", str(value_type)).upper() == "MAGAE"
+        own_norm = self.value_norm
+        if norm is None and own_norm is not None and getattr(own_norm, "critic_is_normalized", False):
+            if "value_norm" in hyperparams:
+                own_norm.critic_is_normalized = False
+            elif is_default or (isinstance(value_type, type) and issubclass(value_type, AgentGAE)):
+                hyperparams["value_norm"] = own_norm  # as the one before it, or one outside of the loss
+            else:
+                raise ValueError(
+                    "value_norm: the critic outputs normalised values, which this estimator would not denormalise. "
+                    "Legal: AgentGAE(..., value_norm=loss.value_norm)."
+                )
+        if is_default:
             defaults = default_value_kwargs(self.default_value_estimator)
             super().make_value_estimator(AgentGAE, **{**defaults, "value_network": self.critic_network, **hyperparams})
             self.value_type = ValueEstimators.MAGAE

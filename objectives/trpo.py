@@ -26,7 +26,7 @@ from torchrl_trpo.objectives.policy_network import (
 )
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 from torchrl_trpo.objectives.policy_rows import PolicyRows
-from torchrl_trpo.objectives.policy_update import collected_distribution, current_distribution, read_rows
+from torchrl_trpo.objectives.policy_update import collected_distribution, current_distribution, read_rows, trained_keys
 from torchrl_trpo.objectives.surrogate import SurrogateLoss
 from torchrl_trpo.parallel.ranks import ALONE, Ranks
 
@@ -146,7 +146,7 @@ class TRPOLoss(SurrogateLoss):
             trust_region, self.actor_network, self.actor_parameters
         )
         self._region_is_inferred = trust_region is None
-        self._agents_are_checked = False
+        self._checked_keys: list[NestedKey] | None = None  # what was trained when the agents were checked
         self._entropy_is_by_head = isinstance(entropy_coeff, Mapping)
         self._entropy_coeff_on_host = HostScalar()
         self._compiler = RegionCompiler() if compiled else None
@@ -229,14 +229,15 @@ class TRPOLoss(SurrogateLoss):
             agent_dim=self.agent_dim,
             ranks=self.ranks if ranks is None else ranks,
         )
-        if not any(value.requires_grad for value in self.actor_parameters.values(True, True)):
+        keys = trained_keys(self.actor_parameters)
+        if not keys:
             raise ValueError("no parameter of the policy requires a gradient: nothing of it can be updated.")
-        if not self._agents_are_checked and rows.agent_shape.numel() > 1:
+        if keys != self._checked_keys and rows.agent_shape.numel() > 1:
             if self.trust_region == "per_agent":
                 check_stacked_agents(self.actor_network, self.actor_parameters, rows)
             elif self._region_is_inferred:
                 check_shared_agents(self.actor_network, self.actor_parameters, rows)
-            self._agents_are_checked = True
+            self._checked_keys = keys
         return rows
 
     def surrogate_terms(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:

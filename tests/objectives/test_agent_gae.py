@@ -303,6 +303,40 @@ def test_normalised_values_keep_their_meaning_when_the_statistics_move(own):
     torch.testing.assert_close(distance, nn.functional.smooth_l1_loss(error, 0 * error, reduction="none"))
 
 
+def test_a_default_estimator_changes_nothing_for_one_outside_of_the_loss():
+    """To read loss.value_estimator, as TrustRegionStepper does, was enough for values to grow without end."""
+    actor, critic, norm = make_actor(), make_critic(), PopArtValueNorm(beta=0.5).double()
+    loss = TRPOLoss(actor, critic, value_norm=norm)
+    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, reward=REWARD, value=VALUE)
+    make_gae(critic, value_norm=norm)
+    assert loss.value_estimator.value_norm is norm
+    assert loss.corrects_critic
+    loss.make_value_estimator(gamma=0.5, lmbda=LMBDA)  # as a schedule of the discount does
+    assert loss.value_estimator.value_norm is norm
+    with pytest.raises(ValueError, match=r"value_norm: the critic outputs normalised values, .* Legal: AgentGAE"):
+        loss.make_value_estimator("GAE", gamma=GAMMA, lmbda=LMBDA)
+    loss.make_value_estimator(gamma=GAMMA, lmbda=LMBDA, value_norm=None)
+    assert not loss.corrects_critic
+
+
+@pytest.mark.parametrize("norm_type", [PopArtValueNorm, RunningValueNorm])
+def test_a_loss_whose_first_state_is_loaded_begins_again(norm_type):
+    """The critic was corrected from statistics that had become empty."""
+    actor, critic, norm = make_actor(), make_critic(), norm_type().double()
+    loss = TRPOLoss(actor, critic, value_norm=norm)
+    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, reward=REWARD, value=VALUE)
+    gae = loss.make_value_estimator(gamma=GAMMA, lmbda=LMBDA, value_norm=norm).value_estimator
+    data, first = rollout(actor), deepcopy(loss.state_dict())
+
+    def distances():
+        return [loss.loss_critic(gae(data.clone()))[0].detach() for _ in range(3)]
+
+    before = distances()
+    loss.load_state_dict(first)
+    for new, old in zip(distances(), before, strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=0)
+
+
 def test_a_batch_without_a_row_that_counts_leaves_the_critic_alone():
     """The statistics of no targets are NaN, and would have stayed so."""
     actor, critic, norm = make_actor(), make_critic(), PopArtValueNorm(beta=0.5).double()

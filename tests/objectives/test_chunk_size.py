@@ -7,8 +7,12 @@ from copy import deepcopy
 
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torch.distributions import Categorical
+from torchrl.modules import ProbabilisticActor
 
-from tests.cases import DISTRIBUTIONS, OBSERVATION, flat_parameters, make_actor, make_data, make_loss
+from tests.cases import DISTRIBUTIONS, OBSERVATION, flat_parameters, make_actor, make_data, make_loss, single_data
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 
@@ -80,6 +84,26 @@ def test_without_chunks_gradient_and_fisher_matrix_share_a_forward_pass():
         stats = updater.step(data)
         tries = 1 + (stats["step_fraction"].log() / math.log(0.8)).round().int().max()
         assert len(passes) == expected + tries
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7])
+def test_scalar_actions_of_one_agent_are_taken_in_chunks(chunk_size):
+    """Those of CartPole as ``Categorical`` has them, [N], stayed whole beside each chunk of observations."""
+    net = nn.Linear(3, 4).double()
+    actor = ProbabilisticActor(
+        TensorDictModule(net, in_keys=["observation"], out_keys=["logits"]),
+        in_keys=["logits"],
+        out_keys=["action"],
+        distribution_class=Categorical,
+        return_log_prob=True,
+    )
+    data = single_data(actor)
+    data["advantage"] = torch.randn(5, 8, 1, dtype=torch.float64)
+    expected, actual = (TRPOLoss(actor, chunk_size=size, entropy_bonus=False) for size in (None, chunk_size))
+    expected, actual = (TrustRegionUpdater(deepcopy(loss)).step(data) for loss in (expected, actual))
+    assert expected["accepted"]
+    for name in ("kl", "improvement", "grad_norm", "ESS"):
+        torch.testing.assert_close(actual[name], expected[name])
 
 
 @pytest.mark.parametrize("chunk_size", [0, -3, 2.5, "many"])

@@ -93,7 +93,9 @@ def test_agents_with_other_bounds():
 
 
 class Scale(nn.Module):
-    """A module that holds an object, which is no module, and a closure."""
+    """A module that holds an object, which is no module, and a closure; the class has an attribute too."""
+
+    factor = 1.0
 
     def __init__(self, hidden=None):
         super().__init__()
@@ -101,7 +103,7 @@ class Scale(nn.Module):
         self.numbers.scale = 1.0
 
     def forward(self, x):
-        x = x * self.numbers.scale
+        x = x * self.numbers.scale * Scale.factor
         return x if self.hidden is None else x * self.hidden()
 
 
@@ -118,6 +120,11 @@ def test_settings_that_change_are_heeded():
         next(module for module in own.modules() if isinstance(module, Scale)).numbers.scale = 0.5
 
     check_same(*updates(actor, data, step=change, trust_region="shared"))
+
+    def change_unseen(own, number):
+        Scale.factor = (0.5, 1.0)[number]  # which no module holds
+
+    check_same(*updates(actor, data, step=change_unseen, trust_region="shared"))
 
 
 @pytest.mark.parametrize(

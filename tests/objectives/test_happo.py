@@ -39,7 +39,7 @@ from tests.cases import (
 from tests.networks.test_recurrent import recurrent_actor, sequences
 from tests.rank_processes import on_ranks
 from torchrl_trpo.keys import GroupKeys
-from torchrl_trpo.objectives import HAPPOUpdater, TRPOLoss
+from torchrl_trpo.objectives import ClippedUpdater, HAPPOUpdater, TRPOLoss
 from torchrl_trpo.objectives.policy_network import is_composite
 from torchrl_trpo.reporting.diagnosis import PATIENCE, RejectionWatch
 
@@ -229,6 +229,57 @@ def test_a_policy_that_was_moved_is_the_one_that_is_updated():
     before = bits(actor)
     updater.step(data)
     assert not any(torch.equal(new, old) for new, old in zip(actor.parameters(), before, strict=True))
+
+
+class Scaled(nn.Module):
+    """What a policy may do with its observations, by something that is no parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = 1.0
+        self.dropout = nn.Dropout(0.5)
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, observation):
+        return self.dropout(observation - self.mean) / self.temperature
+
+
+@pytest.mark.parametrize(
+    ("is_trained", "change"),
+    [
+        (True, lambda actor, scaled: setattr(scaled, "temperature", 0.2)),
+        (True, lambda actor, scaled: setattr(scaled, "mean", torch.ones(3, dtype=torch.float64))),
+        (True, lambda actor, scaled: actor.eval()),
+        (True, lambda actor, scaled: next(actor.parameters()).requires_grad_(False)),
+        (False, lambda actor, scaled: next(actor.parameters()).requires_grad_(True)),
+    ],
+    ids=["attribute", "buffer", "evaluation", "frozen", "not frozen any more"],
+)
+@pytest.mark.parametrize("kind", [HAPPOUpdater, ClippedUpdater])
+def test_a_policy_that_was_changed_is_the_one_that_is_updated(kind, is_trained, change):
+    """HAPPO trained copies that were made with the updater: frozen parameters moved, others stood still."""
+
+    def update(when):
+        torch.manual_seed(0)
+        mlp = MultiAgentMLP(
+            3, 4, n_agents=3, centralized=False, share_params=kind is ClippedUpdater, num_cells=4, depth=1
+        )
+        scaled = Scaled()
+        actor = policy_on(nn.Sequential(scaled, mlp.double(), NormalParamExtractor()), GROUP)
+        next(actor.parameters()).requires_grad_(is_trained)
+        loss = ClipPPOLoss(actor, functional=False)
+        loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB)
+        for at in ("before", "after"):
+            if at == when:
+                change(actor, scaled)
+            if at == "before":
+                updater = kind(loss, lr=0.01, epochs=2, minibatch_size=16)
+        torch.manual_seed(5)
+        updater.step(make_data(actor))
+        return flat_parameters(actor)
+
+    assert torch.equal(update("after"), update("before"))
+    assert not torch.equal(update("after"), update("never"))
 
 
 @pytest.mark.parametrize("kind", ["per agent", "single"])

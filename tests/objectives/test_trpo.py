@@ -688,6 +688,22 @@ def plain_transformed(loc, scale):
     return TransformedDistribution(Normal(torch.zeros_like(loc), torch.ones_like(scale)), [AffineTransform(loc, scale)])
 
 
+class NamedTransformed(TransformedDistribution):
+    """It names its parameters as its base does, and one of them is in the bijection."""
+
+    arg_constraints = Normal.arg_constraints
+
+    def __init__(self, loc, scale):
+        super().__init__(Normal(torch.zeros_like(loc), scale), [AffineTransform(loc, 1.0)], validate_args=False)
+
+
+def test_a_bijection_that_has_a_gradient_is_not_shared():
+    """A step of 25 times the radius was accepted."""
+    parameters = torch.rand(2, 4, 2, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="no exact KL"):
+        kl_divergence(NamedTransformed(*parameters.detach()), NamedTransformed(*parameters))
+
+
 @pytest.mark.parametrize("kind", [Weibull, Kumaraswamy, plain_transformed], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("event_dims", [0, 1])
 def test_a_bijection_that_moves_with_the_policy_is_not_shared(kind, event_dims):

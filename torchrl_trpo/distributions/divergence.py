@@ -127,11 +127,13 @@ def _moves_its_bijection(p: D.TransformedDistribution, q: D.TransformedDistribut
     base = q.base_dist
     while isinstance(base, D.Independent):
         base = base.base_dist
+    if any(tensor.requires_grad for tensor in _tensors(q.transforms)):
+        return True
     if q.arg_constraints:
         return not q.arg_constraints.keys() <= base.arg_constraints.keys()
     # A plain TransformedDistribution names no parameters.
     pairs = zip(_tensors(p.transforms), _tensors(q.transforms), strict=True)
-    return any(after.requires_grad or not torch.equal(before, after) for before, after in pairs)
+    return any(not torch.equal(before, after) for before, after in pairs)
 
 
 def _tensors(transforms: Iterable[D.Transform]) -> Iterator[Tensor]:

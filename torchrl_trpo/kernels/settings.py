@@ -6,7 +6,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
-from types import CellType, FunctionType, ModuleType, SimpleNamespace
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -145,6 +145,8 @@ def setting_of(value: Any, depth: int = 0) -> Any:
     inside: Any = ()
     if depth < _DEEPEST and isinstance(value, FunctionType):
         inside = held_by(value)
+    elif depth < _DEEPEST and isinstance(value, MethodType):
+        inside = [value.__func__, value.__self__]
     elif depth < _DEEPEST and is_plain_object(value):
         inside = vars(value)
     return (_Same(value, 0), setting_of(inside, depth + 1))
