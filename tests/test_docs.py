@@ -118,6 +118,14 @@ def test_the_walk_through(code, capsys):
     assert capsys.readouterr().out == "[2, 0, 1] [True, True, True]\n"
 
 
+@example("docs/factor-groups-masks.md", "groups")
+def test_a_loop_with_several_groups(code, capsys):
+    exec(code, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all("[True, True]" in line and max(numbers(line)[1]) <= 0.01 for line in lines), lines
+
+
 def factors(regions):
     """The factor of each region of a sequence, in which every agent takes a gradient step."""
     seen = []
