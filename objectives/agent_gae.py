@@ -56,6 +56,7 @@ class AgentGAE(MultiAgentGAE):
 
     Raises:
         ValueError: if ``gamma`` or ``lmbda`` is not from 0 to 1, or ``team_reward`` is unknown.
+        ValueError: when called with a critic that does not write one number for each agent, or for each step.
         ValueError: when called on data whose trajectories (``("collector", "traj_ids")``) change along time where none
             ends, as in a batch that was flattened.
         ValueError: when called with a recurrent critic on data whose time is not the last dimension, or in chunks that
@@ -306,6 +307,12 @@ class AgentGAE(MultiAgentGAE):
         else:
             of_parent = super()._call_value_nets(data, params, next_params, *args, value_key=value_key, **kwargs)
             value, next_value, valid = of_parent
+        if value.ndim <= data.batch_dims or value.shape[-1] != 1:
+            raise ValueError(
+                f"value: the critic writes {value_key!r} of shape {tuple(value.shape)}, with data "
+                f"{tuple(data.batch_size)}. Legal: a number for each agent, [*B, T, n_agents, 1]; without agents "
+                "[*B, T, 1]."
+            )
         if self.value_norm is not None:  # values from the data are in the rewards' units already
             value = value if known[0] else self.value_norm.denormalize(value)
             next_value = next_value if known[1] else self.value_norm.denormalize(next_value)

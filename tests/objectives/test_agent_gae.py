@@ -65,6 +65,16 @@ def test_a_discount_that_is_none_is_refused(wrong):
         AgentGAE(**{"gamma": GAMMA, "lmbda": LMBDA, **wrong}, value_network=make_critic())
 
 
+@pytest.mark.parametrize("head", [nn.Linear(1, 2), nn.Flatten(-2)], ids=["two numbers", "no last dimension"])
+def test_a_critic_that_writes_no_number_for_each_agent_is_refused(head):
+    critic = make_critic()
+    critic.module = nn.Sequential(critic.module, head.double())
+    with pytest.raises(
+        ValueError, match=r"value: the critic writes .*'state_value'\) of shape \(4, 6, .*\), with data"
+    ):
+        make_gae(critic)(rollout())
+
+
 def test_the_advantages_of_one_trajectory_do_not_leak_into_another():
     """A batch of several environments that was flattened before: its advantages were wrong by three deviations."""
     critic, data = make_critic(), rollout()
