@@ -87,15 +87,20 @@ class AgentGAE(MultiAgentGAE):
             self.deactivate_vmap = True  # TorchRL's own recurrent modules branch on what is in the data
         if team_reward not in (None, "mean", "sum"):
             raise ValueError(f"team_reward: {team_reward!r}. {nearest(team_reward, ['mean', 'sum', None])}")
-        self.mask_keys: tuple[NestedKey, ...] = () if mask_key is None else (unravel_key(mask_key),)
-        if mask_key == "auto":
-            self.mask_keys = tuple(key for key in AUTO_LOSS_MASK_KEYS if key != "shifted_valid")  # its own output
+        self.mask_keys = self.masks_of(mask_key)
         self.other_mask_keys = key_list(other_mask_keys)
         self.team_reward = team_reward
         self.reward_keys = None if reward_keys is None else key_list(reward_keys)
         self.value_norm = value_norm
         if value_norm is not None:
             value_norm.critic_is_normalized = True  # a loss whose advantages this estimator computes must know
+
+    @staticmethod
+    def masks_of(mask_key: NestedKey | Literal["auto"] | None) -> tuple[NestedKey, ...]:
+        """The masks that a ``mask_key`` stands for."""
+        if mask_key == "auto":
+            return tuple(key for key in AUTO_LOSS_MASK_KEYS if key != "shifted_valid")  # its own output
+        return () if mask_key is None else (unravel_key(mask_key),)
 
     @property
     def in_keys(self) -> list[NestedKey]:

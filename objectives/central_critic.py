@@ -196,7 +196,8 @@ class CentralCriticValueEstimator(AgentGAE):
             spec = self._action_spec(key)
             action = spec.to_one_hot(action, safe=False) if isinstance(spec, Categorical) else action
             action = action.unsqueeze(-1) if action.ndim == batch_dims + 1 else action
-            parts.append(self._others(key, action.to(pooled), n_agents))
+            action = action.to(pooled) if pooled.is_floating_point() else action.to(pooled.device)
+            parts.append(self._others(key, action, n_agents))
         if self.agent_one_hot:
             identity = torch.eye(n_agents, dtype=pooled.dtype, device=pooled.device)
             parts.append(identity.expand(*pooled.shape[:-1], n_agents))
@@ -210,7 +211,9 @@ class CentralCriticValueEstimator(AgentGAE):
 
     def _others(self, key: NestedKey, action: Tensor, n_agents: int) -> Tensor:
         """The actions of a group, without an agent's own if it is in that group: ``[*B, T, n_agents, F]``."""
-        own = group_of(self.observation_keys[self._own_index()] if self.observation_keys else self.central_key)
+        own = group_of(self.central_key)
+        if own not in map(group_of, self.action_keys) and self.observation_keys:
+            own = group_of(self.observation_keys[self._own_index()])
         if group_of(key) != own:
             return action.flatten(-2).unsqueeze(-2).expand(*action.shape[:-2], n_agents, -1)
         index = torch.arange(n_agents, device=action.device)

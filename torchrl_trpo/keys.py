@@ -146,6 +146,13 @@ class GroupKeys:
     action_mask: NestedKey | None
     mask: NestedKey | None
 
+    def counts(self, data: TensorDictBase, like: Tensor) -> Tensor:
+        """Which of some values count by the mask, bool of their shape: ``[*B, n_agents]``, or of one agent ``[*B]``."""
+        if self.mask is None:
+            return torch.ones_like(like, dtype=torch.bool)
+        mask = data.get(self.mask).reshape(*data.batch_size, -1)
+        return mask.expand(*data.batch_size, self.n_agents).reshape(like.shape)
+
     @property
     def action(self) -> NestedKey:
         """The key of the agents' actions."""

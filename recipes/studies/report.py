@@ -88,6 +88,14 @@ class Comparison:
             missing = [(*cell, seed) for seed in seeds for cell in cells if (*cell, seed) not in runs]
             raise ValueError(f"no seed has all algorithms on all tasks; the first that are missing: {missing[:5]}.")
         self.curves = {cell: self._curves([runs[(*cell, seed)] for seed in self.seeds]) for cell in cells}
+        for task, name in itertools.product(self.tasks, self.algorithms):
+            frames = {
+                float(runs[task, each, seed][-1]["frames"])
+                for each in (name, self.algorithms[0])
+                for seed in self.seeds
+            }
+            if len(frames) > 1:
+                raise ValueError(f"{task}: {name} and {self.algorithms[0]} have {sorted(frames)} frames, not the same.")
         self.random = {task: float(self.curves[task, "random"].returns.mean()) for task in self.tasks}
         self.learned = [task for task in self.tasks if any(self._learns(name, task) for name in self.algorithms)]
 

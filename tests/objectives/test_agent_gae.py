@@ -65,6 +65,20 @@ def test_a_discount_that_is_none_is_refused(wrong):
         AgentGAE(**{"gamma": GAMMA, "lmbda": LMBDA, **wrong}, value_network=make_critic())
 
 
+def test_a_mask_for_the_estimator_alone_is_refused():
+    """The loss put its own in the place of it, and padded steps were in the advantages and in the policy's step."""
+    loss, settings = TRPOLoss(make_actor(), make_critic()), {"gamma": GAMMA, "lmbda": LMBDA, "mask_key": "alive"}
+    loss.set_keys(value=VALUE)
+    own = AgentGAE(**settings, value_network=loss.critic_network)
+    message = r"mask_key: the value estimator has \['alive'\].* Legal: loss.loss_mask_key"
+    with pytest.raises(ValueError, match=message):
+        loss.make_value_estimator(own)
+    with pytest.raises(ValueError, match=message):
+        loss.make_value_estimator(**settings)
+    loss.loss_mask_key = "alive"
+    assert loss.make_value_estimator(**settings).value_estimator.mask_keys == ("alive",)
+
+
 @pytest.mark.parametrize("head", [nn.Linear(1, 2), nn.Flatten(-2)], ids=["two numbers", "no last dimension"])
 def test_a_critic_that_writes_no_number_for_each_agent_is_refused(head):
     critic = make_critic()

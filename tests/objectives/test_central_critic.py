@@ -6,7 +6,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tensordict.nn import TensorDictModule
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.modules import PopArtValueNorm
 from torchrl.objectives.value import MultiAgentGAE
@@ -173,6 +174,42 @@ def test_the_others_actions_are_those_of_the_same_step():
     # Where the rollout or an episode ends they are drawn from the policy: not what another step did.
     assert (others[:, -1] != data[CENTRAL][:, 0, :, 9:]).all()
     assert (others[1, 3] != data[CENTRAL][1, 4, :, 9:]).all()
+
+
+def two_groups(observation, critics_group):
+    """Callers, and drivers whose observations no critic reads; both have actions of one number."""
+    callers = {"callers": {"observation": observation}}
+    data = TensorDict({**callers, "next": callers}, [4, 6])
+    data["next", "done"] = torch.zeros(4, 6, 1, dtype=torch.bool)
+    policy = TensorDictSequential(
+        *(
+            TensorDictModule(
+                lambda seen: torch.rand(*seen.shape[:-1], 1), [("callers", "observation")], [(group, "action")]
+            )
+            for group in ("drivers", "callers")
+        )
+    )
+    central = (critics_group, "central")
+    keys = {"observation_keys": [("callers", "observation")], "action_keys": [*policy.out_keys], "central_key": central}
+    critic = TensorDictModule(nn.LazyLinear(1), [central], [VALUE])
+    return policy(data), make_estimator(value_network=critic, actor_network=policy, n_agents=2, **keys)
+
+
+def test_an_agents_own_action_is_not_in_it_if_its_group_is_not_observed():
+    """The callers' were left out in the place of the drivers', and the baseline was no baseline."""
+    data, estimator = two_groups(torch.randn(4, 6, 2, 3), "drivers")
+    before = estimator.pool(data)["drivers", "central"].clone()
+    data["drivers", "action"][..., 0, :] += 1
+    changed = (estimator.pool(data)["drivers", "central"] != before).any(-1)
+    assert not changed[..., 0].any()
+    assert changed[..., 1].all()
+
+
+def test_actions_are_whole_beside_observations_that_are_whole_numbers():
+    """The actions were cut to whole numbers."""
+    data, estimator = two_groups(torch.randint(0, 5, (4, 6, 2, 3)), "callers")
+    pooled = estimator.pool(data)["callers", "central"]
+    torch.testing.assert_close(pooled[..., 0, -1], data["callers", "action"][..., 1, 0])
 
 
 def test_an_episode_may_end_where_no_action_is_allowed():

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
@@ -127,12 +126,12 @@ class RejectionWatch:
                 region -= n_regions
                 continue
             advantage = data.get(keys.advantage).squeeze(-1)
-            counts = torch.ones_like(advantage, dtype=torch.bool) if keys.mask is None else data.get(keys.mask)
+            counts = keys.counts(data, advantage)
             name = "The policy" if keys.group is None else f"Group {keys.group!r}"
             if per_agent and keys.group is not None:
                 name = f"{name}, agent {region}"
-                advantage, counts = advantage[..., region], counts.reshape(advantage.shape)[..., region]
-            return name, self._ranks.concat(advantage[counts.reshape(advantage.shape)])
+                advantage, counts = advantage[..., region], counts[..., region]
+            return name, self._ranks.concat(advantage[counts])
         raise IndexError(region)
 
 

@@ -79,6 +79,9 @@ def _keywords_of(*made: Callable[..., Any], without: Collection[str] = ()) -> Ca
     return with_fields
 
 
+_OF_THE_LOSS = ("value_norm", "mask_key")  # of a value estimator, which the loss gives to it
+
+
 @_keywords_of(TRPOLoss, PPOLoss, without=("gamma", "actor", "critic"))  # which PPOLoss refuses
 class TRPOLossConfig(_Base):
     """Hydra configuration for :class:`~torchrl_trpo.objectives.TRPOLoss`, its keys and its value estimator.
@@ -126,7 +129,7 @@ class HATRPOLossConfig(_Base):
     _target_: str = "torchrl_trpo.objectives.HATRPOSequentialObjective"
 
 
-@_keywords_of(AgentGAE, MultiAgentGAE, GAE)
+@_keywords_of(AgentGAE, MultiAgentGAE, GAE, without=_OF_THE_LOSS)
 class AgentGAEConfig(_Base):
     """Hydra configuration for :class:`~torchrl_trpo.objectives.AgentGAE`, completed by the loss that it is given to."""
 
@@ -137,7 +140,7 @@ class AgentGAEConfig(_Base):
     _partial_: bool = True
 
 
-@_keywords_of(CentralCriticValueEstimator, AgentGAE, MultiAgentGAE, GAE)
+@_keywords_of(CentralCriticValueEstimator, AgentGAE, MultiAgentGAE, GAE, without=_OF_THE_LOSS)
 class CentralCriticConfig(_Base):
     """Hydra configuration for :class:`~torchrl_trpo.objectives.CentralCriticValueEstimator`, completed by the loss."""
 

@@ -188,8 +188,8 @@ class Metrics:
         total = count = torch.zeros((), device=self._device)
         for keys, actor in zip(self._groups, self._actors, strict=True):
             values = entropy(actor.build_dist_from_params(data))
-            counts = torch.ones_like(values) if keys.mask is None else data.get(keys.mask).to(values.dtype)
-            total, count = total + torch.where(counts > 0, values, 0.0).sum(), count + counts.sum()
+            counts = keys.counts(data, values)
+            total, count = total + torch.where(counts, values, 0.0).sum(), count + counts.sum()
         total, count = self._ranks.sum_(torch.stack([total, count]))
         return total / count
 

@@ -221,6 +221,9 @@ def test_only_seeds_that_all_have_are_compared():
         Comparison([row for row in data if row["algorithm"] != "mappo" or row["task"] != "vmas/b"])
     with pytest.raises(ValueError, match=r"evaluation_return of .*'vmas/b'.* is not finite"):
         Comparison([row | {"evaluation_return": math.nan} if row["task"] == "vmas/b" else row for row in data])
+    longer = [row | {"frames": 10 * float(row["frames"])} if row["algorithm"] == "mappo" else row for row in data]
+    with pytest.raises(ValueError, match=r"vmas/a: .* have \[.*\] frames, not the same"):
+        Comparison(longer)
 
 
 def test_a_task_that_nobody_learns_has_no_score():
