@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 
 import imageio.v3 as imageio
@@ -77,3 +78,10 @@ def test_a_setting_of_which_no_run_has_begun_is_a_row_too(tmp_path, capsys):
     (tmp_path / "multirun.yaml").write_text("hydra: [")
     with pytest.raises(SystemExit, match=r"error: folder: .*multirun\.yaml cannot be read .*Legal: the file that"):
         sweep.main([str(tmp_path)])
+
+
+def test_a_run_that_ends_at_minus_infinity_is_not_the_best(tmp_path, capsys):
+    """It was ranked by its return from before."""
+    write_run(tmp_path / "0", seed=0, episode_return=-math.inf)
+    write_run(tmp_path / "1", seed=1)
+    assert re.search(r"2 of 2 +-inf +-inf +22\.00", printed(capsys, tmp_path))

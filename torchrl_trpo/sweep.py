@@ -64,14 +64,13 @@ class Setting:
 
     def row(self) -> dict[str, Any]:
         """The setting's row of the summary, over the finished runs; NaN if there is none."""
-        returns = [run.episode_return for run in self.finished]
-        finite = [value for value in returns if math.isfinite(value)]
+        returns = [run.episode_return for run in self.finished if not math.isnan(run.episode_return)]
         row: dict[str, Any] = {name: _plain(value) for name, value in self.values.items()}
         row["runs"] = len(self.runs) + self.missing
         row["finished"] = len(self.finished)
-        row["return_mean"] = finite_mean(returns)
-        row["return_min"] = min(finite, default=math.nan)
-        row["return_max"] = max(finite, default=math.nan)
+        row["return_mean"] = sum(returns) / len(returns) if returns else math.nan
+        row["return_min"] = min(returns, default=math.nan)
+        row["return_max"] = max(returns, default=math.nan)
         row["cpu_s"] = finite_mean([run.column("cpu_s")[-1] for run in self.finished if run.frames])
         row["accepted"] = finite_mean([finite_mean(run.column("accepted")) for run in self.finished])
         row["kl_over_max_kl"] = finite_mean([finite_mean(r.column("kl")) / r.max_kl for r in self.finished if r.max_kl])

@@ -89,8 +89,9 @@ class RunRecord:
 
     @property
     def episode_return(self) -> float:
-        """The mean return of the last five iterations with finished episodes, as in ``summary.json``."""
-        return finite_mean([value for value in self.column("episode_return") if math.isfinite(value)][-5:])
+        """The mean return of the last five iterations with finished episodes, as in ``summary.json``, or -inf."""
+        returns = [value for value in self.column("episode_return") if not math.isnan(value)][-5:]
+        return sum(returns) / len(returns) if returns else math.nan
 
 
 @contextlib.contextmanager

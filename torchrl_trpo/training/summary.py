@@ -71,7 +71,7 @@ def summarize(
     unknown = {name: None for name, value in summary.items() if isinstance(value, float) and not math.isfinite(value)}
     text = json.dumps(summary | unknown, indent=2) + "\n"
     replace_file(folder / "summary.json", text)  # last: it marks the run as finished
-    n_recent = min(5, sum(map(math.isfinite, record.column("episode_return"))))
+    n_recent = min(5, sum(not math.isnan(value) for value in record.column("episode_return")))
     print(
         f"{record.title}: episode return {summary['episode_return']:.1f} (mean of the last {n_recent} iterations "
         f"with finished episodes), {summary['evaluation_return']:.1f} acting deterministically, {frames} frames in "
