@@ -188,7 +188,8 @@ def check_masks(loss: PPOLoss, tensordict: TensorDictBase) -> None:
             raise ValueError(
                 f"the loss of {loss.tensor_keys.action!r} has loss_mask_key={loss.loss_mask_key!r}, and its value "
                 f"estimator reads {list(estimator.mask_keys)}: masked steps would be in the advantages of the others. "
-                f"Legal: make_value_estimator({type(estimator).__name__}, mask_key=loss.loss_mask_key, ...)."
+                f"Legal: make_value_estimator({type(estimator).__name__}, mask_key=loss.loss_mask_key, ...), or the "
+                "estimator's mask as loss.loss_mask_key."
             )
         return
     masks = [mask for key in keys if (mask := tensordict.get(key, None)) is not None]

@@ -160,8 +160,7 @@ class SurrogateLoss(CriticLoss):
 
         Raises:
             ValueError: if the estimator's ``value_network`` or ``value_norm`` is not the loss's, if it does not
-                denormalise values that the one before it did, if it has another mask than the loss, or if its
-                statistics would be of one process alone.
+                denormalise values that the one before it did, or if its statistics would be of one process alone.
         """
         given = hyperparams.get("value_network", getattr(value_type, "value_network", None))
         if given is not None and self.critic_network is not None and given is not self.critic_network:
@@ -187,7 +186,6 @@ class SurrogateLoss(CriticLoss):
                     "value_norm: the critic outputs normalised values, which this estimator would not denormalise. "
                     "Legal: AgentGAE(..., value_norm=loss.value_norm)."
                 )
-        self._check_mask_key(value_type, hyperparams)
         if is_default:
             defaults = default_value_kwargs(self.default_value_estimator)
             super().make_value_estimator(AgentGAE, **{**defaults, "value_network": self.critic_network, **hyperparams})
@@ -196,7 +194,8 @@ class SurrogateLoss(CriticLoss):
             super().make_value_estimator(value_type, **hyperparams)
         if not isinstance(value_type, ValueEstimatorBase):
             self.set_keys()  # hands on the keys that it has
-        self._forward_masks()
+        if getattr(current_estimator(self), "mask_keys", None) == AgentGAE.masks_of("auto"):
+            self._forward_masks()  # one of its own must be that of the loss, too, when both are used
         self._set_in_keys()
         if self.ranks.size > 1 and getattr(self.value_estimator, "average_gae", False):
             raise ValueError(
@@ -204,18 +203,6 @@ class SurrogateLoss(CriticLoss):
                 "normalize_advantage=True in TRPOLoss, which is over all of them."
             )
         return self
-
-    def _check_mask_key(self, value_type: Any, hyperparams: Mapping[str, Any]) -> None:
-        """Refuses a mask for the estimator alone: rows that do not count in its advantages would in the loss."""
-        by_default = AgentGAE.masks_of("auto")
-        given = AgentGAE.masks_of(hyperparams.get("mask_key", "auto"))
-        if isinstance(value_type, AgentGAE):
-            given = value_type.mask_keys
-        if given not in (by_default, estimator_mask_keys(self)):
-            raise ValueError(
-                f"mask_key: the value estimator has {list(given)}, and the loss loss_mask_key={self.loss_mask_key!r}. "
-                "Legal: loss.loss_mask_key = ..., which the estimator reads too."
-            )
 
     @PPOLoss.loss_mask_key.setter
     def loss_mask_key(self, value: NestedKey | Literal["auto"] | None) -> None:

@@ -67,16 +67,16 @@ def test_a_discount_that_is_none_is_refused(wrong):
 
 def test_a_mask_for_the_estimator_alone_is_refused():
     """The loss put its own in the place of it, and padded steps were in the advantages and in the policy's step."""
-    loss, settings = TRPOLoss(make_actor(), make_critic()), {"gamma": GAMMA, "lmbda": LMBDA, "mask_key": "alive"}
-    loss.set_keys(value=VALUE)
-    own = AgentGAE(**settings, value_network=loss.critic_network)
-    message = r"mask_key: the value estimator has \['alive'\].* Legal: loss.loss_mask_key"
-    with pytest.raises(ValueError, match=message):
-        loss.make_value_estimator(own)
-    with pytest.raises(ValueError, match=message):
-        loss.make_value_estimator(**settings)
+    actor = make_actor()
+    data = rollout(actor)
+    data["alive"] = torch.rand(4, 6) < 0.7
+    loss = TRPOLoss(actor, make_critic())
+    loss.set_keys(action=ACTION, sample_log_prob=LOG_PROB, reward=REWARD, value=VALUE)
+    loss.make_value_estimator(gamma=GAMMA, lmbda=LMBDA, mask_key="alive")
+    with pytest.raises(ValueError, match=r"loss_mask_key='auto', and its value estimator reads \['alive'\]"):
+        TrustRegionUpdater(loss).step(data)
     loss.loss_mask_key = "alive"
-    assert loss.make_value_estimator(**settings).value_estimator.mask_keys == ("alive",)
+    TrustRegionUpdater(loss).step(data)
 
 
 @pytest.mark.parametrize("head", [nn.Linear(1, 2), nn.Flatten(-2)], ids=["two numbers", "no last dimension"])
