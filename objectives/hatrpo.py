@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
@@ -45,7 +45,8 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
 
     Keyword Args:
         agent_order: ``"random"`` (drawn anew at every update from torch's generator, as the paper asks), ``"fixed"``
-            (by index), or a sequence that names every agent index once.
+            (by index), ``"greedy"`` (next whoever then gains most for the same divergence, see
+            :class:`TrustRegionUpdater`), or a sequence that names every agent index once.
 
     Attributes:
         actor_network: the policy; of several groups, their policies in sequence.
@@ -81,6 +82,8 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
         tensor([1, 0])
     """
 
+    _ORDERS = ("random", "fixed", "greedy")
+
     @dataclass
     class _AcceptedKeys:
         """No keys: the losses have theirs."""
@@ -93,7 +96,7 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
         self,
         losses: TRPOLoss | Mapping[str, TRPOLoss],
         *,
-        agent_order: Literal["random", "fixed"] | Sequence[int] = "random",
+        agent_order: Literal["random", "fixed", "greedy"] | Sequence[int] = "random",
     ) -> None:
         super().__init__()
         self._out_keys: list[NestedKey] | None = None
@@ -216,7 +219,7 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         r"""Evaluates the sequential surrogate at the current parameters; nothing else changes.
 
-        Agents are taken in ``agent_order``, by index when that is ``"random"``; ``M`` is held constant.
+        Agents are taken in ``agent_order``, by index when that is ``"random"`` or ``"greedy"``; ``M`` is held constant.
 
         Args:
             tensordict: the data, ``[*B, T]``.
@@ -236,7 +239,7 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
             terms.append(weighted_advantage)
             divergences.append(kl)
         ratio, term = torch.cat(ratios, -1), torch.cat(terms, -1)
-        order = list(range(self.n_agents)) if self.agent_order == "random" else list(self.agent_order)
+        order = list(range(self.n_agents)) if isinstance(self.agent_order, str) else list(self.agent_order)
         ratio, term = ratio[:, order], term[:, order]
         after = ratio.detach().cumprod(-1)
         factor = torch.cat([torch.ones_like(after[:, :1]), after[:, :-1]], -1)  # M^1 ... M^n
@@ -255,15 +258,24 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
         for index in range(self.n_agents):
             yield self._region(rows, index, _first_factor(rows))
 
-    def trust_regions(self, tensordict: TensorDictBase) -> Iterator[PolicyTrustRegion]:
+    def trust_regions(
+        self, tensordict: TensorDictBase, choose: Callable[[Sequence[PolicyTrustRegion]], int] | None = None
+    ) -> Iterator[PolicyTrustRegion]:
         """The sequence of one update: each agent's subproblem, with the factor that those before it leave.
 
         Args:
             tensordict: the data, ``[*B, T]``.
+            choose: for the order ``"greedy"`` alone, which of the agents' subproblems that are left comes next.
 
         Yields:
             One subproblem per agent; it must be solved and written before the next is asked for.
+
+        Raises:
+            TypeError: if the order is ``"greedy"``, and ``choose`` is missing.
         """
+        greedy = self.agent_order == "greedy"
+        if greedy and choose is None:
+            raise TypeError("choose: None. agent_order='greedy' needs it; TrustRegionUpdater has one.")
         check_separate_losses(self._groups)
         rows = {group: loss.policy_rows(tensordict) for group, loss in self._groups.items()}
         for group, loss in self._groups.items():
@@ -275,8 +287,12 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
                 self._checked_keys[group] = keys
         self._check_rewards(tensordict)
         factor = _first_factor(rows)
-        for index in drawn_order(self.agent_order, self.n_agents, factor.device, self._ranks):
-            region = self._region(rows, index, factor)
+        left = list(drawn_order(self.agent_order, self.n_agents, factor.device, self._ranks))
+        while left:
+            regions = [self._region(rows, index, factor) for index in (left if greedy else left[:1])]
+            place = 0 if choose is None else choose(regions)
+            region = regions[place]
+            del left[place], regions
             yield region  # is solved, and written if the step is accepted
             factor = factor * region.ratio().reshape(factor.shape)  # M^{m+1}
 

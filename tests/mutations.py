@@ -228,9 +228,25 @@ MUTATIONS = (
     Mutation(
         "team-budget-of-one-agent",
         "torchrl_trpo/numerics/updater.py",
-        "len(gains) * gains / gains.sum()",
-        "gains / gains.sum()",
+        "self.max_kl * len(shares) * shares, strict",
+        "self.max_kl * shares, strict",
         "a team shares out max_kl, and not n times as much",
+        "objectives/hatrpo",
+    ),
+    Mutation(
+        "greedy-order-forgets-what-was-spent",
+        "torchrl_trpo/numerics/updater.py",
+        "* max_kl - spent).clamp(min=0) * share",
+        "* max_kl).clamp(min=0) * share",
+        "a greedy team's later agents share the whole budget, and not what is left",
+        "objectives/hatrpo",
+    ),
+    Mutation(
+        "greedy-order-takes-the-first",
+        "torchrl_trpo/numerics/updater.py",
+        "place = int(shares.argmax())",
+        "place = 0",
+        "a greedy order takes the agents as they were drawn",
         "objectives/hatrpo",
     ),
     Mutation(

@@ -129,6 +129,7 @@ def waits(recorder):
         ("hatrpo", False, 2),  # is the data the policy's; and after 1, 2, 4, 8, ... updates: do rewards differ
         ("hatrpo", True, 3),  # and what do agents read of each other
         ("hatrpo updater.kl_budget=team", False, 2),
+        ("hatrpo updater.kl_budget=team agent_order=greedy", False, 2 + 4),  # who is next
         ("itrpo", False, 1),
         ("happo", False, 0),  # a wait for the settings of the loss only after one was written to
         ("happo", True, 5),  # which rows of each agent count, and what do agents read of each other

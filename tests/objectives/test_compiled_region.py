@@ -28,6 +28,7 @@ def updates(
     step=None,
     fisher_subsample=0.5,
     kl_budget="agent",
+    agent_order="fixed",
     loss_mask_key=None,
     **settings,
 ):
@@ -38,7 +39,7 @@ def updates(
         loss = make_loss(own, compiled=compiled, **settings)
         if loss_mask_key is not None:
             loss.loss_mask_key = loss_mask_key
-        objective = HATRPOSequentialObjective(loss, agent_order="fixed") if sequential else loss
+        objective = HATRPOSequentialObjective(loss, agent_order=agent_order) if sequential else loss
         budget = {"fisher_subsample": fisher_subsample, "kl_budget": kl_budget}
         updater = TrustRegionUpdater(objective, cg_iters=4, **budget)  # more steps would amplify rounding
         torch.manual_seed(1)
@@ -67,12 +68,13 @@ def check_same(compiled, plain):
     [
         ({}, {"sequential": True}),
         ({}, {"sequential": True, "kl_budget": "team"}),
+        ({}, {"sequential": True, "kl_budget": "team", "agent_order": "greedy"}),
         ({}, {}),
         ({"share_params": True}, {"max_importance_ratio": 1.2}),
         ({"kind": "tanh_normal"}, {"sequential": True, "entropy_coeff": 0.01}),
         ({"kind": "categorical"}, {"sequential": True, "fisher_subsample": 1.0}),
     ],
-    ids=["sequence", "team", "agents", "shared", "bounded", "discrete"],
+    ids=["sequence", "team", "greedy", "agents", "shared", "bounded", "discrete"],
 )
 def test_compiled_update_is_the_update(case, settings):
     check_same(*updates(*make_case(**case), **settings))

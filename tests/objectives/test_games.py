@@ -22,9 +22,9 @@ from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.objectives import HATRPOSequentialObjective, TRPOLoss
 
 GAMES, UPDATES = {2: 10, 3: 7, 4: 4}, 8
-"""Games by the number of agents: with 2 orders, 3 numbers of actions and 8 updates of each, 1008 updates."""
-FEW = [(n, "random", 4) for n in (2, 3)]
-ALL = [(n, order, GAMES[n]) for n in GAMES for order in ("random", "fixed")]
+"""Games by the number of agents: with 3 orders, 3 numbers of actions and 8 updates of each, 1512 updates."""
+FEW = [(n, order, 4) for n, order in ((2, "random"), (3, "random"), (3, "greedy"))]
+ALL = [(n, order, GAMES[n]) for n in GAMES for order in ("random", "fixed", "greedy")]
 
 
 def hatrpo(actor, *, agent_order="random", **settings):
@@ -63,7 +63,7 @@ def test_the_return_never_falls(n_agents, agent_order, games):
                 assert stats["kl"].sum() <= n_agents * max_kl
                 accepted, updates, before = accepted + int(stats["accepted"].sum()), updates + 1, after
     assert updates == 3 * games * UPDATES
-    assert accepted > 0.9 * n_agents * updates
+    assert accepted > (0.8 if agent_order == "greedy" else 0.9) * n_agents * updates
 
 
 @pytest.mark.parametrize("gamma", [0.5, 0.9])

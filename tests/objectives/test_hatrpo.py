@@ -41,31 +41,45 @@ from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.objectives import ClippedUpdater, HAPPOUpdater, HATRPOSequentialObjective, TRPOLoss
 
 
-def test_sequence_and_factor_against_a_hand_calculation():
-    """Agent 1 with M = 1, agent 2 with M = π_new(1)/π_k(1), agent 0 with both ratios: each step by dense formulas."""
+@pytest.mark.parametrize(
+    ("agent_order", "kl_budget"), [([1, 2, 0], "agent"), ("greedy", "agent"), ("greedy", "team")], ids=str
+)
+def test_sequence_and_factor_against_a_hand_calculation(agent_order, kl_budget):
+    """Agent 1 with M = 1, agent 2 with M = π_new(1)/π_k(1), agent 0 with both ratios: each step by dense formulas.
+
+    Agent 0 gains more than agent 2 before the first step, and less with M. A greedy order goes by the latter.
+    """
     actor = make_actor()
     data, damping, max_kl = make_data(actor), 0.1, 0.01
+    data["advantage"] *= torch.tensor([1, 1.6, 0.985]).unsqueeze(-1)
     theta = flat_parameters(actor, 3)
     old = distribution(actor, theta, data)
     damped = dense_fisher(actor, data, True) + damping * torch.eye(theta.shape[1], dtype=torch.float64)
-    updater = TrustRegionUpdater(
-        HATRPOSequentialObjective(TRPOLoss(actor), agent_order=[1, 2, 0]), max_kl=max_kl, cg_iters=60, cg_tol=1e-13
-    )
-    stats = updater.step(data)
+    objective = HATRPOSequentialObjective(TRPOLoss(actor), agent_order=agent_order)
+    settings = {"max_kl": max_kl, "cg_iters": 60, "cg_tol": 1e-13, "kl_budget": kl_budget}
+    stats = TrustRegionUpdater(objective, **settings).step(data)
     assert stats["order"].tolist() == [1, 2, 0]
 
     current, factor = theta.clone(), torch.ones(5, 8, 1, dtype=torch.float64)
+    left, budget, first_gains = [0, 1, 2], 3 * max_kl, None
     for agent in [1, 2, 0]:
         leaf = current.clone().requires_grad_()
         surrogate = dense_surrogate(actor, data, True, leaf, factor)
-        (g,) = torch.autograd.grad(surrogate[agent], leaf)
-        g = g[agent]
-        x = torch.linalg.solve(damped[agent], g)
-        step = (2 * max_kl / (x @ damped[agent] @ x)).sqrt() * x * stats["step_fraction"][agent]
+        g = torch.autograd.grad(surrogate.sum(), leaf)[0]
+        x = torch.linalg.solve(damped, g)
+        gains = (g * x).sum(-1)
+        first_gains = gains if first_gains is None else first_gains
+        assert agent_order != "greedy" or agent == max(left, key=lambda index: gains[index])
+        radius = budget * gains[agent] / gains[left].sum() if kl_budget == "team" else gains.new_tensor(max_kl)
+        torch.testing.assert_close(stats["max_kl"][agent], radius)
+        step = (2 * radius / gains[agent]).sqrt() * x[agent] * stats["step_fraction"][agent]
         current[agent] += step
+        left.remove(agent)
+        budget -= stats["kl"][agent]
         ratio = (distribution(actor, current, data).log_prob(data[ACTION]) - data[LOG_PROB]).exp()
         factor = factor * ratio[..., agent : agent + 1].detach()
     torch.testing.assert_close(flat_parameters(actor, 3), current, rtol=1e-7, atol=1e-10)
+    assert first_gains[0] > first_gains[2]
     assert not torch.allclose(factor, torch.ones_like(factor), atol=1e-3)
     kl = region_mean(textbook_kl(old, distribution(actor, current, data)), True)
     torch.testing.assert_close(stats["kl"], kl)
@@ -424,8 +438,35 @@ def test_the_order_can_be_assigned():
 
 @pytest.mark.parametrize("order", ["sorted", [0, 1], [0, 1, 1], [1, 2, 3]])
 def test_bad_orders(order):
-    with pytest.raises(ValueError, match=r"agent_order.*'random', 'fixed'.*3 agents"):
+    with pytest.raises(ValueError, match=r"agent_order.*'random', 'fixed', 'greedy', or.*3 agents"):
         HATRPOSequentialObjective(TRPOLoss(make_actor()), agent_order=order)
+
+
+def test_a_greedy_order_needs_the_updater():
+    actor = make_actor()
+    objective, data = HATRPOSequentialObjective(TRPOLoss(actor), agent_order="greedy"), make_data(actor)
+    with pytest.raises(TypeError, match=r"^choose: None\. agent_order='greedy' needs it"):
+        next(objective.trust_regions(data))
+
+
+@pytest.mark.parametrize("agent_order", ["greedy", "fixed"])
+@pytest.mark.parametrize("unknown", [[1], [0, 1, 2]], ids=str)
+def test_a_team_s_budget_without_a_gradient(unknown, agent_order):
+    """Whose gradient is not finite comes last in a greedy order, and leaves the team's budget to the others."""
+    actor = make_actor()
+    data, before = make_data(actor), flat_parameters(actor, 3)
+    data["advantage"][0, 0, unknown] = torch.inf
+    objective = HATRPOSequentialObjective(TRPOLoss(actor), agent_order=agent_order)
+    with pytest.warns(UserWarning, match="The gradient of region"):
+        stats = TrustRegionUpdater(objective, kl_budget="team").step(data)
+    assert sorted(stats["order"].tolist()) == [0, 1, 2]
+    assert (~stats["accepted"]).nonzero().flatten().tolist() == unknown
+    assert torch.equal(flat_parameters(actor, 3)[unknown], before[unknown])
+    if len(unknown) == 1:
+        *others, last = stats["order"] if agent_order == "greedy" else [0, 2, 1]
+        assert last == 1
+        spent = stats["kl"][others[0]] if agent_order == "greedy" else stats["max_kl"][others[0]]
+        torch.testing.assert_close(stats["max_kl"][others[1]], 0.03 - spent)
 
 
 def test_other_losses_are_refused():

@@ -73,13 +73,14 @@ def one_update(kind, algorithm, masked, chunk_size=None, kl_budget="agent", **se
         process_group=group,
     )
     loss.loss_mask_key = (GROUP, "counts") if masked else "auto"
-    objective = HATRPOSequentialObjective(loss) if algorithm == "hatrpo" else loss
+    order = "greedy" if algorithm == "greedy" else "random"
+    objective = HATRPOSequentialObjective(loss, agent_order=order) if algorithm in {"hatrpo", "greedy"} else loss
     torch.manual_seed(7 + Ranks(group).rank)  # ranks differ in what they draw, but the order
     stats = TrustRegionUpdater(objective, cg_iters=60, cg_tol=1e-13, kl_budget=kl_budget, **settings).step(data)
     return flat_parameters(actor), stats.to_dict()
 
 
-@pytest.mark.parametrize("algorithm", ["shared", "per_agent", "hatrpo"])
+@pytest.mark.parametrize("algorithm", ["shared", "per_agent", "hatrpo", "greedy"])
 @pytest.mark.parametrize(
     ("size", "masked", "kl_budget"), [(2, True, "agent"), (3, False, "team")], ids=["2, masked", "3, all rows, team"]
 )

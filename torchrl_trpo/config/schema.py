@@ -318,11 +318,11 @@ class AgentSequence(Recipe):
     team_reward: Literal["mean", "sum"] | None
     """One reward for the team, the mean or sum over its agents; null: each agent's own."""
     agent_order: Annotated[
-        Literal["random", "fixed"] | list[Annotated[int, Field(ge=0)]],
+        Literal["random", "fixed", "greedy"] | list[Annotated[int, Field(ge=0)]],
         AfterValidator(_check_order),
-        Field(title="random, fixed, or a list that names each agent's index once, such as [1,0,2]"),
+        Field(title="random, fixed, greedy, or a list that names each agent's index once, such as [1,0,2]"),
     ]
-    """In which order agents are updated; random draws anew at every update."""
+    """In which order agents are updated; random draws anew at every update, greedy goes by what each can gain."""
 
 
 class TRPO(TrustRegionRecipe):
@@ -352,6 +352,12 @@ class HATRPO(AgentSequence, TrustRegionRecipe):
 class HAPPO(AgentSequence, ClippedRecipe):
     """The settings of HAPPO."""
 
+    agent_order: Annotated[
+        Literal["random", "fixed"] | list[Annotated[int, Field(ge=0)]],
+        AfterValidator(_check_order),
+        Field(title="random, fixed, or a list that names each agent's index once, such as [1,0,2]"),
+    ]
+    """In which order agents are updated; random draws anew at every update."""
     critic: CentralCritic
 
 

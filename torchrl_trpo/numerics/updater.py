@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -60,7 +61,9 @@ class TrustRegionObjective(Protocol):
         """The subproblems of one update, each solved and written before the next is asked for.
 
         If they depend on each other, the objective may have a method ``first_regions`` too, which gives all of them
-        before any step is taken. ``kl_budget="team"`` shares the budget out by them.
+        before any step is taken. ``kl_budget="team"`` shares the budget out by them. One with an ``agent_order`` that
+        is ``"greedy"`` takes the argument ``choose``. It calls it before each subproblem with those that are left, as
+        they are then, one region each, and yields the one at the place that it returns.
         """
 
 
@@ -88,6 +91,11 @@ class TrustRegionUpdater(RangedSettings):
     and Tokekar 2025, arXiv:2508.10340). In a sequential update :math:`s_i` is taken with :math:`M = 1`, before the
     first step; the steps themselves follow the gradients with :math:`M`.
 
+    With the objective's ``agent_order="greedy"`` the region of the largest :math:`s_i` comes next, where :math:`s_i` of
+    those that are left is taken anew, with :math:`M`. With ``kl_budget="team"`` too, its radius is its share
+    :math:`s_i / \sum_j s_j` among them of what those before it have left of :math:`n\delta` (after HATRPO-G of the same
+    paper).
+
     Settings are plain attributes: change them between steps for a schedule (``updater.max_kl = 0.005``).
 
     Args:
@@ -104,7 +112,7 @@ class TrustRegionUpdater(RangedSettings):
         fisher_subsample: the share of the rows, drawn anew for each region, that :math:`F` is estimated on. Gradient,
             surrogate and KL checks always use all rows. Default: 1.0.
         kl_budget: ``"agent"``, a radius of ``max_kl`` for each region, or ``"team"``, ``n · max_kl`` shared out among
-            the ``n`` regions, at the cost of another conjugate gradient for each. Default: ``"agent"``.
+            the ``n`` regions, at the cost of further conjugate gradients. Default: ``"agent"``.
 
     Raises:
         TypeError: if the objective has no ``trust_regions``, or a setting is not a number.
@@ -193,10 +201,11 @@ class TrustRegionUpdater(RangedSettings):
         solved: list[TensorDict] = []
         snapshots: list[Callable[[], None]] = []
         try:
-            radii = self._team_radii(tensordict) if self.kl_budget == "team" else None
-            for problem in self.objective.trust_regions(tensordict):
+            greedy = getattr(self.objective, "agent_order", None) == "greedy"
+            regions = self._greedy_regions if greedy else self._regions
+            for problem, natural, max_kl in regions(tensordict, solved):
                 snapshots.append(problem.snapshot())
-                solved.append(self._solve(problem, radii))
+                solved.append(self._solve(problem, natural, max_kl))
                 indices.extend(problem.indices)
             stats: TensorDict = TensorDict.cat(solved)
             order = torch.tensor(indices).to(stats["kl"].device, non_blocking=True)
@@ -245,24 +254,46 @@ class TrustRegionUpdater(RangedSettings):
                 "alone; a critic that shares layers with the policy; parameters that were loaded since.",
             )
 
-    def _team_radii(self, tensordict: TensorDictBase) -> Tensor:
-        """The radii ``δ_i``, ``[n_regions]``, which sum up to ``n · max_kl``."""
-        regions = getattr(self.objective, "first_regions", self.objective.trust_regions)
-        solved: dict[int, tuple[Tensor, Tensor]] = {}
-        for problem in regions(tensordict):
-            gradient, _, xFx, _ = self._natural_gradient(problem)
-            solved |= zip(problem.indices, zip(xFx, gradient.abs().amax(-1), strict=True), strict=True)
-        xFx, scale = (torch.stack(each) for each in zip(*(solved[index] for index in sorted(solved)), strict=True))
-        gains = xFx * (scale / scale.max()).square()
-        gains = torch.where(gains.isfinite(), gains, 0.0)  # of gradients with which no step is accepted
-        return self.max_kl * torch.where(gains.sum() > 0, len(gains) * gains / gains.sum(), 1.0)
+    def _regions(self, tensordict: TensorDictBase, _: Sequence[TensorDict]) -> Iterator[_Region]:
+        """Yields the subproblems in the objective's order, each with its natural gradient and its radius."""
+        radii = self._team_radii(tensordict) if self.kl_budget == "team" else None
+        for problem in self.objective.trust_regions(tensordict):
+            natural = self._natural_gradient(problem)
+            max_kl = torch.full_like(natural.xFx, self.max_kl)
+            if radii is not None:  # a list of indices would have to be copied to the device
+                max_kl = torch.stack([radii[i] for i in problem.indices])
+            yield problem, natural, max_kl
 
-    def _solve(self, problem: TrustRegionProblem, radii: Tensor | None) -> TensorDict:
-        gradient, x, xFx, relative_residual = self._natural_gradient(problem)
-        # A list of indices would have to be copied to the device.
-        max_kl = (
-            torch.full_like(xFx, self.max_kl) if radii is None else torch.stack([radii[i] for i in problem.indices])
-        )
+    def _team_radii(self, tensordict: TensorDictBase) -> dict[int, Tensor]:
+        """The radii ``δ_i`` by the regions' indices, which sum up to ``n · max_kl``."""
+        problems = getattr(self.objective, "first_regions", self.objective.trust_regions)(tensordict)
+        indices, found = zip(*((problem.indices, self._natural_gradient(problem)) for problem in problems), strict=True)
+        shares = _shares(found)
+        return dict(zip(itertools.chain(*indices), self.max_kl * len(shares) * shares, strict=True))
+
+    def _greedy_regions(self, tensordict: TensorDictBase, solved: Sequence[TensorDict]) -> Iterator[_Region]:
+        """Yields the same in the order of what they gain for the same divergence; ``solved`` has those before."""
+        chosen: tuple[int, _NaturalGradient, Tensor]
+
+        def choose(problems: Sequence[TrustRegionProblem]) -> int:
+            nonlocal chosen
+            found = [self._natural_gradient(problem) for problem in problems]
+            shares = _shares(found)
+            place = int(shares.argmax())  # waits for the device
+            chosen = len(found), found[place], shares[place : place + 1]
+            return place
+
+        objective: Any = self.objective
+        for problem in objective.trust_regions(tensordict, choose=choose):
+            n_left, natural, share = chosen
+            max_kl = torch.full_like(share, self.max_kl)
+            if self.kl_budget == "team":
+                spent = sum((stats["kl"] for stats in solved), torch.zeros_like(share))
+                max_kl = ((len(solved) + n_left) * max_kl - spent).clamp(min=0) * share
+            yield problem, natural, max_kl
+
+    def _solve(self, problem: TrustRegionProblem, natural: _NaturalGradient, max_kl: Tensor) -> TensorDict:
+        gradient, x, xFx, relative_residual = natural
         step_length = torch.where(xFx > 0, (2 * max_kl / xFx).sqrt(), 0.0)  # to the border in the quadratic model
         full_step = step_length.unsqueeze(-1) * x
         expected = (gradient * full_step).sum(-1)
@@ -295,11 +326,7 @@ class TrustRegionUpdater(RangedSettings):
         }
         return TensorDict({**stats, **problem.diagnostics()}, batch_size=search.accepted.shape)
 
-    def _natural_gradient(self, problem: TrustRegionProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``g``, and of ``g / max|g|``, whose square is in range, ``x = (F + λI)⁻¹g``, ``xᵀ(F + λI)x``, the residual.
-
-        The step does not depend on the gradient's length.
-        """
+    def _natural_gradient(self, problem: TrustRegionProblem) -> _NaturalGradient:
         fisher = problem.fisher_product(self.fisher_subsample)  # first: the gradient then uses its forward pass
         gradient = problem.gradient()  # [n, P]
         scale = gradient.abs().amax(-1, keepdim=True)
@@ -307,4 +334,30 @@ class TrustRegionUpdater(RangedSettings):
         x, residual, relative_residual, _ = conjugate_gradient(
             lambda v: fisher(v) + self.damping * v, g, iterations=self.cg_iters, tol=self.cg_tol
         )
-        return gradient, x, (x * (g - residual)).sum(-1), relative_residual
+        return _NaturalGradient(gradient, x, (x * (g - residual)).sum(-1), relative_residual)
+
+
+class _NaturalGradient(NamedTuple):
+    """Of ``n`` regions; all but ``gradient`` are of ``g / max|g|``, whose square is in range: the step is the same."""
+
+    gradient: Tensor
+    """``g``, ``[n, P]``."""
+    x: Tensor
+    """``(F + λI)⁻¹g``, ``[n, P]``."""
+    xFx: Tensor
+    """``xᵀ(F + λI)x``, ``[n]``."""
+    relative_residual: Tensor
+    """``[n]``."""
+
+
+_Region = tuple[TrustRegionProblem, _NaturalGradient, Tensor]
+
+
+def _shares(found: Sequence[_NaturalGradient]) -> Tensor:
+    """What each of all regions has of the sum of ``gᵀ(F + λI)⁻¹g``, ``[n]``; equal shares if that is 0."""
+    xFx = torch.cat([natural.xFx for natural in found])
+    scale = torch.cat([natural.gradient.abs().amax(-1) for natural in found])
+    usable = scale.isfinite() & xFx.isfinite()  # with others no step is accepted
+    scale = torch.where(usable, scale, 0.0)
+    gains = torch.where(usable & (scale > 0), xFx * (scale / scale.max()).square(), 0.0)
+    return torch.where(gains.sum() > 0, gains / gains.sum(), 1 / len(gains))
