@@ -226,6 +226,14 @@ MUTATIONS = (
         "objectives/hatrpo",
     ),
     Mutation(
+        "team-budget-with-negative-shares",
+        "torchrl_trpo/numerics/updater.py",
+        "scale.isfinite() & xFx.isfinite() & (xFx > 0)",
+        "scale.isfinite() & xFx.isfinite() & (scale > 0)",
+        "negative curvature takes from an agent's share, and gives the others more than the team's budget",
+        "objectives/hatrpo",
+    ),
+    Mutation(
         "team-budget-of-one-agent",
         "torchrl_trpo/numerics/updater.py",
         "self.max_kl * len(shares) * shares, strict",

@@ -39,6 +39,7 @@ from tests.cases import (
 )
 from torchrl_trpo import TrustRegionUpdater
 from torchrl_trpo.objectives import ClippedUpdater, HAPPOUpdater, HATRPOSequentialObjective, TRPOLoss
+from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,18 @@ def test_a_team_shares_its_budget_out_by_what_each_agent_gains(sequential):
     torch.testing.assert_close(stats["expected_improvement"][first], improvement[first])
     assert improvement.sum() > (2 * 0.01 * gains).sqrt().sum()
     assert stats["accepted"].all()
+
+
+def test_nobody_has_a_negative_share_of_a_team_s_budget(monkeypatch):
+    """Rounding may make xᵀFx negative without damping; the others then had more than all of the budget."""
+    sign = torch.tensor([[-1.0], [1.0], [1.0]], dtype=torch.float64)
+    product = PolicyTrustRegion.fisher_product
+    monkeypatch.setattr(PolicyTrustRegion, "fisher_product", lambda *given: lambda v: sign * product(*given)(v))
+    actor = make_actor()
+    stats = TrustRegionUpdater(TRPOLoss(actor), max_kl=0.01, damping=0.0, kl_budget="team").step(make_data(actor))
+    assert stats["max_kl"][0] == 0
+    torch.testing.assert_close(stats["max_kl"].sum(), 3 * stats["max_kl"].new_tensor(0.01))
+    assert stats["kl"].sum() <= 0.03
 
 
 def test_a_team_s_budget_does_not_depend_on_the_advantage_s_scale():

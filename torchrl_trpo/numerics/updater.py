@@ -357,7 +357,7 @@ def _shares(found: Sequence[_NaturalGradient]) -> Tensor:
     """What each of all regions has of the sum of ``gᵀ(F + λI)⁻¹g``, ``[n]``; equal shares if that is 0."""
     xFx = torch.cat([natural.xFx for natural in found])
     scale = torch.cat([natural.gradient.abs().amax(-1) for natural in found])
-    usable = scale.isfinite() & xFx.isfinite()  # with others no step is accepted
+    usable = scale.isfinite() & xFx.isfinite() & (xFx > 0)  # with others no step is accepted
     scale = torch.where(usable, scale, 0.0)
-    gains = torch.where(usable & (scale > 0), xFx * (scale / scale.max()).square(), 0.0)
+    gains = torch.where(usable, xFx * (scale / scale.max()).square(), 0.0)
     return torch.where(gains.sum() > 0, gains / gains.sum(), 1 / len(gains))
