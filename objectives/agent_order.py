@@ -50,7 +50,7 @@ def drawn_order(order: str | Sequence[int], n_agents: int, device: torch.device,
 
     ``device`` is where the ranks exchange it.
     """
-    if not isinstance(order, str):
-        return order
+    if order != "random":
+        return range(n_agents) if isinstance(order, str) else order
     drawn = torch.randperm(n_agents)
     return (drawn if ranks.size == 1 else ranks.first_(drawn.to(device))).tolist()

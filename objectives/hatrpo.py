@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
@@ -35,8 +35,8 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
         \quad M^1 = 1, \quad M^{m+1} = M^m\, \frac{\pi_{new}^{i_m}(u|o)}{\pi_k^{i_m}(u|o)}
 
     which gives each update a monotonic-improvement bound for cooperative teams. Only the agent that is being solved is
-    evaluated, so an update costs :math:`O(n)`. The bound needs one reward for the team: a warning says so, once, when
-    the agents' rewards differ.
+    evaluated, so an update costs :math:`O(n)`, in a greedy order :math:`O(n^2)`. The bound needs one reward for the
+    team: a warning says so, once, when the agents' rewards differ.
 
     Args:
         losses: one :class:`TRPOLoss` whose parameters are per agent, or a mapping ``{group: TRPOLoss}`` for groups with
@@ -46,7 +46,7 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
     Keyword Args:
         agent_order: ``"random"`` (drawn anew at every update from torch's generator, as the paper asks), ``"fixed"``
             (by index), ``"greedy"`` (next whoever then gains most for the same divergence, see
-            :class:`TrustRegionUpdater`), or a sequence that names every agent index once.
+            :class:`~torchrl_trpo.TrustRegionUpdater`), or a sequence that names every agent index once.
 
     Attributes:
         actor_network: the policy; of several groups, their policies in sequence.
@@ -259,23 +259,22 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
             yield self._region(rows, index, _first_factor(rows))
 
     def trust_regions(
-        self, tensordict: TensorDictBase, choose: Callable[[Sequence[PolicyTrustRegion]], int] | None = None
+        self, tensordict: TensorDictBase, gains: Callable[[Iterable[PolicyTrustRegion]], Tensor] | None = None
     ) -> Iterator[PolicyTrustRegion]:
         """The sequence of one update: each agent's subproblem, with the factor that those before it leave.
 
         Args:
             tensordict: the data, ``[*B, T]``.
-            choose: for the order ``"greedy"`` alone, which of the agents' subproblems that are left comes next.
+            gains: for the order ``"greedy"`` alone, what each of the subproblems that are left gains, ``[n_left]``.
 
         Yields:
             One subproblem per agent; it must be solved and written before the next is asked for.
 
         Raises:
-            TypeError: if the order is ``"greedy"``, and ``choose`` is missing.
+            TypeError: if the order is ``"greedy"``, and ``gains`` is missing.
         """
-        greedy = self.agent_order == "greedy"
-        if greedy and choose is None:
-            raise TypeError("choose: None. agent_order='greedy' needs it; TrustRegionUpdater has one.")
+        if self.agent_order == "greedy" and gains is None:
+            raise TypeError("gains: None. agent_order='greedy' needs it; TrustRegionUpdater has one.")
         check_separate_losses(self._groups)
         rows = {group: loss.policy_rows(tensordict) for group, loss in self._groups.items()}
         for group, loss in self._groups.items():
@@ -289,12 +288,14 @@ class HATRPOSequentialObjective(AgentOrder, LossModule):
         factor = _first_factor(rows)
         left = list(drawn_order(self.agent_order, self.n_agents, factor.device, self._ranks))
         while left:
-            regions = [self._region(rows, index, factor) for index in (left if greedy else left[:1])]
-            place = 0 if choose is None else choose(regions)
-            region = regions[place]
-            del left[place], regions
+            place = 0
+            if self.agent_order == "greedy" and gains is not None:
+                found = gains(self._region(rows, index, factor) for index in left)
+                place = int(self._ranks.first_(found).argmax())  # waits for the device
+            region = self._region(rows, left.pop(place), factor)
             yield region  # is solved, and written if the step is accepted
             factor = factor * region.ratio().reshape(factor.shape)  # M^{m+1}
+            del region  # the next one needs the memory
 
     def _region(self, rows: Mapping[str, PolicyRows], index: int, factor: Tensor) -> PolicyTrustRegion:
         group, agent = self._agents[index]

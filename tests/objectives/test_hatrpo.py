@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from copy import deepcopy
 from functools import partial
 
@@ -38,6 +39,7 @@ from tests.cases import (
     textbook_kl,
 )
 from torchrl_trpo import TrustRegionUpdater
+from torchrl_trpo.numerics.conjugate_gradient import conjugate_gradient
 from torchrl_trpo.objectives import ClippedUpdater, HAPPOUpdater, HATRPOSequentialObjective, TRPOLoss
 from torchrl_trpo.objectives.policy_region import PolicyTrustRegion
 
@@ -455,10 +457,28 @@ def test_bad_orders(order):
         HATRPOSequentialObjective(TRPOLoss(make_actor()), agent_order=order)
 
 
+@pytest.mark.parametrize("agent_order", ["fixed", "greedy"])
+def test_one_region_at_a_time_is_in_memory(agent_order, monkeypatch):
+    def count():
+        return sum(type(each) is PolicyTrustRegion for each in gc.get_objects())
+
+    def counted(*arguments, **settings):
+        alive.append(count())
+        return conjugate_gradient(*arguments, **settings)
+
+    actor = make_actor()
+    objective, data = HATRPOSequentialObjective(TRPOLoss(actor), agent_order=agent_order), make_data(actor)
+    gc.collect()
+    alive, before = [], count()
+    monkeypatch.setattr("torchrl_trpo.numerics.updater.conjugate_gradient", counted)
+    TrustRegionUpdater(objective).step(data)
+    assert alive == [before + 1] * (3 if agent_order == "fixed" else 6)
+
+
 def test_a_greedy_order_needs_the_updater():
     actor = make_actor()
     objective, data = HATRPOSequentialObjective(TRPOLoss(actor), agent_order="greedy"), make_data(actor)
-    with pytest.raises(TypeError, match=r"^choose: None\. agent_order='greedy' needs it"):
+    with pytest.raises(TypeError, match=r"^gains: None\. agent_order='greedy' needs it"):
         next(objective.trust_regions(data))
 
 

@@ -75,5 +75,5 @@ def backtrack(
 
 
 def _all_decided(decided: Tensor) -> bool:
-    """Whether no region tries further: the only place in the update where the host waits for the device."""
+    """Whether no region tries further, for which the host waits for the device."""
     return bool(decided.all())

@@ -62,8 +62,8 @@ class TrustRegionObjective(Protocol):
 
         If they depend on each other, the objective may have a method ``first_regions`` too, which gives all of them
         before any step is taken. ``kl_budget="team"`` shares the budget out by them. One with an ``agent_order`` that
-        is ``"greedy"`` takes the argument ``choose``. It calls it before each subproblem with those that are left, as
-        they are then, one region each, and yields the one at the place that it returns.
+        is ``"greedy"`` takes the argument ``gains``. It calls it before each subproblem with those that are left, as
+        they are then, one region each, and yields that for which the returned ``[n_left]`` is largest.
         """
 
 
@@ -112,7 +112,8 @@ class TrustRegionUpdater(RangedSettings):
         fisher_subsample: the share of the rows, drawn anew for each region, that :math:`F` is estimated on. Gradient,
             surrogate and KL checks always use all rows. Default: 1.0.
         kl_budget: ``"agent"``, a radius of ``max_kl`` for each region, or ``"team"``, ``n · max_kl`` shared out among
-            the ``n`` regions, at the cost of further conjugate gradients. Default: ``"agent"``.
+            the ``n`` regions, at the cost of another conjugate gradient for each, which a greedy order makes anyway.
+            Default: ``"agent"``.
 
     Raises:
         TypeError: if the objective has no ``trust_regions``, or a setting is not a number.
@@ -201,12 +202,13 @@ class TrustRegionUpdater(RangedSettings):
         solved: list[TensorDict] = []
         snapshots: list[Callable[[], None]] = []
         try:
-            greedy = getattr(self.objective, "agent_order", None) == "greedy"
-            regions = self._greedy_regions if greedy else self._regions
-            for problem, natural, max_kl in regions(tensordict, solved):
+            agent_order = getattr(self.objective, "agent_order", None)
+            greedy = isinstance(agent_order, str) and agent_order == "greedy"
+            for problem, natural, max_kl in (self._greedy_regions if greedy else self._regions)(tensordict, solved):
                 snapshots.append(problem.snapshot())
                 solved.append(self._solve(problem, natural, max_kl))
                 indices.extend(problem.indices)
+                del problem, natural  # the next one needs the memory
             stats: TensorDict = TensorDict.cat(solved)
             order = torch.tensor(indices).to(stats["kl"].device, non_blocking=True)
             self._warn(stats, order)
@@ -263,34 +265,37 @@ class TrustRegionUpdater(RangedSettings):
             if radii is not None:  # a list of indices would have to be copied to the device
                 max_kl = torch.stack([radii[i] for i in problem.indices])
             yield problem, natural, max_kl
+            del problem, natural
 
     def _team_radii(self, tensordict: TensorDictBase) -> dict[int, Tensor]:
         """The radii ``δ_i`` by the regions' indices, which sum up to ``n · max_kl``."""
         problems = getattr(self.objective, "first_regions", self.objective.trust_regions)(tensordict)
-        indices, found = zip(*((problem.indices, self._natural_gradient(problem)) for problem in problems), strict=True)
-        shares = _shares(found)
-        return dict(zip(itertools.chain(*indices), self.max_kl * len(shares) * shares, strict=True))
+        found = [(problem.indices, self._natural_gradient(problem).size) for problem in problems]
+        radii = self.max_kl * _shares([size for _, size in found])
+        return dict(zip(itertools.chain(*(indices for indices, _ in found)), radii, strict=True))
 
     def _greedy_regions(self, tensordict: TensorDictBase, solved: Sequence[TensorDict]) -> Iterator[_Region]:
         """Yields the same in the order of what they gain for the same divergence; ``solved`` has those before."""
-        chosen: tuple[int, _NaturalGradient, Tensor]
+        found: dict[int, _NaturalGradient] = {}
+        shares = torch.empty(0)
 
-        def choose(problems: Sequence[TrustRegionProblem]) -> int:
-            nonlocal chosen
-            found = [self._natural_gradient(problem) for problem in problems]
-            shares = _shares(found)
-            place = int(shares.argmax())  # waits for the device
-            chosen = len(found), found[place], shares[place : place + 1]
-            return place
+        def gains(problems: Iterable[TrustRegionProblem]) -> Tensor:
+            nonlocal found, shares
+            found = {problem.indices[0]: self._natural_gradient(problem) for problem in problems}
+            shares = _shares([natural.size for natural in found.values()])
+            return shares
 
         objective: Any = self.objective
-        for problem in objective.trust_regions(tensordict, choose=choose):
-            n_left, natural, share = chosen
-            max_kl = torch.full_like(share, self.max_kl)
+        for problem in objective.trust_regions(tensordict, gains=gains):
+            (index,) = problem.indices
+            max_kl = torch.full_like(shares[:1], self.max_kl)
             if self.kl_budget == "team":
-                spent = sum((stats["kl"] for stats in solved), torch.zeros_like(share))
-                max_kl = ((len(solved) + n_left) * max_kl - spent).clamp(min=0) * share
-            yield problem, natural, max_kl
+                spent = sum((stats["kl"] for stats in solved), torch.zeros_like(max_kl))
+                budget = (len(solved) + len(found)) * max_kl - spent
+                max_kl = budget.clamp(min=0) / len(found) * shares[list(found).index(index)]
+            problem.gradient()  # once more: this is another object than that which told its gain
+            yield problem, found[index], max_kl
+            del problem
 
     def _solve(self, problem: TrustRegionProblem, natural: _NaturalGradient, max_kl: Tensor) -> TensorDict:
         gradient, x, xFx, relative_residual = natural
@@ -349,15 +354,19 @@ class _NaturalGradient(NamedTuple):
     relative_residual: Tensor
     """``[n]``."""
 
+    @property
+    def size(self) -> tuple[Tensor, Tensor]:
+        """``xᵀ(F + λI)x`` and ``max|g|``, each ``[n]``."""
+        return self.xFx, self.gradient.abs().amax(-1)
+
 
 _Region = tuple[TrustRegionProblem, _NaturalGradient, Tensor]
 
 
-def _shares(found: Sequence[_NaturalGradient]) -> Tensor:
-    """What each of all regions has of the sum of ``gᵀ(F + λI)⁻¹g``, ``[n]``; equal shares if that is 0."""
-    xFx = torch.cat([natural.xFx for natural in found])
-    scale = torch.cat([natural.gradient.abs().amax(-1) for natural in found])
+def _shares(sizes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """What each region has of the sum of ``gᵀ(F + λI)⁻¹g``, times their number, ``[n]``; ones if the sum is 0."""
+    xFx, scale = (torch.cat(each) for each in zip(*sizes, strict=True))
     usable = scale.isfinite() & xFx.isfinite() & (xFx > 0)  # with others no step is accepted
     scale = torch.where(usable, scale, 0.0)
     gains = torch.where(usable, xFx * (scale / scale.max()).square(), 0.0)
-    return torch.where(gains.sum() > 0, gains / gains.sum(), 1 / len(gains))
+    return torch.where(gains.sum() > 0, len(gains) * gains / gains.sum(), 1.0)
