@@ -145,9 +145,10 @@ def distribution_module(network: ProbabilisticTensorDictSequential) -> Probabili
 def single_agent_network(
     network: ProbabilisticTensorDictSequential, agent: int, n_agents: int
 ) -> ProbabilisticTensorDictSequential:
-    """A copy of a multi-agent policy with the original's parameters, for one agent alone, at one agent's cost.
+    """A copy of a multi-agent policy for one agent alone, which is evaluated at one agent's cost.
 
-    It expects parameters stacked ``[1, ...]`` and observations ``[*B, 1, F]``. Raises ValueError if the agents'
+    It is to be called with parameters stacked ``[1, ...]`` and observations ``[*B, 1, F]``. Its own parameters are the
+    original's, but for copies of those in TorchRL's multi-agent networks. Raises ValueError if the agents'
     networks read each other's observations.
     """
     shared = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}
