@@ -29,20 +29,17 @@ class AgentOrder:
 
     @agent_order.setter
     def agent_order(self, order: str | Sequence[int]) -> None:
-        self._agent_order = self._checked_order(order)
-
-    def _checked_order(self, order: str | Sequence[int]) -> str | tuple[int, ...]:
-        """A name, or the agents' indices in their order; anything else raises ValueError."""
         n_agents = self.n_agents
         if isinstance(order, str) and order in self._ORDERS:
-            return order if order != "fixed" else tuple(range(n_agents))
+            self._agent_order = order if order != "fixed" else tuple(range(n_agents))
+            return
         indices = [plain_number(index) for index in order] if isinstance(order, Iterable) else []
         if any(type(index) is not int for index in indices) or sorted(indices) != list(range(n_agents)):
             raise ValueError(
                 f"agent_order: {order!r}. Legal: {', '.join(map(repr, self._ORDERS))}, or a sequence that names each "
                 f"of the {n_agents} agents 0 to {n_agents - 1} once."
             )
-        return tuple(indices)
+        self._agent_order = tuple(indices)
 
 
 def drawn_order(order: str | Sequence[int], n_agents: int, device: torch.device, ranks: Ranks = ALONE) -> Sequence[int]:

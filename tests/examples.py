@@ -34,11 +34,8 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
     return found
 
 
-def example(page: str, *names: str) -> Callable:
-    """Gives a test the ``code`` of a page's blocks whose comments are ``names``, one after the other."""
-    cases = []
-    for name in names:
-        (code,) = (code for comment, code in examples(ROOT / page) if comment == name)
-        RUN.add((page, name))
-        cases.append(pytest.param(code, id=f"{page}, {name}"))
-    return pytest.mark.parametrize("code", cases)
+def example(page: str, name: str) -> Callable:
+    """Gives a test the ``code`` of a page's block whose comment is ``name``."""
+    (code,) = (code for comment, code in examples(ROOT / page) if comment == name)
+    RUN.add((page, name))
+    return pytest.mark.parametrize("code", [pytest.param(code, id=f"{page}, {name}")])

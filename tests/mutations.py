@@ -254,7 +254,7 @@ MUTATIONS = (
         "objectives/hatrpo.py",
         "place = int(self._ranks.first_(found).argmax())",
         "place = 0",
-        "a greedy order takes the agents as they were drawn",
+        "a greedy order takes the agents by index",
         "objectives/hatrpo",
     ),
     Mutation(

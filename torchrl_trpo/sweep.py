@@ -24,6 +24,7 @@ from torchrl_trpo.reporting.record import (
     find_runs,
     finite_mean,
     flat,
+    mean,
     read_run,
     replace_file,
     write_rows,
@@ -68,7 +69,7 @@ class Setting:
         row: dict[str, Any] = {name: _plain(value) for name, value in self.values.items()}
         row["runs"] = len(self.runs) + self.missing
         row["finished"] = len(self.finished)
-        row["return_mean"] = sum(returns) / len(returns) if returns else math.nan
+        row["return_mean"] = mean(returns)
         row["return_min"] = min(returns, default=math.nan)
         row["return_max"] = max(returns, default=math.nan)
         row["cpu_s"] = finite_mean([run.column("cpu_s")[-1] for run in self.finished if run.frames])

@@ -334,10 +334,10 @@ def check_update(case, layout, objective, loss, actor, clean, data, broken, seed
     rounding = 4 * n_regions * torch.finfo(case.dtype).eps * budget
     RECORD.see("sum of KL / budget of the team", stats["kl"].sum() / budget)
     assert stats["kl"].sum() <= budget + rounding
-    if case.updater["kl_budget"] == "agent":
-        assert (max_kl == max_kl[0]).all()
-    elif getattr(objective, "agent_order", None) != "greedy":  # which hands on what is left
-        assert abs(float(max_kl.sum()) - budget) <= rounding
+    is_team = case.updater["kl_budget"] == "team"
+    hands_on = is_team and getattr(objective, "agent_order", None) == "greedy"  # what is left of the budget
+    assert hands_on or abs(float(max_kl.sum()) - budget) <= rounding
+    assert is_team or (max_kl == max_kl[0]).all()
     predicted = case.updater["accept_ratio"] * stats["step_fraction"] * stats["expected_improvement"]
     near = 1 - 4 * torch.finfo(case.dtype).eps  # the order of the factors
     assert (stats["improvement"] >= near * predicted)[accepted].all()

@@ -49,10 +49,13 @@ def _check_environment(name: Any) -> Any:
     return name
 
 
-def _check_order(order: Any) -> Any:
-    if isinstance(order, list) and (not order or sorted(order) != list(range(len(order)))):
+def _check_order(order: list[int]) -> list[int]:
+    if not order or sorted(order) != list(range(len(order))):
         raise ValueError("not a permutation")
     return order
+
+
+_Indices = Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_check_order)]
 
 
 class Section(BaseModel):
@@ -318,8 +321,7 @@ class AgentSequence(Recipe):
     team_reward: Literal["mean", "sum"] | None
     """One reward for the team, the mean or sum over its agents; null: each agent's own."""
     agent_order: Annotated[
-        Literal["random", "fixed", "greedy"] | list[Annotated[int, Field(ge=0)]],
-        AfterValidator(_check_order),
+        Literal["random", "fixed", "greedy"] | _Indices,
         Field(title="random, fixed, greedy, or a list that names each agent's index once, such as [1,0,2]"),
     ]
     """In which order agents are updated; random draws anew at every update, greedy goes by what each can gain."""
@@ -353,8 +355,7 @@ class HAPPO(AgentSequence, ClippedRecipe):
     """The settings of HAPPO."""
 
     agent_order: Annotated[
-        Literal["random", "fixed"] | list[Annotated[int, Field(ge=0)]],
-        AfterValidator(_check_order),
+        Literal["random", "fixed"] | _Indices,
         Field(title="random, fixed, or a list that names each agent's index once, such as [1,0,2]"),
     ]
     """In which order agents are updated; random draws anew at every update."""

@@ -274,7 +274,7 @@ def check_teams(cfg: DictConfig, groups: Sequence[GroupKeys]) -> Sequence[GroupK
     if OmegaConf.is_list(order) and len(order) != n_agents:
         raise SettingError(
             f"agent_order={list(order)} orders {len(order)} agents, and env {cfg.env.name!r} has {n_agents}. Legal: "
-            f"random, another order's name, or a list of the numbers from 0 to {n_agents - 1}."
+            f"random, fixed, greedy (HATRPO alone), or a list of the numbers from 0 to {n_agents - 1}."
         )
     return groups
 

@@ -204,7 +204,8 @@ class TrustRegionUpdater(RangedSettings):
         try:
             agent_order = getattr(self.objective, "agent_order", None)
             greedy = isinstance(agent_order, str) and agent_order == "greedy"
-            for problem, natural, max_kl in (self._greedy_regions if greedy else self._regions)(tensordict, solved):
+            regions = self._greedy_regions(tensordict, solved) if greedy else self._regions(tensordict)
+            for problem, natural, max_kl in regions:
                 snapshots.append(problem.snapshot())
                 solved.append(self._solve(problem, natural, max_kl))
                 indices.extend(problem.indices)
@@ -256,7 +257,7 @@ class TrustRegionUpdater(RangedSettings):
                 "alone; a critic that shares layers with the policy; parameters that were loaded since.",
             )
 
-    def _regions(self, tensordict: TensorDictBase, _: Sequence[TensorDict]) -> Iterator[_Region]:
+    def _regions(self, tensordict: TensorDictBase) -> Iterator[_Region]:
         """Yields the subproblems in the objective's order, each with its natural gradient and its radius."""
         radii = self._team_radii(tensordict) if self.kl_budget == "team" else None
         for problem in self.objective.trust_regions(tensordict):

@@ -90,8 +90,7 @@ class RunRecord:
     @property
     def episode_return(self) -> float:
         """The mean return of the last five iterations with finished episodes, as in ``summary.json``, or -inf."""
-        returns = [value for value in self.column("episode_return") if not math.isnan(value)][-5:]
-        return sum(returns) / len(returns) if returns else math.nan
+        return mean([value for value in self.column("episode_return") if not math.isnan(value)][-5:])
 
 
 @contextlib.contextmanager
@@ -154,8 +153,19 @@ def finite_mean(values: list[float]) -> float:
     Returns:
         The mean; NaN if no value is finite.
     """
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
+    return mean([value for value in values if math.isfinite(value)])
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of values.
+
+    Args:
+        values: the values.
+
+    Returns:
+        The mean; NaN of none.
+    """
+    return sum(values) / len(values) if values else math.nan
 
 
 def read_rows(table: Path, column: str = "iteration", kind: type[int | float] = int) -> list[dict[str, str]]:
